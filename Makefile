@@ -1,0 +1,44 @@
+# make train | test | lint | format | setup | clean        (make setup TORCH=2.11.0 for another torch)
+
+PYTHON ?= python3
+TORCH  ?= $(shell sed -n 's/^TORCH = "\(.*\)".*/\1/p' setup.py)
+BIN    := .venv/bin
+READY  := .venv/ready-$(TORCH)
+DEMO   := demo
+RANKS  ?= 2
+
+.PHONY: train test setup lint format clean
+
+# The main job, on CPU ranks where there is no GPU: the same script that runs on 8 GPUs.
+train: setup $(DEMO)/model/config.json
+	$(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --config launch/configs/demo.yaml
+
+$(DEMO)/model/config.json: | setup
+	$(BIN)/python launch/make_demo.py --output_dir $(DEMO)
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(READY)
+
+# torch first and alone, so that no other package chooses its version.
+$(READY): setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade setuptools wheel
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	rm -f .venv/ready-*
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info $(DEMO) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

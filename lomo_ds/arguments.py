@@ -1,0 +1,142 @@
+"""The arguments of ``launch/train.py``: Hugging Face's names, from a YAML file and the command line."""
+
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from lomo_ds.errors import ConfigError
+
+
+def _argument(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Fine-tune all the weights of a causal language model with LOMO inside DeepSpeed ZeRO-3."""
+
+    model_name_or_path: str = field(metadata={"help": "Model folder (Hugging Face layout, safetensors)."})
+    train_file: str = field(metadata={"help": 'Training text: .txt, or .jsonl with a "text" in every row.'})
+    output_dir: str = field(metadata={"help": "Where the model, its tokenizer, config.yaml, metrics and runs/ go."})
+    validation_file: str | None = _argument(None, "Held-out text, .txt or .jsonl; without it nothing is evaluated.")
+    tokenizer_name: str | None = _argument(None, "Tokenizer folder, if not the model's own.")
+    max_seq_length: int | None = _argument(None, "Tokens per training sequence; by default all the model's positions.")
+    per_device_train_batch_size: int = _argument(8, "Sequences per GPU and micro-batch.")
+    per_device_eval_batch_size: int = _argument(8, "Sequences per GPU when evaluating.")
+    gradient_accumulation_steps: int = _argument(1, "Micro-batches per optimizer step.")
+    learning_rate: float = _argument(0.03, "Peak learning rate; LOMO is SGD and wants a large one.")
+    weight_decay: float = _argument(0.0, "Decoupled weight decay.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = _argument("linear", "Learning rate after warm-up.")
+    warmup_ratio: float = _argument(0.0, "Share of all steps in which the learning rate rises from 0.")
+    max_grad_norm: float = _argument(1.0, "Clip the global gradient norm to this; 0 clips nothing.")
+    num_train_epochs: float = _argument(1.0, "Passes over the training text.")
+    max_steps: int = _argument(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
+    logging_steps: int = _argument(10, "Steps between two lines of metrics.jsonl.")
+    eval_steps: int | None = _argument(None, "Steps between evaluations; by default only before and after training.")
+    seed: int = _argument(42, "Of data order, dropout and stochastic rounding.")
+    bf16: bool = _argument(False, "bfloat16 weights and gradients.")
+    fp16: bool = _argument(False, "float16 weights and gradients with a dynamic loss scale.")
+    gradient_checkpointing: bool = _argument(False, "Recompute activations in backward instead of keeping them.")
+    deepspeed: str = _argument("ds_configs/zero3_bf16.json", "DeepSpeed config; its fields may be auto.")
+    sample_prompt: str | None = _argument(None, "Print how the model continues this text before and after training.")
+    sample_tokens: int = _argument(40, "Tokens in that continuation.")
+    local_rank: int = _argument(-1, "Set by the deepspeed launcher; RANK and LOCAL_RANK are what counts.")
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                     "logging_steps", "sample_tokens"):  # fmt: skip
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("max_seq_length", "eval_steps"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "between 0 and 1")
+        self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
+        if self.bf16 and self.fp16:
+            raise ConfigError("bf16 and fp16 were both asked for, and weights have one precision; keep one of them")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ConfigError(f"--{name} must be {rule}, got {getattr(self, name)}")
+
+    def dump(self, path: Path) -> None:
+        """Write every argument as YAML that ``--config`` reads back to the same run."""
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+
+
+def parse_arguments(argv: list[str]) -> tuple[TrainArguments, frozenset[str]]:
+    """The arguments, and the names of those that were given rather than left at their default.
+
+    ``--config FILE`` names a YAML file of arguments; the command line wins over it.
+
+    Raises:
+        ConfigError: an argument is unknown, missing or not of its type; the message says where it stands.
+    """
+    file, rest = _split_config(argv)
+    given = _parse(_yaml_as_argv(file), f"in {file}: ") if file else {}
+    given |= _parse(rest, "")
+    required = [f.name for f in dataclasses.fields(TrainArguments) if f.default is dataclasses.MISSING]
+    missing = [f"--{name}" for name in required if name not in given]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be given, on the command line or in --config FILE")
+    return TrainArguments(**given), frozenset(given)
+
+
+def help_text() -> str:
+    """What ``--help`` prints."""
+    parser = HfArgumentParser(TrainArguments, prog="train.py", description=TrainArguments.__doc__)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these arguments; the command line wins.")
+    return parser.format_help()
+
+
+class _Parser(HfArgumentParser):
+    """Keeps only what was given, and raises instead of exiting."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(TrainArguments, add_help=False, allow_abbrev=False)
+        self.where = where
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+            action.required = False
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.where}{message}")
+
+
+def _parse(argv: list[str], where: str) -> dict[str, Any]:
+    given, unknown = _Parser(where).parse_known_args(argv)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        close = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(TrainArguments)], n=1)
+        hint = f"; did you mean --{close[0]}?" if close else "; --help lists all"
+        raise ConfigError(f"{where}unknown argument {unknown[0].partition('=')[0]}{hint}")
+    return vars(given)
+
+
+def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path)
+    try:
+        found, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"--config needs the path of a YAML file: {error}") from None
+    return found.config, rest
+
+
+def _yaml_as_argv(file: Path) -> list[str]:
+    """A YAML mapping as command-line words, so that both are checked by one parser; null leaves the default."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {file} must hold arguments as `name: value` lines, got {type(values).__name__}")
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]

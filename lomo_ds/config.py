@@ -1,0 +1,184 @@
+"""The LOMO section of a DeepSpeed config: its fields, and every combination that is refused, with the way out."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lomo_ds.errors import ConfigError
+
+UpdateSchedule = Literal["auto", "immediate", "two_pass", "stash"]
+StashDevice = Literal["auto", "cpu", "gpu"]
+Rounding = Literal["auto", "nearest", "stochastic"]
+
+
+@dataclass(frozen=True)
+class LomoConfig:
+    """``"optimizer": {"type": "LOMO", "params": {...}}`` of a ds_config.
+
+    Attributes:
+        lr: learning rate; a scheduler may change it every step.
+        weight_decay: decoupled: p <- (1 - lr weight_decay) p - lr g.
+        clip_grad_value: clamp every gradient element to [-value, value].
+        clip_group_norm: scale the gradients of each decoder layer down to this norm.
+        update_schedule: when a gradient is used: ``immediate`` as it arrives, ``two_pass`` in a second backward
+            once the global norm is known, ``stash`` after backward from stored shards; ``auto`` chooses.
+        stash_device: where ``stash`` keeps gradient shards.
+        rounding: how fp32 results become half-precision weights; ``auto`` is stochastic.
+        seed: of stochastic rounding.
+    """
+
+    lr: float
+    weight_decay: float = 0.0
+    clip_grad_value: float | None = None
+    clip_group_norm: float | None = None
+    update_schedule: UpdateSchedule = "auto"
+    stash_device: StashDevice = "auto"
+    rounding: Rounding = "auto"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        _require_number(self.lr, "lr", at_least=0.0)
+        _require_number(self.weight_decay, "weight_decay", at_least=0.0)
+        for name in ("clip_grad_value", "clip_group_norm"):
+            if getattr(self, name) is not None:
+                _require_number(getattr(self, name), name, above=0.0)
+        for name, choices in (
+            ("update_schedule", get_args(UpdateSchedule)),
+            ("stash_device", get_args(StashDevice)),
+            ("rounding", get_args(Rounding)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"LOMO's {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"LOMO's seed must be an integer, got {self.seed!r}")
+
+
+def read_lomo_config(ds_config: dict[str, Any]) -> LomoConfig:
+    """The LOMO section of ``ds_config``.
+
+    Raises:
+        ConfigError: the section is missing, names another optimizer, or holds an unknown or impossible value.
+    """
+    section = ds_config.get("optimizer")
+    if not isinstance(section, dict) or str(section.get("type", "")).lower() != "lomo":
+        got = section.get("type") if isinstance(section, dict) else section
+        raise ConfigError(
+            f'lomo_ds needs "optimizer": {{"type": "LOMO", "params": {{"lr": ...}}}} in the DeepSpeed config, '
+            f"got {got!r}; use deepspeed.initialize for other optimizers"
+        )
+    params = section.get("params") or {}
+    known = [field.name for field in dataclasses.fields(LomoConfig)]
+    for name in params:
+        if name not in known:
+            raise ConfigError(f"LOMO has no parameter {name!r}{_nearest(name, known)}; it knows {', '.join(known)}")
+    if "lr" not in params:
+        raise ConfigError("LOMO needs a learning rate; set optimizer.params.lr in the DeepSpeed config")
+    return LomoConfig(**params)
+
+
+def refuse_what_cannot_be(ds_config: dict[str, Any], lomo: LomoConfig) -> None:
+    """Refuse, before anything is built, every combination that lomo_ds cannot carry out exactly.
+
+    Raises:
+        ConfigError: one sentence: what was asked, why it cannot be, and the ways out.
+    """
+    _refuse_other_engines(ds_config)
+    _refuse_clips_that_compete(ds_config, lomo)
+    _refuse_what_the_schedule_cannot(ds_config, lomo)
+
+
+def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
+    zero = ds_config.get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    if stage != 3:
+        raise ConfigError(
+            f"lomo_ds updates the parameter shards of ZeRO stage 3, got zero_optimization.stage {stage}; "
+            "set it to 3 (on one GPU too: nothing is gathered there)"
+        )
+    if _device(zero.get("offload_optimizer")) != "none":
+        raise ConfigError(
+            "zero_optimization.offload_optimizer was asked for, but LOMO has no optimizer state to offload; "
+            "remove it, or use offload_param to keep the parameters in host memory"
+        )
+    if _device(zero.get("offload_param")) == "nvme":
+        raise ConfigError(
+            "zero_optimization.offload_param.device nvme is not supported, because shards are updated in memory; "
+            "use cpu"
+        )
+    for name, default in (
+        ("zero_hpz_partition_size", 1),
+        ("zero_quantized_weights", False),
+        ("zero_quantized_gradients", False),
+        ("zero_quantized_nontrainable_weights", False),
+    ):
+        if zero.get(name, default) != default:
+            raise ConfigError(
+                f"zero_optimization.{name} is not supported, because its copies of the parameters would miss the "
+                f"updates that LOMO makes during backward; remove it or set it to {str(default).lower()}"
+            )
+    if _enabled(ds_config, "torch_autocast"):
+        raise ConfigError(
+            "torch_autocast is not supported, because LOMO updates the low-precision weights themselves; "
+            "enable bf16 or fp16 instead"
+        )
+    if ds_config.get("managed_gradient_accumulation", True) is not True:
+        raise ConfigError(
+            "managed_gradient_accumulation false is not supported, because a schedule must know which backward is "
+            "the last of a step; remove it and set gradient_accumulation_steps, or use engine.train_batch"
+        )
+
+
+def _refuse_clips_that_compete(ds_config: dict[str, Any], lomo: LomoConfig) -> None:
+    clips = {
+        "gradient_clipping": ds_config.get("gradient_clipping") or None,
+        "optimizer.params.clip_grad_value": lomo.clip_grad_value,
+        "optimizer.params.clip_group_norm": lomo.clip_group_norm,
+    }
+    asked = [f"{name} {limit}" for name, limit in clips.items() if limit is not None]
+    if len(asked) > 1:
+        raise ConfigError(f"only one kind of clipping can be in force, got {' and '.join(asked)}; keep one of them")
+
+
+def _refuse_what_the_schedule_cannot(ds_config: dict[str, Any], lomo: LomoConfig) -> None:
+    accumulation = ds_config.get("gradient_accumulation_steps") or 1
+    schedule = lomo.update_schedule
+    if schedule == "immediate":
+        ways_out = "use update_schedule stash (or two_pass)"
+        if (ds_config.get("gradient_clipping") or 0) > 0:
+            raise ConfigError(
+                f"update_schedule immediate cannot honour gradient_clipping {ds_config['gradient_clipping']}, because "
+                f"it updates weights before the global norm is known; {ways_out}, or clip with clip_group_norm or "
+                "clip_grad_value"
+            )
+        if _enabled(ds_config, "fp16"):
+            raise ConfigError(
+                "update_schedule immediate cannot train in fp16, because an overflow may be found after weights have "
+                f"changed; {ways_out}, or bf16"
+            )
+    if schedule in ("immediate", "two_pass") and accumulation > 1:
+        raise ConfigError(
+            f"update_schedule {schedule} cannot accumulate gradients (gradient_accumulation_steps {accumulation}), "
+            "because it keeps none; use update_schedule stash, or a larger micro-batch with "
+            "gradient_accumulation_steps 1"
+        )
+
+
+def _enabled(ds_config: dict[str, Any], section: str) -> bool:
+    return bool((ds_config.get(section) or {}).get("enabled", False))
+
+
+def _device(section: Any) -> str:
+    return str(section.get("device", "none")) if isinstance(section, dict) else "none"
+
+
+def _require_number(value: Any, name: str, at_least: float | None = None, above: float | None = None) -> None:
+    rule = f"a number above {above:g}" if above is not None else f"a number of at least {at_least:g}"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (value > above if above is not None else value >= (at_least or 0.0)):
+        raise ConfigError(f"LOMO's {name} must be {rule}, got {value!r}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,32 @@
+"""Token blocks of one length, cut from a long token array, as a dataset of training sequences."""
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lomo_ds.data.tokens import TokenArray
+from lomo_ds.loss import IGNORE_INDEX
+
+
+class PackedBlocks(Dataset[dict[str, Tensor]]):
+    """Sequences of ``length`` tokens that are their own labels; the last may be filled up with ignored ones.
+
+    Documents follow one another in a block, told apart by the begin and end tokens only.
+    """
+
+    def __init__(self, tokens: TokenArray, length: int) -> None:
+        self.tokens = tokens
+        self.length = length
+
+    def __len__(self) -> int:
+        return -(-len(self.tokens) // self.length)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """``input_ids`` and ``labels``, both (length,) int64."""
+        block = torch.from_numpy(self.tokens[index * self.length : (index + 1) * self.length].astype("int64"))
+        missing = self.length - len(block)
+        return {
+            # what fills up a causal model's sequence behind its end changes nothing before it
+            "input_ids": torch.nn.functional.pad(block, (0, missing)),
+            "labels": torch.nn.functional.pad(block, (0, missing), value=IGNORE_INDEX),
+        }

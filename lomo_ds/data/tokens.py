@@ -1,0 +1,72 @@
+"""One long array of token ids from a text file, made once a host and memory-mapped by all its ranks."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lomo_ds.data.text import read_documents
+from lomo_ds.errors import DataError
+
+SEGMENT_CHARACTERS = 2**22  # what is handed to the tokenizer at once
+TokenArray = np.ndarray[tuple[int], np.dtype[np.int32]]
+
+
+def tokenize_file(path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -> TokenArray:
+    """All tokens of ``path``, each document between the tokenizer's begin and end tokens.
+
+    Kept in ``cache`` under a name that tells file and tokenizer, so that a second run, or the other ranks of
+    this host, map it instead of tokenizing again.
+
+    Returns:
+        1-D, int32, memory-mapped read-only.
+
+    Raises:
+        DataError: see ``read_documents``.
+    """
+    stored = cache / f"{path.stem}-{_fingerprint(path, tokenizer)}.npy"
+    if not stored.exists():
+        pieces = [np.asarray(ids, dtype=np.int32) for ids in _token_ids(path, tokenizer)]
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = stored.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as file:
+            np.save(file, np.concatenate(pieces), allow_pickle=False)
+        partial.replace(stored)
+    return np.load(stored, mmap_mode="r", allow_pickle=False)
+
+
+def _token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for document in tqdm(read_documents(path), desc=f"tokenizing {path.name}", unit=" documents", leave=False):
+        yield begin
+        for segment in _segments(document):
+            yield tokenizer(segment, add_special_tokens=False, verbose=False)["input_ids"]
+        yield end
+
+
+def _segments(document: str) -> Iterator[str]:
+    """Cut a long document behind line ends, where no token crosses."""
+    start = 0
+    while len(document) - start > SEGMENT_CHARACTERS:
+        cut = document.rfind("\n", start, start + SEGMENT_CHARACTERS) + 1
+        end = cut if cut > start else start + SEGMENT_CHARACTERS
+        yield document[start:end]
+        start = end
+    yield document[start:]
+
+
+def _fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of what decides the tokens: the file as it stands and the vocabulary."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    digest = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    for token, number in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{number} {token}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,77 @@
+"""The material of ``make train``, made from nothing: a corpus, a tokenizer trained on it, a tiny random LLaMA."""
+
+import json
+import random
+from pathlib import Path
+
+import sentencepiece
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 512
+POSITIONS = 128
+
+_ANIMALS = ["fox", "hen", "cat", "owl", "dog", "bear", "mouse", "goat", "duck", "frog"]
+_NAMES = ["Anna", "Ben", "Cleo", "Dan", "Ella", "Finn", "Gina", "Hugo"]
+_MOODS = ["happy", "tired", "hungry", "brave", "shy", "curious", "lonely", "proud"]
+_PLACES = ["by the river", "in the old barn", "under the oak", "on the hill", "near the mill", "behind the red house"]
+_THINGS = ["a shiny key", "a lost bell", "a warm blanket", "a basket of plums", "a paper boat", "a wooden drum"]
+_DEEDS = ["shared it with", "gave it to", "showed it to", "hid it from", "carried it home to"]
+_ENDINGS = [
+    "They laughed until the sun went down.",
+    "And from that day on they were friends.",
+    "Then it began to rain and they ran home.",
+    "Nobody ever found out why.",
+]
+
+
+def make_demo(folder: Path, seed: int = 0) -> None:
+    """Write ``train.txt``, ``validation.txt`` and ``model/`` into ``folder``; the same bytes for the same ``seed``."""
+    model_folder = folder / "model"
+    model_folder.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(seed)
+    for name, stories in (("train.txt", 4000), ("validation.txt", 200)):
+        (folder / name).write_text("\n".join(_story(chance) for _ in range(stories)) + "\n", encoding="utf-8")
+    _train_tokenizer(folder / "train.txt", model_folder)
+    _write_random_model(model_folder, seed)
+
+
+def _story(chance: random.Random) -> str:
+    name, animal, mood = chance.choice(_NAMES), chance.choice(_ANIMALS), chance.choice(_MOODS)
+    thing = chance.choice(_THINGS)
+    return (
+        f"One day a {mood} {animal} called {name} found {thing} {chance.choice(_PLACES)}. "
+        f"{name} was so {mood} that the {animal} {chance.choice(_DEEDS)} a {chance.choice(_ANIMALS)}. "
+        f"{chance.choice(_ENDINGS)}"
+    )
+
+
+def _train_tokenizer(text: Path, folder: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=VOCABULARY,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        num_threads=1,  # several make the order of pieces a matter of chance
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def _write_random_model(folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)

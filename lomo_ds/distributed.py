@@ -1,0 +1,125 @@
+"""The collectives this project uses, each with one meaning, and the start of a process group.
+
+All go through ``deepspeed.comm``, so DeepSpeed's communication logger counts them with its own.
+"""
+
+import os
+import subprocess
+from collections.abc import Callable
+from typing import TypeVar
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_gather_object
+
+from lomo_ds.errors import LomoError, PeerError
+
+Result = TypeVar("Result")
+
+
+def reduce_scatter_shard(gradient: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's shard of the sum of every rank's ``gradient``.
+
+    Args:
+        gradient: the whole gradient of one parameter, any shape, the same shape and dtype on every rank.
+        group: the ranks the parameter is split over.
+
+    Returns:
+        1-D, ceil(numel / world size) elements, zero-padded behind the last element of the gradient.
+    """
+    world_size = dist.get_world_size(group)
+    flat = gradient.contiguous().view(-1)
+    if world_size == 1:
+        return flat
+    shard_numel = -(-flat.numel() // world_size)
+    padding = shard_numel * world_size - flat.numel()
+    if padding:
+        flat = torch.nn.functional.pad(flat, (0, padding))
+    shard = torch.empty(shard_numel, dtype=flat.dtype, device=flat.device)
+    dist.reduce_scatter_tensor(shard, flat, group=group)
+    return shard
+
+
+def agree(values: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum ``values`` over all ranks, in place, so that every rank decides on the same figures."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(values, group=group)
+    return values
+
+
+def smallest(values: Tensor, group: ProcessGroup) -> Tensor:
+    """The smallest of each value over all ranks, in place: what every rank can rely on."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MIN, group=group)
+    return values
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Run ``action`` on every rank; if it fails on any, all stop: the first that knows raises, the others are silent.
+
+    Raises:
+        LomoError: what this rank's ``action`` raised, if no lower rank failed too.
+        PeerError: another rank failed first.
+    """
+    outcome: Result | LomoError
+    try:
+        outcome = action()
+    except LomoError as error:
+        outcome = error
+    failed = [False] * dist.get_world_size()
+    all_gather_object(failed, isinstance(outcome, LomoError))
+    if True not in failed:
+        assert not isinstance(outcome, LomoError)
+        return outcome
+    speaker = failed.index(True)
+    if speaker == dist.get_rank():
+        assert isinstance(outcome, LomoError)
+        outcome.only_here = True
+        raise outcome
+    raise PeerError(f"rank {speaker} failed")
+
+
+def is_speaker() -> bool:
+    """Whether this is the rank that talks to the user, known before any process group exists."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
+def is_host_speaker() -> bool:
+    """Whether this is the rank that does what is needed once on each host."""
+    return int(os.environ["LOCAL_RANK"]) == 0
+
+
+def start_process_group() -> None:
+    """Join the job's process group, however it was launched: deepspeed, torchrun, srun, or one plain process."""
+    if "RANK" not in os.environ:
+        os.environ.update(_slurm_environment() if "SLURM_STEP_NUM_TASKS" in os.environ else _lone_environment())
+    dist.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False
+    )
+
+
+def stop_process_group() -> None:
+    """Leave the process group; without this a rank can abort while the interpreter exits."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _lone_environment() -> dict[str, str]:
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def _slurm_environment() -> dict[str, str]:
+    """torch.distributed's variables from those that srun sets for each task of a step."""
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+    ).stdout.split()
+    return {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", hosts[0]),
+        # jobs that share a node must not share a port
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)),
+    }

@@ -1,0 +1,146 @@
+"""A DeepSpeed config and the command line made one: ``"auto"`` is filled in, a disagreement names both sides."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from lomo_ds.arguments import TrainArguments
+from lomo_ds.errors import ConfigError
+
+# where a field of the ds_config and an argument mean the same thing
+SAME_MEANING = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.weight_decay": "weight_decay",
+    "optimizer.params.seed": "seed",
+    "bf16.enabled": "bf16",
+    "fp16.enabled": "fp16",
+}
+# what DeepSpeed understands by a field that is not there, where that is not ours to choose
+ABSENT = {"gradient_clipping": 0.0}
+
+
+def read_ds_config(file: str) -> dict[str, Any]:
+    """The DeepSpeed config in a JSON file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not a JSON object.
+    """
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--deepspeed {file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"--deepspeed {file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"--deepspeed {file} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def reconcile(
+    ds_config: dict[str, Any], arguments: TrainArguments, given: frozenset[str], world_size: int
+) -> tuple[dict[str, Any], TrainArguments]:
+    """One truth from two sources: ``auto`` takes the argument, an argument not given takes the ds_config's value.
+
+    Args:
+        given: the arguments that were given, as opposed to left at their default.
+
+    Raises:
+        ConfigError: an argument that was given differs from the ds_config; every disagreement is listed.
+    """
+    config = copy.deepcopy(ds_config)
+    disagreements: list[str] = []
+    adopted: dict[str, Any] = {}
+    for path, name in SAME_MEANING.items():
+        theirs = _get(config, path)
+        if theirs is None and path in ABSENT and name not in given:
+            theirs = ABSENT[path]
+        if theirs in (None, "auto"):
+            _set(config, path, getattr(arguments, name))
+        elif name in given and theirs != getattr(arguments, name):
+            disagreements.append(f"{path} {json.dumps(theirs)} against --{name} {getattr(arguments, name)}")
+        else:
+            _set(config, path, theirs)
+            adopted[name] = theirs
+    if "scheduler" in config:
+        disagreements += [
+            f"scheduler {config['scheduler'].get('type')} against --{name} {getattr(arguments, name)}"
+            for name in ("lr_scheduler_type", "warmup_ratio")
+            if name in given
+        ]
+    if disagreements:
+        raise ConfigError(
+            f"the DeepSpeed config and the command line disagree: {'; '.join(disagreements)}; drop one side of each, "
+            'or write "auto" in the DeepSpeed config'
+        )
+    arguments = dataclasses.replace(arguments, **adopted)
+    _settle_train_batch_size(config, arguments, world_size)
+    return config, arguments
+
+
+def fill_scheduler(config: dict[str, Any], arguments: TrainArguments, total_steps: int) -> dict[str, Any]:
+    """``config`` with what only the length of the training text tells: the ``auto`` fields of its scheduler.
+
+    Raises:
+        ConfigError: something else is still ``auto``.
+    """
+    config = copy.deepcopy(config)
+    params = config.get("scheduler", {}).get("params", {})
+    known = {
+        "warmup_min_lr": 0.0,
+        "warmup_max_lr": arguments.learning_rate,
+        "warmup_num_steps": warmup_steps(arguments, total_steps),
+        "total_num_steps": total_steps,
+    }
+    params.update({name: value for name, value in known.items() if params.get(name) == "auto"})
+    unfilled = list(_autos(config))
+    if unfilled:
+        raise ConfigError(f'"auto" stands for nothing in the DeepSpeed config\'s {", ".join(unfilled)}; give a value')
+    return config
+
+
+def warmup_steps(arguments: TrainArguments, total_steps: int) -> int:
+    """Steps in which the learning rate rises."""
+    return round(arguments.warmup_ratio * total_steps)
+
+
+def _settle_train_batch_size(config: dict[str, Any], arguments: TrainArguments, world_size: int) -> None:
+    micro, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    size = micro * accumulation * world_size
+    theirs = config.get("train_batch_size", "auto")
+    if theirs not in ("auto", size):
+        raise ConfigError(
+            f"train_batch_size {theirs} in the DeepSpeed config is not per_device_train_batch_size {micro} x "
+            f'gradient_accumulation_steps {accumulation} x {world_size} GPUs = {size}; write "auto" or {size}'
+        )
+    config["train_batch_size"] = size
+
+
+def _get(config: dict[str, Any], path: str) -> Any:
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _set(config: dict[str, Any], path: str, value: Any) -> None:
+    *sections, last = path.split(".")
+    for key in sections:
+        config = config.setdefault(key, {})
+    config[last] = value
+
+
+def _autos(config: Any, path: str = "") -> Any:
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _autos(value, f"{path}.{key}" if path else key)
+    elif config == "auto" and path not in (
+        "optimizer.params.update_schedule",
+        "optimizer.params.stash_device",
+        "optimizer.params.rounding",
+    ):
+        yield path

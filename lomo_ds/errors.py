@@ -1,0 +1,35 @@
+"""What went wrong, in the user's words: every error a user can cause, and nothing else.
+
+A message states the rule, what it got and the way out, in one sentence. ``launch`` prints it without a
+traceback; a program that calls the library sees an ordinary exception of the ValueError family.
+"""
+
+
+class LomoError(Exception):
+    """Base of every error that is the user's to mend.
+
+    Attributes:
+        only_here: no other rank raises this error, so this one must tell it.
+    """
+
+    only_here = False
+
+
+class ConfigError(LomoError, ValueError):
+    """What was asked for cannot be done, or two settings contradict each other."""
+
+
+class DataError(LomoError, ValueError):
+    """A text file, a row in it or a tokenizer does not hold what training needs."""
+
+
+class ModelError(LomoError, ValueError):
+    """A model folder is incomplete, unreadable or does not fit the data."""
+
+
+class NonFiniteGradientError(LomoError, ArithmeticError):
+    """A gradient was inf or nan and the schedule in force had already used it."""
+
+
+class PeerError(LomoError, RuntimeError):
+    """Another rank failed and has said why; this rank stops in silence."""

@@ -1,0 +1,139 @@
+"""What DeepSpeed's engine calls its optimizer: ZeRO-3 gathering, the backward hooks and the end of a step."""
+
+import math
+from typing import Any
+
+import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from lomo_ds import zero3
+from lomo_ds.backward import BackwardHooks
+from lomo_ds.clipping import Clipping
+from lomo_ds.distributed import agree
+from lomo_ds.errors import NonFiniteGradientError
+from lomo_ds.schedules import Schedule
+
+
+class ParameterGroups(torch.optim.Optimizer):
+    """Parameters with their learning rate and weight decay, as learning-rate schedulers want to see them."""
+
+    def __init__(self, parameters: list[Any], lr: float, weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing: the weights change during backward."""
+
+
+class LomoOptimizer(ZeROOptimizer):
+    """Ends each step: all ranks agree on overflow, norm and loss, then the schedule finishes and shards are refreshed.
+
+    Args:
+        groups: the parameters and their learning rates.
+        offload: DeepSpeed's gathering and partitioning of them.
+        hooks: bring the gradients to ``schedule``.
+        ranks: the data-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        groups: ParameterGroups,
+        offload: DeepSpeedZeRoOffload,
+        hooks: BackwardHooks,
+        schedule: Schedule,
+        clipping: Clipping,
+        loss_scaler: LossScalerBase,
+        ranks: ProcessGroup,
+    ) -> None:
+        super().__init__()
+        self.optimizer = groups
+        self.offload = offload
+        self.hooks = hooks
+        self.schedule = schedule
+        self.clipping = clipping
+        self.loss_scaler = loss_scaler
+        self.ranks = ranks
+        # read by ZeROOptimizer.scale_if_loss and needs_scaler
+        self.dynamic_loss_scale = loss_scaler.dynamic
+        self.custom_loss_scaler = False
+        self.external_loss_scale = 1.0
+        self.torch_autocast_gradscaler = None
+        # read by DeepSpeedEngine after a step
+        self.overflow = False
+        self._global_grad_norm: float | None = None
+        self.loss: float = math.nan  # of the last step, over all ranks; nan where only the caller knows it
+        self._start_step()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Live: a scheduler that sets ``lr`` here is obeyed at the next update."""
+        return self.optimizer.param_groups
+
+    @property
+    def cur_scale(self) -> float:
+        """The loss scale of the next step; 1 unless training in fp16."""
+        return float(self.loss_scaler.loss_scale)
+
+    def add_loss(self, contribution: Tensor) -> None:
+        """Count this rank's part of the step's loss (0-dim, detached), to be agreed on with the norm."""
+        self._loss_sum += contribution
+
+    def abandon(self) -> None:
+        """All ranks agree that this step's loss is not finite: it will change nothing, and counts as an overflow."""
+        self.abandoned = True
+
+    def agree_on_step(self) -> list[float]:
+        """The step's one collective: overflow, global norm and loss; returns the clip factors of the groups."""
+        squared_norms = self.schedule.measure() / self.schedule.scale**2
+        agreed = agree(torch.cat([squared_norms, self._loss_sum]), self.ranks).cpu()
+        self.loss = float(agreed[-1])
+        self._global_grad_norm = float(agreed[:-1].sum().sqrt())
+        self.overflow = not (math.isfinite(self._global_grad_norm) and math.isfinite(self.loss))
+        self._agreed = True
+        return self.clipping.coefficients(agreed[:-1]).tolist()
+
+    def step(self, closure: Any = None) -> None:
+        """Finish the step whose gradients backward has brought.
+
+        Raises:
+            NonFiniteGradientError: the schedule had already updated weights from an inf or nan.
+        """
+        if self.abandoned:
+            self.overflow, self._global_grad_norm, self.loss = True, math.nan, math.nan
+        elif not self._agreed:
+            coefficients = self.agree_on_step()
+            if not self.overflow:
+                self.schedule.apply(coefficients)
+            elif self.schedule.updates_in_backward:
+                raise NonFiniteGradientError(
+                    "a gradient was inf or nan, and update_schedule immediate has already put it into the weights; "
+                    "start again from saved weights with a lower learning rate, or with update_schedule stash, "
+                    "which skips such a step"
+                )
+        self.optimizer.step()  # learning-rate schedulers want to have seen it
+        self.loss_scaler.update_scale(self.overflow)
+        zero3.refresh(self.offload)
+        self._start_step()
+
+    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
+        """DeepSpeed's name for the end of a backward pass."""
+        self.hooks.end_backward()
+        zero3.release(self.offload)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing to do: no gradient outlives its hook."""
+
+    def destroy(self) -> None:
+        """Take every hook off the model."""
+        self.hooks.remove()
+        self.offload.destroy()
+
+    def _start_step(self) -> None:
+        world_size = torch.distributed.get_world_size(self.ranks)
+        self.schedule.start(scale=self.cur_scale * world_size)
+        self._loss_sum = torch.zeros(1, dtype=torch.float64, device=self.schedule.squared_norms.device)
+        self._agreed = False
+        self.abandoned = False

@@ -1,0 +1,35 @@
+"""SGD, the rule of LOMO: p <- (1 - lr decay) p - lr g (arXiv 2306.09782, equation 1)."""
+
+import torch
+from torch import Tensor
+
+from lomo_ds.numerics import chunks, stochastic_round
+
+
+class Sgd:
+    """Plain SGD with fp32 arithmetic and no state.
+
+    Args:
+        generator: source of stochastic rounding for half-precision shards, on the device that computes;
+            None rounds to nearest.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
+
+    def update(self, shard: Tensor, gradient: Tensor, coefficient: float | Tensor, lr: float, decay: float) -> None:
+        """See ``Rule.update``."""
+        for weights, gradients in chunks(shard, gradient):
+            exact = weights.to(gradients.device, torch.float32)  # fp32 shards are updated where they lie
+            if decay:
+                exact.mul_(1 - lr * decay)
+            exact.sub_(gradients.float() * coefficient, alpha=lr)
+            self._store(weights, exact)
+
+    def _store(self, weights: Tensor, exact: Tensor) -> None:
+        if exact.data_ptr() == weights.data_ptr():
+            return
+        if weights.dtype == torch.float32 or self.generator is None:
+            weights.copy_(exact)
+        else:
+            weights.copy_(stochastic_round(exact, weights.dtype, self.generator))

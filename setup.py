@@ -1,0 +1,46 @@
+"""Packaging of lomo_ds. torch is pinned here, and only here."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TORCH = "2.13.0"  # the release that `make setup` installs; every release from 2.11 on works
+
+setup(
+    name="lomo_ds",
+    version="0.1.0",
+    description="Full-parameter LOMO fine-tuning inside DeepSpeed ZeRO-3",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["lomo_ds", "lomo_ds.*"]),
+    package_data={"lomo_ds": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed==0.19.8",  # its internals are subclassed; tests/test_deepspeed_contract.py names what is relied on
+        "transformers>=5.17,<6",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "protobuf",
+        "torchdata>=0.11",
+        "tensorboard>=2.18",
+        "nvidia-ml-py>=12.560",  # the pynvml module
+        "numpy",
+        "psutil",
+        "pyyaml",
+        "setuptools",  # torch builds DeepSpeed's host communication op with it
+        "tqdm",
+    ],
+    extras_require={
+        "dev": [
+            "hypothesis",
+            "mypy>=1.15",
+            "pytest>=8",
+            "ruff>=0.11",
+            "types-psutil",
+            "types-PyYAML",
+            "types-setuptools",
+            "types-tqdm",
+        ],
+    },
+)
