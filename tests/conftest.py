@@ -1,0 +1,36 @@
+"""Fixtures: groups of ranks that live as long as the test session, and the real weights where they are at hand."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # of this process, before anything imports deepspeed
+
+from tests.ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[..., Ranks]]:
+    """``ranks(world_size)``: that many processes in one group, started once a session."""
+    started: dict[tuple[int, str], Ranks] = {}
+
+    def group_of(world_size: int, accelerator: str = "cpu") -> Ranks:
+        key = (world_size, accelerator)
+        if key not in started or not started[key].alive:
+            started[key] = Ranks(world_size, accelerator)
+        return started[key]
+
+    yield group_of
+    for group in started.values():
+        group.stop()
+
+
+@pytest.fixture
+def assets() -> Path:
+    """The folder of real weights and texts that LOMO_DS_ASSETS names."""
+    folder = os.environ.get("LOMO_DS_ASSETS")
+    if not folder:
+        pytest.skip("LOMO_DS_ASSETS is not set; it names a folder of real weights and texts")
+    return Path(folder).resolve()

@@ -1,0 +1,56 @@
+"""Build an engine for a test, and read its weights back."""
+
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+import lomo_ds
+
+WHOLE_THRESHOLD = 100_000  # DeepSpeed's default: all of a tiny model is persistent
+
+
+def make_engine(
+    model: Module,
+    schedule: str = "auto",
+    threshold: int = WHOLE_THRESHOLD,
+    accumulation: int = 1,
+    global_norm: float | None = None,
+    lr: float = 0.3,
+    params: dict[str, Any] | None = None,
+    lr_scheduler: Any = None,
+    **sections: Any,
+) -> lomo_ds.LomoEngine:
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": global_norm or 0.0,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold},
+        "optimizer": {"type": "LOMO", "params": {"lr": lr, "update_schedule": schedule, **(params or {})}},
+        **sections,
+    }
+    return lomo_ds.initialize(model=model, config=config, lr_scheduler=lr_scheduler)[0]
+
+
+def weights_of(engine: lomo_ds.LomoEngine) -> dict[str, Tensor]:
+    """A copy of every whole parameter, from the shards."""
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+def largest_difference(weights: dict[str, Tensor], reference: Module) -> float:
+    theirs = dict(reference.named_parameters())
+    assert theirs.keys() == weights.keys()
+    differences = [float((weights[name].float() - theirs[name].float()).abs().max()) for name in weights]
+    return math.inf if any(math.isnan(difference) for difference in differences) else max(differences)
+
+
+def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,113 @@
+"""Run a plain function on N ranks: ``ranks(2).run(function, argument)`` returns what each rank returned.
+
+The processes of a world size are started once and wait for further functions. They are forked from one server that
+has already imported torch, deepspeed and transformers, which is what takes the time.
+"""
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+TIMEOUT = 300.0  # seconds that a function may take
+GRACE = 10.0  # seconds the other ranks have to end when one has failed
+
+
+class Ranks:
+    """``world_size`` processes in one process group."""
+
+    def __init__(self, world_size: int, accelerator: str = "cpu") -> None:
+        if accelerator == "cpu":
+            context: Any = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["lomo_ds.trainer"])
+        else:
+            context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        self.world_size = world_size
+        self.connections: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, port, accelerator), daemon=True)
+            process.start()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What ``function(*arguments)`` returned on each rank; its failure on any rank fails the test."""
+        for connection in self.connections:
+            connection.send((function, arguments))
+        results = [None] * self.world_size
+        failures: dict[int, str] = {}
+        waiting = set(range(self.world_size))
+        deadline = time.monotonic() + TIMEOUT
+        while waiting and time.monotonic() < deadline:
+            for rank in sorted(waiting):
+                if self.connections[rank].poll(0.005):
+                    outcome, value = self.connections[rank].recv()
+                    waiting.remove(rank)
+                    if outcome == "returned":
+                        results[rank] = value
+                    else:
+                        failures[rank] = value
+                        deadline = min(deadline, time.monotonic() + GRACE)
+        if failures or waiting:
+            if waiting:
+                self.stop()
+            told = "\n".join(f"--- rank {rank} ---\n{text}" for rank, text in failures.items())
+            hung = f"\nranks {sorted(waiting)} did not end" if waiting else ""
+            pytest.fail(f"{function.__name__}{arguments}:\n{told}{hung}", pytrace=False)
+        return results
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(connection: Connection, rank: int, world_size: int, port: int, accelerator: str) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": accelerator,
+    }
+    import logging
+
+    import torch
+
+    from lomo_ds.distributed import start_process_group
+
+    torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    start_process_group()
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(("returned", function(*arguments)))
+        except BaseException:
+            connection.send(("raised", traceback.format_exc()))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

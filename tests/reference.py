@@ -1,0 +1,106 @@
+"""What lomo_ds is held against: plain PyTorch, one process, the whole batch, no DeepSpeed."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
+
+VOCABULARY = 61
+
+
+class OddForCausalLM(LlamaForCausalLM):
+    """A LLaMA with what breaks sharding: sizes that do not divide, tiny, frozen and unused parameters."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.gain = Parameter(torch.ones(1))
+        self.shift = Parameter(torch.zeros(2, 1))
+        self.unused = Parameter(torch.ones(7))
+        self.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **kwargs: Any) -> CausalLMOutput:
+        logits = super().forward(input_ids=input_ids, **kwargs).logits * self.gain + self.shift.sum()
+        return CausalLMOutput(loss=self.loss_function(logits, labels, VOCABULARY), logits=logits)
+
+
+def tiny_model(tied: bool = False, dropout: float = 0.0, seed: int = 0) -> OddForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=20,
+        intermediate_size=33,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+        attention_dropout=dropout,
+        initializer_range=0.2,
+    )
+    return OddForCausalLM(config).train()
+
+
+def whole_batch(step: int, rows: int, length: int = 12) -> dict[str, Tensor]:
+    """``rows`` sequences, each with another number of labels that count; one row has none."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    input_ids = torch.randint(VOCABULARY, (rows, length), generator=generator)
+    labels = input_ids.clone()
+    for row in range(rows):
+        ignored = length if row == 1 else (row * 5 + step) % length
+        labels[row, :ignored] = -100
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def part(batch: dict[str, Tensor], index: int, parts: int) -> dict[str, Tensor]:
+    """Part ``index`` of a batch cut into ``parts``."""
+    return {name: value.chunk(parts)[index] for name, value in batch.items()}
+
+
+class PlainSGD:
+    """torch.optim.SGD with the clips of lomo_ds, each written down independently."""
+
+    def __init__(
+        self,
+        model: Module,
+        lr: float,
+        weight_decay: float = 0.0,
+        value: float | None = None,
+        group_norm: float | None = None,
+        global_norm: float | None = None,
+    ) -> None:
+        self.model = model
+        self.value, self.group_norm, self.global_norm = value, group_norm, global_norm
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=lr)
+        self.lr, self.weight_decay = lr, weight_decay
+
+    def step(self, batch: dict[str, Tensor]) -> tuple[float, float]:
+        """One step; the loss, and the gradient norm before clipping."""
+        self.optimizer.zero_grad()
+        loss = self.model(**batch).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.global_norm or float("inf"))
+        if self.value is not None:
+            torch.nn.utils.clip_grad_value_(self.model.parameters(), self.value)
+        if self.group_norm is not None:
+            for group in _layers_and_the_rest(self.model):
+                torch.nn.utils.clip_grad_norm_(group, self.group_norm)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.mul_(1 - self.lr * self.weight_decay)
+        self.optimizer.step()
+        return float(loss.detach()), float(norm)
+
+
+def _layers_and_the_rest(model: Module) -> Iterator[list[Parameter]]:
+    groups: dict[str, list[Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        layer = re.match(r"model\.layers\.\d+", name)
+        groups.setdefault(layer.group() if layer else name.rpartition(".")[0], []).append(parameter)
+    yield from groups.values()
