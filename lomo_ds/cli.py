@@ -23,8 +23,9 @@ def run_on_all_ranks(main: Callable[[], None]) -> int:
     defect and shows its traceback.
     """
     _quiet_libraries()
+    started = False
     try:
-        start_process_group()
+        started = start_process_group()
         _share_cores()
         main()
     except LomoError as error:
@@ -34,7 +35,8 @@ def run_on_all_ranks(main: Callable[[], None]) -> int:
             time.sleep(SILENT_RANK_DELAY)
         return 2
     finally:
-        stop_process_group()
+        if started:
+            stop_process_group()
     return 0
 
 

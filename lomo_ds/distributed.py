@@ -91,19 +91,25 @@ def is_host_speaker() -> bool:
     return int(os.environ["LOCAL_RANK"]) == 0
 
 
-def start_process_group() -> None:
-    """Join the job's process group, however it was launched: deepspeed, torchrun, srun, or one plain process."""
+def start_process_group() -> bool:
+    """Join the job's process group, however it was launched: deepspeed, torchrun, srun, or one plain process.
+
+    Returns:
+        False if this process was in it already.
+    """
+    if dist.is_initialized():
+        return False
     if "RANK" not in os.environ:
         os.environ.update(_slurm_environment() if "SLURM_STEP_NUM_TASKS" in os.environ else _lone_environment())
     dist.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False
     )
+    return True
 
 
 def stop_process_group() -> None:
     """Leave the process group; without this a rank can abort while the interpreter exits."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _lone_environment() -> dict[str, str]:

@@ -237,11 +237,11 @@ class LomoEngine(DeepSpeedEngine):
         lomo = read_lomo_config(self.config)
         offload = self._partition_parameters()
         options = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        trained = {
-            name: parameter
-            for name, parameter in self.module.named_parameters()
-            if parameter.requires_grad and id(parameter) in options
-        }
+        trained = {}
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in options)
+            if parameter.requires_grad:
+                trained[name] = parameter
         shards = [zero3.Shard.of(name, parameter) for name, parameter in trained.items()]
         targets = [
             Target(shard.data, group, options[id(parameter)])

@@ -34,7 +34,7 @@ class Ranks:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, port, accelerator), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, port, accelerator))
             process.start()
             self.connections.append(ours)
             self.processes.append(process)

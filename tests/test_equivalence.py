@@ -37,14 +37,14 @@ class Surroundings:
     threshold: int
 
 
-# any two values of two of them meet in one of these
+# any two values of two of them meet in one of these six; a test takes three, the next world size the other three
 SURROUNDINGS = [
     Surroundings(None, tied=False, threshold=0),
     Surroundings(None, tied=True, threshold=WHOLE_THRESHOLD),
-    Surroundings("non-reentrant", tied=True, threshold=0),
-    Surroundings("non-reentrant", tied=False, threshold=WHOLE_THRESHOLD),
-    Surroundings("reentrant", tied=True, threshold=0),
+    Surroundings("non-reentrant", tied=True, threshold=WHOLE_THRESHOLD),
+    Surroundings("non-reentrant", tied=False, threshold=0),
     Surroundings("reentrant", tied=False, threshold=WHOLE_THRESHOLD),
+    Surroundings("reentrant", tied=True, threshold=0),
 ]
 
 
@@ -81,14 +81,15 @@ def train_both(schedule: str, clip: str, accumulation: int, surroundings: Surrou
     return difference
 
 
-def train_all(combination: tuple[str, str, int]) -> dict[str, float]:
-    return {str(asdict(around)): train_both(*combination, around) for around in SURROUNDINGS}
+def train_in_all(combination: tuple[str, str, int], surroundings: list[Surroundings]) -> dict[str, float]:
+    return {str(asdict(around)): train_both(*combination, around) for around in surroundings}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("combination", OFFERED, ids=lambda c: f"{c[0]}, {c[1]}, accumulation {c[2]}")
 def test_equals_plain_sgd(ranks: Callable[..., Ranks], world_size: int, combination: tuple[str, str, int]) -> None:
-    for differences in ranks(world_size).run(train_all, combination):
+    half = SURROUNDINGS[(world_size + OFFERED.index(combination)) % 2 :: 2]
+    for differences in ranks(world_size).run(train_in_all, combination, half):
         assert max(differences.values()) < TOLERANCE, differences
 
 

@@ -1,0 +1,55 @@
+"""What ``auto`` picks, and when it cannot."""
+
+import pytest
+
+from lomo_ds.config import LomoConfig
+from lomo_ds.errors import ConfigError
+from lomo_ds.schedules import Choice, choose_schedule
+
+GIB = 2**30
+
+
+def choose(
+    schedule: str = "auto",
+    stash_device: str = "auto",
+    needs: str | None = "gradient_clipping 1.0",
+    accumulates: bool = False,
+    stash: int = 2 * GIB,
+    device: int = 100 * GIB,
+    host: int = 100 * GIB,
+) -> Choice:
+    lomo = LomoConfig(lr=0.1, update_schedule=schedule, stash_device=stash_device)  # type: ignore[arg-type]
+    return choose_schedule(lomo, needs, accumulates, stash, device, host)
+
+
+def test_immediate_when_nothing_needs_the_whole_gradient() -> None:
+    assert choose(needs=None).schedule == "immediate"
+
+
+def test_stash_on_the_device_where_it_fits() -> None:
+    choice = choose()
+    assert (choice.schedule, choice.stash_device) == ("stash", "gpu")
+    assert "gradient_clipping 1.0" in choice.reason
+    assert "2.00 GiB" in choice.reason
+
+
+def test_stash_in_host_memory_where_only_that_fits() -> None:
+    assert (choose(device=3 * GIB).schedule, choose(device=3 * GIB).stash_device) == ("stash", "cpu")
+
+
+def test_two_pass_where_it_fits_nowhere() -> None:
+    assert choose(device=3 * GIB, host=2 * GIB).schedule == "two_pass"
+
+
+def test_accumulation_that_fits_nowhere_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"fit neither the device .* nor host memory"):
+        choose(device=3 * GIB, host=2 * GIB, accumulates=True)
+
+
+@pytest.mark.parametrize("schedule", ["immediate", "two_pass"])
+def test_what_is_asked_for_is_done(schedule: str) -> None:
+    assert choose(schedule, needs=None) == Choice(schedule, "gpu", "as asked")
+
+
+def test_the_stash_device_asked_for_is_taken() -> None:
+    assert choose("stash", "cpu").stash_device == "cpu"

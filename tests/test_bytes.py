@@ -1,0 +1,109 @@
+"""What the idea promises, counted: gradients alive during backward, and bytes on the wire per step."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed.comm as dist
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.engines import make_engine
+from tests.ranks import Ranks
+
+GroupOf = Callable[..., Ranks]
+
+
+def model_of_some_size() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4
+    )
+    return LlamaForCausalLM(config)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(dist.get_rank()))
+    return {"input_ids": ids, "labels": ids}
+
+
+class WireBytes(TorchDispatchMode):
+    """Counts what each collective moves: the whole of what is gathered or scattered, twice what is all-reduced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._opname
+            tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            largest = max((tensor.nbytes for tensor in tensors), default=0)
+            self.counted[name] += 2 * largest if "allreduce" in name else largest
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(schedule: str, threshold: int) -> tuple[float, dict[str, int]]:
+    """Bytes of the fourth step (DeepSpeed traces the first ones) in units of all parameters' bytes."""
+    model = model_of_some_size()
+    parameter_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
+    engine = make_engine(model, schedule, threshold, bf16={"enabled": True})
+    for _ in range(3):
+        engine.train_batch(batch())
+    with WireBytes() as wire:
+        engine.train_batch(batch())
+    return sum(wire.counted.values()) / parameter_bytes, dict(wire.counted)
+
+
+@pytest.mark.parametrize("threshold", [0, 100, 100_000])
+@pytest.mark.parametrize(("schedule", "limit"), [("immediate", 3.05), ("stash", 3.05), ("two_pass", 6.05)])
+def test_bytes_on_the_wire(ranks: GroupOf, schedule: str, limit: float, threshold: int) -> None:
+    for total, by_collective in ranks(2).run(traffic, schedule, threshold):
+        assert 1.9 < total <= limit, by_collective
+
+
+def gradients_alive(schedule: str) -> tuple[int, int, int]:
+    """The largest total of whole gradients alive at once, the two largest parameters, and all of them; in bytes."""
+    model = model_of_some_size()
+    alive: list[tuple[StorageWeakRef, int]] = []
+    peak = 0
+
+    def watch(parameter: torch.nn.Parameter) -> None:
+        nonlocal peak
+        assert parameter.grad is not None
+        alive.append((StorageWeakRef(parameter.grad.untyped_storage()), parameter.grad.nbytes))
+        peak = max(peak, sum(size for storage, size in alive if not storage.expired()))
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(watch)  # before the engine's own, which frees
+    sizes = sorted(4 * parameter.numel() for parameter in model.parameters())
+    engine = make_engine(model, schedule, threshold=0)
+    for _ in range(3):
+        engine.train_batch(batch())
+    assert len(alive) == 3 * len(sizes) * engine.schedule.passes
+    return peak, sum(sizes[-2:]), sum(sizes)
+
+
+@pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
+def test_gradients_alive(ranks: GroupOf, schedule: str) -> None:
+    for peak, two_largest, every in ranks(2).run(gradients_alive, schedule):
+        assert 0 < peak <= two_largest < every / 4
+
+
+def stash_bytes() -> tuple[int, int]:
+    """Bytes in the stash at the end of backward, and this rank's share of all gradients."""
+    engine = make_engine(model_of_some_size(), "stash", threshold=0)
+    stash: Any = engine.schedule
+    engine.backward(engine(**batch()).loss)
+    held = sum(shard.untyped_storage().nbytes() for shard in stash.held.values())
+    engine.step()
+    assert not stash.held
+    return held, sum(target.shard.nbytes for target in stash.targets)
+
+
+def test_a_stash_is_this_ranks_shards_and_nothing_more(ranks: GroupOf) -> None:
+    for held, share in ranks(2).run(stash_bytes):
+        assert held == share

@@ -1,0 +1,72 @@
+"""What lomo_ds relies on inside DeepSpeed; where a release moves it, these fail with the name that moved."""
+
+import ast
+import inspect
+from typing import Any
+
+import pytest
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init
+
+import lomo_ds
+
+
+def methods_of(owner: type) -> dict[str, ast.FunctionDef]:
+    """By source, since decorators hide the signature."""
+    body = ast.parse(inspect.getsource(owner)).body[0]
+    return {node.name: node for node in ast.walk(body) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "parameters"),
+    [
+        (DeepSpeedEngine, "_configure_optimizer", ["self", "client_optimizer", "model_parameters"]),
+        (DeepSpeedEngine, "_configure_zero_optimizer", ["self", "optimizer"]),
+        (DeepSpeedEngine, "_is_supported_optimizer", ["self", "optimizer_name"]),
+        (DeepSpeedEngine, "_backward_prologue", ["self"]),
+        (DeepSpeedEngine, "backward", ["self", "loss", "retain_graph", "scale_wrt_gas"]),
+        (DeepSpeedEngine, "step", ["self", "lr_kwargs"]),
+        (DeepSpeedEngine, "set_gradient_accumulation_boundary", ["self", "is_boundary"]),
+        (ZeROOptimizer, "scale_if_loss", ["self", "value"]),
+        (ZeROOptimizer, "needs_scaler", ["self"]),
+        (DeepSpeedZeRoOffload, "partition_all_parameters", ["self"]),
+        (DeepSpeedZeRoOffload, "release_backward_leftovers", ["self"]),
+        (DeepSpeedZeRoOffload, "destroy", ["self"]),
+        (Init, "_convert_to_zero_parameters", ["self", "param_list"]),
+    ],
+)
+def test_method(owner: type, name: str, parameters: list[str]) -> None:
+    method = methods_of(owner).get(name)
+    assert method, f"DeepSpeed no longer has {owner.__name__}.{name}, which lomo_ds calls or overrides"
+    got = [argument.arg for argument in method.args.args]
+    assert got == parameters, f"DeepSpeed's {owner.__name__}.{name} now takes {got}; lomo_ds expects {parameters}"
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (DeepSpeedZeRoOffload.__init__, {"module", "timers", "ds_config", "dp_process_group", "offload_param_config"}),
+        (Init.__init__, {"module", "config_dict_or_path", "dtype"}),
+        (CreateLossScaler, {"dtype", "static_loss_scale", "dynamic_scaling", "dynamic_loss_args"}),
+    ],
+)
+def test_arguments(call: Any, wanted: set[str]) -> None:
+    missing = wanted - set(inspect.signature(call).parameters)
+    assert not missing, f"DeepSpeed's {call.__qualname__} no longer takes {missing}"
+
+
+def test_the_epilogue_is_called_by_name() -> None:
+    source = ast.unparse(methods_of(DeepSpeedEngine)["allreduce_gradients"])
+    assert "self.optimizer.overlapping_partition_gradients_reduce_epilogue()" in source, (
+        "DeepSpeed no longer ends a backward pass through overlapping_partition_gradients_reduce_epilogue"
+    )
+
+
+def test_initialize_has_deepspeeds_arguments() -> None:
+    import deepspeed
+
+    theirs = inspect.signature(deepspeed.initialize).parameters
+    assert list(inspect.signature(lomo_ds.initialize).parameters) == list(theirs)

@@ -1,0 +1,77 @@
+"""The collectives, and failing together."""
+
+import os
+from collections.abc import Callable
+
+import deepspeed.comm as dist
+import pytest
+import torch
+
+from lomo_ds import distributed
+from lomo_ds.distributed import agree, reduce_scatter_shard, smallest, together
+from lomo_ds.errors import ConfigError, PeerError
+from tests.ranks import Ranks
+
+GroupOf = Callable[..., Ranks]
+
+
+def reduce_and_gather(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    world = dist.get_world_group()
+    gradients = [torch.arange(float(torch.Size(shape).numel())).view(shape) + rank for rank in range(world.size())]
+    shard = reduce_scatter_shard(gradients[dist.get_rank()].to(dtype).t(), world)
+    whole = torch.stack(gradients).sum(dim=0).t().flatten()
+    padded = torch.zeros(shard.numel() * world.size())
+    padded[: whole.numel()] = whole
+    assert torch.equal(shard.float(), padded.chunk(world.size())[dist.get_rank()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(4, 6), (5, 7), (1, 1), (2, 1)])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_reduce_scatter_shard(ranks: GroupOf, world_size: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    ranks(world_size).run(reduce_and_gather, shape, dtype)
+
+
+def sum_and_least() -> tuple[float, float]:
+    mine = torch.tensor([float(dist.get_rank() + 1)])
+    return agree(mine.clone(), dist.get_world_group()).item(), smallest(mine.clone(), dist.get_world_group()).item()
+
+
+def test_agree_and_smallest(ranks: GroupOf) -> None:
+    assert ranks(3).run(sum_and_least) == [(6.0, 1.0)] * 3
+
+
+def fail_on(failing: list[int]) -> str:
+    def action() -> int:
+        if dist.get_rank() in failing:
+            raise ConfigError(f"rank {dist.get_rank()} knows")
+        return dist.get_rank()
+
+    try:
+        return str(together(action))
+    except (ConfigError, PeerError) as error:
+        return f"{type(error).__name__} {error} {error.only_here}"
+
+
+def test_together_one_rank_speaks(ranks: GroupOf) -> None:
+    assert ranks(3).run(fail_on, []) == ["0", "1", "2"]
+    silent = "PeerError rank 1 failed False"
+    assert ranks(3).run(fail_on, [1, 2]) == [silent, "ConfigError rank 1 knows True", silent]
+
+
+def test_slurm_variables_become_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    for name, value in {
+        "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "gpu[03-04]",
+        "SLURM_JOB_ID": "123456",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    scontrol = f"{tmp_path}/scontrol"
+    with open(scontrol, "w") as script:  # noqa: PTH123
+        script.write('#!/bin/sh\ntest "$*" = "show hostnames gpu[03-04]" && printf "gpu03\\ngpu04\\n"\n')
+    os.chmod(scontrol, 0o755)  # noqa: PTH101
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert distributed._slurm_environment() == {
+        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu03", "MASTER_PORT": "23456",
+    }  # fmt: skip

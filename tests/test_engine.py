@@ -1,0 +1,296 @@
+"""The engine as a user holds it: DeepSpeed's idiom, figures that tell the truth, refusals, skipped steps."""
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import pytest
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+import lomo_ds
+from lomo_ds.errors import ConfigError, NonFiniteGradientError
+from tests.engines import identical, largest_difference, make_engine, weights_of
+from tests.ranks import Ranks
+from tests.reference import PlainSGD, part, tiny_model, whole_batch
+
+GroupOf = Callable[..., Ranks]
+
+
+def even_batch(step: int, rows: int) -> dict[str, Tensor]:
+    """As many labels in every row, so that the mean of rank means is the mean."""
+    batch = whole_batch(step, rows)
+    return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
+
+
+def my_part(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return part(batch, dist.get_rank(), dist.get_world_size())
+
+
+# the idiom: engine(...), engine.backward(loss), engine.step()
+
+
+def train_by_idiom(schedule: str, accumulation: int, torch_style: bool) -> float:
+    model = tiny_model()
+    reference = PlainSGD(copy.deepcopy(model), lr=0.3)
+    engine = make_engine(model, schedule, accumulation=accumulation)
+    for step in range(3):
+        batch = even_batch(step, rows=dist.get_world_size() * accumulation)
+        _, norm = reference.step(batch)
+        for micro_step in range(accumulation):
+            loss = engine(**part(my_part(batch), micro_step, accumulation)).loss
+            if torch_style:
+                loss.backward()
+            else:
+                engine.backward(loss)
+            engine.step()
+        assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-4)
+    assert engine.global_steps == 3
+    return largest_difference(weights_of(engine), reference.model)
+
+
+@pytest.mark.parametrize("torch_style", [False, True], ids=["engine.backward", "loss.backward"])
+@pytest.mark.parametrize(("schedule", "accumulation"), [("immediate", 1), ("stash", 1), ("stash", 3)])
+def test_idiom_equals_plain_sgd(ranks: GroupOf, schedule: str, accumulation: int, torch_style: bool) -> None:
+    assert max(ranks(2).run(train_by_idiom, schedule, accumulation, torch_style)) < 1e-6
+
+
+def idiom_under_two_pass() -> str:
+    engine = make_engine(tiny_model(), "two_pass")
+    with pytest.raises(ConfigError) as refusal:
+        engine.backward(engine(**my_part(even_batch(0, rows=dist.get_world_size()))).loss)
+    return str(refusal.value)
+
+
+def test_idiom_is_refused_under_two_pass(ranks: GroupOf) -> None:
+    for sentence in ranks(2).run(idiom_under_two_pass):
+        assert "two_pass" in sentence
+        assert "engine.train_batch(batch)" in sentence
+
+
+def several_micro_batches(schedule: str) -> str:
+    engine = make_engine(tiny_model(), schedule)
+    with pytest.raises(ConfigError) as refusal:
+        engine.train_batch([even_batch(0, 1), even_batch(1, 1)])
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("schedule", ["immediate", "two_pass"])
+def test_several_micro_batches_need_a_stash(ranks: GroupOf, schedule: str) -> None:
+    assert "2 micro-batches" in ranks(1).run(several_micro_batches, schedule)[0]
+
+
+# what initialize returns, and what it refuses
+
+
+def returned_values() -> None:
+    dataset = [even_batch(step, 1)["input_ids"][0] for step in range(16)]
+    engine, optimizer, loader, scheduler = lomo_ds.initialize(
+        model=tiny_model(),
+        training_data=dataset,  # type: ignore[arg-type]
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": 3},
+            "optimizer": {"type": "LOMO", "params": {"lr": 0.1}},
+            "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 8}},
+        },
+    )
+    assert isinstance(engine, deepspeed.DeepSpeedEngine)
+    assert optimizer is engine.optimizer
+    assert len(loader) == 4
+    rates = []
+    for ids in loader:
+        rates.append(engine.get_lr()[0])
+        engine.train_batch({"input_ids": ids, "labels": ids})
+    assert 0 == rates[0] < rates[-1] <= 0.1
+    assert scheduler.last_batch_iteration == 3
+    assert engine.module.training
+
+
+def test_initialize_returns_what_deepspeeds_does(ranks: GroupOf) -> None:
+    ranks(2).run(returned_values)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "mpu", "mesh_param"])
+def test_initialize_refuses_what_it_would_ignore(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"takes no {name}"):
+        lomo_ds.initialize(model=tiny_model(), config={}, **{name: object()})  # type: ignore[arg-type]
+
+
+def test_initialize_needs_one_config() -> None:
+    with pytest.raises(ConfigError, match=r"give one DeepSpeed config.*got 0"):
+        lomo_ds.initialize(model=tiny_model())
+
+
+# learning rates
+
+
+def follow_scheduler(name: str) -> None:
+    model = tiny_model()
+    reference = PlainSGD(copy.deepcopy(model), lr=0.3)
+    theirs = get_scheduler(name, reference.optimizer, num_warmup_steps=2, num_training_steps=6)
+    engine = make_engine(
+        model, "stash", lr_scheduler=lambda optimizer: get_scheduler(name, optimizer, 2, num_training_steps=6)
+    )
+    for step in range(5):
+        batch = whole_batch(step, rows=2)
+        assert engine.get_lr() == theirs.get_last_lr()
+        reference.step(batch)
+        theirs.step()
+        engine.train_batch(my_part(batch))
+    assert largest_difference(weights_of(engine), reference.model) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup"])
+def test_learning_rate_schedules(ranks: GroupOf, name: str) -> None:
+    ranks(2).run(follow_scheduler, name)
+
+
+def two_parameter_groups() -> None:
+    model = tiny_model()
+    before = copy.deepcopy(dict(model.named_parameters()))
+    norms = [parameter for name, parameter in model.named_parameters() if "norm" in name]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "optimizer": {"type": "LOMO", "params": {"lr": 0.3}},
+    }
+    groups = [{"params": norms, "lr": 0.0}, {"params": [model.gain]}]
+    engine = lomo_ds.initialize(model=model, model_parameters=groups, config=config)[0]
+    engine.train_batch(my_part(whole_batch(0, rows=2)))
+    changed = {name for name, weight in weights_of(engine).items() if not torch.equal(weight, before[name])}
+    assert changed == {"gain"}
+    assert all(parameter.grad is None for parameter in engine.module.parameters())
+
+
+def test_only_the_parameters_given_train_each_at_its_rate(ranks: GroupOf) -> None:
+    ranks(2).run(two_parameter_groups)
+
+
+# dropout: two passes must see the same one
+
+
+def train_with_dropout(schedule: str) -> dict[str, Tensor]:
+    torch.manual_seed(7 + dist.get_rank())
+    engine = make_engine(tiny_model(dropout=0.5), schedule, global_norm=0.1)
+    torch.manual_seed(7 + dist.get_rank())
+    for step in range(3):
+        engine.train_batch(my_part(whole_batch(step, rows=2)))
+    return weights_of(engine)
+
+
+def test_both_passes_see_the_same_dropout(ranks: GroupOf) -> None:
+    stash, two_pass = ranks(2).run(train_with_dropout, "stash"), ranks(2).run(train_with_dropout, "two_pass")
+    assert identical(stash[0], two_pass[0])
+
+
+# steps that must not happen
+
+
+def break_loss(engine: lomo_ds.LomoEngine, rank: int) -> Any:
+    """Make the loss nan on one rank."""
+
+    def poison(module: Any, inputs: Any, output: Any) -> Any:
+        if dist.get_rank() == rank and module.training:
+            output.loss = output.loss * math.nan
+        return output
+
+    return engine.module.register_forward_hook(poison)
+
+
+def skip_bad_loss(schedule: str, by_idiom: bool) -> tuple[list[str], float]:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lomo_ds").addHandler(handler)
+    engine = make_engine(tiny_model(), schedule)
+    batch = my_part(whole_batch(0, rows=4))
+    before = weights_of(engine)
+    broken = break_loss(engine, rank=1)
+    if by_idiom:
+        engine.backward(engine(**batch).loss)
+        engine.step()
+    else:
+        assert math.isnan(engine.train_batch(batch))
+    assert identical(before, weights_of(engine))
+    assert (engine.global_steps, engine.skipped_steps) == (1, 1)
+    assert not engine.was_step_applied()
+    broken.remove()
+    if by_idiom:
+        engine.backward(engine(**batch).loss)
+        engine.step()
+    else:
+        assert math.isfinite(engine.train_batch(batch))
+    assert not identical(before, weights_of(engine))
+    assert (engine.global_steps, engine.skipped_steps) == (2, 1)
+    logging.getLogger("lomo_ds").removeHandler(handler)
+    return [record for record in records if "skipped" in record], engine.get_global_grad_norm() or math.nan
+
+
+@pytest.mark.parametrize(
+    ("schedule", "by_idiom"),
+    [("immediate", False), ("immediate", True), ("two_pass", False), ("stash", False), ("stash", True)],
+)
+def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing(ranks: GroupOf, schedule: str, by_idiom: bool) -> None:
+    outcomes = ranks(2).run(skip_bad_loss, schedule, by_idiom)
+    assert [len(records) for records, _ in outcomes] == [1, 0], "rank 0 tells it, once"
+    assert all(math.isfinite(norm) for _, norm in outcomes)
+
+
+def skip_bad_gradient(schedule: str) -> None:
+    """inf in the gradient of one element on one rank, with a sound loss."""
+    model = tiny_model()
+    if dist.get_rank() == 1:
+        model.gain.register_hook(lambda gradient: gradient * math.inf)
+    engine = make_engine(model, schedule)
+    before = weights_of(engine)
+    batch = my_part(whole_batch(0, rows=4))
+    if schedule == "immediate":
+        with pytest.raises(NonFiniteGradientError, match="update_schedule stash"):
+            engine.train_batch(batch)
+        return
+    engine.train_batch(batch)
+    assert engine.skipped_steps == 1
+    assert identical(before, weights_of(engine))
+
+
+@pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
+def test_a_gradient_that_is_not_finite_on_one_rank(ranks: GroupOf, schedule: str) -> None:
+    ranks(2).run(skip_bad_gradient, schedule)
+
+
+def skip_without_labels() -> None:
+    engine = make_engine(tiny_model(), "stash")
+    before = weights_of(engine)
+    batch = whole_batch(0, rows=1)
+    engine.train_batch({**batch, "labels": torch.full_like(batch["labels"], -100)})
+    assert engine.skipped_steps == 1
+    assert identical(before, weights_of(engine))
+
+
+def test_a_step_without_a_single_label_changes_nothing(ranks: GroupOf) -> None:
+    ranks(2).run(skip_without_labels)
+
+
+# leaving
+
+
+def train_after_destroy() -> None:
+    model = tiny_model()
+    first = make_engine(model, "immediate")
+    first.destroy()
+    second = make_engine(model, "immediate")
+    reference = PlainSGD(tiny_model(), lr=0.3)
+    batch = whole_batch(0, rows=2)
+    reference.step(batch)
+    second.train_batch(my_part(batch))
+    assert largest_difference(weights_of(second), reference.model) < 1e-6
+
+
+def test_destroy_takes_the_hooks_off(ranks: GroupOf) -> None:
+    ranks(2).run(train_after_destroy)

@@ -1,0 +1,63 @@
+"""One floor per import: a file imports from floors below its own, and from same-floor files named here."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "lomo_ds"
+
+FLOORS = [
+    ["errors", "numerics", "loss"],
+    ["config", "distributed", "clipping", "arguments", "data.text", "zero3"],
+    ["ds_config", "data.tokens", "data.packing", "rules", "cli", "monitor"],
+    ["schedules", "data", "models"],
+    ["backward", "demo"],
+    ["optimizer"],
+    ["engine"],
+    ["evaluate"],
+    ["trainer"],
+]
+# a package's files may import each other downwards; across packages of one floor nothing may
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(module: str) -> str:
+    """The room a module stands in: itself, or the package it is in."""
+    return module if module in FLOOR_OF else module.partition(".")[0]
+
+
+def modules() -> list[str]:
+    found = (path.relative_to(ROOT).with_suffix("") for path in sorted(ROOT.rglob("*.py")))
+    return [".".join(path.parts).removesuffix(".__init__") for path in found if path.parts != ("__init__",)]
+
+
+def imports_of(module: str) -> set[str]:
+    path = ROOT / (module.replace(".", "/") + ".py")
+    source = path if path.exists() else ROOT / module.replace(".", "/") / "__init__.py"
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "lomo_ds":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lomo_ds."):
+            found.add((node.module or "").removeprefix("lomo_ds."))
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("lomo_ds.") for a in node.names if a.name.startswith("lomo_ds.")}
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_go_down(module: str) -> None:
+    assert room_of(module) in FLOOR_OF, f"{module} stands on no floor; give it one"
+    for imported in imports_of(module):
+        same_package = module.partition(".")[0] == imported.partition(".")[0]
+        down = FLOOR_OF[room_of(imported)] < FLOOR_OF[room_of(module)]
+        assert down or same_package, f"{module} imports {imported}, which stands on its own floor or above"
+
+
+@pytest.mark.parametrize("module", [module for module in modules() if module != "zero3"])
+def test_only_zero3_reads_what_deepspeed_adds_to_a_parameter(module: str) -> None:
+    path = ROOT / (module.replace(".", "/") + ".py")
+    source = path if path.exists() else ROOT / module.replace(".", "/") / "__init__.py"
+    names = {node.attr for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Attribute)}
+    assert not {name for name in names if name.startswith("ds_")} - {"ds_config"}

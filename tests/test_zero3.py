@@ -1,0 +1,82 @@
+"""Shards and gathered copies under real ZeRO-3."""
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed.comm as dist
+import pytest
+import torch
+
+from lomo_ds import zero3
+from tests.engines import make_engine, weights_of
+from tests.ranks import Ranks
+from tests.reference import part, tiny_model, whole_batch
+
+GroupOf = Callable[..., Ranks]
+
+
+def shards_make_the_whole() -> dict[str, int]:
+    model = tiny_model()
+    whole = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    engine = make_engine(model, threshold=0)
+    sizes = {}
+    for name, parameter in engine.module.named_parameters():
+        shard = zero3.Shard.of(name, parameter)
+        assert shard.shape == whole[name].shape
+        assert zero3.whole_numel(parameter) == whole[name].numel()
+        mine = whole[name].flatten()[shard.start : shard.start + shard.data.numel()]
+        assert torch.equal(shard.data, mine)
+        sizes[name] = shard.data.numel()
+    return sizes
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_shards_are_the_whole_without_padding(ranks: GroupOf, world_size: int) -> None:
+    sizes = ranks(world_size).run(shards_make_the_whole)
+    for name, parameter in tiny_model().named_parameters():
+        assert sum(shard[name] for shard in sizes) == parameter.numel()
+    assert [shard["gain"] for shard in sizes] == [1] + [0] * (world_size - 1), "smaller than the world"
+
+
+def gathered_copies_after_a_step(threshold: int) -> None:
+    engine = make_engine(tiny_model(), "immediate", threshold)
+    offload: Any = engine.optimizer.offload
+    for step in range(2):
+        engine.train_batch(part(whole_batch(step, rows=2), dist.get_rank(), 2))
+        persistent = {id(parameter) for parameter in offload.persistent_parameters}
+        assert bool(persistent) == (threshold > 0)
+        seen_by_forward = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+        persistent_names = {name for name, p in engine.module.named_parameters() if id(p) in persistent}
+        for name, updated in weights_of(engine).items():
+            if name in persistent_names:
+                assert torch.equal(seen_by_forward[name], updated), f"{name} is stale in forward"
+            else:
+                assert seen_by_forward[name].numel() == 0, f"{name} is still gathered"
+
+
+@pytest.mark.parametrize("threshold", [0, 25, 100_000])
+def test_no_gathered_copy_is_stale_or_left_behind(ranks: GroupOf, threshold: int) -> None:
+    ranks(2).run(gathered_copies_after_a_step, threshold)
+
+
+def partition_one_by_one() -> int:
+    """Parameters are filled on rank 0 only, one at a time; every rank ends with its shard of rank 0's values."""
+    model = tiny_model(seed=1 + dist.get_rank())
+    truth = dict(tiny_model(seed=99).named_parameters())
+    whole_at_once = 0
+    named = dict(model.named_parameters())
+    ds_config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    for name, parameter in zip(named, zero3.partition(named.values(), ds_config, torch.bfloat16), strict=True):
+        if dist.get_rank() == 0:
+            parameter.data = truth[name].detach().clone()
+        split = [other for other in named.values() if hasattr(other, "ds_tensor")]
+        whole_at_once = max(whole_at_once, sum(other.numel() > 0 for other in split))
+    for name, parameter in named.items():
+        shard = zero3.Shard.of(name, parameter)
+        mine = truth[name].detach().bfloat16().flatten()[shard.start : shard.start + shard.data.numel()]
+        assert torch.equal(shard.data, mine)
+    return whole_at_once
+
+
+def test_partition_keeps_one_parameter_whole_at_a_time(ranks: GroupOf) -> None:
+    assert ranks(2).run(partition_one_by_one) == [0, 0]
