@@ -1,5 +1,6 @@
 """The material of ``make train``, made from nothing: a corpus, a tokenizer trained on it, a tiny random LLaMA."""
 
+import io
 import json
 import random
 from pathlib import Path
@@ -47,9 +48,10 @@ def _story(chance: random.Random) -> str:
 
 
 def _train_tokenizer(text: Path, folder: Path) -> None:
+    trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "tokenizer"),
+        sentence_iterator=iter(text.read_text(encoding="utf-8").splitlines()),  # a path would become part of the model
+        model_writer=trained,
         vocab_size=VOCABULARY,
         model_type="bpe",
         byte_fallback=True,
@@ -57,7 +59,7 @@ def _train_tokenizer(text: Path, folder: Path) -> None:
         num_threads=1,  # several make the order of pieces a matter of chance
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 

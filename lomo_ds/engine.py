@@ -100,7 +100,7 @@ def initialize(
             dist_init_required=dist_init_required,
             collate_fn=collate_fn,
             config=ds_config,
-            config_class=DeepSpeedConfig(ds_config),
+            config_class=_parse_config(ds_config),
         )
     finally:
         restore_init_context()
@@ -335,6 +335,25 @@ def _load_config(args: Any, config: Any, config_params: Any) -> dict[str, Any]:
     if len(given) != 1:
         raise ConfigError(f"give one DeepSpeed config, as config= or in args.deepspeed_config, got {len(given)}")
     return given[0] if isinstance(given[0], dict) else load_ds_config(given[0])
+
+
+def _parse_config(ds_config: dict[str, Any]) -> DeepSpeedConfig:
+    """DeepSpeed's own reading of the config, and its refusals in the family of ours."""
+    try:
+        parsed = DeepSpeedConfig(ds_config)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from error
+    accelerator = get_accelerator()
+    for name, enabled, supported in (
+        ("fp16", parsed.float16_config.enabled, accelerator.is_fp16_supported()),
+        ("bf16", parsed.bfloat16_config.enabled, accelerator.is_bf16_supported()),
+    ):
+        if enabled and not supported:
+            raise ConfigError(
+                f"{name} was asked for, but DeepSpeed cannot compute in it on this {accelerator.device_name()} device; "
+                "use another precision"
+            )
+    return parsed
 
 
 def _free_bytes() -> list[int]:

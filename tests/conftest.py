@@ -27,6 +27,16 @@ def ranks() -> Iterator[Callable[..., Ranks]]:
         group.stop()
 
 
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``make train`` trains on."""
+    from lomo_ds.demo import make_demo
+
+    folder = tmp_path_factory.mktemp("demo")
+    make_demo(folder)
+    return folder
+
+
 @pytest.fixture
 def assets() -> Path:
     """The folder of real weights and texts that LOMO_DS_ASSETS names."""

@@ -23,6 +23,8 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """``input_ids`` and ``labels``, both (length,) int64."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
         block = torch.from_numpy(self.tokens[index * self.length : (index + 1) * self.length].astype("int64"))
         missing = self.length - len(block)
         return {

@@ -1,0 +1,88 @@
+"""The ds_config and the command line made one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lomo_ds.arguments import TrainArguments, parse_arguments
+from lomo_ds.config import read_lomo_config, refuse_what_cannot_be
+from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile
+from lomo_ds.errors import ConfigError
+
+SHIPPED = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
+REQUIRED = ["--model_name_or_path", "m", "--train_file", "t.txt", "--output_dir", "o"]
+
+
+def merged(config: dict[str, Any], *argv: str, world_size: int = 2) -> tuple[dict[str, Any], TrainArguments]:
+    arguments, given = parse_arguments([*REQUIRED, *argv])
+    return reconcile(config, arguments, given, world_size)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_config_fills_up_and_passes(path: Path) -> None:
+    config, arguments = merged(read_ds_config(str(path)), "--learning_rate", "0.5")
+    config = fill_scheduler(config, arguments, total_steps=10)
+    assert config["optimizer"]["params"]["lr"] == 0.5
+    assert config["gradient_clipping"] == 1.0
+    assert config["train_batch_size"] == 16
+    refuse_what_cannot_be(config, read_lomo_config(config))
+
+
+def test_an_argument_not_given_takes_the_ds_configs_value() -> None:
+    config = {"bf16": {"enabled": True}, "gradient_clipping": 0.5, "optimizer": {"params": {"lr": 0.7}}}
+    _, arguments = merged(config)
+    assert (arguments.bf16, arguments.max_grad_norm, arguments.learning_rate) == (True, 0.5, 0.7)
+
+
+def test_a_field_that_is_absent_takes_the_argument_or_means_what_deepspeed_means() -> None:
+    config, arguments = merged({})
+    assert config["train_micro_batch_size_per_gpu"] == 8
+    assert (config["gradient_clipping"], arguments.max_grad_norm) == (0.0, 0.0)
+    assert merged({}, "--max_grad_norm", "2")[0]["gradient_clipping"] == 2.0
+
+
+def test_the_scheduler_is_filled_once_the_steps_are_known() -> None:
+    params = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 3, "total_num_steps": "auto"}
+    config, arguments = merged({"scheduler": {"type": "WarmupDecayLR", "params": params}}, "--learning_rate", "0.5")
+    filled = fill_scheduler(config, arguments, total_steps=40)["scheduler"]["params"]
+    assert filled == {"warmup_min_lr": 0.0, "warmup_max_lr": 0.5, "warmup_num_steps": 3, "total_num_steps": 40}
+    assert params["total_num_steps"] == "auto", "the caller's own is untouched"
+
+
+@pytest.mark.parametrize(
+    ("config", "argv", "sentence"),
+    [
+        (
+            {"optimizer": {"params": {"lr": 0.1}}, "gradient_clipping": 1.0},
+            ["--learning_rate", "0.2", "--max_grad_norm", "2"],
+            r"gradient_clipping 1.0 against --max_grad_norm 2.0; optimizer.params.lr 0.1 against --learning_rate 0.2",
+        ),
+        ({"bf16": {"enabled": True}}, ["--fp16"], "bf16 and fp16"),
+        ({"fp16": {"enabled": True}}, ["--fp16", "false"], "fp16.enabled true against --fp16 False"),
+        ({"train_batch_size": 7}, [], r"train_batch_size 7 .* 8 x .* 1 x 2 GPUs = 16"),
+        ({"scheduler": {"type": "WarmupLR"}}, ["--warmup_ratio", "0.1"], "scheduler WarmupLR against --warmup_ratio"),
+    ],
+)
+def test_disagreements_name_both_sides(config: dict[str, Any], argv: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        merged(config, *argv)
+
+
+def test_an_auto_that_stands_for_nothing() -> None:
+    config, arguments = merged({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}})
+    with pytest.raises(ConfigError, match=r"zero_optimization\.reduce_bucket_size; give a value"):
+        fill_scheduler(config, arguments, total_steps=1)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_ds_config(str(tmp_path / "nowhere.json"))
+    broken = tmp_path / "broken.json"
+    broken.write_text("{,}")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        read_ds_config(str(broken))
+    broken.write_text(json.dumps([1]))
+    with pytest.raises(ConfigError, match="must hold a JSON object, got list"):
+        read_ds_config(str(broken))

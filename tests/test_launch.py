@@ -1,0 +1,228 @@
+"""launch/train.py as a user runs it: what it leaves behind, and how it says no."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.ranks import Ranks
+
+GroupOf = Callable[..., Ranks]
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def run_main(argv: list[str]) -> tuple[int, str, str]:
+    """launch/train.py's main in this rank's process: exit status, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = runpy.run_path(str(ROOT / "launch/train.py"))["main"](argv)
+    return status, out.getvalue(), err.getvalue()
+
+
+def demo_arguments(demo: Path, out: Path, **more: Any) -> list[str]:
+    arguments = {
+        "model_name_or_path": demo / "model",
+        "train_file": demo / "train.txt",
+        "output_dir": out,
+        "deepspeed": ROOT / "ds_configs/zero3_fp32.json",
+        "max_seq_length": 32,
+        "per_device_train_batch_size": 2,
+    } | more
+    return [f"--{name}={value}" for name, value in arguments.items() if value is not None]
+
+
+# what a run leaves behind
+
+
+@pytest.fixture(scope="module")
+def finished(ranks: GroupOf, demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A short run on two ranks: its output_dir, and what it printed."""
+    out = tmp_path_factory.mktemp("out")
+    validation = out / "few.jsonl"
+    lines = (demo / "validation.txt").read_text().splitlines()[:20]
+    validation.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    arguments = demo_arguments(
+        demo, out, validation_file=validation, learning_rate=0.5, max_steps=6, logging_steps=2, eval_steps=3,
+        gradient_accumulation_steps=2, warmup_ratio=0.5, gradient_checkpointing=True, sample_prompt="One day",
+        sample_tokens=4,
+    )  # fmt: skip
+    results = ranks(2).run(run_main, arguments)
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert results[1][1] == "", "only rank 0 talks"
+    return out, results[0][1]
+
+
+def test_the_folder_is_a_model_that_transformers_loads(finished: tuple[Path, str], demo: Path) -> None:
+    out, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(out)
+    untrained = AutoModelForCausalLM.from_pretrained(demo / "model")
+    assert not torch.equal(model.model.norm.weight, untrained.model.norm.weight), "norms train, and are saved so"
+    assert AutoTokenizer.from_pretrained(out)("fox").input_ids
+
+
+def test_metrics_have_one_object_per_logged_step(finished: tuple[Path, str]) -> None:
+    records = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    trained = [record for record in records if "loss" in record]
+    assert [record["step"] for record in trained] == [2, 4, 6]
+    assert [record["step"] for record in records if "eval_loss" in record] == [0, 3, 6]
+    for name in ("learning_rate", "grad_norm", "tokens_per_second", "loss_scale", "skipped_steps", "epoch"):
+        assert all(math.isfinite(record[name]) for record in trained), name
+    assert [record["tokens"] for record in trained] == [2 * 2 * 2 * 32 * step for step in (2, 4, 6)]
+    assert [record["learning_rate"] for record in trained] == pytest.approx([0.5 / 3, 0.5, 0.5 / 3])
+
+
+def test_tensorboard_holds_the_same(finished: tuple[Path, str]) -> None:
+    events = EventAccumulator(str(finished[0] / "runs")).Reload()
+    assert {"train/loss", "train/eval_loss", "train/grad_norm", "train/learning_rate", "train/loss_scale",
+            "train/tokens_per_second", "train/skipped_steps"} <= set(events.Tags()["scalars"])  # fmt: skip
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
+
+
+def test_the_resolved_config_runs_the_same_again(finished: tuple[Path, str], ranks: GroupOf, tmp_path: Path) -> None:
+    out, _ = finished
+    resolved = yaml.safe_load((out / "config.yaml").read_text())
+    assert resolved["max_grad_norm"] == 1.0
+    again = ranks(2).run(run_main, ["--config", str(out / "config.yaml"), f"--output_dir={tmp_path}"])
+    assert again[0][0] == 0, again
+    first, second = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (out, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_says_what_it_does(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    assert "2 sequences x 2 accumulated = 4 per GPU, x 2 GPUs = 8 in total; 256 tokens per step" in printed
+    assert "held-out loss: " in printed
+    assert "before: 'One day" in printed
+    assert str(out / "metrics.jsonl") in printed
+
+
+def test_help_names_every_argument() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch/train.py", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--max_grad_norm" in done.stdout
+
+
+# how it says no
+
+
+@pytest.fixture(scope="module")
+def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that are wrong, each in its own way."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "empty.txt").touch()
+    (folder / "json.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (folder / "fields.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
+    (folder / "empty_folder").mkdir()
+    small = folder / "small"
+    small.mkdir()
+    config = json.loads((demo / "model/config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    for name in ("tokenizer.model", "tokenizer_config.json", "model.safetensors"):
+        (small / name).symlink_to(demo / "model" / name)
+    (folder / "clash.json").write_text(
+        json.dumps({"gradient_clipping": 0.5, "zero_optimization": {"stage": 3}, "optimizer": {"type": "LOMO"}})
+    )
+    (folder / "stage2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "optimizer": {"type": "LOMO"}}))
+    zero = {"stage": 3, "stage3_typo": 1, "reduce_bucket_size": -5}
+    (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": zero, "optimizer": {"type": "LOMO"}}))
+    (folder / "file").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"train_file": "{broken}/nowhere.txt"}, "nowhere.txt cannot be read: No such file"),
+        ({"train_file": "{broken}/empty.txt"}, "empty.txt holds no text"),
+        ({"train_file": "{broken}/json.jsonl"}, "json.jsonl line 2 is not valid JSON"),
+        ({"train_file": "{broken}/fields.jsonl"}, 'fields.jsonl line 2 must be an object with a "text"'),
+        ({"validation_file": "{broken}/empty.txt"}, "empty.txt holds no text"),
+        ({"model_name_or_path": "{broken}/empty_folder"}, "must hold a config.json"),
+        ({"model_name_or_path": "{broken}/small"}, "vocabulary of 512 does not fit the model's embedding of 100 rows"),
+        ({"max_seq_length": 4096}, "--max_seq_length 4096 is longer than the model's 128 positions"),
+        ({"learning_rte": 1}, "unknown argument --learning_rte; did you mean --learning_rate"),
+        (
+            {"deepspeed": "{broken}/clash.json", "max_grad_norm": 2.0},
+            "gradient_clipping 0.5 against --max_grad_norm 2.0",
+        ),
+        ({"deepspeed": "{broken}/stage2.json"}, "ZeRO stage 3, got zero_optimization.stage 2"),
+        ({"deepspeed": "{broken}/deepspeed.json"}, "DeepSpeed refuses its config"),
+        ({"deepspeed": "{broken}/nowhere.json"}, "nowhere.json cannot be read"),
+        ({"output_dir": "{broken}/file/below"}, "--output_dir .* cannot be made: Not a directory"),
+    ],
+)
+def test_says_no_in_one_sentence(
+    ranks: GroupOf, demo: Path, broken: Path, tmp_path: Path, wrong: dict[str, Any], sentence: str
+) -> None:
+    wrong = {name: value.format(broken=broken) if isinstance(value, str) else value for name, value in wrong.items()}
+    arguments = demo_arguments(demo, tmp_path, max_steps=1, **wrong)
+    results = ranks(2).run(run_main, arguments)
+    assert [status for status, _, _ in results] == [2, 2]
+    speeches = [err for _, _, err in results if err.strip()]
+    assert len(speeches) == 1, "one rank speaks"
+    lines = [line for line in speeches[0].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in speeches[0]
+    assert re.search(sentence, lines[0]), lines[0]
+
+
+def launched(launcher: list[str], arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    command = [*launcher, str(ROOT / "launch/train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT)
+
+
+def test_the_deepspeed_launcher_ends_with_the_sentence(demo: Path, tmp_path: Path) -> None:
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29611"]
+    done = launched(launcher, demo_arguments(demo, tmp_path, train_file="nowhere.txt"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "error: nowhere.txt cannot be read: No such file or directory\n" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_runs_under_torchrun_and_plain_python(demo: Path, tmp_path: Path) -> None:
+    torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29612"]
+    for name, launcher in (("torchrun", torchrun), ("python", [sys.executable])):
+        done = launched(launcher, demo_arguments(demo, tmp_path / name, max_steps=2))
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / name / "model.safetensors").is_file()
+
+
+# on real weights
+
+
+def test_shakespeare_reaches_2_80(ranks: GroupOf, assets: Path, tmp_path: Path) -> None:
+    """bf16 with stochastic rounding; plain PyTorch SGD with clip 1.0 reaches 2.75 in fp32."""
+    arguments = {
+        "model_name_or_path": assets / "stories260K",
+        "train_file": assets / "text/tinyshakespeare_train.txt",
+        "validation_file": assets / "text/tinyshakespeare_val.txt",
+        "max_seq_length": 128,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.3,
+        "max_steps": 300,
+        "deepspeed": ROOT / "ds_configs/zero3_bf16.json",
+        "output_dir": tmp_path,
+    }
+    results = ranks(2).run(run_main, [f"--{name}={value}" for name, value in arguments.items()])
+    assert results[0][0] == 0, results
+    losses = [json.loads(line).get("eval_loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(4.98, abs=0.1)
+    assert losses[-1] < 2.80
