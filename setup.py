@@ -27,6 +27,7 @@ setup(
         "nvidia-ml-py>=12.560",  # the pynvml module
         "numpy",
         "psutil",
+        "pydantic>=2",
         "pyyaml",
         "setuptools",  # torch builds DeepSpeed's host communication op with it
         "tqdm",

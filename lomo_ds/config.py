@@ -5,6 +5,10 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
+
 from lomo_ds.errors import ConfigError
 
 UpdateSchedule = Literal["auto", "immediate", "two_pass", "stash"]
@@ -77,15 +81,42 @@ def read_lomo_config(ds_config: dict[str, Any]) -> LomoConfig:
     return LomoConfig(**params)
 
 
-def refuse_what_cannot_be(ds_config: dict[str, Any], lomo: LomoConfig) -> None:
+def refuse_what_cannot_be(ds_config: dict[str, Any]) -> None:
     """Refuse, before anything is built, every combination that lomo_ds cannot carry out exactly.
 
     Raises:
         ConfigError: one sentence: what was asked, why it cannot be, and the ways out.
     """
+    lomo = read_lomo_config(ds_config)
     _refuse_other_engines(ds_config)
     _refuse_clips_that_compete(ds_config, lomo)
     _refuse_what_the_schedule_cannot(ds_config, lomo)
+
+
+def parse_ds_config(ds_config: dict[str, Any]) -> DeepSpeedConfig:
+    """DeepSpeed's own reading of the config; batch sizes are checked against the process group, if there is one.
+
+    Raises:
+        ConfigError: DeepSpeed refuses it, or cannot compute in its precision on this device.
+    """
+    try:
+        parsed = DeepSpeedConfig(ds_config)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise ConfigError(f"DeepSpeed refuses {error.title} {'; '.join(faults)}") from None
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from error
+    accelerator = get_accelerator()
+    for name, enabled, supported in (
+        ("fp16", parsed.float16_config.enabled, accelerator.is_fp16_supported()),
+        ("bf16", parsed.bfloat16_config.enabled, accelerator.is_bf16_supported()),
+    ):
+        if enabled and not supported:
+            raise ConfigError(
+                f"{name} was asked for, but DeepSpeed cannot compute in it on this {accelerator.device_name()} device; "
+                "use another precision"
+            )
+    return parsed
 
 
 def _refuse_other_engines(ds_config: dict[str, Any]) -> None:

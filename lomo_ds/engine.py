@@ -15,7 +15,6 @@ import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
@@ -31,7 +30,7 @@ from lomo_ds import loss as losses
 from lomo_ds import zero3
 from lomo_ds.backward import BackwardHooks
 from lomo_ds.clipping import Clipping, clipping_groups
-from lomo_ds.config import LomoConfig, read_lomo_config, refuse_what_cannot_be
+from lomo_ds.config import LomoConfig, parse_ds_config, read_lomo_config, refuse_what_cannot_be
 from lomo_ds.distributed import agree, smallest
 from lomo_ds.errors import ConfigError
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
@@ -84,8 +83,7 @@ def initialize(
         if model is None:
             raise ConfigError("lomo_ds.initialize needs a model, got None")
         ds_config = _load_config(args, config, config_params)
-        lomo = read_lomo_config(ds_config)
-        refuse_what_cannot_be(ds_config, lomo)
+        refuse_what_cannot_be(ds_config)
         dist.init_distributed(
             dist_backend=get_accelerator().communication_backend_name(),
             distributed_port=distributed_port,
@@ -100,7 +98,7 @@ def initialize(
             dist_init_required=dist_init_required,
             collate_fn=collate_fn,
             config=ds_config,
-            config_class=_parse_config(ds_config),
+            config_class=parse_ds_config(ds_config),
         )
     finally:
         restore_init_context()
@@ -335,25 +333,6 @@ def _load_config(args: Any, config: Any, config_params: Any) -> dict[str, Any]:
     if len(given) != 1:
         raise ConfigError(f"give one DeepSpeed config, as config= or in args.deepspeed_config, got {len(given)}")
     return given[0] if isinstance(given[0], dict) else load_ds_config(given[0])
-
-
-def _parse_config(ds_config: dict[str, Any]) -> DeepSpeedConfig:
-    """DeepSpeed's own reading of the config, and its refusals in the family of ours."""
-    try:
-        parsed = DeepSpeedConfig(ds_config)
-    except (ValueError, AssertionError, TypeError) as error:
-        raise ConfigError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from error
-    accelerator = get_accelerator()
-    for name, enabled, supported in (
-        ("fp16", parsed.float16_config.enabled, accelerator.is_fp16_supported()),
-        ("bf16", parsed.bfloat16_config.enabled, accelerator.is_bf16_supported()),
-    ):
-        if enabled and not supported:
-            raise ConfigError(
-                f"{name} was asked for, but DeepSpeed cannot compute in it on this {accelerator.device_name()} device; "
-                "use another precision"
-            )
-    return parsed
 
 
 def _free_bytes() -> list[int]:

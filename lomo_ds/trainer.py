@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, get_schedule
 
 from lomo_ds import zero3
 from lomo_ds.arguments import TrainArguments
+from lomo_ds.config import parse_ds_config, refuse_what_cannot_be
 from lomo_ds.data import PackedBlocks, evaluation_batches, tokenize_file, training_loader
 from lomo_ds.distributed import is_host_speaker, together
 from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile, warmup_steps
@@ -47,7 +48,7 @@ def train(arguments: TrainArguments, given: frozenset[str]) -> None:
     training, validation = _load_blocks(arguments, tokenizer, length, output_dir / "cache")
     loader, sampler = training_loader(training, arguments.per_device_train_batch_size, rank, world_size, arguments.seed)
     steps = TrainingSteps(loader, sampler, arguments)
-    filled = together(lambda: fill_scheduler(ds_config, arguments, steps.total))
+    filled = together(lambda: _checked(fill_scheduler(ds_config, arguments, steps.total)))
 
     torch.manual_seed(arguments.seed + rank)
     model = together(lambda: load_model(arguments.model_name_or_path, config, filled, _dtype(arguments)))
@@ -194,6 +195,13 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.is_main:
             self.bar.write(text)
+
+
+def _checked(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The config itself, refused before a model is loaded for nothing."""
+    refuse_what_cannot_be(ds_config)
+    parse_ds_config(ds_config)
+    return ds_config
 
 
 def _make_folder(folder: Path) -> None:

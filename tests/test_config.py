@@ -17,7 +17,7 @@ def ds_config(params: dict[str, Any] | None = None, **sections: Any) -> dict[str
 
 
 def check(config: dict[str, Any]) -> None:
-    refuse_what_cannot_be(config, read_lomo_config(config))
+    refuse_what_cannot_be(config)
 
 
 def test_reads_the_optimizer_section() -> None:

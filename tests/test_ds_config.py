@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lomo_ds.arguments import TrainArguments, parse_arguments
-from lomo_ds.config import read_lomo_config, refuse_what_cannot_be
+from lomo_ds.config import refuse_what_cannot_be
 from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile
 from lomo_ds.errors import ConfigError
 
@@ -27,7 +27,7 @@ def test_every_shipped_config_fills_up_and_passes(path: Path) -> None:
     assert config["optimizer"]["params"]["lr"] == 0.5
     assert config["gradient_clipping"] == 1.0
     assert config["train_batch_size"] == 16
-    refuse_what_cannot_be(config, read_lomo_config(config))
+    refuse_what_cannot_be(config)
 
 
 def test_an_argument_not_given_takes_the_ds_configs_value() -> None:

@@ -162,7 +162,10 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "gradient_clipping 0.5 against --max_grad_norm 2.0",
         ),
         ({"deepspeed": "{broken}/stage2.json"}, "ZeRO stage 3, got zero_optimization.stage 2"),
-        ({"deepspeed": "{broken}/deepspeed.json"}, "DeepSpeed refuses its config"),
+        (
+            {"deepspeed": "{broken}/deepspeed.json"},
+            "DeepSpeed refuses DeepSpeedZeroConfig reduce_bucket_size: .* greater than 0; stage3_typo: ",
+        ),
         ({"deepspeed": "{broken}/nowhere.json"}, "nowhere.json cannot be read"),
         ({"output_dir": "{broken}/file/below"}, "--output_dir .* cannot be made: Not a directory"),
     ],

@@ -1,0 +1,64 @@
+"""On a GPU: the same steps as plain PyTorch on the CPU, wherever shards and stash lie."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engines import largest_difference, make_engine, weights_of
+from tests.ranks import Ranks
+from tests.reference import PlainSGD, tiny_model, whole_batch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+GroupOf = Callable[..., Ranks]
+
+
+def train_on_gpu(schedule: str, params: dict[str, Any], zero: dict[str, Any], accumulation: int) -> float:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = tiny_model()
+    reference = PlainSGD(copy.deepcopy(model), lr=0.3, global_norm=0.1 if schedule != "immediate" else None)
+    engine = make_engine(
+        model,
+        schedule,
+        accumulation=accumulation,
+        global_norm=reference.global_norm,
+        params=params,
+        zero_optimization={"stage": 3, "stage3_param_persistence_threshold": 25} | zero,
+    )
+    for step in range(5):
+        batch = whole_batch(step, rows=2 * accumulation)
+        loss, norm = reference.step(batch)
+        micro_batches = [{k: v.chunk(accumulation)[i] for k, v in batch.items()} for i in range(accumulation)]
+        assert float(engine.train_batch(micro_batches)) == pytest.approx(loss, abs=1e-4)
+        assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-3)
+    return largest_difference({name: weight.cpu() for name, weight in weights_of(engine).items()}, reference.model)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "params", "accumulation"),
+    [
+        ("immediate", {}, 1),
+        ("two_pass", {}, 1),
+        ("stash", {"stash_device": "gpu"}, 1),
+        ("stash", {"stash_device": "cpu"}, 1),
+        ("stash", {"stash_device": "cpu"}, 4),
+    ],
+)
+@pytest.mark.parametrize("zero", [{}, {"offload_param": {"device": "cpu", "pin_memory": True}}], ids=["gpu", "offload"])
+def test_equals_plain_sgd(
+    ranks: GroupOf, schedule: str, params: dict[str, Any], accumulation: int, zero: dict[str, Any]
+) -> None:
+    assert max(ranks(1, "cuda").run(train_on_gpu, schedule, params, zero, accumulation)) < 1e-5
+
+
+def train_half(section: str) -> list[float]:
+    engine = make_engine(tiny_model(), "stash", global_norm=1.0, **{section: {"enabled": True}})
+    return [float(engine.train_batch(whole_batch(0, rows=4))) for _ in range(20)]
+
+
+@pytest.mark.parametrize("section", ["bf16", "fp16"])
+def test_half_precision_learns(ranks: GroupOf, section: str) -> None:
+    losses = ranks(1, "cuda").run(train_half, section)[0]
+    assert losses[-1] < 0.8 * losses[0]
