@@ -24,14 +24,14 @@ def make_engine(
     lr_scheduler: Any = None,
     **sections: Any,
 ) -> lomo_ds.LomoEngine:
-    config = {
+    """An engine over ``model``; ``sections`` are further sections of the ds_config, or other ones."""
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": global_norm or 0.0,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold},
         "optimizer": {"type": "LOMO", "params": {"lr": lr, "update_schedule": schedule, **(params or {})}},
-        **sections,
-    }
+    } | sections
     return lomo_ds.initialize(model=model, config=config, lr_scheduler=lr_scheduler)[0]
 
 

@@ -54,7 +54,8 @@ def test_equals_plain_sgd(
 
 
 def train_half(section: str) -> list[float]:
-    engine = make_engine(tiny_model(), "stash", global_norm=1.0, **{section: {"enabled": True}})
+    sections: dict[str, Any] = {section: {"enabled": True}}
+    engine = make_engine(tiny_model(), "stash", global_norm=1.0, **sections)
     return [float(engine.train_batch(whole_batch(0, rows=4))) for _ in range(20)]
 
 

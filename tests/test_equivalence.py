@@ -100,6 +100,24 @@ def test_equals_plain_sgd_on_eight_ranks(ranks: Callable[..., Ranks], schedule: 
     assert max(ranks(8).run(train_both, schedule, clip, 1, surroundings)) < TOLERANCE
 
 
+def train_offloaded(schedule: str) -> float:
+    """Shards in host memory by offload_param, the update computed on the device."""
+    model = tiny_model()
+    reference = PlainSGD(copy.deepcopy(model), lr=0.3)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 25, "offload_param": {"device": "cpu"}}
+    engine = make_engine(model, schedule, zero_optimization=zero)
+    for step in range(STEPS):
+        batch = whole_batch(step, rows=2)
+        reference.step(batch)
+        engine.train_batch(part(batch, dist.get_rank(), 2))
+    return largest_difference(weights_of(engine), reference.model)
+
+
+@pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
+def test_equals_plain_sgd_with_offloaded_parameters(ranks: Callable[..., Ranks], schedule: str) -> None:
+    assert max(ranks(2).run(train_offloaded, schedule)) < TOLERANCE
+
+
 def train_on_two_nodes() -> float:
     """Ranks 0..3 as two nodes of two: LOCAL_RANK is not the rank."""
     before = dict(os.environ)

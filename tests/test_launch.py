@@ -19,6 +19,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lomo_ds import cli
 from tests.ranks import Ranks
 
 GroupOf = Callable[..., Ranks]
@@ -28,6 +29,7 @@ BIN = Path(sys.executable).parent
 
 def run_main(argv: list[str]) -> tuple[int, str, str]:
     """launch/train.py's main in this rank's process: exit status, stdout, stderr."""
+    cli.SILENT_RANK_DELAY = 0.0  # no launcher here that would end the rank that speaks
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = runpy.run_path(str(ROOT / "launch/train.py"))["main"](argv)
