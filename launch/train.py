@@ -7,14 +7,14 @@ import sys
 
 from lomo_ds.arguments import help_text, parse_arguments
 from lomo_ds.cli import run_on_all_ranks
-from lomo_ds.distributed import is_speaker
+from lomo_ds.distributed import is_main_process
 from lomo_ds.trainer import train
 
 
 def main(argv: list[str]) -> int:
     """Parse, train, and return the exit status."""
     if "--help" in argv or "-h" in argv:
-        if is_speaker():
+        if is_main_process():
             print(help_text())
         return 0
     return run_on_all_ranks(lambda: train(*parse_arguments(argv)))

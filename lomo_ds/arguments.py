@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -52,10 +53,10 @@ class TrainArguments:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "logging_steps", "sample_tokens"):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("max_seq_length", "eval_steps"):
-            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        self._require("max_seq_length", self.max_seq_length is None or self.max_seq_length >= 2, "at least 2")
+        self._require("eval_steps", self.eval_steps is None or self.eval_steps >= 1, "at least 1")
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
+            self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0, and finite")
         self._require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "between 0 and 1")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         if self.bf16 and self.fp16:
@@ -67,7 +68,9 @@ class TrainArguments:
 
     def dump(self, path: Path) -> None:
         """Write every argument as YAML that ``--config`` reads back to the same run."""
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+        values = dataclasses.asdict(self)
+        del values["local_rank"]  # of one process, not of the run
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def parse_arguments(argv: list[str]) -> tuple[TrainArguments, frozenset[str]]:

@@ -42,6 +42,10 @@ class BackwardHooks:
         self.seen.clear()
         self.schedule.flush()
 
+    def forget(self) -> None:
+        """Forget a backward pass that an exception has cut short."""
+        self.seen.clear()
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         for handle in self.handles:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from lomo_ds.distributed import is_speaker, start_process_group, stop_process_group
+from lomo_ds.distributed import is_main_process, start_process_group, stop_process_group
 from lomo_ds.errors import LomoError, PeerError
 
 SILENT_RANK_DELAY = 3.0  # seconds: launchers end every rank as soon as one has failed, so the speaker goes first
@@ -29,7 +29,7 @@ def run_on_all_ranks(main: Callable[[], None]) -> int:
         _share_cores()
         main()
     except LomoError as error:
-        if error.only_here or (is_speaker() and not isinstance(error, PeerError)):
+        if error.only_here or (is_main_process() and not isinstance(error, PeerError)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SILENT_RANK_DELAY)
@@ -50,7 +50,7 @@ def _share_cores() -> None:
 def _quiet_libraries() -> None:
     """Let through what a user can act on: our own log, and the warnings of the libraries below."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("lomo_ds").setLevel(logging.INFO if is_speaker() else logging.ERROR)
+    logging.getLogger("lomo_ds").setLevel(logging.INFO if is_main_process() else logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)  # deprecations inside deepspeed and transformers

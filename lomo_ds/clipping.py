@@ -27,7 +27,8 @@ class Clipping:
     def clamp_(self, gradient: Tensor, scale: float) -> None:
         """Clamp a gradient that is ``scale`` times its true value, in place."""
         if self.value is not None:
-            gradient.clamp_(-self.value * scale, self.value * scale)
+            limit = min(self.value * scale, torch.finfo(gradient.dtype).max)
+            gradient.clamp_(-limit, limit)
 
     def coefficients(self, squared_norms: Tensor) -> Tensor:
         """The factor for each group from the squared norms of all groups (1-D, unscaled gradients)."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,7 @@ from lomo_ds.errors import ConfigError
 UpdateSchedule = Literal["auto", "immediate", "two_pass", "stash"]
 StashDevice = Literal["auto", "cpu", "gpu"]
 Rounding = Literal["auto", "nearest", "stochastic"]
+SECTIONS = ("optimizer", "optimizer.params", "scheduler", "scheduler.params", "zero_optimization", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,11 @@ class LomoConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        _require_number(self.lr, "lr", at_least=0.0)
-        _require_number(self.weight_decay, "weight_decay", at_least=0.0)
+        _require_number(self.lr, "LOMO's lr", at_least=0.0)
+        _require_number(self.weight_decay, "LOMO's weight_decay", at_least=0.0)
         for name in ("clip_grad_value", "clip_group_norm"):
             if getattr(self, name) is not None:
-                _require_number(getattr(self, name), name, above=0.0)
+                _require_number(getattr(self, name), f"LOMO's {name}", above=0.0)
         for name, choices in (
             ("update_schedule", get_args(UpdateSchedule)),
             ("stash_device", get_args(StashDevice)),
@@ -64,6 +66,7 @@ def read_lomo_config(ds_config: dict[str, Any]) -> LomoConfig:
     Raises:
         ConfigError: the section is missing, names another optimizer, or holds an unknown or impossible value.
     """
+    require_sections(ds_config)
     section = ds_config.get("optimizer")
     if not isinstance(section, dict) or str(section.get("type", "")).lower() != "lomo":
         got = section.get("type") if isinstance(section, dict) else section
@@ -81,6 +84,20 @@ def read_lomo_config(ds_config: dict[str, Any]) -> LomoConfig:
     return LomoConfig(**params)
 
 
+def require_sections(ds_config: dict[str, Any]) -> None:
+    """Check that what must be a JSON object in a ds_config is one.
+
+    Raises:
+        ConfigError: something else stands in its place.
+    """
+    for path in SECTIONS:
+        value: Any = ds_config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f'"{path}" of the DeepSpeed config must be an object in braces, got {value!r}')
+
+
 def refuse_what_cannot_be(ds_config: dict[str, Any]) -> None:
     """Refuse, before anything is built, every combination that lomo_ds cannot carry out exactly.
 
@@ -88,6 +105,10 @@ def refuse_what_cannot_be(ds_config: dict[str, Any]) -> None:
         ConfigError: one sentence: what was asked, why it cannot be, and the ways out.
     """
     lomo = read_lomo_config(ds_config)
+    _require_number(ds_config.get("gradient_clipping", 0.0), "gradient_clipping", at_least=0.0)
+    accumulation = ds_config.get("gradient_accumulation_steps", 1)
+    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
+        raise ConfigError(f"gradient_accumulation_steps must be an integer of at least 1, got {accumulation!r}")
     _refuse_other_engines(ds_config)
     _refuse_clips_that_compete(ds_config, lomo)
     _refuse_what_the_schedule_cannot(ds_config, lomo)
@@ -124,7 +145,7 @@ def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
     stage = zero.get("stage", 0)
     if stage != 3:
         raise ConfigError(
-            f"lomo_ds updates the parameter shards of ZeRO stage 3, got zero_optimization.stage {stage}; "
+            f"lomo_ds updates the parameter shards of ZeRO stage 3, got zero_optimization.stage {stage!r}; "
             "set it to 3 (on one GPU too: nothing is gathered there)"
         )
     if _device(zero.get("offload_optimizer")) != "none":
@@ -205,9 +226,9 @@ def _device(section: Any) -> str:
 
 def _require_number(value: Any, name: str, at_least: float | None = None, above: float | None = None) -> None:
     rule = f"a number above {above:g}" if above is not None else f"a number of at least {at_least:g}"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not (value > above if above is not None else value >= (at_least or 0.0)):
-        raise ConfigError(f"LOMO's {name} must be {rule}, got {value!r}")
+        raise ConfigError(f"{name} must be {rule}, got {value!r}")
 
 
 def _nearest(name: str, known: list[str]) -> str:

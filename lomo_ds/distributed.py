@@ -6,6 +6,7 @@ All go through ``deepspeed.comm``, so DeepSpeed's communication logger counts th
 import os
 import subprocess
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import deepspeed.comm as dist
@@ -17,6 +18,9 @@ from torch.distributed import ProcessGroup, all_gather_object
 from lomo_ds.errors import LomoError, PeerError
 
 Result = TypeVar("Result")
+
+TIMEOUT = timedelta(hours=2)  # ranks wait in a collective while one tokenizes a corpus or writes a large model
+LONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def reduce_scatter_shard(gradient: Tensor, group: ProcessGroup) -> Tensor:
@@ -49,7 +53,7 @@ def agree(values: Tensor, group: ProcessGroup) -> Tensor:
     return values
 
 
-def smallest(values: Tensor, group: ProcessGroup) -> Tensor:
+def all_reduce_min(values: Tensor, group: ProcessGroup) -> Tensor:
     """The smallest of each value over all ranks, in place: what every rank can rely on."""
     if dist.get_world_size(group) > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MIN, group=group)
@@ -73,20 +77,20 @@ def together(action: Callable[[], Result]) -> Result:
     if True not in failed:
         assert not isinstance(outcome, LomoError)
         return outcome
-    speaker = failed.index(True)
-    if speaker == dist.get_rank():
+    first = failed.index(True)
+    if first == dist.get_rank():
         assert isinstance(outcome, LomoError)
         outcome.only_here = True
         raise outcome
-    raise PeerError(f"rank {speaker} failed")
+    raise PeerError(f"rank {first} failed")
 
 
-def is_speaker() -> bool:
+def is_main_process() -> bool:
     """Whether this is the rank that talks to the user, known before any process group exists."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
 
 
-def is_host_speaker() -> bool:
+def is_local_main_process() -> bool:
     """Whether this is the rank that does what is needed once on each host."""
     return int(os.environ["LOCAL_RANK"]) == 0
 
@@ -100,9 +104,14 @@ def start_process_group() -> bool:
     if dist.is_initialized():
         return False
     if "RANK" not in os.environ:
-        os.environ.update(_slurm_environment() if "SLURM_STEP_NUM_TASKS" in os.environ else _lone_environment())
+        found = _slurm_environment() if "SLURM_STEP_NUM_TASKS" in os.environ else LONE_PROCESS
+        os.environ |= found | {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before any collective, which runs there
     dist.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False
+        dist_backend=get_accelerator().communication_backend_name(),
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=TIMEOUT,
     )
     return True
 
@@ -110,10 +119,6 @@ def start_process_group() -> bool:
 def stop_process_group() -> None:
     """Leave the process group; without this a rank can abort while the interpreter exits."""
     dist.destroy_process_group()
-
-
-def _lone_environment() -> dict[str, str]:
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def _slurm_environment() -> dict[str, str]:
@@ -125,7 +130,7 @@ def _slurm_environment() -> dict[str, str]:
         "RANK": os.environ["SLURM_PROCID"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
-        "MASTER_ADDR": os.environ.get("MASTER_ADDR", hosts[0]),
+        "MASTER_ADDR": hosts[0],
         # jobs that share a node must not share a port
-        "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)),
+        "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
     }

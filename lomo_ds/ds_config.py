@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lomo_ds.arguments import TrainArguments
+from lomo_ds.config import require_sections
 from lomo_ds.errors import ConfigError
 
 # where a field of the ds_config and an argument mean the same thing
@@ -20,8 +21,6 @@ SAME_MEANING = {
     "bf16.enabled": "bf16",
     "fp16.enabled": "fp16",
 }
-# what DeepSpeed understands by a field that is not there, where that is not ours to choose
-ABSENT = {"gradient_clipping": 0.0}
 
 
 def read_ds_config(file: str) -> dict[str, Any]:
@@ -52,13 +51,14 @@ def reconcile(
     Raises:
         ConfigError: an argument that was given differs from the ds_config; every disagreement is listed.
     """
+    require_sections(ds_config)
     config = copy.deepcopy(ds_config)
     disagreements: list[str] = []
     adopted: dict[str, Any] = {}
     for path, name in SAME_MEANING.items():
         theirs = _get(config, path)
-        if theirs is None and path in ABSENT and name not in given:
-            theirs = ABSENT[path]
+        if path == "gradient_clipping" and name not in given and (theirs is None or _clips_otherwise(config)):
+            theirs = 0.0 if theirs in (None, "auto") else theirs
         if theirs in (None, "auto"):
             _set(config, path, getattr(arguments, name))
         elif name in given and theirs != getattr(arguments, name):
@@ -120,6 +120,13 @@ def _settle_train_batch_size(config: dict[str, Any], arguments: TrainArguments, 
     config["train_batch_size"] = size
 
 
+def _clips_otherwise(config: dict[str, Any]) -> bool:
+    """Whether the default of --max_grad_norm, which nobody asked for, would contradict what LOMO was asked for."""
+    lomo = _get(config, "optimizer.params") or {}
+    clips = lomo.get("clip_grad_value") is not None or lomo.get("clip_group_norm") is not None
+    return clips or lomo.get("update_schedule") == "immediate"
+
+
 def _get(config: dict[str, Any], path: str) -> Any:
     value: Any = config
     for key in path.split("."):
@@ -130,7 +137,8 @@ def _get(config: dict[str, Any], path: str) -> Any:
 def _set(config: dict[str, Any], path: str, value: Any) -> None:
     *sections, last = path.split(".")
     for key in sections:
-        config = config.setdefault(key, {})
+        config[key] = config.get(key) or {}
+        config = config[key]
     config[last] = value
 
 

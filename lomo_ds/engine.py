@@ -1,22 +1,19 @@
 """LomoEngine: a DeepSpeed engine whose ZeRO-3 optimizer updates each parameter during backward.
 
-``initialize`` and the idiom ``engine(...)``, ``engine.backward(loss)``, ``engine.step()`` are DeepSpeed's own;
-``engine.train_batch`` is one whole optimizer step under any update schedule.
+The idiom ``engine(...)``, ``engine.backward(loss)``, ``engine.step()`` is DeepSpeed's own; ``engine.train_batch`` is
+one whole optimizer step under any update schedule.
 """
 
 import logging
-import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed.comm as dist
-import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScalerBase
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
@@ -31,11 +28,13 @@ from lomo_ds import zero3
 from lomo_ds.backward import BackwardHooks
 from lomo_ds.clipping import Clipping, clipping_groups
 from lomo_ds.config import LomoConfig, parse_ds_config, read_lomo_config, refuse_what_cannot_be
-from lomo_ds.distributed import agree, smallest
+from lomo_ds.distributed import agree, all_reduce_min
 from lomo_ds.errors import ConfigError
+from lomo_ds.memory import free_bytes
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
+from lomo_ds.random_states import RandomStates
 from lomo_ds.rules import Rule, Sgd
-from lomo_ds.schedules import Immediate, Schedule, Stash, Target, TwoPass, choose_schedule
+from lomo_ds.schedules import Schedule, Target, build_schedule, choose_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +105,9 @@ def initialize(
 
 
 class LomoEngine(DeepSpeedEngine):
-    """A ``DeepSpeedEngine`` over ZeRO-3 in which no gradient outlives the backward pass that made it."""
+    """A ``DeepSpeedEngine`` over ZeRO-3 in which no whole gradient outlives the hook that receives it."""
 
     optimizer: LomoOptimizer
-    schedule_in_words: str  # what was chosen, and why
     _in_train_batch = False
 
     @property
@@ -132,12 +130,36 @@ class LomoEngine(DeepSpeedEngine):
 
         Returns:
             The model's loss averaged over the labelled tokens of the whole step, all ranks and micro-batches; 0-dim,
-            float32. It is nan or inf where the step was skipped for that.
+            float32. It is not finite where the step was skipped for that.
 
         Raises:
-            ConfigError: several micro-batches under a schedule that keeps no gradients.
+            ConfigError: several micro-batches under a schedule that keeps no gradients, or a step begun with
+                ``engine.backward`` is not finished.
         """
         micro_batches = [batch] if isinstance(batch, Mapping) else list(batch)
+        self._refuse_train_batch(micro_batches)
+        # counted where the labels lie, which is the host: on the device each count would wait for it
+        counts = [losses.count_items(micro_batch, self._shifts_labels) for micro_batch in micro_batches]
+        micro_batches = [self._on_device(micro_batch) for micro_batch in micro_batches]
+        self._in_train_batch = True
+        try:
+            if self.schedule.passes == 2:
+                self._backward_twice(micro_batches, counts)
+            else:
+                self._backward_all(micro_batches, counts)
+            self.set_gradient_accumulation_boundary(True)
+            self.step()
+        except BaseException:
+            self.optimizer.discard()
+            raise
+        finally:
+            self._in_train_batch = False
+            self._is_gradient_accumulation_boundary = None
+        # step() has counted one micro-step; the step is a whole one, however many micro-batches it had
+        self.micro_steps += self.gradient_accumulation_steps() - 1
+        return torch.tensor(self.optimizer.loss, dtype=torch.float32, device=self.device)
+
+    def _refuse_train_batch(self, micro_batches: list[Batch]) -> None:
         if not micro_batches:
             raise ConfigError("train_batch needs at least one micro-batch, got an empty list")
         if len(micro_batches) > 1 and not self.schedule.keeps_gradients:
@@ -145,83 +167,116 @@ class LomoEngine(DeepSpeedEngine):
                 f"train_batch got {len(micro_batches)} micro-batches, but this schedule keeps no gradients to add up; "
                 "use update_schedule stash, or one larger micro-batch"
             )
-        self._in_train_batch = True
-        try:
-            return self._train_batch([self._on_device(micro_batch) for micro_batch in micro_batches])
-        finally:
-            self._in_train_batch = False
-            self._is_gradient_accumulation_boundary = None
+        if self.optimizer.backward_passes:
+            raise ConfigError(
+                f"train_batch takes whole steps, but {self.optimizer.backward_passes} engine.backward of an unfinished "
+                "step came before it; call engine.step() first"
+            )
 
-    def _train_batch(self, micro_batches: list[Batch]) -> Tensor:
-        counts = [losses.count_items(micro_batch, self._shifts_labels) for micro_batch in micro_batches]
-        random_states = _random_states()
-        self._backward_all(micro_batches, counts)
-        if self.schedule.passes == 2 and not self.optimizer.abandoned:
+    def _backward_twice(self, micro_batches: list[Batch], counts: list[int]) -> None:
+        """Measure, agree, and if the step is sound, compute the same gradients again and update."""
+        random_states = RandomStates.capture()
+        share = self._backward_all(micro_batches, counts)
+        if self.optimizer.skip_reason is None:
             coefficients = self.optimizer.agree_on_step()
-            if not self.optimizer.overflow:
+            if self.optimizer.skip_reason is None:
                 self.schedule.apply(coefficients)
-                _restore_random_states(random_states)  # the same dropout again
-                self._backward_all(micro_batches, counts)
-        self.set_gradient_accumulation_boundary(True)
-        self.step()
-        # step() has counted one micro-step; the step is a whole one, however many micro-batches it had
-        self.micro_steps += self.gradient_accumulation_steps() - 1
-        return torch.tensor(self.optimizer.loss, dtype=torch.float32, device=self.device)
+                random_states.restore()  # the same dropout again
+                self._backward_all(micro_batches, counts, share)
 
-    def _backward_all(self, micro_batches: list[Batch], counts: list[int]) -> None:
-        """Forward and backward of each micro-batch, its loss weighted by its share of the step's labels."""
-        share = 0.0
+    def _backward_all(self, micro_batches: list[Batch], counts: list[int], share: float | None = None) -> float:
+        """Forward and backward of each micro-batch, its loss weighted by its share of the step's labels.
+
+        Args:
+            share: of one label, where an earlier pass over the same micro-batches has found it.
+
+        Returns:
+            The share of one label in the step; 0 if the step must be skipped.
+        """
+        measured = share is not None
         for position, (micro_batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
             loss = losses.loss_of(self(**(micro_batch if count else losses.with_any_labels(micro_batch))))
-            if position == 0:
+            if share is None:
                 share = self._share_of_one_item(sum(counts), loss.detach())
             if not share:
-                self.optimizer.abandon()
-                return
-            self.optimizer.add_loss(loss.detach().double() * (count * share))
+                return share
+            if not measured:
+                self.optimizer.add_loss(loss.detach().double() * (count * share))
             self.set_gradient_accumulation_boundary(position == len(micro_batches) - 1)
             # ranks' gradients are averaged: what is a share of the step is that times the ranks on each rank
             self.backward(loss * (count * share * dist.get_world_size(self._ranks)), scale_wrt_gas=False)
+        assert share is not None
+        return share
 
     def _share_of_one_item(self, items: int, first_loss: Tensor) -> float:
-        """One over the items of the whole step, all ranks; 0 if there are none, or if any rank's loss is not finite."""
+        """One over the items of the whole step, all ranks; 0, and the step is skipped, where that makes no sense."""
         local = torch.stack(
             [torch.full_like(first_loss, items, dtype=torch.float64), (~first_loss.isfinite()).double()]
         )
         all_items, bad_losses = agree(local, self._ranks).tolist()
+        if bad_losses:
+            self.optimizer.skip_step("a loss was not finite")
+        elif not all_items:
+            self.optimizer.skip_step("no label in it counts", scale_is_to_blame=False)
         return 1.0 / all_items if all_items and not bad_losses else 0.0
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """``DeepSpeedEngine.backward``; the gradients of all ranks are averaged, as DeepSpeed's are.
 
         Raises:
-            ConfigError: ``two_pass`` is in force, which only ``train_batch`` can carry out.
+            ConfigError: the schedule in force cannot do this; see ``train_batch``.
         """
         if self.schedule.updates_in_backward and not self._in_train_batch:
             bad_losses = agree((~loss.detach().isfinite()).double(), self._ranks)
             if bad_losses.item():
-                self.optimizer.abandon()
+                self.optimizer.skip_step("a loss was not finite")
                 return loss / self.gradient_accumulation_steps()
-        return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        try:
+            return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        except BaseException:
+            self.optimizer.discard()
+            raise
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """``DeepSpeedEngine.step``; says so where the step was skipped."""
         skipped = self.skipped_steps
         super().step(lr_kwargs)
         if self.skipped_steps > skipped and self.global_rank == 0:
-            what = "gradient" if math.isfinite(self.optimizer.loss) else "loss"
             logger.warning(
-                "step %d skipped: a %s was not finite; no weight was changed (%d skipped so far, next loss scale %g)",
-                self.global_steps, what, self.skipped_steps, self.cur_scale,
+                "step %d skipped, no weight was changed: %s (%d skipped so far, next loss scale %g)",
+                self.global_steps, self.optimizer.last_skip_reason, self.skipped_steps, self.cur_scale,
             )  # fmt: skip
 
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "engine.save_checkpoint was called, but DeepSpeed's checkpoints are built around optimizer states, which "
+            "LOMO has none of; save the weights with lomo_ds.models.save_pretrained(engine.module, tokenizer, folder)"
+        )
+
     def _backward_prologue(self) -> None:
-        if self.schedule.passes == 2 and not self._in_train_batch:
+        if not self._in_train_batch:
+            self._refuse_backward()
+        super()._backward_prologue()
+
+    def _refuse_backward(self) -> None:
+        """DeepSpeed's idiom cannot always be followed; found here, ``loss.backward()`` is refused too."""
+        if self.schedule.passes == 2:
             raise ConfigError(
                 "update_schedule two_pass runs every batch forward and backward twice, which engine.backward cannot; "
                 "call engine.train_batch(batch), or use update_schedule stash"
             )
-        super()._backward_prologue()
+        if not self.schedule.keeps_gradients and (
+            self.optimizer.backward_passes or not self.is_gradient_accumulation_boundary()
+        ):
+            raise ConfigError(
+                "several backward passes make one step, but update_schedule immediate keeps no gradients to add up; "
+                "call engine.step() after each backward, or use update_schedule stash"
+            )
 
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
         return optimizer_name.lower() == "lomo"
@@ -253,13 +308,7 @@ class LomoEngine(DeepSpeedEngine):
             offload=offload,
             hooks=BackwardHooks(list(trained.values()), shards, schedule, self._communication_dtype()),
             schedule=schedule,
-            clipping=clipping,
-            loss_scaler=CreateLossScaler(
-                dtype=self.get_data_types()[0],
-                static_loss_scale=self.loss_scale(),
-                dynamic_scaling=self.dynamic_loss_scale(),
-                dynamic_loss_args=self.dynamic_loss_scale_args(),
-            ),
+            loss_scaler=self._build_loss_scaler(),
             ranks=self._ranks,
         )
 
@@ -284,6 +333,16 @@ class LomoEngine(DeepSpeedEngine):
             log_trace_cache_warnings=self.zero_log_trace_cache_warnings(),
         )
 
+    def _build_loss_scaler(self) -> LossScalerBase:
+        # at its smallest scale a run goes on, and says at every step that it was skipped
+        arguments = {**self.dynamic_loss_scale_args(), "raise_error_at_min_scale": False}
+        return CreateLossScaler(
+            dtype=self.get_data_types()[0],
+            static_loss_scale=self.loss_scale(),
+            dynamic_scaling=self.dynamic_loss_scale(),
+            dynamic_loss_args=arguments,
+        )
+
     def _build_rule(self, lomo: LomoConfig) -> Rule:
         if lomo.rounding == "nearest":
             return Sgd()
@@ -292,30 +351,20 @@ class LomoEngine(DeepSpeedEngine):
 
     def _build_schedule(self, lomo: LomoConfig, targets: list[Target], rule: Rule, clipping: Clipping) -> Schedule:
         accumulates = self.gradient_accumulation_steps() > 1
-        dtype = torch.float32 if accumulates else None
-        stash_bytes = sum(t.shard.numel() * (dtype or t.shard.dtype).itemsize for t in targets)
-        free_device, free_host = smallest(torch.tensor(_free_bytes(), device=self.device), self._ranks).tolist()
+        stash_dtype = torch.float32 if accumulates else self._communication_dtype()
+        free_device, free_host = all_reduce_min(torch.tensor(free_bytes(), device=self.device), self._ranks).tolist()
         choice = choose_schedule(
-            lomo, self._needs_whole_gradient(), accumulates, stash_bytes, int(free_device), int(free_host)
+            lomo,
+            gradient_clipping=self.gradient_clipping(),
+            fp16=self.fp16_enabled(),
+            accumulation_steps=self.gradient_accumulation_steps(),
+            stash_bytes=sum(t.shard.numel() * (stash_dtype or t.shard.dtype).itemsize for t in targets),
+            free_device_bytes=free_device,
+            free_host_bytes=free_host,
         )
-        self.schedule_in_words = f"{choice.describe()} ({choice.reason})"
         if self.global_rank == 0:
-            logger.info("update_schedule %s: %s", lomo.update_schedule, self.schedule_in_words)
-        if choice.schedule == "immediate":
-            return Immediate(targets, rule, clipping, self.device, self._ranks)
-        if choice.schedule == "two_pass":
-            return TwoPass(targets, rule, clipping, self.device)
-        stash_device = self.device if choice.stash_device == "gpu" else torch.device("cpu")
-        return Stash(targets, rule, clipping, self.device, stash_device, dtype)
-
-    def _needs_whole_gradient(self) -> str | None:
-        if self.gradient_clipping() > 0:
-            return f"gradient_clipping {self.gradient_clipping()} needs the global norm before any update"
-        if self.fp16_enabled():
-            return "fp16 needs to know of overflow before any update"
-        if self.gradient_accumulation_steps() > 1:
-            return f"gradient_accumulation_steps {self.gradient_accumulation_steps()} needs gradients added up"
-        return None
+            logger.info("update_schedule %s: %s", lomo.update_schedule, choice)
+        return build_schedule(choice, targets, rule, clipping, self.device, self._ranks, stash_dtype)
 
     def _communication_dtype(self) -> torch.dtype | None:
         """``communication_data_type`` of the ds_config, where it differs from what gradients are anyway."""
@@ -333,20 +382,3 @@ def _load_config(args: Any, config: Any, config_params: Any) -> dict[str, Any]:
     if len(given) != 1:
         raise ConfigError(f"give one DeepSpeed config, as config= or in args.deepspeed_config, got {len(given)}")
     return given[0] if isinstance(given[0], dict) else load_ds_config(given[0])
-
-
-def _free_bytes() -> list[int]:
-    """Free memory of this rank's device, and its share of the host's available memory."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
-    return [int(get_accelerator().available_memory()), psutil.virtual_memory().available // ranks_here]
-
-
-def _random_states() -> tuple[Tensor, Tensor]:
-    """What dropout draws from, on the host and on the device."""
-    return torch.get_rng_state(), get_accelerator().get_rng_state()
-
-
-def _restore_random_states(states: tuple[Tensor, Tensor]) -> None:
-    host, device = states
-    torch.set_rng_state(host)
-    get_accelerator().set_rng_state(device)

@@ -1,7 +1,7 @@
 """What went wrong, in the user's words: every error a user can cause, and nothing else.
 
 A message states the rule, what it got and the way out, in one sentence. ``launch`` prints it without a
-traceback; a program that calls the library sees an ordinary exception of the ValueError family.
+traceback; a program that calls the library sees an ordinary exception, a ValueError where an argument is to blame.
 """
 
 

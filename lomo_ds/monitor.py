@@ -1,7 +1,9 @@
 """What a run reports while it runs: metrics.jsonl, TensorBoard events, and each GPU's memory, use and power."""
 
+import contextlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -48,12 +50,17 @@ class Monitor:
     def _gpu_metrics(self) -> dict[str, float]:
         if self.gpu is None:
             return {}
-        return {
-            "gpu/memory_used_gib": pynvml.nvmlDeviceGetMemoryInfo(self.gpu).used / 2**30,
-            "gpu/peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
-            "gpu/utilisation_percent": float(pynvml.nvmlDeviceGetUtilizationRates(self.gpu).gpu),
-            "gpu/power_watts": pynvml.nvmlDeviceGetPowerUsage(self.gpu) / 1000,
+        readings: dict[str, Callable[[], float]] = {
+            "gpu/memory_used_gib": lambda: pynvml.nvmlDeviceGetMemoryInfo(self.gpu).used / 2**30,
+            "gpu/peak_allocated_gib": lambda: torch.cuda.max_memory_allocated() / 2**30,
+            "gpu/utilisation_percent": lambda: pynvml.nvmlDeviceGetUtilizationRates(self.gpu).gpu,
+            "gpu/power_watts": lambda: pynvml.nvmlDeviceGetPowerUsage(self.gpu) / 1000,
         }
+        metrics = {}
+        for name, read in readings.items():
+            with contextlib.suppress(pynvml.NVMLError):  # a shared GPU tells less
+                metrics[name] = float(read())
+        return metrics
 
 
 def _own_gpu() -> pynvml.c_nvmlDevice_t | None:

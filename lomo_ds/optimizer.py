@@ -12,7 +12,6 @@ from torch.distributed import ProcessGroup
 
 from lomo_ds import zero3
 from lomo_ds.backward import BackwardHooks
-from lomo_ds.clipping import Clipping
 from lomo_ds.distributed import agree
 from lomo_ds.errors import NonFiniteGradientError
 from lomo_ds.schedules import Schedule
@@ -44,7 +43,6 @@ class LomoOptimizer(ZeROOptimizer):
         offload: DeepSpeedZeRoOffload,
         hooks: BackwardHooks,
         schedule: Schedule,
-        clipping: Clipping,
         loss_scaler: LossScalerBase,
         ranks: ProcessGroup,
     ) -> None:
@@ -53,7 +51,6 @@ class LomoOptimizer(ZeROOptimizer):
         self.offload = offload
         self.hooks = hooks
         self.schedule = schedule
-        self.clipping = clipping
         self.loss_scaler = loss_scaler
         self.ranks = ranks
         # read by ZeROOptimizer.scale_if_loss and needs_scaler
@@ -64,7 +61,10 @@ class LomoOptimizer(ZeROOptimizer):
         # read by DeepSpeedEngine after a step
         self.overflow = False
         self._global_grad_norm: float | None = None
-        self.loss: float = math.nan  # of the last step, over all ranks; nan where only the caller knows it
+        # of the last step, over all ranks; nan where only the caller knows the losses, or the step was skipped for one
+        self.loss: float = math.nan
+        self.skip_reason: str | None = None  # why the step under way must change nothing
+        self.last_skip_reason: str | None = None
         self._start_step()
 
     @property
@@ -80,20 +80,27 @@ class LomoOptimizer(ZeROOptimizer):
     def add_loss(self, contribution: Tensor) -> None:
         """Count this rank's part of the step's loss (0-dim, detached), to be agreed on with the norm."""
         self._loss_sum += contribution
+        self._knows_loss = True
 
-    def abandon(self) -> None:
-        """All ranks agree that this step's loss is not finite: it will change nothing, and counts as an overflow."""
-        self.abandoned = True
+    def skip_step(self, reason: str, scale_is_to_blame: bool = True) -> None:
+        """All ranks know that the step under way must change nothing, without asking one another again."""
+        self.skip_reason = reason
+        self._scale_is_to_blame = scale_is_to_blame
+        self._global_grad_norm, self.loss = math.nan, math.nan
+        self._agreed = True
 
     def agree_on_step(self) -> list[float]:
         """The step's one collective: overflow, global norm and loss; returns the clip factors of the groups."""
         squared_norms = self.schedule.measure() / self.schedule.scale**2
         agreed = agree(torch.cat([squared_norms, self._loss_sum]), self.ranks).cpu()
-        self.loss = float(agreed[-1])
         self._global_grad_norm = float(agreed[:-1].sum().sqrt())
-        self.overflow = not (math.isfinite(self._global_grad_norm) and math.isfinite(self.loss))
+        self.loss = float(agreed[-1]) if self._knows_loss else math.nan
+        if not agreed[-1].isfinite():
+            self.skip_reason = "a loss was not finite"
+        elif not math.isfinite(self._global_grad_norm):
+            self.skip_reason = "a gradient was not finite"
         self._agreed = True
-        return self.clipping.coefficients(agreed[:-1]).tolist()
+        return self.schedule.clipping.coefficients(agreed[:-1]).tolist()
 
     def step(self, closure: Any = None) -> None:
         """Finish the step whose gradients backward has brought.
@@ -101,25 +108,32 @@ class LomoOptimizer(ZeROOptimizer):
         Raises:
             NonFiniteGradientError: the schedule had already updated weights from an inf or nan.
         """
-        if self.abandoned:
-            self.overflow, self._global_grad_norm, self.loss = True, math.nan, math.nan
-        elif not self._agreed:
+        if not self._agreed:
             coefficients = self.agree_on_step()
-            if not self.overflow:
+            if self.skip_reason is None:
                 self.schedule.apply(coefficients)
             elif self.schedule.updates_in_backward:
                 raise NonFiniteGradientError(
-                    "a gradient was inf or nan, and update_schedule immediate has already put it into the weights; "
-                    "start again from saved weights with a lower learning rate, or with update_schedule stash, "
-                    "which skips such a step"
+                    f"{self.skip_reason}, and update_schedule immediate has already put it into the weights; start "
+                    "again from saved weights with a lower learning rate, or with update_schedule stash, which skips "
+                    "such a step"
                 )
+        self.overflow = self.skip_reason is not None
+        self.last_skip_reason = self.skip_reason
         self.optimizer.step()  # learning-rate schedulers want to have seen it
-        self.loss_scaler.update_scale(self.overflow)
+        if self.dynamic_loss_scale and (self._scale_is_to_blame or not self.overflow):
+            self.loss_scaler.update_scale(self.overflow)
         zero3.refresh(self.offload)
+        self._start_step()
+
+    def discard(self) -> None:
+        """Forget a step that an exception has cut short."""
+        self.hooks.forget()
         self._start_step()
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
         """DeepSpeed's name for the end of a backward pass."""
+        self.backward_passes += 1
         self.hooks.end_backward()
         zero3.release(self.offload)
 
@@ -134,6 +148,9 @@ class LomoOptimizer(ZeROOptimizer):
     def _start_step(self) -> None:
         world_size = torch.distributed.get_world_size(self.ranks)
         self.schedule.start(scale=self.cur_scale * world_size)
-        self._loss_sum = torch.zeros(1, dtype=torch.float64, device=self.schedule.squared_norms.device)
+        self.backward_passes = 0  # of the step under way
+        self.skip_reason = None
+        self._scale_is_to_blame = True
         self._agreed = False
-        self.abandoned = False
+        self._loss_sum = torch.zeros(1, dtype=torch.float64, device=self.schedule.squared_norms.device)
+        self._knows_loss = False

@@ -1,6 +1,8 @@
 """The training loop: the one room that knows all the others."""
 
+import dataclasses
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ from lomo_ds import zero3
 from lomo_ds.arguments import TrainArguments
 from lomo_ds.config import parse_ds_config, refuse_what_cannot_be
 from lomo_ds.data import PackedBlocks, evaluation_batches, tokenize_file, training_loader
-from lomo_ds.distributed import is_host_speaker, together
+from lomo_ds.distributed import is_local_main_process, together
 from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile, warmup_steps
 from lomo_ds.engine import LomoEngine, initialize
 from lomo_ds.errors import ConfigError, DataError, ModelError
@@ -57,7 +59,8 @@ def train(arguments: TrainArguments, given: frozenset[str]) -> None:
     scheduler = None if "scheduler" in filled else _scheduler(arguments, steps.total)
     engine, *_ = initialize(model=model, config=filled, lr_scheduler=scheduler)
     if rank == 0:
-        arguments.dump(output_dir / "config.yaml")
+        dataclasses.replace(arguments, max_seq_length=length).dump(output_dir / "config.yaml")
+        (output_dir / "ds_config.json").write_text(json.dumps(filled, indent=2), encoding="utf-8")
     with Monitor(output_dir, rank) as monitor:
         Trainer(arguments, engine, tokenizer, steps, validation, monitor).run()
 
@@ -112,13 +115,17 @@ class Trainer:
         """Train, evaluate before, on the way and after, save, and say where everything is."""
         self._say(self._describe())
         before, sample_before = self._evaluate(), self._sample()
-        self._train()
-        after, sample_after = self._evaluate(), self._sample()
+        if before:
+            self.monitor.log(0, before)
+        after = self._train()
+        sample_after = self._sample()
         output_dir = Path(self.arguments.output_dir)
         save_pretrained(self.engine.module, self.tokenizer, output_dir)
         self.bar.close()
-        if before is not None and after is not None:
-            self._say(f"held-out loss: {before:.4f} before, {after:.4f} after (nats per token)")
+        if before and after:
+            self._say(
+                f"held-out loss: {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after (nats per token)"
+            )
         if sample_before is not None:
             self._say(f"before: {sample_before!r}\nafter:  {sample_after!r}")
         self._say(
@@ -126,27 +133,36 @@ class Trainer:
             f"TensorBoard: tensorboard --logdir {output_dir / 'runs'}"
         )
 
-    def _train(self) -> None:
-        clock = time.perf_counter()
-        counted = 0  # tokens, when the clock was read
+    def _train(self) -> dict[str, float]:
+        """All steps; returns the evaluation after the last."""
+        clock, counted = time.perf_counter(), 0  # when the last log line was written, and the tokens by then
+        evaluation: dict[str, float] = {}
         for micro_batches in self.steps:
             learning_rate = self.engine.get_lr()[0]
             self.losses.append(float(self.engine.train_batch(micro_batches)))
             self.step += 1
             self.tokens += dist.get_world_size() * sum(batch["input_ids"].numel() for batch in micro_batches)
             self.bar.update()
-            if self.step % self.arguments.logging_steps == 0 or self.step == self.steps.total:
-                speed = (self.tokens - counted) / (time.perf_counter() - clock)
-                self._log(learning_rate, speed)
+            record: dict[str, float] = {}
+            if self._is_due(self.arguments.logging_steps):
+                record |= self._metrics(learning_rate, (self.tokens - counted) / (time.perf_counter() - clock))
+                self._show(record)
+            if self._is_due(self.arguments.eval_steps):
+                evaluation = self._evaluate()
+                record |= evaluation
+            if record:
+                self.monitor.log(self.step, record)
                 clock, counted = time.perf_counter(), self.tokens
-            if self.arguments.eval_steps and self.step % self.arguments.eval_steps == 0 < self.steps.total - self.step:
-                self._evaluate()
-                clock, counted = time.perf_counter(), self.tokens
+        return evaluation
 
-    def _log(self, learning_rate: float, tokens_per_second: float) -> None:
+    def _is_due(self, every: int | None) -> bool:
+        return self.step == self.steps.total or bool(every and self.step % every == 0)
+
+    def _metrics(self, learning_rate: float, tokens_per_second: float) -> dict[str, float]:
         finite = [loss for loss in self.losses if math.isfinite(loss)]
+        self.losses.clear()
         norm = self.engine.get_global_grad_norm()
-        metrics = {
+        return {
             "epoch": self.step / self.steps.per_epoch,
             "loss": fmean(finite) if finite else math.nan,
             "learning_rate": learning_rate,
@@ -157,22 +173,20 @@ class Trainer:
             "loss_scale": self.engine.cur_scale,
             "skipped_steps": float(self.engine.skipped_steps),
         }
-        self.losses.clear()
-        self.monitor.log(self.step, metrics)
+
+    def _show(self, metrics: dict[str, float]) -> None:
         self.bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, {tokens_per_second:.0f} tokens/s, lr {learning_rate:.2g}, "
-            f"norm {metrics['grad_norm']:.2f}"
+            f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s, "
+            f"lr {metrics['learning_rate']:.2g}, norm {metrics['grad_norm']:.2f}"
         )
 
-    def _evaluate(self) -> float | None:
+    def _evaluate(self) -> dict[str, float]:
         if self.validation is None:
-            return None
+            return {}
         batches = evaluation_batches(
             self.validation, self.arguments.per_device_eval_batch_size, dist.get_rank(), dist.get_world_size()
         )
-        loss = evaluate_loss(self.engine, batches)
-        self.monitor.log(self.step, {"eval_loss": loss})
-        return loss
+        return {"eval_loss": evaluate_loss(self.engine, batches)}
 
     def _sample(self) -> str | None:
         if self.arguments.sample_prompt is None:
@@ -220,9 +234,11 @@ def _load_vocabulary(arguments: TrainArguments) -> tuple[PretrainedConfig, PreTr
             f"the tokenizer's vocabulary of {len(tokenizer)} does not fit the model's embedding of "
             f"{config.vocab_size} rows; give the model's own tokenizer with --tokenizer_name"
         )
-    positions = config.max_position_embeddings
+    positions = getattr(config, "max_position_embeddings", None)
     length = arguments.max_seq_length or positions
-    if length > positions:
+    if length is None:
+        raise ConfigError("the model's config.json names no max_position_embeddings; give --max_seq_length")
+    if positions is not None and length > positions:
         raise ConfigError(
             f"--max_seq_length {length} is longer than the model's {positions} positions; use at most {positions}"
         )
@@ -243,7 +259,7 @@ def _load_blocks(
             arguments.validation_file
         ) if arguments.validation_file else None
 
-    together(lambda: both() if is_host_speaker() else None)  # one rank of each host tokenizes, the others map
+    together(lambda: both() if is_local_main_process() else None)  # one rank of each host tokenizes, the others map
     return together(both)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import deepspeed.comm as dist
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
@@ -24,26 +25,18 @@ Partitioned = Any  # a Parameter to which DeepSpeed has given its ds_ attributes
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's part of one parameter: elements ``start : start + data.numel()`` of the flattened whole."""
+    """This rank's part of one parameter: the rank-th piece of the flattened whole, as ``torch.chunk`` cuts it."""
 
     name: str
     data: Tensor  # 1-D view of the partition, padding left out; empty on ranks behind a tiny tensor's end
-    start: int
-    shape: torch.Size
-    group: ProcessGroup
+    group: ProcessGroup  # the ranks that hold the other parts
 
     @classmethod
     def of(cls, name: str, parameter: Partitioned) -> "Shard":
         """The shard of a parameter that ZeRO-3 has partitioned."""
         start = parameter.ds_tensor.ds_numel * dist.get_rank(parameter.ds_process_group)
         valid = min(max(parameter.ds_numel - start, 0), parameter.ds_tensor.ds_numel)
-        return cls(
-            name=name,
-            data=parameter.ds_tensor.data.narrow(0, 0, valid),
-            start=start,
-            shape=parameter.ds_shape,
-            group=parameter.ds_process_group,
-        )
+        return cls(name, parameter.ds_tensor.data.narrow(0, 0, valid), parameter.ds_process_group)
 
 
 def partition(parameters: Iterable[Parameter], ds_config: dict[str, Any], dtype: torch.dtype) -> Iterator[Parameter]:
@@ -80,12 +73,11 @@ def release(offload: DeepSpeedZeRoOffload) -> None:
 
 
 def refresh(offload: DeepSpeedZeRoOffload) -> None:
-    """Drop every gathered copy and gather the persistent parameters anew, in one collective, from updated shards."""
+    """Drop every gathered copy and gather the persistent parameters anew, in one collective, from updated shards.
+
+    DeepSpeed gathers on a stream that waits for no other, so the updates must have reached the shards by now.
+    """
+    get_accelerator().synchronize()
     offload.partition_all_parameters()
-    persistent = [parameter for parameter in offload.persistent_parameters if _is_partitioned(parameter)]
-    if persistent:
-        persistent[0].all_gather_coalesced(persistent).wait()
-
-
-def _is_partitioned(parameter: Partitioned) -> bool:
-    return bool(parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE)
+    if offload.persistent_parameters:
+        offload.persistent_parameters[0].all_gather_coalesced(offload.persistent_parameters).wait()

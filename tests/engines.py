@@ -36,7 +36,7 @@ def make_engine(
 
 
 def weights_of(engine: lomo_ds.LomoEngine) -> dict[str, Tensor]:
-    """A copy of every whole parameter, from the shards."""
+    """A copy of every whole parameter."""
     weights = {}
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-TIMEOUT = 300.0  # seconds that a function may take
+TIMEOUT = 240.0  # seconds that a function may take
 GRACE = 10.0  # seconds the other ranks have to end when one has failed
 
 

@@ -40,7 +40,7 @@ def test_what_is_dumped_reads_back(tmp_path: Path) -> None:
         ([*REQUIRED, "--bf16", "--fp16"], "bf16 and fp16 were both asked for"),
         ([*REQUIRED, "--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be at least 1, got 0"),
         ([*REQUIRED, "--warmup_ratio", "1.5"], "--warmup_ratio must be between 0 and 1, got 1.5"),
-        ([*REQUIRED, "--learning_rate=-1"], "--learning_rate must be at least 0, got -1"),
+        ([*REQUIRED, "--learning_rate=-1"], "--learning_rate must be at least 0, and finite, got -1"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read: No such file"),
         (["--config"], "--config needs the path"),
     ],

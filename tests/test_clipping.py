@@ -31,6 +31,12 @@ def test_value_limits_the_true_gradient() -> None:
     assert scaled.tolist() == [-8.0, 4.0, 8.0]
 
 
+def test_a_limit_beyond_fp16_limits_nothing() -> None:
+    scaled = torch.tensor([-60000.0, 4.0], dtype=torch.float16)
+    Clipping(value=10.0).clamp_(scaled, scale=2.0**16)
+    assert scaled.tolist() == [-60000.0, 4.0]
+
+
 def test_no_clip_changes_nothing() -> None:
     gradient = torch.tensor([1e9, -1e9])
     Clipping().clamp_(gradient, scale=1.0)

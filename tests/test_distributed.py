@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lomo_ds import distributed
-from lomo_ds.distributed import agree, reduce_scatter_shard, smallest, together
+from lomo_ds.distributed import agree, all_reduce_min, reduce_scatter_shard, together
 from lomo_ds.errors import ConfigError, PeerError
 from tests.ranks import Ranks
 
@@ -34,10 +34,12 @@ def test_reduce_scatter_shard(ranks: GroupOf, world_size: int, shape: tuple[int,
 
 def sum_and_least() -> tuple[float, float]:
     mine = torch.tensor([float(dist.get_rank() + 1)])
-    return agree(mine.clone(), dist.get_world_group()).item(), smallest(mine.clone(), dist.get_world_group()).item()
+    return agree(mine.clone(), dist.get_world_group()).item(), all_reduce_min(
+        mine.clone(), dist.get_world_group()
+    ).item()
 
 
-def test_agree_and_smallest(ranks: GroupOf) -> None:
+def test_agree_and_all_reduce_min(ranks: GroupOf) -> None:
     assert ranks(3).run(sum_and_least) == [(6.0, 1.0)] * 3
 
 

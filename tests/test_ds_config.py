@@ -43,6 +43,22 @@ def test_a_field_that_is_absent_takes_the_argument_or_means_what_deepspeed_means
     assert merged({}, "--max_grad_norm", "2")[0]["gradient_clipping"] == 2.0
 
 
+@pytest.mark.parametrize(
+    "params", [{"clip_group_norm": 1.0}, {"clip_grad_value": 1.0}, {"update_schedule": "immediate"}]
+)
+def test_the_default_clip_gives_way_to_what_was_asked_for(params: dict[str, Any]) -> None:
+    config = {"gradient_clipping": "auto", "optimizer": {"params": params}}
+    merged_config, arguments = merged(config)
+    assert (merged_config["gradient_clipping"], arguments.max_grad_norm) == (0.0, 0.0)
+    assert merged(config, "--max_grad_norm", "1")[0]["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize("broken", [{"bf16": True}, {"optimizer": {"params": ["lr"]}}, {"scheduler": "linear"}])
+def test_a_section_must_be_an_object(broken: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="must be an object in braces"):
+        merged(broken)
+
+
 def test_the_scheduler_is_filled_once_the_steps_are_known() -> None:
     params = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 3, "total_num_steps": "auto"}
     config, arguments = merged({"scheduler": {"type": "WarmupDecayLR", "params": params}}, "--learning_rate", "0.5")

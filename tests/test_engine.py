@@ -4,13 +4,16 @@ import copy
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 
 import lomo_ds
@@ -73,6 +76,115 @@ def test_idiom_is_refused_under_two_pass(ranks: GroupOf) -> None:
         assert "engine.train_batch(batch)" in sentence
 
 
+def two_backwards_one_step(by_boundary: bool) -> str:
+    engine = make_engine(tiny_model(), "immediate")
+    batch = my_part(even_batch(0, rows=dist.get_world_size()))
+    if by_boundary:
+        engine.set_gradient_accumulation_boundary(False)
+    else:
+        engine.backward(engine(**batch).loss)
+    with pytest.raises(ConfigError) as refusal:
+        engine.backward(engine(**batch).loss)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("by_boundary", [False, True])
+def test_immediate_refuses_several_backwards_in_a_step(ranks: GroupOf, by_boundary: bool) -> None:
+    assert "call engine.step() after each backward" in ranks(2).run(two_backwards_one_step, by_boundary)[0]
+
+
+def train_batch_in_an_open_step() -> str:
+    engine = make_engine(tiny_model(), "stash", accumulation=2)
+    batch = my_part(even_batch(0, rows=dist.get_world_size()))
+    engine.backward(engine(**batch).loss)
+    with pytest.raises(ConfigError) as refusal:
+        engine.train_batch(batch)
+    return str(refusal.value)
+
+
+def test_train_batch_takes_whole_steps(ranks: GroupOf) -> None:
+    assert "call engine.step() first" in ranks(2).run(train_batch_in_an_open_step)[0]
+
+
+class SharedBetweenCheckpoints(torch.nn.Module):
+    """One layer in two reentrant checkpoints: its gradient arrives twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(4, 4)
+        self.shared = torch.nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        for _ in range(2):
+            hidden = checkpoint(self.shared, hidden, use_reentrant=True)
+        return hidden.square().mean()
+
+
+def gradient_in_two_pieces(schedule: str) -> float | str:
+    model = SharedBetweenCheckpoints()
+    reference = copy.deepcopy(model)
+    engine = make_engine(model, schedule, threshold=0)
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    try:
+        engine.train_batch({"x": x[dist.get_rank()].unsqueeze(0)})
+    except ConfigError as refusal:
+        return str(refusal)
+    reference(x).backward()
+    torch.optim.SGD(reference.parameters(), lr=0.3).step()
+    return largest_difference(weights_of(engine), reference)
+
+
+def test_a_parameter_whose_gradient_comes_in_two_pieces(ranks: GroupOf) -> None:
+    assert max(ranks(2).run(gradient_in_two_pieces, "stash")) < 1e-6
+    for schedule in ("immediate", "two_pass"):
+        for sentence in ranks(2).run(gradient_in_two_pieces, schedule):
+            assert "shared." in sentence
+            assert "use update_schedule stash" in sentence
+
+
+def more_micro_batches_than_configured() -> float:
+    """In bf16: added up in fp32, or the sum of many would lose what each brings."""
+    model = tiny_model()
+    engine = make_engine(model, "stash", bf16={"enabled": True})
+    engine.train_batch([even_batch(step, 1) for step in range(8)])
+    stash: Any = engine.schedule
+    assert not stash.held
+    engine.backward(engine(**even_batch(0, 1)).loss)
+    engine.set_gradient_accumulation_boundary(False)
+    engine.backward(engine(**even_batch(1, 1)).loss)
+    return float({held.dtype for held in stash.held.values()} == {torch.float32})
+
+
+def test_gradients_add_up_in_fp32(ranks: GroupOf) -> None:
+    assert ranks(2).run(more_micro_batches_than_configured) == [1.0, 1.0]
+
+
+def after_an_exception(schedule: str) -> float:
+    """A forward that fails leaves nothing behind."""
+    model = tiny_model()
+    reference = PlainSGD(copy.deepcopy(model), lr=0.3)
+    engine = make_engine(model, schedule)
+    batch = whole_batch(0, rows=2)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory, say")
+
+    failing = engine.module.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="say"):
+        engine.train_batch(my_part(batch))
+    failing.remove()
+    reference.step(batch)
+    engine.train_batch(my_part(batch))
+    return largest_difference(weights_of(engine), reference.model)
+
+
+@pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
+def test_a_failed_step_leaves_nothing_behind(ranks: GroupOf, schedule: str) -> None:
+    assert max(ranks(2).run(after_an_exception, schedule)) < 1e-6
+
+
 def several_micro_batches(schedule: str) -> str:
     engine = make_engine(tiny_model(), schedule)
     with pytest.raises(ConfigError) as refusal:
@@ -127,6 +239,54 @@ def test_initialize_needs_one_config() -> None:
         lomo_ds.initialize(model=tiny_model())
 
 
+def what_is_chosen(sections: dict[str, Any]) -> tuple[str, list[str]]:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lomo_ds")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    engine = make_engine(tiny_model(), **sections)
+    logger.removeHandler(handler)
+    return type(engine.schedule).__name__, records
+
+
+@pytest.mark.parametrize(
+    ("sections", "schedule"),
+    [({}, "Immediate"), ({"global_norm": 1.0}, "Stash"), ({"accumulation": 2}, "Stash")],
+)
+def test_auto_is_resolved_and_logged_once(ranks: GroupOf, sections: dict[str, Any], schedule: str) -> None:
+    (chosen, records), (also, silent) = ranks(2).run(what_is_chosen, sections)
+    assert (chosen, also, silent) == (schedule, schedule, [])
+    assert len(records) == 1
+    assert records[0].startswith(f"update_schedule auto: {schedule.lower()}")
+
+
+def events_of_deepspeeds_tensorboard(folder: str) -> None:
+    section = {"enabled": True, "output_path": folder, "job_name": "job"}
+    engine = make_engine(tiny_model(), tensorboard=section)
+    for step in range(3):
+        engine.train_batch(my_part(even_batch(step, rows=2)))
+    if dist.get_rank() == 0:
+        engine.monitor.tb_monitor.summary_writer.flush()
+
+
+def test_deepspeeds_own_tensorboard_section(ranks: GroupOf, tmp_path: Path) -> None:
+    ranks(2).run(events_of_deepspeeds_tensorboard, str(tmp_path))
+    events = EventAccumulator(str(tmp_path / "job")).Reload()
+    assert [event.value for event in events.Scalars("Train/Samples/lr")] == pytest.approx([0.3] * 3)
+
+
+def checkpoint_refused() -> str:
+    with pytest.raises(ConfigError) as refusal:
+        make_engine(tiny_model()).save_checkpoint("somewhere")
+    return str(refusal.value)
+
+
+def test_deepspeeds_checkpoints_are_refused(ranks: GroupOf) -> None:
+    assert "lomo_ds.models.save_pretrained" in ranks(1).run(checkpoint_refused)[0]
+
+
 # learning rates
 
 
@@ -149,6 +309,26 @@ def follow_scheduler(name: str) -> None:
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup"])
 def test_learning_rate_schedules(ranks: GroupOf, name: str) -> None:
     ranks(2).run(follow_scheduler, name)
+
+
+def rate_after_a_skipped_step() -> tuple[list[float], list[float]]:
+    engine = make_engine(
+        tiny_model(),
+        "stash",
+        lr_scheduler=lambda optimizer: get_scheduler("linear", optimizer, 4, num_training_steps=8),
+    )
+    batch = my_part(whole_batch(0, rows=4))
+    engine.train_batch(batch)
+    before = engine.get_lr()
+    broken = break_loss(engine, rank=0)
+    engine.train_batch(batch)
+    broken.remove()
+    return before, engine.get_lr()
+
+
+def test_a_skipped_step_leaves_the_learning_rate(ranks: GroupOf) -> None:
+    for before, after in ranks(2).run(rate_after_a_skipped_step):
+        assert before == after == [pytest.approx(0.3 / 4)]
 
 
 def two_parameter_groups() -> None:
@@ -175,18 +355,21 @@ def test_only_the_parameters_given_train_each_at_its_rate(ranks: GroupOf) -> Non
 # dropout: two passes must see the same one
 
 
-def train_with_dropout(schedule: str) -> dict[str, Tensor]:
-    torch.manual_seed(7 + dist.get_rank())
-    engine = make_engine(tiny_model(dropout=0.5), schedule, global_norm=0.1)
+def train_with_dropout(schedule: str, checkpointing: bool) -> dict[str, Tensor]:
+    model = tiny_model(dropout=0.5)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = make_engine(model, schedule, global_norm=0.1)
     torch.manual_seed(7 + dist.get_rank())
     for step in range(3):
         engine.train_batch(my_part(whole_batch(step, rows=2)))
     return weights_of(engine)
 
 
-def test_both_passes_see_the_same_dropout(ranks: GroupOf) -> None:
-    stash, two_pass = ranks(2).run(train_with_dropout, "stash"), ranks(2).run(train_with_dropout, "two_pass")
-    assert identical(stash[0], two_pass[0])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_both_passes_see_the_same_dropout(ranks: GroupOf, checkpointing: bool) -> None:
+    stash, two_pass = (ranks(2).run(train_with_dropout, how, checkpointing)[0] for how in ("stash", "two_pass"))
+    assert identical(stash, two_pass)
 
 
 # steps that must not happen

@@ -79,6 +79,7 @@ def test_the_folder_is_a_model_that_transformers_loads(finished: tuple[Path, str
 
 def test_metrics_have_one_object_per_logged_step(finished: tuple[Path, str]) -> None:
     records = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 2, 3, 4, 6]
     trained = [record for record in records if "loss" in record]
     assert [record["step"] for record in trained] == [2, 4, 6]
     assert [record["step"] for record in records if "eval_loss" in record] == [0, 3, 6]
@@ -98,7 +99,8 @@ def test_tensorboard_holds_the_same(finished: tuple[Path, str]) -> None:
 def test_the_resolved_config_runs_the_same_again(finished: tuple[Path, str], ranks: GroupOf, tmp_path: Path) -> None:
     out, _ = finished
     resolved = yaml.safe_load((out / "config.yaml").read_text())
-    assert resolved["max_grad_norm"] == 1.0
+    assert (resolved["max_grad_norm"], resolved["max_seq_length"]) == (1.0, 32)
+    assert json.loads((out / "ds_config.json").read_text())["optimizer"]["params"]["lr"] == 0.5
     again = ranks(2).run(run_main, ["--config", str(out / "config.yaml"), f"--output_dir={tmp_path}"])
     assert again[0][0] == 0, again
     first, second = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (out, tmp_path))
@@ -155,7 +157,7 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"train_file": "{broken}/json.jsonl"}, "json.jsonl line 2 is not valid JSON"),
         ({"train_file": "{broken}/fields.jsonl"}, 'fields.jsonl line 2 must be an object with a "text"'),
         ({"validation_file": "{broken}/empty.txt"}, "empty.txt holds no text"),
-        ({"model_name_or_path": "{broken}/empty_folder"}, "must hold a config.json"),
+        ({"model_name_or_path": "{broken}/empty_folder"}, "that holds a config.json"),
         ({"model_name_or_path": "{broken}/small"}, "vocabulary of 512 does not fit the model's embedding of 100 rows"),
         ({"max_seq_length": 4096}, "--max_seq_length 4096 is longer than the model's 128 positions"),
         ({"learning_rte": 1}, "unknown argument --learning_rte; did you mean --learning_rate"),
@@ -228,6 +230,7 @@ def test_shakespeare_reaches_2_80(ranks: GroupOf, assets: Path, tmp_path: Path) 
     }
     results = ranks(2).run(run_main, [f"--{name}={value}" for name, value in arguments.items()])
     assert results[0][0] == 0, results
-    losses = [json.loads(line).get("eval_loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert losses[0] == pytest.approx(4.98, abs=0.1)
     assert losses[-1] < 2.80

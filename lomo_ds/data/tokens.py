@@ -26,17 +26,24 @@ def tokenize_file(path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -
         1-D, int32, memory-mapped read-only.
 
     Raises:
-        DataError: see ``read_documents``.
+        DataError: see ``read_documents``; or ``cache`` cannot be written.
     """
     stored = cache / f"{path.stem}-{_fingerprint(path, tokenizer)}.npy"
     if not stored.exists():
         pieces = [np.asarray(ids, dtype=np.int32) for ids in _token_ids(path, tokenizer)]
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = stored.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            np.save(file, np.concatenate(pieces), allow_pickle=False)
-        partial.replace(stored)
+        _store(np.concatenate(pieces), stored)
     return np.load(stored, mmap_mode="r", allow_pickle=False)
+
+
+def _store(tokens: TokenArray, path: Path) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.save(file, tokens, allow_pickle=False)
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(f"tokens cannot be kept in {path.parent}: {error.strerror}") from None
 
 
 def _token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

@@ -1,6 +1,7 @@
 """A Hugging Face folder into ZeRO-3 shards, one tensor whole at a time."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,7 +35,10 @@ def load_config(folder: str) -> PretrainedConfig:
         ModelError: ``folder`` is no model folder.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise ModelError(f"a model folder must hold a config.json, got {folder}, which has none")
+        raise ModelError(
+            f"a model is read from a local folder that holds a config.json, got {folder}, which has none; download a "
+            "hub model first, with `hf download NAME --local-dir FOLDER`"
+        )
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
@@ -64,8 +69,11 @@ def load_model(folder: str, config: PretrainedConfig, ds_config: dict[str, Any],
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     parameters = dict(model.named_parameters())
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     with _open_weights(folder) as weights:
-        _refuse_mismatch(folder, {name: parameter.shape for name, parameter in parameters.items()}, weights, model)
+        _refuse_mismatch(folder, parameters | buffers, weights, model)
+        for name, buffer in buffers.items():
+            buffer.copy_(weights[name].get_tensor(name))
         for name, parameter in zip(parameters, zero3.partition(parameters.values(), ds_config, dtype), strict=True):
             if dist.get_rank() == 0:
                 parameter.data = weights[name].get_tensor(name).to(dtype)
@@ -101,13 +109,14 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _refuse_mismatch(
-    folder: str, shapes: dict[str, torch.Size], weights: dict[str, Any], model: PreTrainedModel
-) -> None:
+def _refuse_mismatch(folder: str, wanted: dict[str, Tensor], weights: dict[str, Any], model: PreTrainedModel) -> None:
+    shapes = {name: tensor.shape for name, tensor in wanted.items()}
     tied = set(getattr(model, "all_tied_weights_keys", ()))
+    # what older checkpoints hold beside the weights; transformers drops it too
+    dropped = re.compile("|".join([r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]))
     problems = {
         "are missing": [name for name in shapes if name not in weights],
-        "are unexpected": [name for name in weights if name not in shapes and name not in tied],
+        "are unexpected": [name for name in weights if name not in tied | shapes.keys() and not dropped.search(name)],
         "have another shape": [
             f"{name} {tuple(weights[name].get_slice(name).get_shape())} for {tuple(shape)}"
             for name, shape in shapes.items()

@@ -8,7 +8,9 @@ from torch import Tensor
 class Rule(Protocol):
     """Turns a parameter shard and its gradient into the new shard."""
 
-    def update(self, shard: Tensor, gradient: Tensor, coefficient: float | Tensor, lr: float, decay: float) -> None:
+    def update(
+        self, shard: Tensor, gradient: Tensor, coefficient: float | Tensor, lr: float, weight_decay: float
+    ) -> None:
         """Write the updated parameter into ``shard``.
 
         Args:
@@ -17,6 +19,6 @@ class Rule(Protocol):
             coefficient: what the gradient is multiplied by first (averaging, unscaling, clipping); a float or
                 a 0-dim tensor.
             lr: learning rate.
-            decay: decoupled weight decay (arXiv 1711.05101).
+            weight_decay: decoupled weight decay (arXiv 1711.05101).
         """
         ...

@@ -1,4 +1,4 @@
-"""SGD, the rule of LOMO: p <- (1 - lr decay) p - lr g (arXiv 2306.09782, equation 1)."""
+"""SGD, the rule of LOMO: p <- (1 - lr weight_decay) p - lr g (arXiv 2306.09782, equation 1)."""
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ class Sgd:
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self.generator = generator
 
-    def update(self, shard: Tensor, gradient: Tensor, coefficient: float | Tensor, lr: float, decay: float) -> None:
+    def update(
+        self, shard: Tensor, gradient: Tensor, coefficient: float | Tensor, lr: float, weight_decay: float
+    ) -> None:
         """See ``Rule.update``."""
         for weights, gradients in chunks(shard, gradient):
             exact = weights.to(gradients.device, torch.float32)  # fp32 shards are updated where they lie
-            if decay:
-                exact.mul_(1 - lr * decay)
+            if weight_decay:
+                exact.mul_(1 - lr * weight_decay)
             exact.sub_(gradients.float() * coefficient, alpha=lr)
             self._store(weights, exact)
 

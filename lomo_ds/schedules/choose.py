@@ -19,15 +19,19 @@ class Choice:
     stash_device: str  # cpu or gpu
     reason: str
 
-    def describe(self) -> str:
-        """The choice in a few words, for the log."""
-        return f"stash on {self.stash_device}" if self.schedule == "stash" else self.schedule
+    def __str__(self) -> str:
+        return (
+            f"stash on {self.stash_device} ({self.reason})"
+            if self.schedule == "stash"
+            else f"{self.schedule} ({self.reason})"
+        )
 
 
 def choose_schedule(
     lomo: LomoConfig,
-    needs_whole_gradient: str | None,
-    accumulates: bool,
+    gradient_clipping: float,
+    fp16: bool,
+    accumulation_steps: int,
     stash_bytes: int,
     free_device_bytes: int,
     free_host_bytes: int,
@@ -35,8 +39,8 @@ def choose_schedule(
     """Resolve ``update_schedule`` and ``stash_device``.
 
     Args:
-        needs_whole_gradient: what was asked for that ``immediate`` cannot do, in words; None if nothing was.
-        accumulates: whether a step has several micro-batches.
+        gradient_clipping: the limit on the global norm; 0 for none.
+        fp16: whether an overflow must be found before any update.
         stash_bytes: what the stash of one rank takes.
         free_device_bytes: free memory of the device that computes, the smallest over all ranks.
         free_host_bytes: a rank's share of the host's available memory, the smallest over all ranks.
@@ -44,6 +48,7 @@ def choose_schedule(
     Raises:
         ConfigError: accumulation needs the stash, and it fits nowhere.
     """
+    needs_whole_gradient = _need(gradient_clipping, fp16, accumulation_steps)
     if lomo.update_schedule == "immediate":
         return Choice("immediate", "gpu", "as asked")
     if lomo.update_schedule == "two_pass":
@@ -51,18 +56,18 @@ def choose_schedule(
     if lomo.update_schedule == "auto" and needs_whole_gradient is None:
         return Choice("immediate", "gpu", "nothing needs the whole gradient")
     why = needs_whole_gradient if lomo.update_schedule == "auto" else "as asked"
-    need = f"{_gib(stash_bytes)} of gradient shards a rank"
+    need = f"{_bytes(stash_bytes)} of gradient shards a rank"
     if lomo.stash_device != "auto":
         return Choice("stash", lomo.stash_device, f"{why}; {need}")
     if stash_bytes <= DEVICE_SHARE * free_device_bytes:
-        return Choice("stash", "gpu", f"{why}; {need}, {_gib(free_device_bytes)} free on the device")
+        return Choice("stash", "gpu", f"{why}; {need}, {_bytes(free_device_bytes)} free on the device")
     if stash_bytes <= HOST_SHARE * free_host_bytes:
-        return Choice("stash", "cpu", f"{why}; {need}, {_gib(free_host_bytes)} free in host memory")
+        return Choice("stash", "cpu", f"{why}; {need}, {_bytes(free_host_bytes)} free in host memory")
     nowhere = (
-        f"{need} fit neither the device ({_gib(free_device_bytes)} free) nor host memory "
-        f"({_gib(free_host_bytes)} free a rank)"
+        f"{need} fit neither the device ({_bytes(free_device_bytes)} free) nor host memory "
+        f"({_bytes(free_host_bytes)} free a rank)"
     )
-    if lomo.update_schedule == "auto" and not accumulates:
+    if lomo.update_schedule == "auto" and accumulation_steps == 1:
         return Choice("two_pass", "gpu", f"{why}; {nowhere}")
     raise ConfigError(
         f"update_schedule {lomo.update_schedule} needs a stash, but {nowhere}; use more ranks, "
@@ -70,5 +75,16 @@ def choose_schedule(
     )
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def _need(gradient_clipping: float, fp16: bool, accumulation_steps: int) -> str | None:
+    """What ``immediate`` cannot do, in words; None if nothing of it was asked for."""
+    if gradient_clipping > 0:
+        return f"gradient_clipping {gradient_clipping} needs the global norm before any update"
+    if fp16:
+        return "fp16 needs to know of overflow before any update"
+    if accumulation_steps > 1:
+        return f"gradient_accumulation_steps {accumulation_steps} needs gradients added up"
+    return None
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

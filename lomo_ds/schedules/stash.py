@@ -16,7 +16,7 @@ class Stash(Schedule):
 
     Args:
         stash_device: where the shards are kept.
-        dtype: what they are kept in; None keeps the gradients' own. Accumulation wants float32.
+        dtype: what they are kept in; None keeps the gradients' own until a second one is added, in float32.
     """
 
     keeps_gradients = True
@@ -43,7 +43,7 @@ class Stash(Schedule):
 
     def take(self, index: int, gradient: Tensor) -> None:
         if index in self.held:
-            self.held[index].add_(gradient.to(self.stash_device))
+            self.held[index] = self.held[index].float().add_(gradient.to(self.stash_device))
         elif self.stash_device == self.device:
             self.held[index] = gradient.to(self.dtype or gradient.dtype)
         else:

@@ -106,6 +106,24 @@ def test_tensors_that_do_not_fit_are_named(ranks: GroupOf, tmp_path: Path) -> No
         assert "model.norm.weight (25,) for (24,) have another shape" in sentence
 
 
+def test_what_older_checkpoints_hold_beside_the_weights(ranks: GroupOf, tmp_path: Path) -> None:
+    folder = saved_llama(tmp_path, tied=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert ranks(1).run(left_whole, str(folder)) == [0]
+
+
+def test_a_second_save_leaves_nothing_of_the_first(ranks: GroupOf, tmp_path: Path, demo: Path) -> None:
+    saved_llama(tmp_path / "out", shards=True)
+    folder = str(saved_llama(tmp_path / "in"))
+    arguments = folder, str(tmp_path / "out"), str(demo / "model"), torch.float32
+    _, after = ranks(2).run(load_train_and_save, *arguments)[0]
+    assert [file.name for file in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    assert torch.equal(after, logits_of(arguments[1], torch.float32))
+
+
 def test_a_truncated_file_is_named(ranks: GroupOf, tmp_path: Path) -> None:
     file = saved_llama(tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -120,7 +138,7 @@ def test_pickled_weights_are_not_opened(ranks: GroupOf, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_config_or_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"must hold a config\.json"):
+    with pytest.raises(ModelError, match=r"that holds a config\.json"):
         load_config(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "no such thing"}')
     with pytest.raises(ModelError, match="is not a model configuration"):

@@ -1,0 +1,30 @@
+"""The schedule that was chosen, built."""
+
+import torch
+from torch.distributed import ProcessGroup
+
+from lomo_ds.clipping import Clipping
+from lomo_ds.rules import Rule
+from lomo_ds.schedules.base import Schedule, Target
+from lomo_ds.schedules.choose import Choice
+from lomo_ds.schedules.immediate import Immediate
+from lomo_ds.schedules.stash import Stash
+from lomo_ds.schedules.two_pass import TwoPass
+
+
+def build_schedule(
+    choice: Choice,
+    targets: list[Target],
+    rule: Rule,
+    clipping: Clipping,
+    device: torch.device,
+    ranks: ProcessGroup,
+    stash_dtype: torch.dtype | None,
+) -> Schedule:
+    """The schedule of ``choice``, for gradients computed on ``device``; see ``Stash`` for ``stash_dtype``."""
+    if choice.schedule == "immediate":
+        return Immediate(targets, rule, clipping, device, ranks)
+    if choice.schedule == "two_pass":
+        return TwoPass(targets, rule, clipping, device)
+    stash_device = device if choice.stash_device == "gpu" else torch.device("cpu")
+    return Stash(targets, rule, clipping, device, stash_device, stash_dtype)
