@@ -13,28 +13,21 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScalerBase
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
-from deepspeed.utils.timer import NoopTimer
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 from torch.utils.data import Dataset
 
 from lomo_ds import loss as losses
-from lomo_ds import zero3
-from lomo_ds.backward import BackwardHooks
-from lomo_ds.clipping import Clipping, clipping_groups
-from lomo_ds.config import LomoConfig, parse_ds_config, read_lomo_config, refuse_what_cannot_be
-from lomo_ds.distributed import agree, all_reduce_min
+from lomo_ds.assembly import build_optimizer
+from lomo_ds.config import parse_ds_config, read_lomo_config, refuse_what_cannot_be
+from lomo_ds.distributed import agree
 from lomo_ds.errors import ConfigError
-from lomo_ds.memory import free_bytes
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.random_states import RandomStates
-from lomo_ds.rules import Rule, Sgd
-from lomo_ds.schedules import Schedule, Target, build_schedule, choose_schedule
+from lomo_ds.schedules import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -287,88 +280,12 @@ class LomoEngine(DeepSpeedEngine):
         self.optimizer = self._configure_zero_optimizer(self.basic_optimizer)
 
     def _configure_zero_optimizer(self, optimizer: ParameterGroups) -> LomoOptimizer:
-        lomo = read_lomo_config(self.config)
-        offload = self._partition_parameters()
-        options = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        trained = {}
-        for name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in options)
-            if parameter.requires_grad:
-                trained[name] = parameter
-        shards = [zero3.Shard.of(name, parameter) for name, parameter in trained.items()]
-        targets = [
-            Target(shard.data, group, options[id(parameter)])
-            for shard, group, parameter in zip(shards, clipping_groups(list(trained)), trained.values(), strict=True)
-        ]
-        clipping = Clipping(lomo.clip_grad_value, lomo.clip_group_norm, self.gradient_clipping() or None)
-        schedule = self._build_schedule(lomo, targets, self._build_rule(lomo), clipping)
         self._shifts_labels = losses.shifts_labels(self.module)
-        return LomoOptimizer(
-            groups=optimizer,
-            offload=offload,
-            hooks=BackwardHooks(list(trained.values()), shards, schedule, self._communication_dtype()),
-            schedule=schedule,
-            loss_scaler=self._build_loss_scaler(),
-            ranks=self._ranks,
-        )
+        return build_optimizer(self, optimizer, read_lomo_config(self.config))
 
     @property
     def _ranks(self) -> ProcessGroup:
         return self.seq_data_parallel_group
-
-    def _partition_parameters(self) -> DeepSpeedZeRoOffload:
-        return DeepSpeedZeRoOffload(
-            self.module,
-            timers=self.timers if self.wall_clock_breakdown() else NoopTimer(),
-            ds_config=self.config,
-            overlap_comm=self.zero_overlap_comm(),
-            prefetch_bucket_size=self.zero_prefetch_bucket_size(),
-            max_reuse_distance=self.zero_max_reuse_distance(),
-            max_live_parameters=self.zero_max_live_parameters(),
-            param_persistence_threshold=self.zero_param_persistence_threshold(),
-            model_persistence_threshold=self.zero_model_persistence_threshold(),
-            dp_process_group=self._ranks,
-            offload_param_config=self.zero_offload_param(),
-            zero_module_granularity_threshold=self.zero_module_granularity_threshold(),
-            log_trace_cache_warnings=self.zero_log_trace_cache_warnings(),
-        )
-
-    def _build_loss_scaler(self) -> LossScalerBase:
-        # at its smallest scale a run goes on, and says at every step that it was skipped
-        arguments = {**self.dynamic_loss_scale_args(), "raise_error_at_min_scale": False}
-        return CreateLossScaler(
-            dtype=self.get_data_types()[0],
-            static_loss_scale=self.loss_scale(),
-            dynamic_scaling=self.dynamic_loss_scale(),
-            dynamic_loss_args=arguments,
-        )
-
-    def _build_rule(self, lomo: LomoConfig) -> Rule:
-        if lomo.rounding == "nearest":
-            return Sgd()
-        rank = dist.get_rank(self._ranks)
-        return Sgd(generator=torch.Generator(self.device).manual_seed(lomo.seed + rank))
-
-    def _build_schedule(self, lomo: LomoConfig, targets: list[Target], rule: Rule, clipping: Clipping) -> Schedule:
-        accumulates = self.gradient_accumulation_steps() > 1
-        stash_dtype = torch.float32 if accumulates else self._communication_dtype()
-        free_device, free_host = all_reduce_min(torch.tensor(free_bytes(), device=self.device), self._ranks).tolist()
-        choice = choose_schedule(
-            lomo,
-            gradient_clipping=self.gradient_clipping(),
-            fp16=self.fp16_enabled(),
-            accumulation_steps=self.gradient_accumulation_steps(),
-            stash_bytes=sum(t.shard.numel() * (stash_dtype or t.shard.dtype).itemsize for t in targets),
-            free_device_bytes=free_device,
-            free_host_bytes=free_host,
-        )
-        if self.global_rank == 0:
-            logger.info("update_schedule %s: %s", lomo.update_schedule, choice)
-        return build_schedule(choice, targets, rule, clipping, self.device, self._ranks, stash_dtype)
-
-    def _communication_dtype(self) -> torch.dtype | None:
-        """``communication_data_type`` of the ds_config, where it differs from what gradients are anyway."""
-        return self.communication_data_type if self._config.communication_data_type else None
 
     def _on_device(self, batch: Batch) -> dict[str, Any]:
         return {

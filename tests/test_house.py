@@ -14,6 +14,7 @@ FLOORS = [
     ["schedules", "data", "models"],
     ["backward", "demo"],
     ["optimizer"],
+    ["assembly"],
     ["engine"],
     ["evaluate"],
     ["trainer"],

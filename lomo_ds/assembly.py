@@ -1,0 +1,120 @@
+"""From a DeepSpeed engine's settings to the optimizer it runs: shards, rule, clipping, schedule and hooks, joined."""
+
+import logging
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScalerBase
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.utils.timer import NoopTimer
+from torch.nn import Module, Parameter
+
+from lomo_ds import zero3
+from lomo_ds.backward import BackwardHooks
+from lomo_ds.clipping import Clipping, clipping_groups
+from lomo_ds.config import LomoConfig
+from lomo_ds.distributed import all_reduce_min
+from lomo_ds.memory import free_bytes
+from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
+from lomo_ds.rules import Rule, Sgd
+from lomo_ds.schedules import Schedule, Target, build_schedule, choose_schedule
+
+logger = logging.getLogger(__name__)
+
+
+def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: LomoConfig) -> LomoOptimizer:
+    """Split the engine's model over its ranks, and hook LOMO into its backward pass.
+
+    Parameters that are in none of ``groups`` are frozen.
+    """
+    offload = _partition_parameters(engine)
+    options = {id(parameter): group for group in groups.param_groups for parameter in group["params"]}
+    trained = _trained_parameters(engine.module, set(options))
+    shards = [zero3.Shard.of(name, parameter) for name, parameter in trained.items()]
+    targets = [
+        Target(shard.data, group, options[id(parameter)])
+        for shard, group, parameter in zip(shards, clipping_groups(list(trained)), trained.values(), strict=True)
+    ]
+    clipping = Clipping(lomo.clip_grad_value, lomo.clip_group_norm, engine.gradient_clipping() or None)
+    schedule = _choose_and_build_schedule(engine, lomo, targets, _build_rule(engine, lomo), clipping)
+    return LomoOptimizer(
+        groups=groups,
+        offload=offload,
+        hooks=BackwardHooks(list(trained.values()), shards, schedule, _communication_dtype(engine)),
+        schedule=schedule,
+        loss_scaler=_build_loss_scaler(engine),
+        ranks=engine.seq_data_parallel_group,
+    )
+
+
+def _partition_parameters(engine: DeepSpeedEngine) -> DeepSpeedZeRoOffload:
+    return DeepSpeedZeRoOffload(
+        engine.module,
+        timers=engine.timers if engine.wall_clock_breakdown() else NoopTimer(),
+        ds_config=engine.config,
+        overlap_comm=engine.zero_overlap_comm(),
+        prefetch_bucket_size=engine.zero_prefetch_bucket_size(),
+        max_reuse_distance=engine.zero_max_reuse_distance(),
+        max_live_parameters=engine.zero_max_live_parameters(),
+        param_persistence_threshold=engine.zero_param_persistence_threshold(),
+        model_persistence_threshold=engine.zero_model_persistence_threshold(),
+        dp_process_group=engine.seq_data_parallel_group,
+        offload_param_config=engine.zero_offload_param(),
+        zero_module_granularity_threshold=engine.zero_module_granularity_threshold(),
+        log_trace_cache_warnings=engine.zero_log_trace_cache_warnings(),
+    )
+
+
+def _trained_parameters(model: Module, chosen: set[int]) -> dict[str, Parameter]:
+    """The parameters that train, by name; those whose id is not ``chosen`` are frozen."""
+    trained = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in chosen)
+        if parameter.requires_grad:
+            trained[name] = parameter
+    return trained
+
+
+def _build_rule(engine: DeepSpeedEngine, lomo: LomoConfig) -> Rule:
+    if lomo.rounding == "nearest":
+        return Sgd()
+    rank = dist.get_rank(engine.seq_data_parallel_group)
+    return Sgd(generator=torch.Generator(engine.device).manual_seed(lomo.seed + rank))
+
+
+def _choose_and_build_schedule(
+    engine: DeepSpeedEngine, lomo: LomoConfig, targets: list[Target], rule: Rule, clipping: Clipping
+) -> Schedule:
+    ranks = engine.seq_data_parallel_group
+    accumulates = engine.gradient_accumulation_steps() > 1
+    stash_dtype = torch.float32 if accumulates else _communication_dtype(engine)
+    free_device, free_host = all_reduce_min(torch.tensor(free_bytes(), device=engine.device), ranks).tolist()
+    choice = choose_schedule(
+        lomo,
+        gradient_clipping=engine.gradient_clipping(),
+        fp16=engine.fp16_enabled(),
+        accumulation_steps=engine.gradient_accumulation_steps(),
+        stash_bytes=sum(t.shard.numel() * (stash_dtype or t.shard.dtype).itemsize for t in targets),
+        free_device_bytes=free_device,
+        free_host_bytes=free_host,
+    )
+    if engine.global_rank == 0:
+        logger.info("update_schedule %s: %s", lomo.update_schedule, choice)
+    return build_schedule(choice, targets, rule, clipping, engine.device, ranks, stash_dtype)
+
+
+def _build_loss_scaler(engine: DeepSpeedEngine) -> LossScalerBase:
+    # at its smallest scale a run goes on, and says at every step that it was skipped
+    arguments = {**engine.dynamic_loss_scale_args(), "raise_error_at_min_scale": False}
+    return CreateLossScaler(
+        dtype=engine.get_data_types()[0],
+        static_loss_scale=engine.loss_scale(),
+        dynamic_scaling=engine.dynamic_loss_scale(),
+        dynamic_loss_args=arguments,
+    )
+
+
+def _communication_dtype(engine: DeepSpeedEngine) -> torch.dtype | None:
+    """``communication_data_type`` of the ds_config; None, if it names none, for what gradients are anyway."""
+    return engine.communication_data_type if engine._config.communication_data_type else None
