@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from lomo_ds import loss as losses
 from lomo_ds.assembly import build_optimizer
 from lomo_ds.config import parse_ds_config, read_lomo_config, refuse_what_cannot_be
-from lomo_ds.distributed import agree
+from lomo_ds.distributed import agree, start_process_group
 from lomo_ds.errors import ConfigError
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.random_states import RandomStates
@@ -76,6 +76,8 @@ def initialize(
             raise ConfigError("lomo_ds.initialize needs a model, got None")
         ds_config = _load_config(args, config, config_params)
         refuse_what_cannot_be(ds_config)
+        if dist_init_required is not False and not torch.distributed.is_initialized():
+            start_process_group()  # which needs no launcher, where DeepSpeed's own would look for MPI
         dist.init_distributed(
             dist_backend=get_accelerator().communication_backend_name(),
             distributed_port=distributed_port,

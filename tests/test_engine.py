@@ -3,6 +3,9 @@
 import copy
 import logging
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -477,3 +480,36 @@ def train_after_destroy() -> None:
 
 def test_destroy_takes_the_hooks_off(ranks: GroupOf) -> None:
     ranks(2).run(train_after_destroy)
+
+
+# without a launcher
+
+NOTEBOOK = """
+import torch
+import lomo_ds
+
+class Regression(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 1)
+
+    def forward(self, x, y):
+        return (self.linear(x) - y).square().mean()
+
+config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3},
+          "optimizer": {"type": "LOMO", "params": {"lr": 0.1}}}
+engine, *_ = lomo_ds.initialize(model=Regression(), config=config)
+x = torch.eye(3)
+print("losses", *(float(engine.train_batch({"x": x, "y": x.sum(dim=1, keepdim=True)})) for _ in range(9)))
+"""
+
+
+def test_one_plain_process_and_a_model_of_ones_own() -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment["MASTER_PORT"] = "29613"
+    done = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(word) for word in done.stdout.rpartition("losses ")[2].split()]
+    assert losses[-1] < 0.5 * losses[0]
