@@ -6,7 +6,7 @@ deepspeed --num_gpus 8 launch/train.py --config launch/configs/demo.yaml
 import sys
 
 from lomo_ds.arguments import help_text, parse_arguments
-from lomo_ds.cli import run_on_all_ranks
+from lomo_ds.cli import leave, run_on_all_ranks
 from lomo_ds.distributed import is_main_process
 from lomo_ds.trainer import train
 
@@ -21,4 +21,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
