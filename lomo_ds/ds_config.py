@@ -70,7 +70,8 @@ def reconcile(
         disagreements += [
             f"scheduler {config['scheduler'].get('type')} against --{name} {getattr(arguments, name)}"
             for name in ("lr_scheduler_type", "warmup_ratio")
-            if name in given
+            # a resolved config.yaml gives the defaults too, and asks for nothing by it
+            if name in given and getattr(arguments, name) != getattr(TrainArguments, name)
         ]
     if disagreements:
         raise ConfigError(

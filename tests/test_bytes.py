@@ -1,5 +1,6 @@
 """What the idea promises, counted: gradients alive during backward, and bytes on the wire per step."""
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,13 @@ def test_bytes_on_the_wire(ranks: GroupOf, schedule: str, limit: float, threshol
             assert total > 0.95 * limit, "what is counted is what a large model moves"
 
 
+def wait_for_gloo(storages: list[StorageWeakRef]) -> None:
+    """Its own thread lets go of what a collective has read a moment after the end of it; we let go at once."""
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline and not all(storage.expired() for storage in storages):
+        time.sleep(0.001)
+
+
 def gradients_alive(schedule: str) -> tuple[int, list[int]]:
     """The largest total of whole gradients alive at once in three steps, and the parameters' sizes; in bytes."""
     model = model_of_some_size()
@@ -83,6 +91,7 @@ def gradients_alive(schedule: str) -> tuple[int, list[int]]:
     def watch(parameter: torch.nn.Parameter) -> None:
         nonlocal peak
         assert parameter.grad is not None
+        wait_for_gloo([storage for storage, _ in alive])
         alive.append((StorageWeakRef(parameter.grad.untyped_storage()), parameter.grad.nbytes))
         peak = max(peak, sum(size for storage, size in alive if not storage.expired()))
 
@@ -119,7 +128,8 @@ class LeftAlive(TorchDispatchMode):
         return result
 
     def count(self) -> int:
-        made = (storage for key, storage in self.made.items() if key not in self.parameters)
+        made = [storage for key, storage in self.made.items() if key not in self.parameters]
+        wait_for_gloo(made)
         return sum(not storage.expired() for storage in made)
 
 

@@ -86,6 +86,10 @@ def test_disagreements_name_both_sides(config: dict[str, Any], argv: list[str], 
         merged(config, *argv)
 
 
+def test_a_resolved_config_goes_with_the_scheduler_it_was_resolved_against() -> None:
+    merged({"scheduler": {"type": "WarmupLR"}}, "--warmup_ratio", "0.0", "--lr_scheduler_type", "linear")
+
+
 def test_an_auto_that_stands_for_nothing() -> None:
     config, arguments = merged({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}})
     with pytest.raises(ConfigError, match=r"zero_optimization\.reduce_bucket_size; give a value"):

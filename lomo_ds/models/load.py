@@ -69,7 +69,8 @@ def load_model(folder: str, config: PretrainedConfig, ds_config: dict[str, Any],
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     parameters = dict(model.named_parameters())
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     with _open_weights(folder) as weights:
         _refuse_mismatch(folder, parameters | buffers, weights, model)
         for name, buffer in buffers.items():
