@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from lomo_ds.errors import ConfigError
+from lomo_ds.errors import ConfigError, did_you_mean
 
 
 def _argument(default: Any, help: str) -> Any:
@@ -115,10 +114,9 @@ class _Parser(HfArgumentParser):
 def _parse(argv: list[str], where: str) -> dict[str, Any]:
     given, unknown = _Parser(where).parse_known_args(argv)
     if unknown:
-        name = unknown[0].lstrip("-").partition("=")[0]
-        close = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(TrainArguments)], n=1)
-        hint = f"; did you mean --{close[0]}?" if close else "; --help lists all"
-        raise ConfigError(f"{where}unknown argument {unknown[0].partition('=')[0]}{hint}")
+        name = unknown[0].partition("=")[0]
+        known = [f"--{field.name}" for field in dataclasses.fields(TrainArguments)]
+        raise ConfigError(f"{where}unknown argument {name}{did_you_mean(name, known) or '; --help lists all'}")
     return vars(given)
 
 

@@ -44,8 +44,8 @@ def run_on_all_ranks(main: Callable[[], None]) -> int:
 def leave(status: int) -> NoReturn:
     """End this process now, without tearing the interpreter down.
 
-    Threads that torch and its communication backend started in C++ can still run then, and abort a rank that has done
-    its work ("terminate called without an active exception"), whereupon the launcher calls the job a failure.
+    A rank was seen to abort behind its last line ("terminate called without an active exception": a C++ thread that
+    outlived its owner, not found which), whereupon the launcher calls a finished job a failure.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,7 +1,6 @@
 """The LOMO section of a DeepSpeed config: its fields, and every combination that is refused, with the way out."""
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -10,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
-from lomo_ds.errors import ConfigError
+from lomo_ds.errors import ConfigError, did_you_mean
 
 UpdateSchedule = Literal["auto", "immediate", "two_pass", "stash"]
 StashDevice = Literal["auto", "cpu", "gpu"]
@@ -78,7 +77,7 @@ def read_lomo_config(ds_config: dict[str, Any]) -> LomoConfig:
     known = [field.name for field in dataclasses.fields(LomoConfig)]
     for name in params:
         if name not in known:
-            raise ConfigError(f"LOMO has no parameter {name!r}{_nearest(name, known)}; it knows {', '.join(known)}")
+            raise ConfigError(f"LOMO has no parameter {name!r}{did_you_mean(name, known)}; it knows {', '.join(known)}")
     if "lr" not in params:
         raise ConfigError("LOMO needs a learning rate; set optimizer.params.lr in the DeepSpeed config")
     return LomoConfig(**params)
@@ -229,8 +228,3 @@ def _require_number(value: Any, name: str, at_least: float | None = None, above:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not (value > above if above is not None else value >= (at_least or 0.0)):
         raise ConfigError(f"{name} must be {rule}, got {value!r}")
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    matches = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""

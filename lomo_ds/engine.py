@@ -76,13 +76,7 @@ def initialize(
             raise ConfigError("lomo_ds.initialize needs a model, got None")
         ds_config = _load_config(args, config, config_params)
         refuse_what_cannot_be(ds_config)
-        if dist_init_required is not False and not torch.distributed.is_initialized():
-            start_process_group()  # which needs no launcher, where DeepSpeed's own would look for MPI
-        dist.init_distributed(
-            dist_backend=get_accelerator().communication_backend_name(),
-            distributed_port=distributed_port,
-            dist_init_required=dist_init_required,
-        )
+        _join_process_group(distributed_port, dist_init_required)
         engine = LomoEngine(
             args=args,
             model=model,
@@ -279,11 +273,8 @@ class LomoEngine(DeepSpeedEngine):
     def _configure_optimizer(self, client_optimizer: None, model_parameters: list[Any]) -> None:
         lomo = read_lomo_config(self.config)
         self.basic_optimizer = ParameterGroups(model_parameters, lomo.lr, lomo.weight_decay)
-        self.optimizer = self._configure_zero_optimizer(self.basic_optimizer)
-
-    def _configure_zero_optimizer(self, optimizer: ParameterGroups) -> LomoOptimizer:
+        self.optimizer = build_optimizer(self, self.basic_optimizer, lomo)
         self._shifts_labels = losses.shifts_labels(self.module)
-        return build_optimizer(self, optimizer, read_lomo_config(self.config))
 
     @property
     def _ranks(self) -> ProcessGroup:
@@ -294,6 +285,16 @@ class LomoEngine(DeepSpeedEngine):
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in batch.items()
         }
+
+
+def _join_process_group(distributed_port: int, dist_init_required: bool | None) -> None:
+    if dist_init_required is not False and not torch.distributed.is_initialized():
+        start_process_group()  # which needs no launcher, where DeepSpeed's own would look for MPI
+    dist.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+    )
 
 
 def _load_config(args: Any, config: Any, config_params: Any) -> dict[str, Any]:

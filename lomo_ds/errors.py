@@ -4,6 +4,14 @@ A message states the rule, what it got and the way out, in one sentence. ``launc
 traceback; a program that calls the library sees an ordinary exception, a ValueError where an argument is to blame.
 """
 
+import difflib
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """The end of a sentence that names the nearest of ``known``; empty if none is near."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
 
 class LomoError(Exception):
     """Base of every error that is the user's to mend.

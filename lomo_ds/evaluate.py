@@ -17,8 +17,9 @@ def evaluate_loss(engine: LomoEngine, batches: Iterable[dict[str, Tensor]]) -> f
     training = engine.module.training
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss times tokens, tokens
+    shifts = shifts_labels(engine.module)
     for batch in batches:
-        items = count_items(batch, shifts_labels(engine.module))
+        items = count_items(batch, shifts)
         loss = loss_of(engine(**{name: value.to(engine.device) for name, value in batch.items()}))
         if items:
             total += torch.stack([loss.double() * items, torch.full_like(loss, items, dtype=torch.float64)])

@@ -58,8 +58,7 @@ class LomoOptimizer(ZeROOptimizer):
         self.custom_loss_scaler = False
         self.external_loss_scale = 1.0
         self.torch_autocast_gradscaler = None
-        # read by DeepSpeedEngine after a step
-        self.overflow = False
+        # read by DeepSpeedEngine after a step, as is overflow
         self._global_grad_norm: float | None = None
         # of the last step, over all ranks; nan where only the caller knows the losses, or the step was skipped for one
         self.loss: float = math.nan
@@ -76,6 +75,11 @@ class LomoOptimizer(ZeROOptimizer):
     def cur_scale(self) -> float:
         """The loss scale of the next step; 1 unless training in fp16."""
         return float(self.loss_scaler.loss_scale)
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last step was skipped."""
+        return self.last_skip_reason is not None
 
     def add_loss(self, contribution: Tensor) -> None:
         """Count this rank's part of the step's loss (0-dim, detached), to be agreed on with the norm."""
@@ -118,7 +122,6 @@ class LomoOptimizer(ZeROOptimizer):
                     "again from saved weights with a lower learning rate, or with update_schedule stash, which skips "
                     "such a step"
                 )
-        self.overflow = self.skip_reason is not None
         self.last_skip_reason = self.skip_reason
         self.optimizer.step()  # learning-rate schedulers want to have seen it
         if self.dynamic_loss_scale and (self._scale_is_to_blame or not self.overflow):

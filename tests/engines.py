@@ -4,11 +4,13 @@ import math
 from typing import Any
 
 import deepspeed
+import deepspeed.comm as dist
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 import lomo_ds
+from tests.reference import part
 
 WHOLE_THRESHOLD = 100_000  # DeepSpeed's default: all of a tiny model is persistent
 
@@ -54,3 +56,8 @@ def largest_difference(weights: dict[str, Tensor], reference: Module) -> float:
 def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Bit for bit."""
     return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def my_part(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of a batch of all ranks."""
+    return part(batch, dist.get_rank(), dist.get_world_size())

@@ -56,6 +56,12 @@ def whole_batch(step: int, rows: int, length: int = 12) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "labels": labels}
 
 
+def even_batch(step: int, rows: int) -> dict[str, Tensor]:
+    """As many labels in every row, so that the mean of rank means is the mean."""
+    batch = whole_batch(step, rows)
+    return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
+
+
 def part(batch: dict[str, Tensor], index: int, parts: int) -> dict[str, Tensor]:
     """Part ``index`` of a batch cut into ``parts``."""
     return {name: value.chunk(parts)[index] for name, value in batch.items()}

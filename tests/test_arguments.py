@@ -32,7 +32,7 @@ def test_what_is_dumped_reads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ([*REQUIRED, "--learning_rat", "1"], "unknown argument --learning_rat; did you mean --learning_rate"),
+        ([*REQUIRED, "--learning_rat", "1"], "unknown argument --learning_rat; did you mean '--learning_rate'"),
         ([*REQUIRED, "--qqq=1"], "unknown argument --qqq; --help lists all"),
         (REQUIRED[2:], "--model_name_or_path must be given"),
         ([*REQUIRED, "--max_steps", "many"], "argument --max_steps.*: invalid int value: 'many'"),
@@ -54,7 +54,7 @@ def test_refuses(argv: list[str], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("learning_rat: 1", r"in .*run\.yaml: unknown argument --learning_rat; did you mean --learning_rate"),
+        ("learning_rat: 1", r"in .*run\.yaml: unknown argument --learning_rat; did you mean '--learning_rate'"),
         ("max_steps: many", r"in .*run\.yaml: .*invalid int value: 'many'"),
         ("- a\n- b", "must hold arguments as `name: value` lines, got list"),
         ("a: [1", "is not YAML"),

@@ -70,6 +70,7 @@ def traffic(schedule: str, threshold: int, large: bool) -> tuple[float, dict[str
 @pytest.mark.parametrize(("schedule", "limit"), [("immediate", 3.05), ("stash", 3.05), ("two_pass", 6.05)])
 def test_bytes_on_the_wire(ranks: GroupOf, schedule: str, limit: float, threshold: int, large: bool) -> None:
     for total, by_collective in ranks(2).run(traffic, schedule, threshold, large):
+        print(f"{schedule}, threshold {threshold}, {'large' if large else 'small'} model: {total:.3f} P")
         assert 1.9 < total <= limit, by_collective
         if large:
             assert total > 0.95 * limit, "what is counted is what a large model moves"
@@ -108,6 +109,7 @@ def gradients_alive(schedule: str) -> tuple[int, list[int]]:
 @pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
 def test_whole_gradients_alive(ranks: GroupOf, schedule: str) -> None:
     for peak, sizes in ranks(2).run(gradients_alive, schedule):
+        print(f"{schedule}: {peak} bytes of whole gradients alive at once; the largest parameter's are {sizes[-1]}")
         assert 0 < peak <= sum(sizes[-2:]) < sum(sizes) / 4
 
 
@@ -150,6 +152,7 @@ def left_by_backward(schedule: str) -> tuple[int, int]:
 @pytest.mark.parametrize("schedule", ["immediate", "stash"])
 def test_backward_leaves_nothing_as_large_as_a_gradient(ranks: GroupOf, schedule: str) -> None:
     for made, left in ranks(2).run(left_by_backward, schedule):
+        print(f"{schedule}: {left} of {made} tensors as large as a gradient left by backward")
         assert made > 4 * 7
         assert left == 0
 

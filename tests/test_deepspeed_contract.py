@@ -24,7 +24,6 @@ def methods_of(owner: type) -> dict[str, ast.FunctionDef]:
     ("owner", "name", "parameters"),
     [
         (DeepSpeedEngine, "_configure_optimizer", ["self", "client_optimizer", "model_parameters"]),
-        (DeepSpeedEngine, "_configure_zero_optimizer", ["self", "optimizer"]),
         (DeepSpeedEngine, "_is_supported_optimizer", ["self", "optimizer_name"]),
         (DeepSpeedEngine, "_backward_prologue", ["self"]),
         (DeepSpeedEngine, "backward", ["self", "loss", "retain_graph", "scale_wrt_gas"]),

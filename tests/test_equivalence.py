@@ -90,6 +90,7 @@ def train_in_all(combination: tuple[str, str, int], surroundings: list[Surroundi
 def test_equals_plain_sgd(ranks: Callable[..., Ranks], world_size: int, combination: tuple[str, str, int]) -> None:
     some = SURROUNDINGS if world_size == 2 else SURROUNDINGS[(world_size + OFFERED.index(combination)) % 2 :: 2]
     for differences in ranks(world_size).run(train_in_all, combination, some):
+        print(f"{world_size} ranks, {combination}: {max(differences.values()):.1e}")
         assert max(differences.values()) < TOLERANCE, differences
 
 

@@ -160,7 +160,7 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model_name_or_path": "{broken}/empty_folder"}, "that holds a config.json"),
         ({"model_name_or_path": "{broken}/small"}, "vocabulary of 512 does not fit the model's embedding of 100 rows"),
         ({"max_seq_length": 4096}, "--max_seq_length 4096 is longer than the model's 128 positions"),
-        ({"learning_rte": 1}, "unknown argument --learning_rte; did you mean --learning_rate"),
+        ({"learning_rte": 1}, "unknown argument --learning_rte; did you mean '--learning_rate'"),
         (
             {"deepspeed": "{broken}/clash.json", "max_grad_norm": 2.0},
             "gradient_clipping 0.5 against --max_grad_norm 2.0",

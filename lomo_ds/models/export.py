@@ -24,7 +24,7 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     for name, parameter in model.named_parameters():
         with zero3.gathered([parameter]):
             if dist.get_rank() == 0:
-                weights[name] = parameter.detach().cpu().clone()
+                weights[name] = parameter.detach().to("cpu", copy=True)
     together(lambda: _write(model, weights, tokenizer, folder) if dist.get_rank() == 0 else None)
 
 

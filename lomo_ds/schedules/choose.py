@@ -20,11 +20,8 @@ class Choice:
     reason: str
 
     def __str__(self) -> str:
-        return (
-            f"stash on {self.stash_device} ({self.reason})"
-            if self.schedule == "stash"
-            else f"{self.schedule} ({self.reason})"
-        )
+        where = f" on {self.stash_device}" if self.schedule == "stash" else ""
+        return f"{self.schedule}{where} ({self.reason})"
 
 
 def choose_schedule(
@@ -49,10 +46,8 @@ def choose_schedule(
         ConfigError: accumulation needs the stash, and it fits nowhere.
     """
     needs_whole_gradient = _need(gradient_clipping, fp16, accumulation_steps)
-    if lomo.update_schedule == "immediate":
-        return Choice("immediate", "gpu", "as asked")
-    if lomo.update_schedule == "two_pass":
-        return Choice("two_pass", "gpu", "as asked")
+    if lomo.update_schedule in ("immediate", "two_pass"):
+        return Choice(lomo.update_schedule, "gpu", "as asked")
     if lomo.update_schedule == "auto" and needs_whole_gradient is None:
         return Choice("immediate", "gpu", "nothing needs the whole gradient")
     why = needs_whole_gradient if lomo.update_schedule == "auto" else "as asked"
