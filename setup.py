@@ -19,6 +19,7 @@ setup(
         "torch>=2.11",
         "deepspeed==0.19.8",  # its internals are subclassed; tests/test_deepspeed_contract.py names what is relied on
         "transformers>=5.17,<6",
+        "huggingface_hub>=1.0",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "protobuf",

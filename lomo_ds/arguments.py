@@ -21,11 +21,14 @@ def _argument(default: Any, help: str) -> Any:
 class TrainArguments:
     """Fine-tune all the weights of a causal language model with LOMO inside DeepSpeed ZeRO-3."""
 
-    model_name_or_path: str = field(metadata={"help": "Model folder (Hugging Face layout, safetensors)."})
+    model_name_or_path: str = field(
+        metadata={"help": "Model folder (Hugging Face layout), hub name, or 7b, 13b, 30b, 65b."}
+    )
     train_file: str = field(metadata={"help": 'Training text: .txt, or .jsonl with a "text" in every row.'})
     output_dir: str = field(metadata={"help": "Where the model, its tokenizer, config.yaml, metrics and runs/ go."})
     validation_file: str | None = _argument(None, "Held-out text, .txt or .jsonl; without it nothing is evaluated.")
     tokenizer_name: str | None = _argument(None, "Tokenizer folder, if not the model's own.")
+    trust_remote_code: bool = _argument(False, "Run the code that comes with a model, where it has its own.")
     max_seq_length: int | None = _argument(None, "Tokens per training sequence; by default all the model's positions.")
     per_device_train_batch_size: int = _argument(8, "Sequences per GPU and micro-batch.")
     per_device_eval_batch_size: int = _argument(8, "Sequences per GPU when evaluating.")

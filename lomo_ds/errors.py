@@ -35,6 +35,14 @@ class ModelError(LomoError, ValueError):
     """A model folder is incomplete, unreadable or does not fit the data."""
 
 
+class DamagedError(LomoError, ValueError):
+    """A file of a checkpoint or of an exported model is missing, or is not what was written."""
+
+
+class CheckpointError(LomoError, ValueError):
+    """A checkpoint cannot be written, or is not one of this run."""
+
+
 class NonFiniteGradientError(LomoError, ArithmeticError):
     """A gradient was inf or nan and the schedule in force had already used it."""
 

@@ -25,7 +25,7 @@ from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile, warmup_
 from lomo_ds.engine import LomoEngine, initialize
 from lomo_ds.errors import ConfigError, DataError, ModelError
 from lomo_ds.evaluate import continue_text, evaluate_loss
-from lomo_ds.models import load_config, load_model, load_tokenizer, save_pretrained
+from lomo_ds.models import find_model, load_config, load_model, load_tokenizer, save_pretrained, verify_export
 from lomo_ds.monitor import Monitor
 
 MicroBatches = list[dict[str, Tensor]]
@@ -46,14 +46,18 @@ def train(arguments: TrainArguments, given: frozenset[str]) -> None:
     )
     output_dir = Path(arguments.output_dir)
     together(lambda: _make_folder(output_dir))
-    config, tokenizer, length = together(lambda: _load_vocabulary(arguments))
+    name = _find_model(arguments)
+    config, tokenizer, length = together(lambda: _load_vocabulary(name, arguments))
     training, validation = _load_blocks(arguments, tokenizer, length, output_dir / "cache")
     loader, sampler = training_loader(training, arguments.per_device_train_batch_size, rank, world_size, arguments.seed)
     steps = TrainingSteps(loader, sampler, arguments)
     filled = together(lambda: _checked(fill_scheduler(ds_config, arguments, steps.total)))
 
     torch.manual_seed(arguments.seed + rank)
-    model = together(lambda: load_model(arguments.model_name_or_path, config, filled, _dtype(arguments)))
+    together(lambda: verify_export(name, rank, world_size))
+    model = together(
+        lambda: load_model(name, config, filled, _dtype(arguments), arguments.seed, arguments.trust_remote_code)
+    )
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     scheduler = None if "scheduler" in filled else _scheduler(arguments, steps.total)
@@ -197,7 +201,7 @@ class Trainer:
         arguments, gpus = self.arguments, dist.get_world_size()
         sequences = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         blocks = self.steps.loader.dataset
-        numel = sum(zero3.whole_numel(parameter) for parameter in self.engine.module.parameters())
+        numel = sum(zero3.whole_shape(parameter).numel() for parameter in self.engine.module.parameters())
         return (
             f"model: {numel / 1e6:.2f}M parameters, all of them trained, on {gpus} ranks\n"
             f"batch: {arguments.per_device_train_batch_size} sequences x {arguments.gradient_accumulation_steps} "
@@ -225,10 +229,17 @@ def _make_folder(folder: Path) -> None:
         raise ConfigError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
 
 
-def _load_vocabulary(arguments: TrainArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, int]:
+def _find_model(arguments: TrainArguments) -> str:
+    """The folder of the model, or a preset's name; what has to be downloaded is, once on each host."""
+    name = arguments.model_name_or_path
+    together(lambda: find_model(name) if is_local_main_process() else None)
+    return together(lambda: find_model(name, download=False))
+
+
+def _load_vocabulary(name: str, arguments: TrainArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, int]:
     """The model's configuration, the tokenizer, and a sequence length that both allow."""
-    config = load_config(arguments.model_name_or_path)
-    tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.model_name_or_path)
+    config = load_config(name, arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.tokenizer_name or name, arguments.trust_remote_code)
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"the tokenizer's vocabulary of {len(tokenizer)} does not fit the model's embedding of "

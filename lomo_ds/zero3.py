@@ -6,7 +6,7 @@ its padding. Writing to it changes the model; a gathered copy made before the wr
 ``refresh`` ends every step.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 Partitioned = Any  # a Parameter to which DeepSpeed has given its ds_ attributes
 
@@ -29,30 +29,46 @@ class Shard:
 
     name: str
     data: Tensor  # 1-D view of the partition, padding left out; empty on ranks behind a tiny tensor's end
+    start: int  # where it begins in the flattened whole
+    shape: torch.Size  # of the whole
     group: ProcessGroup  # the ranks that hold the other parts
 
     @classmethod
     def of(cls, name: str, parameter: Partitioned) -> "Shard":
         """The shard of a parameter that ZeRO-3 has partitioned."""
-        start = parameter.ds_tensor.ds_numel * dist.get_rank(parameter.ds_process_group)
-        valid = min(max(parameter.ds_numel - start, 0), parameter.ds_tensor.ds_numel)
-        return cls(name, parameter.ds_tensor.data.narrow(0, 0, valid), parameter.ds_process_group)
+        start = min(parameter.ds_tensor.ds_numel * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
+        valid = min(parameter.ds_numel - start, parameter.ds_tensor.ds_numel)
+        data = parameter.ds_tensor.data.narrow(0, 0, valid)
+        return cls(name, data, start, parameter.ds_shape, parameter.ds_process_group)
+
+    @property
+    def stop(self) -> int:
+        """Where it ends in the flattened whole."""
+        return self.start + self.data.numel()
 
 
-def partition(parameters: Iterable[Parameter], ds_config: dict[str, Any], dtype: torch.dtype) -> Iterator[Parameter]:
-    """Split ``parameters`` over the ranks, one as each is asked for; the values of rank 0 become everyone's.
+def shards(model: Module) -> list[Shard]:
+    """This rank's shard of every parameter, in the model's order."""
+    return [Shard.of(name, parameter) for name, parameter in model.named_parameters()]
 
-    The caller fills ``parameter.data`` on rank 0 before it asks for the next, so that one parameter at a time is
-    whole. Yields each parameter before it is split.
+
+def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> Iterator[Shard]:
+    """Make shards of a model on the meta device, without a collective.
+
+    Yields each parameter's shard, whose values are the caller's to fill in: ``partition`` writes none. Beside the
+    shards, one parameter at a time takes memory as a whole, which nobody touches.
     """
-    converter: Init | None = None
-    for parameter in parameters:
-        yield parameter
-        parameter.data = parameter.data.to(dtype)
-        if converter is None:
-            converter = Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=ds_config, dtype=dtype)
-        else:
-            converter._convert_to_zero_parameters([parameter])
+    device = get_accelerator().current_device_name()
+    converter = Init(module=torch.nn.ParameterList(), config_dict_or_path=ds_config, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        # DeepSpeed splits what is there; on the meta device there is nothing
+        torch.utils.swap_tensors(
+            parameter, Parameter(torch.empty_like(parameter, dtype=dtype, device=device), parameter.requires_grad)
+        )
+        converter._convert_to_deepspeed_param(parameter)
+        partitioned: Partitioned = parameter
+        partitioned.partition()
+        yield Shard.of(name, partitioned)
 
 
 @contextmanager
@@ -62,9 +78,9 @@ def gathered(parameters: list[Parameter]) -> Iterator[None]:
         yield
 
 
-def whole_numel(parameter: Partitioned) -> int:
-    """Number of elements of the whole parameter, partitioned or not."""
-    return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+def whole_shape(parameter: Partitioned) -> torch.Size:
+    """The shape of the whole parameter, partitioned or not."""
+    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
 
 
 def release(offload: DeepSpeedZeRoOffload) -> None:

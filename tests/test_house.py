@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "lomo_ds"
 
 FLOORS = [
     ["errors", "numerics", "loss", "memory", "random_states"],
-    ["config", "distributed", "clipping", "arguments", "data.text", "zero3"],
+    ["config", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest"],
     ["ds_config", "data.tokens", "data.packing", "rules", "cli", "monitor"],
     ["schedules", "data", "models"],
     ["backward", "demo"],

@@ -157,7 +157,7 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"train_file": "{broken}/json.jsonl"}, "json.jsonl line 2 is not valid JSON"),
         ({"train_file": "{broken}/fields.jsonl"}, 'fields.jsonl line 2 must be an object with a "text"'),
         ({"validation_file": "{broken}/empty.txt"}, "empty.txt holds no text"),
-        ({"model_name_or_path": "{broken}/empty_folder"}, "that holds a config.json"),
+        ({"model_name_or_path": "{broken}/empty_folder"}, "holds a config.json"),
         ({"model_name_or_path": "{broken}/small"}, "vocabulary of 512 does not fit the model's embedding of 100 rows"),
         ({"max_seq_length": 4096}, "--max_seq_length 4096 is longer than the model's 128 positions"),
         ({"learning_rte": 1}, "unknown argument --learning_rte; did you mean '--learning_rate'"),

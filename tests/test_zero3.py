@@ -29,7 +29,7 @@ def shards_make_the_whole() -> dict[str, int]:
     sizes = {}
     for name, parameter in engine.module.named_parameters():
         shard = zero3.Shard.of(name, parameter)
-        assert zero3.whole_numel(parameter) == whole[name].numel()
+        assert zero3.whole_shape(parameter) == whole[name].shape
         assert torch.equal(shard.data, my_chunk(whole[name]))
         sizes[name] = shard.data.numel()
     return sizes
@@ -67,22 +67,23 @@ def test_no_gathered_copy_is_stale_or_left_behind(ranks: GroupOf, threshold: int
 
 
 def partition_one_by_one() -> int:
-    """Parameters are filled on rank 0 only, one at a time; every rank ends with its shard of rank 0's values."""
-    model = tiny_model(seed=1 + dist.get_rank())
+    """Each rank fills its own shard of a model that has no memory yet; the largest number of whole parameters."""
     truth = dict(tiny_model(seed=99).named_parameters())
+    with torch.device("meta"):
+        model = tiny_model()
+    model.tie_weights()
     whole_at_once = 0
-    named = dict(model.named_parameters())
     ds_config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-    for name, parameter in zip(named, zero3.partition(named.values(), ds_config, torch.bfloat16), strict=True):
-        if dist.get_rank() == 0:
-            parameter.data = truth[name].detach().clone()
-        split = [other for other in named.values() if hasattr(other, "ds_tensor")]
+    for shard in zero3.partition(model, ds_config, torch.bfloat16):
+        assert shard.shape == truth[shard.name].shape
+        shard.data.copy_(truth[shard.name].detach().flatten()[shard.start : shard.stop])
+        split = [other for other in model.parameters() if hasattr(other, "ds_tensor")]
         whole_at_once = max(whole_at_once, sum(other.numel() > 0 for other in split))
-    for name, parameter in named.items():
-        shard = zero3.Shard.of(name, parameter)
-        assert torch.equal(shard.data, my_chunk(truth[name].detach().bfloat16()))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(zero3.Shard.of(name, parameter).data, my_chunk(truth[name].detach().bfloat16()))
+        assert parameter.requires_grad == truth[name].requires_grad
     return whole_at_once
 
 
-def test_partition_keeps_one_parameter_whole_at_a_time(ranks: GroupOf) -> None:
+def test_partition_leaves_no_parameter_whole(ranks: GroupOf) -> None:
     assert ranks(2).run(partition_one_by_one) == [0, 0]

@@ -1,48 +1,161 @@
-"""ZeRO-3 shards into a Hugging Face folder that plain transformers loads."""
+"""Weights into a Hugging Face folder that plain transformers loads, one output file in memory at a time."""
 
+import copy
+import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import deepspeed.comm as dist
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lomo_ds import zero3
 from lomo_ds.distributed import together
 from lomo_ds.errors import ModelError
+from lomo_ds.manifest import entries, sync_folder, write_manifest
+from lomo_ds.models.build import saved_buffers
+
+MAX_SHARD_SIZE = "5GB"  # transformers' own
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 
 
-def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights, configuration and tokenizer into ``folder``; every rank calls it, rank 0 writes.
+def save_pretrained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """Write the weights of a live engine's ``module``, configuration and tokenizer; every rank calls it.
 
-    Parameters are gathered one at a time. All files are written aside and moved into place when whole.
+    Parameters are gathered one at a time, and rank 0 keeps those of one output file.
+
+    Args:
+        max_shard_size: of an output file, ``"5GB"`` for example; one tensor may be larger.
 
     Raises:
         ModelError: ``folder`` cannot be written; on rank 0, the others raise ``PeerError``.
     """
-    weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        with zero3.gathered([parameter]):
-            if dist.get_rank() == 0:
-                weights[name] = parameter.detach().to("cpu", copy=True)
-    together(lambda: _write(model, weights, tokenizer, folder) if dist.get_rank() == 0 else None)
+    main = dist.get_rank() == 0
+    parameters, buffers = dict(model.named_parameters()), saved_buffers(model)
+
+    def whole(name: str) -> Tensor | None:
+        if name in buffers:
+            return buffers[name].cpu()
+        with zero3.gathered([parameters[name]]):
+            return parameters[name].detach().to("cpu", copy=True) if main else None
+
+    shapes = {name: zero3.whole_shape(parameter) for name, parameter in parameters.items()}
+    weights = {name: torch.empty(shape, dtype=model.dtype, device="meta") for name, shape in shapes.items()}
+    weights |= {name: buffer.to("meta") for name, buffer in buffers.items()}
+    export = together(lambda: Export(folder, weights, max_shard_size))
+    _on_main(export.start)
+    for file, names in export.files.items():
+        tensors = {name: tensor for name in names if (tensor := whole(name)) is not None}
+        _on_main(partial(export.write, file, tensors))
+        del tensors
+    _on_main(partial(export.finish, model, tokenizer))
 
 
-def _write(
-    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    saved = model.state_dict().keys()
-    weights |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    partial = folder / ".saving"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        whole = sorted(partial.iterdir(), key=lambda file: file.suffix == ".json")  # an index after its parts
-        for file in whole:
-            file.replace(folder / file.name)
-        partial.rmdir()
-        for stale in set(folder.glob("model*.safetensors*")) - {folder / file.name for file in whole}:
-            stale.unlink()  # of an earlier save in more parts, or fewer
-    except OSError as error:
-        raise ModelError(f"the model cannot be written to {folder}: {error.strerror or error}") from error
+def _on_main(action: Callable[[], None]) -> None:
+    """Let rank 0 do what fails for all."""
+    together(lambda: action() if dist.get_rank() == 0 else None)
+
+
+class Export:
+    """An exported folder in the making: written aside file by file, and moved into place when whole.
+
+    Args:
+        weights: every tensor to come, on the meta device.
+    """
+
+    def __init__(self, folder: Path, weights: dict[str, Tensor], max_shard_size: str = MAX_SHARD_SIZE) -> None:
+        self.folder = folder
+        self.partial = folder / ".saving"
+        try:
+            self.split = split_state_dict_into_shards_factory(
+                weights,
+                get_storage_size=lambda tensor: tensor.numel() * tensor.itemsize,
+                filename_pattern="model{suffix}.safetensors",
+                max_shard_size=max_shard_size,
+            )
+        except ValueError:
+            raise ModelError(
+                f'--max_shard_size must be a size such as "5GB" or "500MB", got {max_shard_size!r}'
+            ) from None
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """The names of the tensors in each output file."""
+        return self.split.filename_to_tensors
+
+    def start(self) -> None:
+        """Make room, dropping what an export cut short has left.
+
+        Raises:
+            ModelError: the folder cannot be written.
+        """
+        with self._writing():
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+
+    def write(self, file: str, tensors: dict[str, Tensor]) -> None:
+        """Write one of ``files``.
+
+        Raises:
+            ModelError: it cannot be written.
+        """
+        with self._writing():
+            save_file(tensors, self.partial / file, metadata={"format": "pt"})
+
+    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Add what belongs to the weights, and move all of it into place, ``config.json`` last.
+
+        Raises:
+            ModelError: the folder cannot be written.
+        """
+        with self._writing():
+            if self.split.is_sharded:
+                index = {"metadata": self.split.metadata, "weight_map": self.split.tensor_to_filename}
+                (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            save_settings(model, tokenizer, self.partial)
+            files = sorted(self.partial.iterdir())
+            write_manifest(self.partial, entries(self.partial, files))
+            # without a config.json no folder is taken for a model, so none is while old and new files are mixed
+            (self.folder / CONFIG).unlink(missing_ok=True)
+            kept = {file.name for file in files}
+            for stale in self.folder.glob("model*.safetensors*"):  # of an earlier export in more parts, or fewer
+                if stale.name not in kept:
+                    stale.unlink()
+            for file in sorted(self.partial.iterdir(), key=lambda file: file.name == CONFIG):
+                file.replace(self.folder / file.name)
+            self.partial.rmdir()
+            sync_folder(self.folder)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(self.partial, ignore_errors=True)  # above all where the disk is full
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ModelError(f"the model cannot be written to {self.folder}: {reason}") from error
+
+
+def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write what a model folder holds beside the weights: configuration, generation configuration, tokenizer."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

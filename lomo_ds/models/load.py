@@ -1,138 +1,157 @@
-"""A Hugging Face folder into ZeRO-3 shards, one tensor whole at a time."""
+"""A Hugging Face folder, or a preset, into ZeRO-3 shards: each rank reads or draws its own part and no more."""
 
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.initialization import no_init_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lomo_ds import zero3
 from lomo_ds.errors import ModelError
+from lomo_ds.manifest import MANIFEST, read_manifest, share, verify
+from lomo_ds.models.build import meta_model, saved_buffers
+from lomo_ds.models.files import WeightFiles, first_line, some
+from lomo_ds.models.presets import PRESETS, is_preset, preset_config
+from lomo_ds.models.random_weights import random_piece
+from lomo_ds.zero3 import Shard
 
-NAMED_AT_MOST = 10  # in a message that lists tensors
+# beside the weights, what a tokenizer and a configuration consist of
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
-def load_config(folder: str) -> PretrainedConfig:
-    """The model's configuration.
+def find_model(name: str, download: bool = True) -> str:
+    """The local folder of ``name``: a folder, or a model of the Hugging Face hub; a preset is its own name.
+
+    Args:
+        download: whether files that the hub's local cache lacks are fetched.
 
     Raises:
-        ModelError: ``folder`` is no model folder.
+        ModelError: there is no such model, or the hub cannot be reached.
     """
-    if not (Path(folder) / "config.json").is_file():
+    if Path(name).is_dir() or is_preset(name):
+        return name
+    if len(Path(name).parts) != 2 or name.startswith((".", "~")):
         raise ModelError(
-            f"a model is read from a local folder that holds a config.json, got {folder}, which has none; download a "
-            "hub model first, with `hf download NAME --local-dir FOLDER`"
+            f"a model is a local folder, a name on the Hugging Face hub (owner/name) or one of {', '.join(PRESETS)}, "
+            f"got {name}, which is none of them"
         )
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{folder}/config.json is not a model configuration: {_first_line(error)}") from None
+        folder = snapshot_download(name, allow_patterns=[*SMALL_FILES, "*.safetensors"], local_files_only=not download)
+        if not list(Path(folder).glob("*.safetensors")):
+            folder = snapshot_download(name, allow_patterns=["pytorch_model*.bin"], local_files_only=not download)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{name} is no local folder, and cannot be had from the Hugging Face hub: {first_line(error)}"
+        ) from None
+    return folder
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of the model in a folder, or of a preset.
+
+    Raises:
+        ModelError: ``name`` is neither.
+    """
+    if is_preset(name):
+        return preset_config(name)
+    if not (Path(name) / "config.json").is_file():
+        raise ModelError(f"a model folder holds a config.json, got {name}, which has none")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        raise ModelError(f"{name}/config.json is not a model configuration: {first_line(error)}") from None
+
+
+def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``.
 
     Raises:
         ModelError: there is none, or it cannot be read.
     """
+    if is_preset(folder):
+        raise ModelError(f"the preset {folder} has no tokenizer of its own; give one with --tokenizer_name FOLDER")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise ModelError(f"{folder} holds no tokenizer that transformers can read: {_first_line(error)}") from None
+        raise ModelError(f"{folder} holds no tokenizer that transformers can read: {first_line(error)}") from None
 
 
-def load_model(folder: str, config: PretrainedConfig, ds_config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model in ``folder``, its parameters split over the ranks.
-
-    Rank 0 reads the files, one tensor at a time; no rank ever holds more than its shards and one whole tensor.
+def verify_export(folder: str, rank: int = 0, world_size: int = 1) -> None:
+    """Compare this rank's share of a folder's files with the manifest that lomo_ds wrote there, if it did.
 
     Raises:
-        ModelError: weights are missing, unexpected, of another shape or unreadable; raised on every rank.
+        DamagedError: one of them is not what was written.
     """
-    with no_init_weights():  # memory that nobody writes to is never taken
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
-    parameters = dict(model.named_parameters())
-    persistent = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    with _open_weights(folder) as weights:
-        _refuse_mismatch(folder, parameters | buffers, weights, model)
-        for name, buffer in buffers.items():
-            buffer.copy_(weights[name].get_tensor(name))
-        for name, parameter in zip(parameters, zero3.partition(parameters.values(), ds_config, dtype), strict=True):
-            if dist.get_rank() == 0:
-                parameter.data = weights[name].get_tensor(name).to(dtype)
+    if (Path(folder) / MANIFEST).exists():
+        verify(Path(folder), share(read_manifest(Path(folder)), rank, world_size))
+
+
+def load_model(
+    name: str,
+    config: PretrainedConfig,
+    ds_config: dict[str, Any],
+    dtype: torch.dtype,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The causal language model in a folder, or a preset with random weights, its parameters split over the ranks.
+
+    Each rank reads its own shards only, and holds beside them at most one whole tensor's memory. No rank waits for
+    another.
+
+    Args:
+        seed: of a preset's weights, which are the same for any number of ranks.
+
+    Raises:
+        ModelError: weights are missing, unexpected, of another shape or unreadable.
+    """
+    model = meta_model(config, dtype, trust_remote_code)
+    if is_preset(name):
+        return _fill(model, ds_config, dtype, lambda shard: shard.data.copy_(_random(shard, config, seed)))
+    files = WeightFiles(Path(name))
+    _refuse_mismatch(name, files, model)
+    for buffer_name, buffer in saved_buffers(model).items():
+        module, _, attribute = buffer_name.rpartition(".")
+        value = torch.empty_like(buffer, device="cpu")
+        files.copy_piece(buffer_name, 0, value.view(-1))
+        model.get_submodule(module)._buffers[attribute] = value
+    return _fill(model, ds_config, dtype, lambda shard: files.copy_piece(shard.name, shard.start, shard.data))
+
+
+def _random(shard: Shard, config: PretrainedConfig, seed: int) -> torch.Tensor:
+    return random_piece(shard.name, shard.shape, shard.start, shard.stop, config.initializer_range, seed)
+
+
+def _fill(
+    model: PreTrainedModel, ds_config: dict[str, Any], dtype: torch.dtype, fill: Callable[[Shard], Any]
+) -> PreTrainedModel:
+    for shard in zero3.partition(model, ds_config, dtype):
+        fill(shard)
     device = get_accelerator().current_device_name()
-    for buffer in model.buffers():  # rotary frequencies: the engine moves only what it partitions itself
+    for buffer in model.buffers():  # the engine moves only what it partitions itself
         buffer.data = buffer.data.to(device)
     return model.train()
 
 
-@contextmanager
-def _open_weights(folder: str) -> Iterator[dict[str, Any]]:
-    """Every tensor's name with the opened file that holds it."""
-    files = _weight_files(Path(folder))
-    opened: dict[str, Any] = {}
-    try:
-        for file in files:
-            reader = safe_open(file, framework="pt")
-            opened |= dict.fromkeys(reader.keys(), reader)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} is not a whole safetensors file: {_first_line(error)}") from None
-    yield opened
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    raise ModelError(
-        f"a model folder must hold model.safetensors, or its parts and their index, got {folder}, which has none"
-        + ("; convert its .bin files with transformers' save_pretrained" if list(folder.glob("*.bin")) else "")
-    )
-
-
-def _refuse_mismatch(folder: str, wanted: dict[str, Tensor], weights: dict[str, Any], model: PreTrainedModel) -> None:
-    shapes = {name: tensor.shape for name, tensor in wanted.items()}
+def _refuse_mismatch(folder: str, files: WeightFiles, model: PreTrainedModel) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *saved_buffers(model).items()]}
     tied = set(getattr(model, "all_tied_weights_keys", ()))
     # what older checkpoints hold beside the weights; transformers drops it too
     dropped = re.compile("|".join([r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]))
     problems = {
-        "are missing": [name for name in shapes if name not in weights],
-        "are unexpected": [name for name in weights if name not in tied | shapes.keys() and not dropped.search(name)],
-        "have another shape": [
-            f"{name} {tuple(weights[name].get_slice(name).get_shape())} for {tuple(shape)}"
+        "missing": [name for name in shapes if name not in files.shapes],
+        "unexpected": [name for name in files.shapes if name not in tied | shapes.keys() and not dropped.search(name)],
+        "of another shape": [
+            f"{name} {files.shapes[name]} for {shape}"
             for name, shape in shapes.items()
-            if name in weights and tuple(weights[name].get_slice(name).get_shape()) != tuple(shape)
+            if files.shapes.get(name, shape) != shape
         ],
     }
-    told = [f"{_some(names)} {what}" for what, names in problems.items() if names]
+    told = [f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
     if told:
-        raise ModelError(f"the weights in {folder} do not fit its config.json: {'; '.join(told)}")
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - NAMED_AT_MOST
-    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the weights in {folder} do not fit its config.json; {'; '.join(told)}")

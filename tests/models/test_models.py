@@ -3,15 +3,34 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
+from lomo_ds import zero3
 from lomo_ds.errors import ModelError
-from lomo_ds.models import load_config, load_model, load_tokenizer, save_pretrained
+from lomo_ds.models import (
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    presets,
+    random_weights,
+    save_pretrained,
+)
+from lomo_ds.models.build import meta_model
 from tests.engines import make_engine
 from tests.ranks import Ranks
 
@@ -74,8 +93,27 @@ def test_through_training_and_back(
     assert not list(out.glob(".*"))
 
 
-@pytest.mark.parametrize("config", [MistralConfig(**SHAPE), Qwen3Config(**SHAPE)], ids=lambda c: c.model_type)
-def test_other_dense_families(ranks: GroupOf, tmp_path: Path, demo: Path, config: LlamaConfig) -> None:
+FAMILIES = {
+    "llama-1": LlamaConfig(**SHAPE | {"num_key_value_heads": 2, "rms_norm_eps": 1e-6}),
+    "llama-2 70b": LlamaConfig(**SHAPE),  # grouped queries
+    "llama-3": LlamaConfig(
+        **SHAPE,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+        },
+    ),
+    "llama-3.2": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "tinyllama": LlamaConfig(**SHAPE | {"num_attention_heads": 4}),
+    "mistral": MistralConfig(**SHAPE, sliding_window=8),
+    "qwen2": Qwen2Config(**SHAPE),  # has biases
+    "qwen2 tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+def test_dense_families(ranks: GroupOf, tmp_path: Path, demo: Path, config: LlamaConfig) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "in")
     (tmp_path / "out").mkdir()
@@ -101,9 +139,9 @@ def test_tensors_that_do_not_fit_are_named(ranks: GroupOf, tmp_path: Path) -> No
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     for sentence in ranks(2).run(refused, str(folder)):
         assert "model.embed_tokens.weight, model.layers.1.self_attn.q_proj.weight" in sentence
-        assert "and 1 more are missing" in sentence
-        assert "extra are unexpected" in sentence
-        assert "model.norm.weight (25,) for (24,) have another shape" in sentence
+        assert "11 missing: " in sentence
+        assert "and 1 more; 1 unexpected: extra; " in sentence
+        assert "1 of another shape: model.norm.weight (25,) for (24,)" in sentence
 
 
 def test_what_older_checkpoints_hold_beside_the_weights(ranks: GroupOf, tmp_path: Path) -> None:
@@ -131,14 +169,114 @@ def test_a_truncated_file_is_named(ranks: GroupOf, tmp_path: Path) -> None:
         assert f"{file} is not a whole safetensors file" in sentence
 
 
-def test_pickled_weights_are_not_opened(ranks: GroupOf, tmp_path: Path) -> None:
-    file = saved_llama(tmp_path) / "model.safetensors"
-    file.rename(tmp_path / "pytorch_model.bin")
-    assert "convert its .bin files" in ranks(1).run(refused, str(tmp_path))[0]
+def test_a_part_that_the_index_names_is_missing(ranks: GroupOf, tmp_path: Path) -> None:
+    next(saved_llama(tmp_path, shards=True).glob("model-00002*")).unlink()
+    assert "model.safetensors.index.json names model-00002" in ranks(1).run(refused, str(tmp_path))[0]
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    assert "is not an index of weight files" in ranks(1).run(refused, str(tmp_path))[0]
+
+
+# weights in torch's format
+
+
+def saved_bin(folder: Path) -> Path:
+    """A folder as older models come: pytorch_model.bin in two parts."""
+    weights = load_file(saved_llama(folder) / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    parts = {
+        "pytorch_model-00001-of-00002.bin": list(weights)[:5],
+        "pytorch_model-00002-of-00002.bin": list(weights)[5:],
+    }
+    for part, names in parts.items():
+        torch.save({name: weights[name] for name in names}, folder / part)
+    weight_map = {name: part for part, names in parts.items() for name in names}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def test_bin_files_are_read_without_code(ranks: GroupOf, tmp_path: Path, demo: Path) -> None:
+    folder, out = str(saved_bin(tmp_path / "in")), tmp_path / "out"
+    before, _ = ranks(2).run(load_train_and_save, folder, str(out), str(demo / "model"), torch.float32)[0]
+    assert torch.equal(before, logits_of(folder, torch.float32))
+
+
+class Burglar:
+    """A pickle that leaves a file behind when it is opened."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+def test_a_crafted_pickle_does_not_run(ranks: GroupOf, tmp_path: Path) -> None:
+    folder = saved_bin(tmp_path / "in")
+    torch.save({"lm_head.weight": Burglar(tmp_path / "trace")}, folder / "pytorch_model-00001-of-00002.bin")
+    assert "holds more than tensors, which nothing here unpickles" in ranks(1).run(refused, str(folder))[0]
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"\x80 no zip")
+    assert "AutoModelForCausalLM as M; M.from_pretrained(" in ranks(1).run(refused, str(folder))[0]
+    assert not (tmp_path / "trace").exists()
+
+
+# names that are no folder
+
+
+def preset_shards() -> dict[str, tuple[int, Tensor]]:
+    """This rank's shards of a small preset: where each begins, and its values."""
+    presets._SHAPES["tiny"] = (24, 37, 2, 2, 1)
+    presets.PRESETS = (*presets.PRESETS, "tiny")
+    random_weights.CHUNK_NUMEL = 1000
+    config = load_config("tiny")
+    model = load_model("tiny", config, DS_CONFIG, torch.float32, seed=7)
+    return {shard.name: (shard.start, shard.data.clone()) for shard in zero3.shards(model)}
+
+
+def test_a_preset_is_the_same_on_any_number_of_ranks(ranks: GroupOf) -> None:
+    whole = {name: values for name, (_, values) in ranks(1).run(preset_shards)[0].items()}
+    for shards in ranks(3).run(preset_shards):
+        for name, (start, values) in shards.items():
+            assert torch.equal(values, whole[name][start : start + len(values)]), name
+    assert float(whole["model.embed_tokens.weight"].std()) == pytest.approx(0.02, rel=0.01)
+    assert not torch.equal(
+        whole["model.layers.0.self_attn.q_proj.weight"], whole["model.layers.1.self_attn.q_proj.weight"]
+    )
+    assert torch.equal(whole["model.norm.weight"], torch.ones(24))
+
+
+@pytest.mark.parametrize(("name", "billions"), [("7b", 6.74), ("13b", 13.02), ("30b", 32.53), ("65b", 65.29)])
+def test_presets_are_the_papers(name: str, billions: float) -> None:
+    model = meta_model(load_config(name), torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files in the hub's local cache are enough; without them and a network there is a sentence."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--someone--a-llama/snapshots/abc"
+    saved_llama(snapshot)
+    (tmp_path / "models--someone--a-llama/refs").mkdir()
+    (tmp_path / "models--someone--a-llama/refs/main").write_text("abc")
+    assert Path(find_model("someone/a-llama", download=False)) == snapshot
+    with pytest.raises(ModelError, match="someone/else is no local folder, and cannot be had from the Hugging Face"):
+        find_model("someone/else")
+    with pytest.raises(ModelError, match="which is none of them"):
+        find_model("/nowhere/a/model")
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}})
+    )
+    with pytest.raises(ModelError, match="is not a model configuration"):
+        load_config(str(tmp_path))
+    assert not (tmp_path / "trace").exists()
 
 
 def test_a_folder_without_config_or_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"that holds a config\.json"):
+    with pytest.raises(ModelError, match=r"holds a config\.json"):
         load_config(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "no such thing"}')
     with pytest.raises(ModelError, match="is not a model configuration"):

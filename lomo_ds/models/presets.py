@@ -1,0 +1,39 @@
+"""Models by name, without weights: the paper's LLaMA shapes, and small ones to try things on."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+
+# hidden size, intermediate size, layers, attention heads, key-value heads
+_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
+    "40m": (384, 1024, 8, 6, 6),
+    "130m": (768, 2048, 12, 12, 12),
+    "350m": (1024, 2736, 24, 16, 16),
+    "1b": (2048, 5632, 22, 32, 4),  # TinyLlama's
+    "7b": (4096, 11008, 32, 32, 32),  # LLaMA's, arXiv 2302.13971, and with it the LOMO paper's
+    "13b": (5120, 13824, 40, 40, 40),
+    "30b": (6656, 17920, 60, 52, 52),
+    "65b": (8192, 22016, 80, 64, 64),
+}
+PRESETS = tuple(_SHAPES)
+
+
+def is_preset(name: str) -> bool:
+    """Whether ``name`` is a preset; a folder of that name comes first."""
+    return name in PRESETS and not Path(name).is_dir()
+
+
+def preset_config(name: str, **changes: Any) -> LlamaConfig:
+    """The configuration of a preset (one of ``PRESETS``); ``changes`` win, ``vocab_size`` for one."""
+    hidden, intermediate, layers, heads, key_value_heads = _SHAPES[name]
+    shape = {
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "max_position_embeddings": 2048,
+    }
+    return LlamaConfig(**shape | changes)
