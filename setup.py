@@ -23,7 +23,6 @@ setup(
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "protobuf",
-        "torchdata>=0.11",
         "tensorboard>=2.18",
         "nvidia-ml-py>=12.560",  # the pynvml module
         "numpy",

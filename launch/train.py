@@ -5,20 +5,26 @@ deepspeed --num_gpus 8 launch/train.py --config launch/configs/demo.yaml
 
 import sys
 
-from lomo_ds.arguments import help_text, parse_arguments
-from lomo_ds.cli import leave, run_on_all_ranks
-from lomo_ds.distributed import is_main_process
-from lomo_ds.trainer import train
+from lomo_ds.signals import StopRequest
 
 
 def main(argv: list[str]) -> int:
     """Parse, train, and return the exit status."""
-    if "--help" in argv or "-h" in argv:
-        if is_main_process():
-            print(help_text())
-        return 0
-    return run_on_all_ranks(lambda: train(*parse_arguments(argv)))
+    with StopRequest() as stop:  # before the imports, which take longer than some schedulers wait
+        from lomo_ds.arguments import help_text, parse_arguments
+        from lomo_ds.cli import run_on_all_ranks
+        from lomo_ds.distributed import is_main_process
+        from lomo_ds.job import train
+
+        if "--help" in argv or "-h" in argv:
+            if is_main_process():
+                print(help_text())
+            return 0
+        return run_on_all_ranks(lambda: train(*parse_arguments(argv), stop))
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    from lomo_ds.cli import leave
+
+    leave(status)

@@ -1,5 +1,17 @@
 """Full-parameter LOMO fine-tuning inside DeepSpeed ZeRO-3 (arXiv 2306.09782)."""
 
-from lomo_ds.engine import LomoEngine, initialize
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lomo_ds.engine import LomoEngine, initialize
 
 __all__ = ["LomoEngine", "initialize"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the engine when it is asked for: a program that handles signals must do so before torch is imported."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lomo_ds import engine
+
+    return getattr(engine, name)

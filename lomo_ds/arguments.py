@@ -2,7 +2,8 @@
 
 import argparse
 import dataclasses
-import math
+import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -42,6 +43,13 @@ class TrainArguments:
     max_steps: int = _argument(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
     logging_steps: int = _argument(10, "Steps between two lines of metrics.jsonl.")
     eval_steps: int | None = _argument(None, "Steps between evaluations; by default only before and after training.")
+    save_steps: int | None = _argument(None, "Steps between checkpoints, and one at the end; by default none is saved.")
+    save_total_limit: int | None = _argument(None, "Keep so many checkpoints; older ones are deleted, the best is not.")
+    async_save: bool = _argument(False, "Write checkpoints beside training, from a copy of the shards in host memory.")
+    resume_from_checkpoint: str | None = _argument(
+        None, "auto: go on from the newest whole checkpoint in output_dir, if there is one; or a checkpoint's folder."
+    )
+    load_best_model_at_end: bool = _argument(False, "Export the checkpoint with the lowest held-out loss.")
     seed: int = _argument(42, "Of data order, dropout and stochastic rounding.")
     bf16: bool = _argument(False, "bfloat16 weights and gradients.")
     fp16: bool = _argument(False, "float16 weights and gradients with a dynamic loss scale.")
@@ -56,17 +64,34 @@ class TrainArguments:
                      "logging_steps", "sample_tokens"):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("max_seq_length", self.max_seq_length is None or self.max_seq_length >= 2, "at least 2")
-        self._require("eval_steps", self.eval_steps is None or self.eval_steps >= 1, "at least 1")
+        for name in ("eval_steps", "save_steps", "save_total_limit"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0, and finite")
+            self._require(name, 0 <= getattr(self, name) <= sys.float_info.max, "at least 0, and finite")
         self._require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "between 0 and 1")
-        self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
+        self._require("num_train_epochs", 0 < self.num_train_epochs <= 1e9, "above 0, and at most 1e9")
+        for name, value in vars(self).items():
+            if isinstance(value, int):
+                self._require(name, -(2**63) <= value < 2**63, "an integer of at most 64 bits")
+            if isinstance(value, str):
+                self._require(name, not re.search("[\ud800-\udfff]", value), "Unicode text")
+                is_line = "\0" not in value and len(value.splitlines()) <= 1
+                self._require(name, is_line or name == "sample_prompt", "one line of text without NUL bytes")
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 were both asked for, and weights have one precision; keep one of them")
 
+        if self.load_best_model_at_end and not (
+            self.validation_file and self.save_steps and self.eval_steps and self.save_steps % self.eval_steps == 0
+        ):
+            raise ConfigError(
+                "--load_best_model_at_end compares the held-out losses of saved checkpoints, so it needs "
+                "--validation_file, --eval_steps and --save_steps, a multiple of it, got "
+                f"{self.validation_file}, {self.eval_steps} and {self.save_steps}"
+            )
+
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise ConfigError(f"--{name} must be {rule}, got {getattr(self, name)}")
+            raise ConfigError(f"--{name} must be {rule}, got {getattr(self, name)!r}")
 
     def dump(self, path: Path) -> None:
         """Write every argument as YAML that ``--config`` reads back to the same run."""
@@ -84,7 +109,7 @@ def parse_arguments(argv: list[str]) -> tuple[TrainArguments, frozenset[str]]:
         ConfigError: an argument is unknown, missing or not of its type; the message says where it stands.
     """
     file, rest = _split_config(argv)
-    given = _parse(_yaml_as_argv(file), f"in {file}: ") if file else {}
+    given = _parse(_yaml_as_argv(file), f"in {_one_line(file)}: ") if file else {}
     given |= _parse(rest, "")
     required = [f.name for f in dataclasses.fields(TrainArguments) if f.default is dataclasses.MISSING]
     missing = [f"--{name}" for name in required if name not in given]
@@ -111,13 +136,13 @@ class _Parser(HfArgumentParser):
             action.required = False
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.where}{message}")
+        raise ConfigError(f"{self.where}{_one_line(message)}")
 
 
 def _parse(argv: list[str], where: str) -> dict[str, Any]:
     given, unknown = _Parser(where).parse_known_args(argv)
     if unknown:
-        name = unknown[0].partition("=")[0]
+        name = _one_line(unknown[0].partition("=")[0]) or "''"
         known = [f"--{field.name}" for field in dataclasses.fields(TrainArguments)]
         raise ConfigError(f"{where}unknown argument {name}{did_you_mean(name, known) or '; --help lists all'}")
     return vars(given)
@@ -129,18 +154,46 @@ def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
     try:
         found, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise ConfigError(f"--config needs the path of a YAML file: {error}") from None
+        raise ConfigError(f"--config needs the path of a YAML file: {_one_line(error)}") from None
     return found.config, rest
+
+
+class _Words(yaml.BaseLoader):
+    """Leaves every scalar the word it is in the file, as a command line would, but for null.
+
+    YAML would make a number of 007 and of 12:30, a date of 2024-01-01 and True of yes, which are names as well.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.constructor.ConstructorError(problem="a name stands in it twice", problem_mark=node.start_mark)
+        return mapping
+
+
+_NULL = "tag:yaml.org,2002:null"
+_Words.add_implicit_resolver(_NULL, re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Words.add_constructor(_NULL, lambda loader, node: None)
 
 
 def _yaml_as_argv(file: Path) -> list[str]:
     """A YAML mapping as command-line words, so that both are checked by one parser; null leaves the default."""
+    path = _one_line(file)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _Words)
     except OSError as error:
-        raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {_one_line(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"--config {path} is nested too deep to be read; it must hold `name: value` lines") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {file} must hold arguments as `name: value` lines, got {type(values).__name__}")
+        raise ConfigError(f"--config {path} must hold arguments as `name: value` lines, got {type(values).__name__}")
+    for name, value in values.items():
+        if isinstance(value, list | dict):
+            raise ConfigError(f"in {path}: {_one_line(name)} must be one value, got a {type(value).__name__}")
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())

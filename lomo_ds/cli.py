@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
@@ -13,32 +14,58 @@ import torch
 
 from lomo_ds.distributed import is_main_process, start_process_group, stop_process_group
 from lomo_ds.errors import LomoError, PeerError
+from lomo_ds.lifeline import Lifeline
 
 SILENT_RANK_DELAY = 3.0  # seconds: launchers end every rank as soon as one has failed, so the speaker goes first
+USER_ERROR, DEFECT = 2, 1  # exit statuses
 
 
 def run_on_all_ranks(main: Callable[[], None]) -> int:
     """Run ``main`` in the job's process group; returns the exit status.
 
     A ``LomoError`` is printed without a traceback by the one rank that has to say it. Any other exception is a
-    defect and shows its traceback.
+    defect and shows its traceback. When one rank dies, the others end too.
     """
     _quiet_libraries()
-    started = False
+    started, lifeline, status = False, None, DEFECT
     try:
         started = start_process_group()
+        lifeline = Lifeline()
         _share_cores()
         main()
+        status = 0
     except LomoError as error:
-        if error.only_here or (is_main_process() and not isinstance(error, PeerError)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(SILENT_RANK_DELAY)
-        return 2
+        status = USER_ERROR
+        tell(error)
+    except Exception:
+        if lifeline is not None:
+            lifeline.wait_for_verdict()
+        traceback.print_exc()
     finally:
-        if started:
-            stop_process_group()
+        if lifeline is not None:
+            lifeline.close(spoken=status != 0)
+        if started and status == 0:
+            stop_process_group()  # which would wait for the others where they have failed otherwise
+    return status
+
+
+def run_alone(main: Callable[[], None]) -> int:
+    """Run ``main`` in this process alone; returns the exit status."""
+    _quiet_libraries()
+    try:
+        main()
+    except LomoError as error:
+        tell(error)
+        return USER_ERROR
     return 0
+
+
+def tell(error: LomoError) -> None:
+    """Print the sentence of ``error``, or be silent for as long as another rank needs to."""
+    if error.only_here or (is_main_process() and not isinstance(error, PeerError)):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SILENT_RANK_DELAY)
 
 
 def leave(status: int) -> NoReturn:
@@ -66,4 +93,3 @@ def _quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)  # deprecations inside deepspeed and transformers
-    warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # inside torchdata

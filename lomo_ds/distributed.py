@@ -7,13 +7,13 @@ import os
 import subprocess
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_gather_object
+from torch.distributed import ProcessGroup
 
 from lomo_ds.errors import LomoError, PeerError
 
@@ -60,7 +60,7 @@ def all_reduce_min(values: Tensor, group: ProcessGroup) -> Tensor:
     return values
 
 
-def together(action: Callable[[], Result]) -> Result:
+def together(action: Callable[[], Result], group: ProcessGroup | None = None) -> Result:
     """Run ``action`` on every rank; if it fails on any, all stop: the first that knows raises, the others are silent.
 
     Raises:
@@ -72,17 +72,23 @@ def together(action: Callable[[], Result]) -> Result:
         outcome = action()
     except LomoError as error:
         outcome = error
-    failed = [False] * dist.get_world_size()
-    all_gather_object(failed, isinstance(outcome, LomoError))
-    if True not in failed:
+    failures = gather_objects(str(outcome) if isinstance(outcome, LomoError) else None, group)
+    first = next((rank for rank, failure in enumerate(failures) if failure is not None), None)
+    if first is None:
         assert not isinstance(outcome, LomoError)
         return outcome
-    first = failed.index(True)
-    if first == dist.get_rank():
+    if first == torch.distributed.get_rank(group):
         assert isinstance(outcome, LomoError)
         outcome.only_here = True
         raise outcome
-    raise PeerError(f"rank {first} failed")
+    raise PeerError(failures[first])
+
+
+def gather_objects(value: Result, group: ProcessGroup | None = None) -> list[Result]:
+    """``value`` of every rank, on every rank; any small object that pickles."""
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(found, value, group=group)
+    return found
 
 
 def is_main_process() -> bool:

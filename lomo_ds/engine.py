@@ -6,7 +6,9 @@ one whole optimizer step under any update schedule.
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import deepspeed.comm as dist
 import torch
@@ -22,8 +24,16 @@ from torch.utils.data import Dataset
 
 from lomo_ds import loss as losses
 from lomo_ds.assembly import build_optimizer
+from lomo_ds.checkpoint import (
+    Checkpoint,
+    Saver,
+    checkpoint_name,
+    open_checkpoint,
+    read_latest,
+)
 from lomo_ds.config import parse_ds_config, read_lomo_config, refuse_what_cannot_be
-from lomo_ds.distributed import agree, start_process_group
+from lomo_ds.distributed import TIMEOUT, agree, gather_objects, start_process_group
+from lomo_ds.engine_state import capture_engine, restore_engine
 from lomo_ds.errors import ConfigError
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.random_states import RandomStates
@@ -236,16 +246,67 @@ class LomoEngine(DeepSpeedEngine):
                 self.global_steps, self.optimizer.last_skip_reason, self.skipped_steps, self.cur_scale,
             )  # fmt: skip
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused.
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        add_files: Callable[[Path], None] | None = None,
+        then: Callable[[], None] | None = None,
+        in_background: bool = False,
+    ) -> bool:
+        """Write the whole state of training as ``save_dir/tag``; every rank calls it, between steps.
+
+        Args:
+            tag: the folder's name, ``checkpoint-<step>`` by default.
+            client_state: what the caller wants back from ``load_checkpoint``, as JSON; the same on every rank.
+            add_files, then, in_background: see ``Saver.save``.
+
+        Returns:
+            True, as DeepSpeed's does.
 
         Raises:
-            ConfigError: always.
+            CheckpointError: see ``Saver.save``.
         """
-        raise ConfigError(
-            "engine.save_checkpoint was called, but DeepSpeed's checkpoints are built around optimizer states, which "
-            "LOMO has none of; save the weights with lomo_ds.models.save_pretrained(engine.module, tokenizer, folder)"
+        self.saver.save(
+            capture_engine(self, client_state),
+            Path(save_dir) / (tag or checkpoint_name(self.global_steps)),
+            add_files,
+            then,
+            in_background,
         )
+        return True
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[str | None, dict[str, Any] | None]:
+        """Go on from the checkpoint ``load_dir/tag``, or the one that was saved there last; every rank calls it.
+
+        The number of ranks may be another than the one that saved; weights are the same bit for bit then, and dropout
+        and stochastic rounding draw other numbers.
+
+        Returns:
+            The folder and its ``client_state``; None and None where nothing was ever saved.
+
+        Raises:
+            LomoError: the checkpoint is damaged, or of another model.
+        """
+        tag = tag or gather_objects(read_latest(Path(load_dir)), self.saver.group)[0]
+        if tag is None:
+            return None, None
+        snapshot = capture_engine(self)
+        found = open_checkpoint(
+            Path(load_dir) / tag, snapshot.tensors, self.saver.group
+        )
+        self.restore(found)
+        return str(found.folder), found.record["client_state"]
+
+    def restore(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint that has been verified; every rank calls it."""
+        restore_engine(self, found, self.saver.group)
+
+    @cached_property
+    def saver(self) -> Saver:
+        """Writes this engine's checkpoints; made by all ranks at once, at the first save or load."""
+        return Saver(torch.distributed.new_group(backend="gloo", timeout=TIMEOUT))
 
     def _backward_prologue(self) -> None:
         if not self._in_train_batch:

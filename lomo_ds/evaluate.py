@@ -1,6 +1,6 @@
 """What a model can do: its held-out loss over all ranks, and a text it continues."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -12,13 +12,22 @@ from lomo_ds.loss import count_items, loss_of, shifts_labels
 
 
 @torch.no_grad()
-def evaluate_loss(engine: LomoEngine, batches: Iterable[dict[str, Tensor]]) -> float:
-    """Mean loss in nats per token over every rank's labelled tokens; each rank brings equally many batches."""
+def evaluate_loss(
+    engine: LomoEngine, batches: Iterable[dict[str, Tensor]], interrupted: Callable[[], bool] = lambda: False
+) -> float | None:
+    """Mean loss in nats per token over every rank's labelled tokens; each rank brings equally many batches.
+
+    Args:
+        interrupted: asked before each batch, with the same answer on every rank; True ends it with None.
+    """
     training = engine.module.training
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss times tokens, tokens
     shifts = shifts_labels(engine.module)
     for batch in batches:
+        if interrupted():
+            engine.train(training)
+            return None
         items = count_items(batch, shifts)
         loss = loss_of(engine(**{name: value.to(engine.device) for name, value in batch.items()}))
         if items:

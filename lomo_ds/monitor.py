@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 import pynvml
 import torch
@@ -17,15 +18,18 @@ class Monitor:
 
     Files in ``output_dir``: ``metrics.jsonl``, one object per record; ``runs/`` for TensorBoard, the GPUs of
     further ranks below it as ``rank1``, ``rank2`` and so on.
+
+    Args:
+        step: that the run goes on from; what was recorded behind it is done again, and dropped. 0 begins anew.
     """
 
-    def __init__(self, output_dir: Path, rank: int) -> None:
+    def __init__(self, output_dir: Path, rank: int, step: int = 0) -> None:
         self.gpu = _own_gpu()
         runs = output_dir / "runs"
         self.writer = None
         if rank == 0 or self.gpu is not None:
-            self.writer = SummaryWriter(str(runs if rank == 0 else runs / f"rank{rank}"))
-        self.file = (output_dir / "metrics.jsonl").open("w", encoding="utf-8") if rank == 0 else None
+            self.writer = SummaryWriter(str(runs if rank == 0 else runs / f"rank{rank}"), purge_step=step + 1)
+        self.file = _open_records(output_dir / "metrics.jsonl", step) if rank == 0 else None
 
     def __enter__(self) -> "Monitor":
         return self
@@ -61,6 +65,27 @@ class Monitor:
             with contextlib.suppress(pynvml.NVMLError):  # a shared GPU tells less
                 metrics[name] = float(read())
         return metrics
+
+
+def _open_records(path: Path, step: int) -> TextIO:
+    """``metrics.jsonl``, with the records up to ``step`` of a run that goes on from there."""
+    kept = [line for line in _lines(path) if _step_of(line) <= step] if step else []
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+    return path.open("a", encoding="utf-8")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+
+
+def _step_of(line: str) -> float:
+    """The step of a record; that of a line cut short by a killed process is behind every other."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _own_gpu() -> pynvml.c_nvmlDevice_t | None:

@@ -16,6 +16,8 @@ from lomo_ds.distributed import agree
 from lomo_ds.errors import NonFiniteGradientError
 from lomo_ds.schedules import Schedule
 
+LOSS_SCALER_STATE = ("cur_scale", "cur_hysteresis", "last_overflow_iter", "cur_iter")
+
 
 class ParameterGroups(torch.optim.Optimizer):
     """Parameters with their learning rate and weight decay, as learning-rate schedulers want to see them."""
@@ -142,6 +144,23 @@ class LomoOptimizer(ZeROOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: no gradient outlives its hook."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on beside weights and rule, as JSON: the loss scale's counters, learning rates."""
+        scaler = vars(self.loss_scaler)
+        return {
+            "loss_scaler": {name: scaler[name] for name in LOSS_SCALER_STATE if name in scaler},
+            "lr": [group["lr"] for group in self.param_groups],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``; the shards have been filled, and are gathered anew where they must be."""
+        for name, value in state["loss_scaler"].items():
+            setattr(self.loss_scaler, name, value)
+        for group, lr in zip(self.param_groups, state["lr"], strict=True):
+            group["lr"] = lr
+        zero3.refresh(self.offload)
+        self._start_step()
 
     def destroy(self) -> None:
         """Take every hook off the model."""

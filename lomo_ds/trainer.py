@@ -1,98 +1,65 @@
-"""The training loop: the one room that knows all the others."""
+"""The training loop: steps, evaluations, log lines, checkpoints, and the model exported at the end."""
 
 import dataclasses
-import itertools
-import json
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import deepspeed.comm as dist
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
 from lomo_ds import zero3
 from lomo_ds.arguments import TrainArguments
-from lomo_ds.config import parse_ds_config, refuse_what_cannot_be
-from lomo_ds.data import PackedBlocks, evaluation_batches, tokenize_file, training_loader
-from lomo_ds.distributed import is_local_main_process, together
-from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile, warmup_steps
-from lomo_ds.engine import LomoEngine, initialize
-from lomo_ds.errors import ConfigError, DataError, ModelError
+from lomo_ds.checkpoint import checkpoint_name, rotate
+from lomo_ds.data import PackedBlocks, Position, TrainingSteps, evaluation_batches
+from lomo_ds.distributed import agree
+from lomo_ds.engine import LomoEngine
+from lomo_ds.errors import CheckpointError
 from lomo_ds.evaluate import continue_text, evaluate_loss
-from lomo_ds.models import find_model, load_config, load_model, load_tokenizer, save_pretrained, verify_export
+from lomo_ds.models import save_pretrained
 from lomo_ds.monitor import Monitor
+from lomo_ds.signals import StopRequest
 
-MicroBatches = list[dict[str, Tensor]]
-
-
-def train(arguments: TrainArguments, given: frozenset[str]) -> None:
-    """Fine-tune as ``arguments`` say; the process group must have been started.
-
-    Args:
-        given: the arguments that were given, as opposed to left at their default.
-
-    Raises:
-        LomoError: in the user's words, on the rank that knows; the others raise ``PeerError``.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    ds_config, arguments = together(
-        lambda: reconcile(read_ds_config(arguments.deepspeed), arguments, given, world_size)
-    )
-    output_dir = Path(arguments.output_dir)
-    together(lambda: _make_folder(output_dir))
-    name = _find_model(arguments)
-    config, tokenizer, length = together(lambda: _load_vocabulary(name, arguments))
-    training, validation = _load_blocks(arguments, tokenizer, length, output_dir / "cache")
-    loader, sampler = training_loader(training, arguments.per_device_train_batch_size, rank, world_size, arguments.seed)
-    steps = TrainingSteps(loader, sampler, arguments)
-    filled = together(lambda: _checked(fill_scheduler(ds_config, arguments, steps.total)))
-
-    torch.manual_seed(arguments.seed + rank)
-    together(lambda: verify_export(name, rank, world_size))
-    model = together(
-        lambda: load_model(name, config, filled, _dtype(arguments), arguments.seed, arguments.trust_remote_code)
-    )
-    if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    scheduler = None if "scheduler" in filled else _scheduler(arguments, steps.total)
-    engine, *_ = initialize(model=model, config=filled, lr_scheduler=scheduler)
-    if rank == 0:
-        dataclasses.replace(arguments, max_seq_length=length).dump(output_dir / "config.yaml")
-        (output_dir / "ds_config.json").write_text(json.dumps(filled, indent=2), encoding="utf-8")
-    with Monitor(output_dir, rank) as monitor:
-        Trainer(arguments, engine, tokenizer, steps, validation, monitor).run()
+logger = logging.getLogger(__name__)
 
 
-class TrainingSteps:
-    """The micro-batches of every optimizer step of a run, in order."""
+@dataclass
+class Progress:
+    """What the loop itself must remember when it is stopped and goes on, as JSON."""
 
-    def __init__(self, loader: Any, sampler: Any, arguments: TrainArguments) -> None:
-        self.loader = loader
-        self.sampler = sampler
-        self.accumulation = arguments.gradient_accumulation_steps
-        self.per_epoch = -(-len(loader) // self.accumulation)
-        epochs = math.ceil(arguments.num_train_epochs * self.per_epoch)
-        self.total = arguments.max_steps if arguments.max_steps > 0 else epochs
+    step: int = 0
+    epoch: int = 0
+    consumed: int = 0  # sequences of the epoch under way
+    losses: list[float] = field(default_factory=list)  # since the last log line
+    unlogged: dict[str, float] | None = None  # of a step whose evaluation was cut short
+    before: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step
+    sample_before: str | None = None
+    best: float | None = None  # the lowest held-out loss of a saved checkpoint
+    best_step: int | None = None
+    saved_step: int | None = None  # of the last checkpoint that is whole
+    failed_saves: int = 0
 
-    def __iter__(self) -> Iterator[MicroBatches]:
-        return itertools.islice(self._endless(), self.total)
-
-    def _endless(self) -> Iterator[MicroBatches]:
-        for epoch in itertools.count():
-            self.sampler.set_epoch(epoch)
-            batches = iter(self.loader)
-            while micro_batches := list(itertools.islice(batches, self.accumulation)):
-                yield micro_batches
+    @property
+    def position(self) -> Position:
+        """Where the data goes on."""
+        return Position(self.epoch, self.consumed)
 
 
 class Trainer:
-    """Steps, evaluations and log lines of one run, and the model saved at its end."""
+    """Runs what is left of a training job; stopped and resumed, it does what it would have done without.
+
+    Args:
+        progress: of the run so far.
+        stop: once asked for, the step under way is the last.
+        add_files: writes what checkpoints hold beside the engine's state into the folder it is given.
+    """
 
     def __init__(
         self,
@@ -102,6 +69,9 @@ class Trainer:
         steps: TrainingSteps,
         validation: PackedBlocks | None,
         monitor: Monitor,
+        progress: Progress,
+        stop: StopRequest,
+        add_files: Callable[[Path], None],
     ) -> None:
         self.arguments = arguments
         self.engine = engine
@@ -109,73 +79,172 @@ class Trainer:
         self.steps = steps
         self.validation = validation
         self.monitor = monitor
+        self.progress = progress
+        self.stop = stop
+        self.add_files = add_files
+        self.output_dir = Path(arguments.output_dir)
         self.is_main = dist.get_rank() == 0
-        self.bar = tqdm(total=steps.total, unit="step", disable=not self.is_main, dynamic_ncols=True)
-        self.step = 0
-        self.tokens = 0
-        self.losses: list[float] = []  # since the last log line
+        self.bar = tqdm(
+            total=steps.total, initial=steps.step, unit="step", disable=not self.is_main, dynamic_ncols=True
+        )
+        self.clock, self.counted = time.perf_counter(), steps.tokens  # at the last log line
+        self.evaluation: dict[str, float] = {}  # the last one, after evaluated_step
+        self.evaluated_step: int | None = None
+        self.pending: Progress | None = None  # of a checkpoint that is being written
 
     def run(self) -> None:
-        """Train, evaluate before, on the way and after, save, and say where everything is."""
+        """Train, evaluate before, on the way and after, export, and say where everything is."""
         self._say(self._describe())
-        before, sample_before = self._evaluate(), self._sample()
-        if before:
-            self.monitor.log(0, before)
-        after = self._train()
+        if self.steps.step == 0:
+            evaluation = self._evaluate()
+            if evaluation is None:
+                return self._say_stopped()
+            self.progress.before, self.progress.sample_before = evaluation, self._sample()
+            if evaluation:
+                self.monitor.log(0, evaluation)
+        else:
+            self._say(f"resumed: {self.steps.step} steps of {self.steps.total} were done")
+        finished = self._train()
+        self._settle_save()
+        if not finished:
+            return self._say_stopped()
         sample_after = self._sample()
-        output_dir = Path(self.arguments.output_dir)
-        save_pretrained(self.engine.module, self.tokenizer, output_dir)
+        self._load_best()
+        save_pretrained(self.engine.module, self.tokenizer, self.output_dir)
         self.bar.close()
-        if before and after:
-            self._say(
-                f"held-out loss: {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after (nats per token)"
-            )
-        if sample_before is not None:
-            self._say(f"before: {sample_before!r}\nafter:  {sample_after!r}")
-        self._say(
-            f"model, tokenizer and config.yaml: {output_dir}\nmetrics: {output_dir / 'metrics.jsonl'}\n"
-            f"TensorBoard: tensorboard --logdir {output_dir / 'runs'}"
-        )
+        self._say_results(sample_after)
+        return None
 
-    def _train(self) -> dict[str, float]:
-        """All steps; returns the evaluation after the last."""
-        clock, counted = time.perf_counter(), 0  # when the last log line was written, and the tokens by then
-        evaluation: dict[str, float] = {}
+    def _train(self) -> bool:
+        """The steps that are left; False if a signal has ended them early, with a checkpoint."""
+        if self.progress.unlogged is not None and not self._end_step(self.progress.unlogged):
+            return False
+        if self._stop_requested():
+            return False
         for micro_batches in self.steps:
             learning_rate = self.engine.get_lr()[0]
-            self.losses.append(float(self.engine.train_batch(micro_batches)))
-            self.step += 1
-            self.tokens += dist.get_world_size() * sum(batch["input_ids"].numel() for batch in micro_batches)
+            self.progress.losses.append(float(self.engine.train_batch(micro_batches)))
             self.bar.update()
             record: dict[str, float] = {}
             if self._is_due(self.arguments.logging_steps):
-                record |= self._metrics(learning_rate, (self.tokens - counted) / (time.perf_counter() - clock))
+                record |= self._metrics(learning_rate)
                 self._show(record)
-            if self._is_due(self.arguments.eval_steps):
-                evaluation = self._evaluate()
-                record |= evaluation
-            if record:
-                self.monitor.log(self.step, record)
-                clock, counted = time.perf_counter(), self.tokens
-        return evaluation
+            if not self._end_step(record):
+                return False
+        return True
+
+    def _end_step(self, record: dict[str, float]) -> bool:
+        """Evaluate, log and save, as far as they are due; False if this was the last step for a signal's sake."""
+        stopping = self._stop_requested()
+        if self._is_due(self.arguments.eval_steps):
+            evaluation = None if stopping else self._evaluate()
+            if evaluation is None:
+                self.progress.unlogged = record
+                self._save(last=True)
+                return False
+            self.evaluation, self.evaluated_step = evaluation, self.steps.step
+            record |= evaluation
+        self.progress.unlogged = None
+        if record:
+            self.monitor.log(self.steps.step, record)
+            self.clock, self.counted = time.perf_counter(), self.steps.tokens
+        if stopping or (self.arguments.save_steps and self._is_due(self.arguments.save_steps)):
+            self._save(last=stopping)
+        return not stopping
 
     def _is_due(self, every: int | None) -> bool:
-        return self.step == self.steps.total or bool(every and self.step % every == 0)
+        return self.steps.step == self.steps.total or bool(every and self.steps.step % every == 0)
 
-    def _metrics(self, learning_rate: float, tokens_per_second: float) -> dict[str, float]:
-        finite = [loss for loss in self.losses if math.isfinite(loss)]
-        self.losses.clear()
-        norm = self.engine.get_global_grad_norm()
+    def _stop_requested(self) -> bool:
+        """Whether any rank has received a signal; all ranks ask at the same time."""
+        asked = torch.tensor(float(self.stop.name is not None), device=self.engine.device)
+        return bool(agree(asked, self.engine.seq_data_parallel_group).item())
+
+    def _save(self, last: bool = False) -> None:
+        """Write a checkpoint; a failure ends the run if it is the last one, or if none was ever written."""
+        self._settle_save()
+        self.pending = self._state_to_save()
+        in_background = self.arguments.async_save and not last
+        blocks = self.steps.blocks
+        try:
+            self.engine.save_checkpoint(
+                self.output_dir,
+                checkpoint_name(self.pending.step),
+                {"progress": dataclasses.asdict(self.pending), "blocks": [len(blocks), blocks.length]},
+                self.add_files,
+                partial(self._rotate, self.pending),
+                in_background,
+            )
+        except CheckpointError as error:
+            self._save_failed(error, last)
+        if not in_background:
+            self._settle_save()
+
+    def _state_to_save(self) -> Progress:
+        position, step = self.steps.position, self.steps.step
+        state = dataclasses.replace(
+            self.progress, step=step, epoch=position.epoch, consumed=position.consumed, saved_step=step
+        )
+        loss = self.evaluation.get("eval_loss") if self.evaluated_step == step else None
+        if loss is not None and (state.best is None or loss < state.best):
+            state.best, state.best_step = loss, step
+        return state
+
+    def _settle_save(self) -> None:
+        """Wait for a checkpoint that is being written in the background, and note how it went."""
+        if self.pending is None:
+            return
+        try:
+            self.engine.saver.wait()
+        except CheckpointError as error:
+            self._save_failed(error, last=False)
+            return
+        done, self.pending = self.pending, None
+        self.progress.saved_step, self.progress.best, self.progress.best_step = (
+            done.saved_step,
+            done.best,
+            done.best_step,
+        )
+
+    def _save_failed(self, error: CheckpointError, last: bool) -> None:
+        self.pending = None
+        self.progress.failed_saves += 1
+        if last or self.progress.saved_step is None:
+            raise error
+        if self.is_main:
+            logger.warning(
+                "%s; training goes on, %s is whole (%d saves have failed so far)",
+                error, checkpoint_name(self.progress.saved_step), self.progress.failed_saves,
+            )  # fmt: skip
+
+    def _rotate(self, state: Progress) -> None:
+        if self.arguments.save_total_limit is not None:
+            protected = {checkpoint_name(step) for step in (state.saved_step, state.best_step) if step is not None}
+            rotate(self.output_dir, self.arguments.save_total_limit, protected)
+
+    def _load_best(self) -> None:
+        """With --load_best_model_at_end, the weights of the best checkpoint, unless they are the ones at hand."""
+        best = self.progress.best_step
+        if self.arguments.load_best_model_at_end and best is not None and best != self.steps.step:
+            self.engine.load_checkpoint(self.output_dir, checkpoint_name(best))
+            self._say(f"best model: {checkpoint_name(best)}, held-out loss {self.progress.best:.4f}")
+
+    def _metrics(self, learning_rate: float) -> dict[str, float]:
+        progress, norm = self.progress, self.engine.get_global_grad_norm()
+        finite = [loss for loss in progress.losses if math.isfinite(loss)]
+        progress.losses = []
+        tokens_per_second = (self.steps.tokens - self.counted) / (time.perf_counter() - self.clock)
         return {
-            "epoch": self.step / self.steps.per_epoch,
+            "epoch": self.steps.epochs,
             "loss": fmean(finite) if finite else math.nan,
             "learning_rate": learning_rate,
             "grad_norm": math.nan if norm is None else norm,
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_gpu": tokens_per_second / dist.get_world_size(),
-            "tokens": float(self.tokens),
+            "tokens": float(self.steps.tokens),
             "loss_scale": self.engine.cur_scale,
             "skipped_steps": float(self.engine.skipped_steps),
+            "failed_saves": float(progress.failed_saves),
         }
 
     def _show(self, metrics: dict[str, float]) -> None:
@@ -184,13 +253,15 @@ class Trainer:
             f"lr {metrics['learning_rate']:.2g}, norm {metrics['grad_norm']:.2f}"
         )
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float] | None:
+        """The held-out loss, if there is a held-out text; None if a signal has cut the evaluation short."""
         if self.validation is None:
             return {}
         batches = evaluation_batches(
             self.validation, self.arguments.per_device_eval_batch_size, dist.get_rank(), dist.get_world_size()
         )
-        return {"eval_loss": evaluate_loss(self.engine, batches)}
+        loss = evaluate_loss(self.engine, batches, self._stop_requested)
+        return None if loss is None else {"eval_loss": loss}
 
     def _sample(self) -> str | None:
         if self.arguments.sample_prompt is None:
@@ -198,9 +269,8 @@ class Trainer:
         return continue_text(self.engine, self.tokenizer, self.arguments.sample_prompt, self.arguments.sample_tokens)
 
     def _describe(self) -> str:
-        arguments, gpus = self.arguments, dist.get_world_size()
+        arguments, gpus, blocks = self.arguments, dist.get_world_size(), self.steps.blocks
         sequences = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-        blocks = self.steps.loader.dataset
         numel = sum(zero3.whole_shape(parameter).numel() for parameter in self.engine.module.parameters())
         return (
             f"model: {numel / 1e6:.2f}M parameters, all of them trained, on {gpus} ranks\n"
@@ -210,77 +280,29 @@ class Trainer:
             f"steps: {self.steps.total} ({self.steps.per_epoch} per epoch of {len(blocks)} sequences)"
         )
 
+    def _say_stopped(self) -> None:
+        self.bar.close()
+        saved = self.progress.saved_step
+        where = "nothing was to be saved" if saved is None else f"{self.output_dir / checkpoint_name(saved)} is saved"
+        self._say(
+            f"stopped by {self.stop.name or 'a signal to another rank'} after step {self.steps.step}: {where}; "
+            "go on with --resume_from_checkpoint auto"
+        )
+
+    def _say_results(self, sample_after: str | None) -> None:
+        before, output_dir = self.progress.before, self.output_dir
+        if before and self.evaluation:
+            self._say(
+                f"held-out loss: {before['eval_loss']:.4f} before, {self.evaluation['eval_loss']:.4f} after "
+                "(nats per token)"
+            )
+        if sample_after is not None:
+            self._say(f"before: {self.progress.sample_before!r}\nafter:  {sample_after!r}")
+        self._say(
+            f"model, tokenizer and config.yaml: {output_dir}\nmetrics: {output_dir / 'metrics.jsonl'}\n"
+            f"TensorBoard: tensorboard --logdir {output_dir / 'runs'}"
+        )
+
     def _say(self, text: str) -> None:
         if self.is_main:
             self.bar.write(text)
-
-
-def _checked(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The config itself, refused before a model is loaded for nothing."""
-    refuse_what_cannot_be(ds_config)
-    parse_ds_config(ds_config)
-    return ds_config
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
-
-
-def _find_model(arguments: TrainArguments) -> str:
-    """The folder of the model, or a preset's name; what has to be downloaded is, once on each host."""
-    name = arguments.model_name_or_path
-    together(lambda: find_model(name) if is_local_main_process() else None)
-    return together(lambda: find_model(name, download=False))
-
-
-def _load_vocabulary(name: str, arguments: TrainArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, int]:
-    """The model's configuration, the tokenizer, and a sequence length that both allow."""
-    config = load_config(name, arguments.trust_remote_code)
-    tokenizer = load_tokenizer(arguments.tokenizer_name or name, arguments.trust_remote_code)
-    if len(tokenizer) > config.vocab_size:
-        raise ModelError(
-            f"the tokenizer's vocabulary of {len(tokenizer)} does not fit the model's embedding of "
-            f"{config.vocab_size} rows; give the model's own tokenizer with --tokenizer_name"
-        )
-    positions = getattr(config, "max_position_embeddings", None)
-    length = arguments.max_seq_length or positions
-    if length is None:
-        raise ConfigError("the model's config.json names no max_position_embeddings; give --max_seq_length")
-    if positions is not None and length > positions:
-        raise ConfigError(
-            f"--max_seq_length {length} is longer than the model's {positions} positions; use at most {positions}"
-        )
-    return config, tokenizer, length
-
-
-def _load_blocks(
-    arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase, length: int, cache: Path
-) -> tuple[PackedBlocks, PackedBlocks | None]:
-    def tokenized(file: str) -> PackedBlocks:
-        tokens = tokenize_file(Path(file), tokenizer, cache)
-        if len(tokens) < 2:
-            raise DataError(f"{file} gives {len(tokens)} token; there is nothing to predict in fewer than 2")
-        return PackedBlocks(tokens, length)
-
-    def both() -> tuple[PackedBlocks, PackedBlocks | None]:
-        return tokenized(arguments.train_file), tokenized(
-            arguments.validation_file
-        ) if arguments.validation_file else None
-
-    together(lambda: both() if is_local_main_process() else None)  # one rank of each host tokenizes, the others map
-    return together(both)
-
-
-def _dtype(arguments: TrainArguments) -> torch.dtype:
-    if arguments.bf16:
-        return torch.bfloat16
-    return torch.float16 if arguments.fp16 else torch.float32
-
-
-def _scheduler(arguments: TrainArguments, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
-    warmup = warmup_steps(arguments, total_steps)
-    name = "constant_with_warmup" if arguments.lr_scheduler_type == "constant" else arguments.lr_scheduler_type
-    return lambda optimizer: get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)

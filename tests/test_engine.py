@@ -245,16 +245,6 @@ def test_deepspeeds_own_tensorboard_section(ranks: GroupOf, tmp_path: Path) -> N
     assert [event.value for event in events.Scalars("Train/Samples/lr")] == pytest.approx([0.3] * 3)
 
 
-def checkpoint_refused() -> str:
-    with pytest.raises(ConfigError) as refusal:
-        make_engine(tiny_model()).save_checkpoint("somewhere")
-    return str(refusal.value)
-
-
-def test_deepspeeds_checkpoints_are_refused(ranks: GroupOf) -> None:
-    assert "lomo_ds.models.save_pretrained" in ranks(1).run(checkpoint_refused)[0]
-
-
 # learning rates
 
 

@@ -20,7 +20,7 @@ def blocks() -> PackedBlocks:
     return PackedBlocks(generator.integers(VOCABULARY, size=6 * 12 + 5, dtype=np.int32), length=12)
 
 
-def evaluate() -> tuple[float, bool]:
+def evaluate() -> tuple[float | None, bool]:
     engine = make_engine(tiny_model(dropout=0.5))
     loss = evaluate_loss(engine, evaluation_batches(blocks(), 2, dist.get_rank(), dist.get_world_size()))
     return loss, engine.module.training

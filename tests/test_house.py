@@ -8,16 +8,17 @@ import pytest
 ROOT = Path(__file__).parent.parent / "lomo_ds"
 
 FLOORS = [
-    ["errors", "numerics", "loss", "memory", "random_states"],
+    ["errors", "numerics", "loss", "memory", "random_states", "signals"],
     ["config", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest"],
-    ["ds_config", "data.tokens", "data.packing", "rules", "cli", "monitor"],
-    ["schedules", "data", "models"],
-    ["backward", "demo"],
+    ["ds_config", "data.tokens", "data.packing", "rules", "lifeline", "monitor"],
+    ["schedules", "data", "models", "checkpoint"],
+    ["backward", "demo", "cli"],
     ["optimizer"],
-    ["assembly"],
+    ["assembly", "engine_state"],
     ["engine"],
     ["evaluate"],
     ["trainer"],
+    ["job"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

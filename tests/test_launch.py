@@ -1,12 +1,9 @@
 """launch/train.py as a user runs it: what it leaves behind, and how it says no."""
 
-import contextlib
-import io
 import json
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,33 +16,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lomo_ds import cli
+from tests.launching import ROOT, demo_arguments, run_main
 from tests.ranks import Ranks
 
 GroupOf = Callable[..., Ranks]
-ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-
-
-def run_main(argv: list[str]) -> tuple[int, str, str]:
-    """launch/train.py's main in this rank's process: exit status, stdout, stderr."""
-    cli.SILENT_RANK_DELAY = 0.0  # no launcher here that would end the rank that speaks
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = runpy.run_path(str(ROOT / "launch/train.py"))["main"](argv)
-    return status, out.getvalue(), err.getvalue()
-
-
-def demo_arguments(demo: Path, out: Path, **more: Any) -> list[str]:
-    arguments = {
-        "model_name_or_path": demo / "model",
-        "train_file": demo / "train.txt",
-        "output_dir": out,
-        "deepspeed": ROOT / "ds_configs/zero3_fp32.json",
-        "max_seq_length": 32,
-        "per_device_train_batch_size": 2,
-    } | more
-    return [f"--{name}={value}" for name, value in arguments.items() if value is not None]
 
 
 # what a run leaves behind

@@ -19,6 +19,12 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: 
     return model
 
 
+def model_tensors(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> dict[str, Tensor]:
+    """Every tensor of the weights, on the meta device, by name; tied ones once."""
+    model = meta_model(config, dtype, trust_remote_code)
+    return dict(model.named_parameters()) | saved_buffers(model)
+
+
 def saved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
     """The buffers that a model's files hold, by name."""
     computed = {name for name, _ in model.named_non_persistent_buffers()}

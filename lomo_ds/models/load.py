@@ -116,11 +116,25 @@ def load_model(
     files = WeightFiles(Path(name))
     _refuse_mismatch(name, files, model)
     for buffer_name, buffer in saved_buffers(model).items():
-        module, _, attribute = buffer_name.rpartition(".")
         value = torch.empty_like(buffer, device="cpu")
         files.copy_piece(buffer_name, 0, value.view(-1))
-        model.get_submodule(module)._buffers[attribute] = value
+        _set_buffer(model, buffer_name, value)
     return _fill(model, ds_config, dtype, lambda shard: files.copy_piece(shard.name, shard.start, shard.data))
+
+
+def empty_model(
+    config: PretrainedConfig, ds_config: dict[str, Any], dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model split over the ranks, its shards and buffers holding anything, for a checkpoint to fill."""
+    model = meta_model(config, dtype, trust_remote_code)
+    for name, buffer in saved_buffers(model).items():
+        _set_buffer(model, name, torch.empty_like(buffer, device="cpu"))
+    return _fill(model, ds_config, dtype, lambda shard: None)
+
+
+def _set_buffer(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
+    module, _, attribute = name.rpartition(".")
+    model.get_submodule(module)._buffers[attribute] = value
 
 
 def _random(shard: Shard, config: PretrainedConfig, seed: int) -> torch.Tensor:

@@ -22,3 +22,11 @@ class Rule(Protocol):
             weight_decay: decoupled weight decay (arXiv 1711.05101).
         """
         ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep of this rank's rule, by name."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what ``state`` had returned."""
+        ...

@@ -28,6 +28,15 @@ class Sgd:
             exact.sub_(gradients.float() * coefficient, alpha=lr)
             self._store(weights, exact)
 
+    def state(self) -> dict[str, Tensor]:
+        """See ``Rule.state``."""
+        return {} if self.generator is None else {"generator": self.generator.get_state()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """See ``Rule.load_state``."""
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
+
     def _store(self, weights: Tensor, exact: Tensor) -> None:
         if exact.data_ptr() == weights.data_ptr():
             return

@@ -1,0 +1,21 @@
+"""Checkpoints: the whole state of a run on disk, exact, atomic and verified, for any number of ranks to go on from."""
+
+from lomo_ds.checkpoint.folders import checkpoint_name, checkpoints_in, read_latest, remove_unfinished, rotate
+from lomo_ds.checkpoint.load import Checkpoint, newest_whole, open_checkpoint, restore
+from lomo_ds.checkpoint.save import Saver
+from lomo_ds.checkpoint.state import Snapshot, tensor_record
+
+__all__ = [
+    "Checkpoint",
+    "Saver",
+    "Snapshot",
+    "checkpoint_name",
+    "checkpoints_in",
+    "newest_whole",
+    "open_checkpoint",
+    "read_latest",
+    "remove_unfinished",
+    "restore",
+    "rotate",
+    "tensor_record",
+]

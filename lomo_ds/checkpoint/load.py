@@ -1,0 +1,99 @@
+"""A checkpoint read by all ranks: verified first, then each rank takes its part of it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from lomo_ds.checkpoint.folders import newest_first
+from lomo_ds.checkpoint.state import WEIGHTS, Snapshot, read_rank, read_record, refuse_other_model
+from lomo_ds.checkpoint.weights import load_weights
+from lomo_ds.distributed import gather_objects, together
+from lomo_ds.errors import CheckpointError, LomoError
+from lomo_ds.manifest import read_manifest, share, verify
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every byte is what was written."""
+
+    folder: Path
+    record: dict[str, Any]
+
+
+def open_checkpoint(
+    folder: Path,
+    tensors: dict[str, list[Any]],
+    group: ProcessGroup | None = None,
+    check: Callable[[Path, dict[str, Any]], None] | None = None,
+) -> Checkpoint:
+    """Verify a checkpoint; all ranks call it, and each reads its share of the files.
+
+    Args:
+        tensors: of the model at hand, see ``tensor_record``.
+        check: raises a ``LomoError`` where the record is not one to go on from.
+
+    Raises:
+        LomoError: it is missing, damaged, or of another model; ``PeerError`` on all ranks but the one that found out.
+    """
+
+    def opened() -> Checkpoint:
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no checkpoint {folder}")
+        files = read_manifest(folder)
+        record = read_record(folder, files)
+        refuse_other_model(folder, record, tensors)
+        if check is not None:
+            check(folder, record)
+        verify(folder, share(files, torch.distributed.get_rank(group), torch.distributed.get_world_size(group)))
+        return Checkpoint(folder, record)
+
+    return together(opened, group)
+
+
+def newest_whole(
+    output_dir: Path,
+    tensors: dict[str, list[Any]],
+    group: ProcessGroup | None = None,
+    check: Callable[[Path, dict[str, Any]], None] | None = None,
+) -> Checkpoint | None:
+    """The newest checkpoint that ``open_checkpoint`` finds nothing wrong with; the others are passed over, and logged.
+
+    Returns:
+        None if ``output_dir`` holds no checkpoint at all.
+
+    Raises:
+        CheckpointError: it holds some, and none is fit to go on from.
+    """
+    found = gather_objects(newest_first(output_dir), group)[0]  # as rank 0 sees a shared file system
+    for folder in found:
+        try:
+            return open_checkpoint(folder, tensors, group, check)
+        except LomoError as error:
+            if torch.distributed.get_rank(group) == 0:
+                logger.warning("checkpoint passed over: %s", error)
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints in {output_dir} can be resumed from, see above; to start from the "
+            "beginning, remove them or give another --output_dir"
+        )
+    return None
+
+
+def restore(checkpoint: Checkpoint, snapshot: Snapshot, group: ProcessGroup) -> dict[str, Tensor]:
+    """Fill the shards and buffers of ``snapshot``; all ranks call it.
+
+    Returns:
+        What this rank had for itself; empty if the checkpoint is of another number of ranks.
+    """
+    load_weights(snapshot.shards, snapshot.buffers, checkpoint.folder / WEIGHTS, group)
+    if checkpoint.record["world_size"] != torch.distributed.get_world_size(group):
+        return {}
+    return together(lambda: read_rank(checkpoint.folder, torch.distributed.get_rank(group)), group)

@@ -1,0 +1,148 @@
+"""A checkpoint written by all ranks: aside first, checksummed, synced, and renamed when it is whole."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed import ProcessGroup
+
+from lomo_ds.checkpoint.folders import point_latest, publish
+from lomo_ds.checkpoint.state import FORMAT, RECORD, WEIGHTS, Snapshot, rank_file
+from lomo_ds.checkpoint.weights import files_of_rank, save_weights
+from lomo_ds.distributed import gather_objects
+from lomo_ds.errors import CheckpointError
+from lomo_ds.manifest import entries, write_manifest
+
+Result = TypeVar("Result")
+
+
+class Saver:
+    """Writes checkpoints, one at a time, in this thread or in one of its own.
+
+    Args:
+        group: of all ranks, over host memory (gloo), used for nothing else: a save of its own thread runs beside
+            the training's collectives.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.rank = torch.distributed.get_rank(group)
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+
+    def save(
+        self,
+        snapshot: Snapshot,
+        final: Path,
+        add_files: Callable[[Path], None] | None = None,
+        then: Callable[[], None] | None = None,
+        in_background: bool = False,
+    ) -> None:
+        """Write ``snapshot`` as the folder ``final``; every rank calls it with the same ``final``.
+
+        Args:
+            add_files: writes further files into the folder that it is given; rank 0 calls it.
+            then: what rank 0 does when the checkpoint is in place.
+            in_background: copy the shards to host memory and return; ``wait`` tells how it ended.
+
+        Raises:
+            CheckpointError: it could not be written, on every rank in the same words; nothing that was there before
+                has changed. Of a save in the background, the next ``save`` or ``wait`` raises it.
+        """
+        self.wait()
+        if in_background:
+            self.pending = self.thread.submit(self._write, _on_host(snapshot), final, add_files, then)
+        else:
+            self._write(snapshot, final, add_files, then)
+
+    def wait(self) -> None:
+        """Until no save is under way.
+
+        Raises:
+            CheckpointError: the one in the background could not be written.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(
+        self,
+        snapshot: Snapshot,
+        final: Path,
+        add_files: Callable[[Path], None] | None,
+        then: Callable[[], None] | None,
+    ) -> None:
+        partial = final.with_name(final.name + ".partial")
+        try:
+            self._on_main(lambda: _make_empty(partial), final)
+            save_weights(snapshot.shards, snapshot.buffers, partial / WEIGHTS, self.group)
+            self._on_all(lambda: save_file(snapshot.of_rank, rank_file(partial, self.rank)), final)
+            self._on_main(lambda: self._write_record(snapshot, partial, add_files), final)
+            self._write_manifest(partial, final)
+            self._on_main(lambda: _put_in_place(partial, final, then), final)
+        except CheckpointError:
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+            raise
+
+    def _write_record(self, snapshot: Snapshot, partial: Path, add_files: Callable[[Path], None] | None) -> None:
+        record = {
+            "format": FORMAT,
+            "world_size": torch.distributed.get_world_size(self.group),
+            "tensors": snapshot.tensors,
+            **snapshot.record,
+        }
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if add_files is not None:
+            add_files(partial)
+
+    def _write_manifest(self, partial: Path, final: Path) -> None:
+        """Each rank reads back and sums what it has written, rank 0 the rest."""
+        mine = [rank_file(partial, self.rank), *files_of_rank(partial / WEIGHTS, self.rank)]
+        if self.rank == 0:
+            of_ranks = ("rank-", "shard-")
+            mine += [file for file in partial.rglob("*") if file.is_file() and not file.name.startswith(of_ranks)]
+        found = self._on_all(lambda: entries(partial, mine), final)
+        every = {name: entry for part in gather_objects(found, self.group) for name, entry in part.items()}
+        self._on_main(lambda: write_manifest(partial, every), final)
+
+    def _on_main(self, action: Callable[[], None], final: Path) -> None:
+        self._on_all(lambda: action() if self.rank == 0 else None, final)
+
+    def _on_all(self, action: Callable[[], Result], final: Path) -> Result:
+        """Run ``action``; if it fails on any rank, all raise, in the words of the first."""
+        result, cause = None, None
+        try:
+            result = action()
+        except Exception as error:  # whatever it is: a rank that kept it to itself would leave the others waiting
+            cause = error
+        told = f"{getattr(cause, 'strerror', None) or cause} (rank {self.rank})" if cause else None
+        for failure in gather_objects(told, self.group):
+            if failure is not None:
+                raise CheckpointError(f"{final} cannot be written: {failure}") from cause
+        return cast(Result, result)
+
+
+def _on_host(snapshot: Snapshot) -> Snapshot:
+    shards = [dataclasses.replace(shard, data=shard.data.to("cpu", copy=True)) for shard in snapshot.shards]
+    buffers = {name: buffer.to("cpu", copy=True) for name, buffer in snapshot.buffers.items()}
+    return dataclasses.replace(snapshot, shards=shards, buffers=buffers)
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    (folder / WEIGHTS).mkdir(parents=True)
+
+
+def _put_in_place(partial: Path, final: Path, then: Callable[[], None] | None) -> None:
+    publish(partial, final)
+    point_latest(final)
+    if then is not None:
+        then()

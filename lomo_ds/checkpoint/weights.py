@@ -1,0 +1,99 @@
+"""Weights of a checkpoint: each rank writes its own shards, any number of ranks reads them.
+
+``torch.distributed.checkpoint`` over safetensors: a shard is a 1-D DTensor over the flattened parameter, which knows
+where it lies in the whole. No file of it is a pickle.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from lomo_ds import zero3
+from lomo_ds.errors import CheckpointError, DamagedError
+
+FILE_BYTES = 2**28  # of one rank's shards in one file, which is put together in memory before it is written
+
+
+def save_weights(shards: list[zero3.Shard], buffers: dict[str, Tensor], folder: Path, group: ProcessGroup) -> None:
+    """Write every rank's ``shards``, and rank 0's ``buffers``, into ``folder``; all ranks call it.
+
+    Raises:
+        CheckpointError: some rank cannot write; on every rank.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(shards, buffers), save_distributed=True)
+    tensors = _as_dtensors(shards, group) | buffers
+    try:
+        checkpoint.save(tensors, storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        raise CheckpointError(f"{folder.parent} cannot be written: {_first_failure(error)}") from None
+
+
+def load_weights(shards: list[zero3.Shard], buffers: dict[str, Tensor], folder: Path, group: ProcessGroup) -> None:
+    """Fill every rank's ``shards``, and ``buffers``, from what any number of ranks has written; all ranks call it.
+
+    Raises:
+        DamagedError: the files do not hold them; on every rank.
+    """
+    tensors = _as_dtensors(shards, group) | buffers
+    try:
+        checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+    except CheckpointException as error:
+        raise DamagedError(f"{folder} cannot be read: {_first_failure(error)}") from None
+
+
+def whole_tensors(names: dict[str, torch.Size], dtypes: dict[str, torch.dtype], folder: Path) -> dict[str, Tensor]:
+    """Whole tensors of the given shapes, in one process, without the ranks that wrote them."""
+    tensors = {name: torch.empty(shape.numel(), dtype=dtypes[name]) for name, shape in names.items()}
+    try:
+        checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except CheckpointException as error:
+        raise DamagedError(f"{folder} cannot be read: {_first_failure(error)}") from None
+    return {name: tensor.view(names[name]) for name, tensor in tensors.items()}
+
+
+def files_of_rank(folder: Path, rank: int) -> list[Path]:
+    """The files that ``save_weights`` has written on one rank."""
+    return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+
+
+def _as_dtensors(shards: list[zero3.Shard], group: ProcessGroup) -> dict[str, Tensor]:
+    meshes: dict[str, DeviceMesh] = {}
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        device = shard.data.device.type
+        if device not in meshes:
+            meshes[device] = DeviceMesh.from_group(group, device)
+        tensors[shard.name] = DTensor.from_local(
+            shard.data,
+            meshes[device],
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size([shard.shape.numel()]),
+            stride=(1,),
+        )
+    return tensors
+
+
+def _files(shards: list[zero3.Shard], buffers: dict[str, Tensor]) -> dict[str, int]:
+    """Which file a tensor goes into, counted from 1, the same on every rank."""
+    file_of: dict[str, int] = dict.fromkeys(buffers, 1)
+    file, filled = 1, 0
+    for shard in shards:
+        nbytes = -(-shard.shape.numel() // torch.distributed.get_world_size(shard.group)) * shard.data.itemsize
+        if filled and filled + nbytes > FILE_BYTES:
+            file, filled = file + 1, 0
+        file_of[shard.name] = file
+        filled += nbytes
+    return file_of
+
+
+def _first_failure(error: CheckpointException) -> str:
+    rank = min(error.failures)
+    failure = error.failures[rank][0]
+    return f"{getattr(failure, 'strerror', None) or failure} (rank {rank})"

@@ -1,0 +1,223 @@
+"""A training job from its arguments: everything is read, checked and joined before the first step."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from lomo_ds.arguments import TrainArguments
+from lomo_ds.checkpoint import (
+    Checkpoint,
+    checkpoints_in,
+    newest_whole,
+    open_checkpoint,
+    remove_unfinished,
+    tensor_record,
+)
+from lomo_ds.config import parse_ds_config, refuse_what_cannot_be
+from lomo_ds.data import PackedBlocks, TrainingSteps, tokenize_file
+from lomo_ds.distributed import is_local_main_process, together
+from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile, warmup_steps
+from lomo_ds.engine import initialize
+from lomo_ds.errors import CheckpointError, ConfigError, DataError, ModelError
+from lomo_ds.models import (
+    empty_model,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_tensors,
+    save_settings,
+    verify_export,
+)
+from lomo_ds.monitor import Monitor
+from lomo_ds.signals import StopRequest
+from lomo_ds.trainer import Progress, Trainer
+
+
+def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -> None:
+    """Fine-tune as ``arguments`` say, or go on with it; the process group must have been started.
+
+    Args:
+        given: the arguments that were given, as opposed to left at their default.
+        stop: asks for the step under way to be the last one of this process.
+
+    Raises:
+        LomoError: in the user's words, on the rank that knows; the others raise ``PeerError``.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    ds_config, arguments = together(
+        lambda: reconcile(read_ds_config(arguments.deepspeed), arguments, given, world_size)
+    )
+    output_dir = Path(arguments.output_dir)
+    together(lambda: _make_folder(output_dir))
+    name = _find_model(arguments)
+    config, tokenizer, length = together(lambda: _load_vocabulary(name, arguments))
+    training, validation = _load_blocks(arguments, tokenizer, length, output_dir / "cache")
+    found = _find_checkpoint(arguments, config, training)
+    progress = Progress(**found.record["client_state"]["progress"]) if found else Progress()
+    steps = TrainingSteps(
+        training,
+        arguments.per_device_train_batch_size,
+        arguments.gradient_accumulation_steps,
+        rank,
+        world_size,
+        arguments.seed,
+        arguments.num_train_epochs,
+        arguments.max_steps,
+        progress.position,
+        progress.step,
+    )
+    filled = together(lambda: _checked(fill_scheduler(ds_config, arguments, steps.total)))
+
+    torch.manual_seed(arguments.seed + rank)
+    model = _empty_or_loaded(found, name, config, filled, arguments)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    scheduler = None if "scheduler" in filled else _scheduler(arguments, steps.total)
+    engine, *_ = initialize(model=model, config=filled, lr_scheduler=scheduler)
+    if found:
+        engine.restore(found)
+    resolved = dataclasses.replace(arguments, max_seq_length=length)
+
+    def add_files(folder: Path) -> None:
+        """What a checkpoint needs to be exported, and to be understood, without the rest of the run."""
+        _write_settings(folder, resolved, filled)
+        (folder / "model").mkdir()
+        save_settings(model, tokenizer, folder / "model")
+
+    together(lambda: _write_settings(output_dir, resolved, filled) if rank == 0 else None)
+    with Monitor(output_dir, rank, steps.step) as monitor:
+        Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, add_files).run()
+
+
+def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, blocks: PackedBlocks) -> Checkpoint | None:
+    """The checkpoint to go on from, verified; None to start from the beginning."""
+    output_dir = Path(arguments.output_dir)
+    tensors = together(lambda: tensor_record(model_tensors(config, _dtype(arguments), arguments.trust_remote_code)))
+
+    def check(folder: Path, record: dict[str, Any]) -> None:
+        theirs, ours = record["client_state"].get("blocks"), [len(blocks), blocks.length]
+        if theirs != ours:
+            raise CheckpointError(
+                f"{folder} was saved while training on [sequences, tokens in each] {theirs}, and --train_file gives "
+                f"{ours} with --max_seq_length; resume with the same text and length, or give another --output_dir"
+            )
+
+    if arguments.resume_from_checkpoint == "auto":
+        together(lambda: remove_unfinished(output_dir) if dist.get_rank() == 0 else None)
+        return newest_whole(output_dir, tensors, check=check)
+    if arguments.resume_from_checkpoint is not None:
+        return open_checkpoint(Path(arguments.resume_from_checkpoint), tensors, check=check)
+    together(lambda: _refuse_checkpoints_of_another_run(output_dir))
+    return None
+
+
+def _refuse_checkpoints_of_another_run(output_dir: Path) -> None:
+    """A later ``auto`` would mistake them for this run's."""
+    found = checkpoints_in(output_dir)
+    if found:
+        raise ConfigError(
+            f"--output_dir {output_dir} holds {found[-1].name} of an earlier run; go on from it with "
+            "--resume_from_checkpoint auto, or give another --output_dir"
+        )
+
+
+def _empty_or_loaded(
+    found: Checkpoint | None,
+    name: str,
+    config: PretrainedConfig,
+    ds_config: dict[str, Any],
+    arguments: TrainArguments,
+) -> PreTrainedModel:
+    """The model, split over the ranks; without its weights, if a checkpoint has others."""
+    dtype, trust = _dtype(arguments), arguments.trust_remote_code
+    if found:
+        return empty_model(config, ds_config, dtype, trust)
+    together(lambda: verify_export(name, dist.get_rank(), dist.get_world_size()))
+    return together(lambda: load_model(name, config, ds_config, dtype, arguments.seed, trust))
+
+
+def _checked(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The config itself, refused before a model is loaded for nothing."""
+    refuse_what_cannot_be(ds_config)
+    parse_ds_config(ds_config)
+    return ds_config
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
+
+
+def _write_settings(folder: Path, arguments: TrainArguments, ds_config: dict[str, Any]) -> None:
+    """The run's arguments and DeepSpeed config as resolved."""
+    try:
+        arguments.dump(folder / "config.yaml")
+        (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def _find_model(arguments: TrainArguments) -> str:
+    """The folder of the model, or a preset's name; what has to be downloaded is, once on each host."""
+    name = arguments.model_name_or_path
+    together(lambda: find_model(name) if is_local_main_process() else None)
+    return together(lambda: find_model(name, download=False))
+
+
+def _load_vocabulary(name: str, arguments: TrainArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, int]:
+    """The model's configuration, the tokenizer, and a sequence length that both allow."""
+    config = load_config(name, arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.tokenizer_name or name, arguments.trust_remote_code)
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"the tokenizer's vocabulary of {len(tokenizer)} does not fit the model's embedding of "
+            f"{config.vocab_size} rows; give the model's own tokenizer with --tokenizer_name"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    length = arguments.max_seq_length or positions
+    if length is None:
+        raise ConfigError("the model's config.json names no max_position_embeddings; give --max_seq_length")
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"--max_seq_length {length} is longer than the model's {positions} positions; use at most {positions}"
+        )
+    return config, tokenizer, length
+
+
+def _load_blocks(
+    arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase, length: int, cache: Path
+) -> tuple[PackedBlocks, PackedBlocks | None]:
+    def tokenized(file: str) -> PackedBlocks:
+        tokens = tokenize_file(Path(file), tokenizer, cache)
+        if len(tokens) < 2:
+            raise DataError(f"{file} gives {len(tokens)} token; there is nothing to predict in fewer than 2")
+        return PackedBlocks(tokens, length)
+
+    def both() -> tuple[PackedBlocks, PackedBlocks | None]:
+        return tokenized(arguments.train_file), tokenized(
+            arguments.validation_file
+        ) if arguments.validation_file else None
+
+    together(lambda: both() if is_local_main_process() else None)  # one rank of each host tokenizes, the others map
+    return together(both)
+
+
+def _dtype(arguments: TrainArguments) -> torch.dtype:
+    if arguments.bf16:
+        return torch.bfloat16
+    return torch.float16 if arguments.fp16 else torch.float32
+
+
+def _scheduler(arguments: TrainArguments, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
+    warmup = warmup_steps(arguments, total_steps)
+    name = "constant_with_warmup" if arguments.lr_scheduler_type == "constant" else arguments.lr_scheduler_type
+    return lambda optimizer: get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
