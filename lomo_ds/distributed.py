@@ -138,5 +138,5 @@ def _slurm_environment() -> dict[str, str]:
         "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
         "MASTER_ADDR": hosts[0],
         # jobs that share a node must not share a port
-        "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
+        "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000),
     }

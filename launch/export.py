@@ -1,0 +1,28 @@
+"""Turn a checkpoint of training into a Hugging Face model folder; one process, no GPU.
+
+python launch/export.py --checkpoint out/checkpoint-300 --output_dir model
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lomo_ds.cli import run_alone
+from lomo_ds.export_checkpoint import export_checkpoint
+
+
+def main(argv: list[str]) -> int:
+    """Parse, export, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--max_shard_size", default="5GB", help="of one output file (default %(default)s)")
+    parser.add_argument("--model_name_or_path", help="configuration and tokenizer, where the checkpoint has none")
+    given = parser.parse_args(argv)
+    return run_alone(
+        lambda: export_checkpoint(given.checkpoint, given.output_dir, given.max_shard_size, given.model_name_or_path)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
