@@ -20,7 +20,7 @@ setup(
         "deepspeed==0.19.8",  # its internals are subclassed; tests/test_deepspeed_contract.py names what is relied on
         "transformers>=5.17,<6",
         "huggingface_hub>=1.0",
-        "safetensors>=0.5",
+        "safetensors>=0.8",  # writes tensors from where they lie; older ones copy them first
         "sentencepiece>=0.2",
         "protobuf",
         "tensorboard>=2.18",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lomo_ds.checkpoint import (
 )
 from lomo_ds.config import parse_ds_config, refuse_what_cannot_be
 from lomo_ds.data import PackedBlocks, TrainingSteps, tokenize_file
-from lomo_ds.distributed import is_local_main_process, together
+from lomo_ds.distributed import gather_objects, is_local_main_process, together
 from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile, warmup_steps
 from lomo_ds.engine import initialize
 from lomo_ds.errors import CheckpointError, ConfigError, DataError, ModelError
@@ -29,15 +30,19 @@ from lomo_ds.models import (
     empty_model,
     find_model,
     load_config,
+    load_generation_config,
     load_model,
     load_tokenizer,
-    model_tensors,
+    meta_model,
     save_settings,
+    saved_tensors,
     verify_export,
 )
 from lomo_ds.monitor import Monitor
 from lomo_ds.signals import StopRequest
-from lomo_ds.trainer import Progress, Trainer
+from lomo_ds.trainer import FINISHED, Progress, Trainer, is_finished
+
+logger = logging.getLogger(__name__)
 
 
 def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -> None:
@@ -59,24 +64,16 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     name = _find_model(arguments)
     config, tokenizer, length = together(lambda: _load_vocabulary(name, arguments))
     training, validation = _load_blocks(arguments, tokenizer, length, output_dir / "cache")
+    if arguments.resume_from_checkpoint == "auto" and _is_done(arguments, training):
+        return
     found = _find_checkpoint(arguments, config, training)
     progress = Progress(**found.record["client_state"]["progress"]) if found else Progress()
-    steps = TrainingSteps(
-        training,
-        arguments.per_device_train_batch_size,
-        arguments.gradient_accumulation_steps,
-        rank,
-        world_size,
-        arguments.seed,
-        arguments.num_train_epochs,
-        arguments.max_steps,
-        progress.position,
-        progress.step,
-    )
+    steps = _steps(arguments, training, progress)
     filled = together(lambda: _checked(fill_scheduler(ds_config, arguments, steps.total)))
 
     torch.manual_seed(arguments.seed + rank)
     model = _empty_or_loaded(found, name, config, filled, arguments)
+    together(lambda: load_generation_config(model, str(found.folder / "model") if found else name))
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     scheduler = None if "scheduler" in filled else _scheduler(arguments, steps.total)
@@ -91,15 +88,42 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
         (folder / "model").mkdir()
         save_settings(model, tokenizer, folder / "model")
 
-    together(lambda: _write_settings(output_dir, resolved, filled) if rank == 0 else None)
+    together(lambda: _begin(output_dir, resolved, filled) if rank == 0 else None)
     with Monitor(output_dir, rank, steps.step) as monitor:
         Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, add_files).run()
+
+
+def _steps(arguments: TrainArguments, blocks: PackedBlocks, progress: Progress) -> TrainingSteps:
+    """What is left of the run's steps after ``progress``."""
+    return TrainingSteps(
+        blocks,
+        arguments.per_device_train_batch_size,
+        arguments.gradient_accumulation_steps,
+        dist.get_rank(),
+        dist.get_world_size(),
+        arguments.seed,
+        arguments.num_train_epochs,
+        arguments.max_steps,
+        progress.position,
+        progress.step,
+    )
+
+
+def _is_done(arguments: TrainArguments, blocks: PackedBlocks) -> bool:
+    """Whether this very run has ended before: a scheduler may start a job once more than there is work."""
+    output_dir, total = Path(arguments.output_dir), _steps(arguments, blocks, Progress()).total
+    done = gather_objects(is_finished(output_dir, total))[0]
+    if done and dist.get_rank() == 0:
+        logger.info("nothing to do: the run of %d steps has ended, and its model is in %s", total, output_dir)
+    return done
 
 
 def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, blocks: PackedBlocks) -> Checkpoint | None:
     """The checkpoint to go on from, verified; None to start from the beginning."""
     output_dir = Path(arguments.output_dir)
-    tensors = together(lambda: tensor_record(model_tensors(config, _dtype(arguments), arguments.trust_remote_code)))
+    tensors = together(
+        lambda: tensor_record(saved_tensors(meta_model(config, _dtype(arguments), arguments.trust_remote_code)))
+    )
 
     def check(folder: Path, record: dict[str, Any]) -> None:
         theirs, ours = record["client_state"].get("blocks"), [len(blocks), blocks.length]
@@ -157,6 +181,12 @@ def _make_folder(folder: Path) -> None:
         raise ConfigError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
 
 
+def _begin(output_dir: Path, arguments: TrainArguments, ds_config: dict[str, Any]) -> None:
+    """Say in ``output_dir`` what runs there now."""
+    (output_dir / FINISHED).unlink(missing_ok=True)
+    _write_settings(output_dir, arguments, ds_config)
+
+
 def _write_settings(folder: Path, arguments: TrainArguments, ds_config: dict[str, Any]) -> None:
     """The run's arguments and DeepSpeed config as resolved."""
     try:
@@ -170,7 +200,9 @@ def _find_model(arguments: TrainArguments) -> str:
     """The folder of the model, or a preset's name; what has to be downloaded is, once on each host."""
     name = arguments.model_name_or_path
     together(lambda: find_model(name) if is_local_main_process() else None)
-    return together(lambda: find_model(name, download=False))
+    found = together(lambda: find_model(name, download=False))
+    together(lambda: verify_export(found, dist.get_rank(), dist.get_world_size(), weights=False))
+    return found
 
 
 def _load_vocabulary(name: str, arguments: TrainArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, int]:

@@ -47,7 +47,9 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         files: dict[str, Entry] = json.loads(text)["files"]
         whole = text == _dump(files)
     except FileNotFoundError:
-        raise DamagedError(f"{folder} is not whole: it holds no {MANIFEST}, which is written last") from None
+        raise DamagedError(
+            f"{folder} is not whole: it holds no {MANIFEST}, which is written last and belongs into every copy"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:

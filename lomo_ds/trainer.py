@@ -1,6 +1,7 @@
 """The training loop: steps, evaluations, log lines, checkpoints, and the model exported at the end."""
 
 import dataclasses
+import json
 import logging
 import math
 import time
@@ -28,6 +29,21 @@ from lomo_ds.monitor import Monitor
 from lomo_ds.signals import StopRequest
 
 logger = logging.getLogger(__name__)
+
+FINISHED = "finished.json"
+
+
+def mark_finished(output_dir: Path, steps: int) -> None:
+    """Note that a run of so many steps has ended, and its model is whole."""
+    (output_dir / FINISHED).write_text(json.dumps({"steps": steps}) + "\n", encoding="utf-8")
+
+
+def is_finished(output_dir: Path, steps: int) -> bool:
+    """Whether a run of so many steps has ended here."""
+    try:
+        return json.loads((output_dir / FINISHED).read_text(encoding="utf-8")) == {"steps": steps}
+    except (OSError, ValueError):
+        return False
 
 
 @dataclass
@@ -111,6 +127,8 @@ class Trainer:
         sample_after = self._sample()
         self._load_best()
         save_pretrained(self.engine.module, self.tokenizer, self.output_dir)
+        if self.is_main:
+            mark_finished(self.output_dir, self.steps.total)
         self.bar.close()
         self._say_results(sample_after)
         return None

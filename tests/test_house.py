@@ -17,7 +17,7 @@ FLOORS = [
     ["assembly", "engine_state"],
     ["engine"],
     ["evaluate"],
-    ["trainer"],
+    ["trainer", "export_checkpoint"],
     ["job"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,9 +1,10 @@
 """Checkpoints: the whole state of a run on disk, exact, atomic and verified, for any number of ranks to go on from."""
 
 from lomo_ds.checkpoint.folders import checkpoint_name, checkpoints_in, read_latest, remove_unfinished, rotate
-from lomo_ds.checkpoint.load import Checkpoint, newest_whole, open_checkpoint, restore
+from lomo_ds.checkpoint.load import Checkpoint, newest_whole, open_alone, open_checkpoint, restore
 from lomo_ds.checkpoint.save import Saver
-from lomo_ds.checkpoint.state import Snapshot, tensor_record
+from lomo_ds.checkpoint.state import Snapshot, dtype_of, refuse_other_model, tensor_record
+from lomo_ds.checkpoint.weights import whole_tensors
 
 __all__ = [
     "Checkpoint",
@@ -11,11 +12,15 @@ __all__ = [
     "Snapshot",
     "checkpoint_name",
     "checkpoints_in",
+    "dtype_of",
     "newest_whole",
+    "open_alone",
     "open_checkpoint",
     "read_latest",
+    "refuse_other_model",
     "remove_unfinished",
     "restore",
     "rotate",
     "tensor_record",
+    "whole_tensors",
 ]

@@ -27,6 +27,11 @@ class Checkpoint:
     folder: Path
     record: dict[str, Any]
 
+    @property
+    def weights(self) -> Path:
+        """The folder of its weights."""
+        return self.folder / WEIGHTS
+
 
 def open_checkpoint(
     folder: Path,
@@ -56,6 +61,20 @@ def open_checkpoint(
         return Checkpoint(folder, record)
 
     return together(opened, group)
+
+
+def open_alone(folder: Path) -> Checkpoint:
+    """Verify a checkpoint in one process, without the others that ``open_checkpoint`` needs.
+
+    Raises:
+        LomoError: it is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint {folder}")
+    files = read_manifest(folder)
+    record = read_record(folder, files)
+    verify(folder, files)
+    return Checkpoint(folder, record)
 
 
 def newest_whole(
@@ -93,7 +112,7 @@ def restore(checkpoint: Checkpoint, snapshot: Snapshot, group: ProcessGroup) -> 
     Returns:
         What this rank had for itself; empty if the checkpoint is of another number of ranks.
     """
-    load_weights(snapshot.shards, snapshot.buffers, checkpoint.folder / WEIGHTS, group)
+    load_weights(snapshot.shards, snapshot.buffers, checkpoint.weights, group)
     if checkpoint.record["world_size"] != torch.distributed.get_world_size(group):
         return {}
     return together(lambda: read_rank(checkpoint.folder, torch.distributed.get_rank(group)), group)

@@ -4,6 +4,7 @@
 where it lies in the whole. No file of it is a pickle.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -47,14 +48,22 @@ def load_weights(shards: list[zero3.Shard], buffers: dict[str, Tensor], folder: 
         raise DamagedError(f"{folder} cannot be read: {_first_failure(error)}") from None
 
 
-def whole_tensors(names: dict[str, torch.Size], dtypes: dict[str, torch.dtype], folder: Path) -> dict[str, Tensor]:
-    """Whole tensors of the given shapes, in one process, without the ranks that wrote them."""
-    tensors = {name: torch.empty(shape.numel(), dtype=dtypes[name]) for name, shape in names.items()}
+def whole_tensors(like: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Whole tensors, in one process, without the ranks that wrote them.
+
+    Args:
+        like: the shape and dtype of each, on the meta device.
+
+    Raises:
+        DamagedError: the files do not hold them.
+    """
+    flat = {name: torch.empty(tensor.numel(), dtype=tensor.dtype) for name, tensor in like.items()}
     try:
-        checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        with warnings.catch_warnings(action="ignore"):  # that torch.distributed is off, which is what no_dist asks for
+            checkpoint.load(flat, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
         raise DamagedError(f"{folder} cannot be read: {_first_failure(error)}") from None
-    return {name: tensor.view(names[name]) for name, tensor in tensors.items()}
+    return {name: tensor.view(like[name].shape) for name, tensor in flat.items()}
 
 
 def files_of_rank(folder: Path, rank: int) -> list[Path]:

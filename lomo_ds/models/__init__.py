@@ -1,19 +1,30 @@
 """Models in and out: a Hugging Face folder or a preset into ZeRO-3 shards, and back."""
 
-from lomo_ds.models.build import model_tensors
-from lomo_ds.models.export import save_pretrained, save_settings
-from lomo_ds.models.load import empty_model, find_model, load_config, load_model, load_tokenizer, verify_export
+from lomo_ds.models.build import meta_model, saved_tensors
+from lomo_ds.models.export import Export, save_pretrained, save_settings
+from lomo_ds.models.load import (
+    empty_model,
+    find_model,
+    load_config,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+    verify_export,
+)
 from lomo_ds.models.presets import PRESETS
 
 __all__ = [
     "PRESETS",
+    "Export",
     "empty_model",
     "find_model",
     "load_config",
+    "load_generation_config",
     "load_model",
     "load_tokenizer",
-    "model_tensors",
+    "meta_model",
     "save_pretrained",
     "save_settings",
+    "saved_tensors",
     "verify_export",
 ]

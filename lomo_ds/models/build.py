@@ -19,10 +19,10 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: 
     return model
 
 
-def model_tensors(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> dict[str, Tensor]:
-    """Every tensor of the weights, on the meta device, by name; tied ones once."""
-    model = meta_model(config, dtype, trust_remote_code)
-    return dict(model.named_parameters()) | saved_buffers(model)
+def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every tensor that a meta model's files hold, on the meta device, by name; tied ones once."""
+    tensors = dict(model.named_parameters()) | saved_buffers(model)
+    return {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
 
 
 def saved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lomo_ds import zero3
 from lomo_ds.distributed import together
 from lomo_ds.errors import ModelError
-from lomo_ds.manifest import entries, sync_folder, write_manifest
+from lomo_ds.manifest import MANIFEST, entries, sync_folder, write_manifest
 from lomo_ds.models.build import saved_buffers
 
 MAX_SHARD_SIZE = "5GB"  # transformers' own
@@ -113,7 +113,7 @@ class Export:
             ModelError: it cannot be written.
         """
         with self._writing():
-            save_file(tensors, self.partial / file, metadata={"format": "pt"})
+            save_file(tensors, self.partial / file, metadata={"format": "pt", "manifest": MANIFEST})
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Add what belongs to the weights, and move all of it into place, ``config.json`` last.
@@ -156,6 +156,7 @@ def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     config.dtype = model.dtype
     config.save_pretrained(folder)
     if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+        # unlike save_pretrained, this writes down settings that contradict each other as they are, and models have such
+        model.generation_config.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """A Hugging Face folder, or a preset, into ZeRO-3 shards: each rank reads or draws its own part and no more."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,15 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lomo_ds import zero3
 from lomo_ds.errors import ModelError
@@ -67,6 +76,19 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
         raise ModelError(f"{name}/config.json is not a model configuration: {first_line(error)}") from None
 
 
+def load_generation_config(model: PreTrainedModel, folder: str) -> None:
+    """Give ``model`` the generation settings in ``folder``, if there are any.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
+    if (Path(folder) / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (ValueError, OSError, TypeError) as error:
+            raise ModelError(f"{folder}/generation_config.json cannot be read: {first_line(error)}") from None
+
+
 def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``.
 
@@ -81,14 +103,28 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTo
         raise ModelError(f"{folder} holds no tokenizer that transformers can read: {first_line(error)}") from None
 
 
-def verify_export(folder: str, rank: int = 0, world_size: int = 1) -> None:
+def verify_export(folder: str, rank: int = 0, world_size: int = 1, weights: bool = True) -> None:
     """Compare this rank's share of a folder's files with the manifest that lomo_ds wrote there, if it did.
+
+    Args:
+        weights: whether to read the weights, or only what is small.
 
     Raises:
         DamagedError: one of them is not what was written.
     """
-    if (Path(folder) / MANIFEST).exists():
-        verify(Path(folder), share(read_manifest(Path(folder)), rank, world_size))
+    if (Path(folder) / MANIFEST).exists() or _claims_manifest(Path(folder)):
+        files = read_manifest(Path(folder))
+        wanted = {name: entry for name, entry in files.items() if name.endswith(".safetensors") == weights}
+        verify(Path(folder), share(wanted, rank, world_size))
+
+
+def _claims_manifest(folder: Path) -> bool:
+    """Whether a weight file says that it was exported with a manifest, which a copy may lack."""
+    for file in folder.glob("model*.safetensors"):
+        with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as opened:
+            if "manifest" in (opened.metadata() or {}):
+                return True
+    return False
 
 
 def load_model(

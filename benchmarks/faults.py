@@ -1,0 +1,220 @@
+"""Kill training at random moments, start it again, and see whether it ends as if nothing had happened.
+
+python benchmarks/faults.py --trials 50
+
+Each trial kills one rank or all of them with SIGKILL, at a moment drawn from the whole run, saves included, and then
+starts the job again with --resume_from_checkpoint auto. It counts how often the final weights are those of a run that
+was left alone, bit for bit, and how long the ranks that were spared took to notice. On CPU ranks, everywhere.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+RANKS = 2
+RESTART = ["--resume_from_checkpoint=auto"]
+
+
+class Job:
+    """The ranks of one training job, forked from a process that has imported everything.
+
+    Args:
+        argv: arguments of launch/train.py.
+        log: what all ranks print, stderr included.
+    """
+
+    def __init__(self, argv: list[str], world_size: int, log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["lomo_ds.job"])
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        self.log = log
+        log.touch()
+        self.processes = [
+            context.Process(target=_run_rank, args=(argv, rank, world_size, port, str(log)))
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def signal(self, number: signal.Signals, ranks: list[int]) -> None:
+        """Send a signal to some of the ranks."""
+        for rank in ranks:
+            pid = self.processes[rank].pid
+            assert pid is not None
+            os.kill(pid, number)
+
+    def wait(self, timeout: float = 300.0) -> list[int | None]:
+        """Exit status of each rank, negative for a signal; None for one that has not ended in ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def end(self) -> None:
+        """Kill what is left."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _run_rank(argv: list[str], rank: int, world_size: int, port: int, log: str) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    from lomo_ds.cli import leave
+
+    leave(runpy.run_path(str(ROOT / "launch/train.py"))["main"](argv))
+
+
+def training_arguments(demo: Path, output_dir: Path, steps: int) -> list[str]:
+    """A run in which everything draws random numbers, with a checkpoint every other step."""
+    arguments: dict[str, Any] = {
+        "model_name_or_path": demo / "model",
+        "train_file": demo / "train.txt",
+        "output_dir": output_dir,
+        "deepspeed": ROOT / "ds_configs/zero3_bf16.json",
+        "max_seq_length": 32,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.5,
+        "max_steps": steps,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "save_total_limit": 2,
+    }
+    return [f"--{name}={value}" for name, value in arguments.items()]
+
+
+def demo_with_dropout(folder: Path) -> Path:
+    """What ``make train`` trains on, with dropout."""
+    from lomo_ds.demo import make_demo
+
+    make_demo(folder)
+    config = folder / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
+    return folder
+
+
+def weights_of(output_dir: Path) -> bytes:
+    """The exported weights, as they lie on disk."""
+    return (output_dir / "model.safetensors").read_bytes()
+
+
+def kill_and_resume(argv: list[str], output_dir: Path, moment: float, victims: list[int]) -> dict[str, Any]:
+    """One trial; what became of it.
+
+    Args:
+        moment: seconds after the start at which ``victims`` are killed.
+    """
+    job = Job(argv, RANKS, output_dir.with_suffix(".first.log"))
+    job.processes[0].join(moment)
+    steps_done = last_step(output_dir)
+    job.signal(signal.SIGKILL, [rank for rank in victims if job.processes[rank].is_alive()])
+    killed, in_save = time.monotonic(), bool(list(output_dir.glob("checkpoint-*.partial")))
+    first = job.wait(timeout=60.0)
+    noticed = time.monotonic() - killed
+    job.end()
+    again = Job([*argv, *RESTART], RANKS, output_dir.with_suffix(".second.log"))
+    second = again.wait()
+    again.end()
+    return {
+        "victims": victims,
+        "moment": round(moment, 2),
+        "steps_done": steps_done,
+        "in_save": in_save,
+        "spared_ended_after": round(noticed, 2) if len(victims) < RANKS else None,
+        "sentence": "has died" in job.log.read_text() if len(victims) < RANKS else None,
+        "exit_statuses": first,
+        "exit_statuses_resumed": second,
+    }
+
+
+def last_step(output_dir: Path) -> int:
+    """The last step in metrics.jsonl; 0 if none was logged."""
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines() if (output_dir / "metrics.jsonl").exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def run_trials(trials: int, steps: int, seed: int, folder: Path) -> dict[str, Any]:
+    """All trials beside one run that is left alone."""
+    demo = demo_with_dropout(folder / "demo")
+    alone = folder / "alone"
+    Job(training_arguments(demo, folder / "warm", 1), RANKS, folder / "warm.log").wait()  # the first start is slower
+    start = time.monotonic()
+    reference = Job(training_arguments(demo, alone, steps), RANKS, folder / "alone.log")
+    if reference.wait() != [0] * RANKS:
+        sys.exit(f"the run that is left alone failed:\n{reference.log.read_text()}")
+    duration = time.monotonic() - start
+    expected = weights_of(alone)
+    chance = random.Random(seed)
+    found = []
+    for trial in tqdm(range(trials), desc="killing", unit=" trials"):
+        output_dir = folder / f"trial{trial}"
+        victims = chance.choice([[rank] for rank in range(RANKS)] + [list(range(RANKS))])
+        moment = chance.uniform(0.0, duration)
+        result = kill_and_resume(training_arguments(demo, output_dir, steps), output_dir, moment, victims)
+        exported = output_dir / "model.safetensors"
+        result["identical"] = exported.exists() and weights_of(output_dir) == expected
+        found.append(result)
+        if result["identical"]:
+            shutil.rmtree(output_dir)
+    return {"duration": duration, "steps": steps, "trials": found}
+
+
+def summarize(results: dict[str, Any]) -> dict[str, Any]:
+    """The figures that count."""
+    trials = results["trials"]
+    ended = [t["spared_ended_after"] for t in trials if t["spared_ended_after"] is not None and t["steps_done"]]
+    return {
+        "trials": len(trials),
+        "identical": sum(t["identical"] for t in trials),
+        "killed_while_training": sum(t["steps_done"] > 0 for t in trials),
+        "killed_within_a_save": sum(t["in_save"] for t in trials),
+        "spared_ranks_ended_after_median_s": statistics.median(ended) if ended else None,
+        "spared_ranks_ended_after_max_s": max(ended, default=None),
+    }
+
+
+def main() -> None:
+    """Run the trials, and write what they gave."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=24, help="of each run; a checkpoint is saved every other step")
+    parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks/results")
+    given = parser.parse_args()
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        results = run_trials(given.trials, given.steps, given.seed, Path(folder))
+    print(json.dumps(summarize(results), indent=1))
+
+
+if __name__ == "__main__":
+    main()
