@@ -1,13 +1,12 @@
 """Kill training at random moments, start it again, and see whether it ends as if nothing had happened.
 
-python benchmarks/faults.py --trials 50
+    python benchmarks/faults.py --trials 50
 
 Each trial kills one rank or all of them with SIGKILL, at a moment drawn from the whole run, saves included, and then
 starts the job again with --resume_from_checkpoint auto. It counts how often the final weights are those of a run that
 was left alone, bit for bit, and how long the ranks that were spared took to notice. On CPU ranks, everywhere.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -24,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import report
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2
@@ -138,7 +140,7 @@ def kill_and_resume(argv: list[str], output_dir: Path, moment: float, victims: l
     steps_done = last_step(output_dir)
     job.signal(signal.SIGKILL, [rank for rank in victims if job.processes[rank].is_alive()])
     killed, in_save = time.monotonic(), bool(list(output_dir.glob("checkpoint-*.partial")))
-    first = job.wait(timeout=60.0)
+    first = job.wait(timeout=30.0)
     noticed = time.monotonic() - killed
     job.end()
     again = Job([*argv, *RESTART], RANKS, output_dir.with_suffix(".second.log"))
@@ -191,29 +193,74 @@ def run_trials(trials: int, steps: int, seed: int, folder: Path) -> dict[str, An
 def summarize(results: dict[str, Any]) -> dict[str, Any]:
     """The figures that count."""
     trials = results["trials"]
-    ended = [t["spared_ended_after"] for t in trials if t["spared_ended_after"] is not None and t["steps_done"]]
+    met = [t for t in trials if t["spared_ended_after"] is not None and t["steps_done"]]
+    ended = [t["spared_ended_after"] for t in met]
     return {
         "trials": len(trials),
         "identical": sum(t["identical"] for t in trials),
-        "killed_while_training": sum(t["steps_done"] > 0 for t in trials),
-        "killed_within_a_save": sum(t["in_save"] for t in trials),
-        "spared_ranks_ended_after_median_s": statistics.median(ended) if ended else None,
-        "spared_ranks_ended_after_max_s": max(ended, default=None),
+        "before the first step": sum(not t["steps_done"] for t in trials),
+        "within a save": sum(t["in_save"] for t in trials),
+        "one rank killed in training": len(met),
+        "of these, the other one said so": sum(t["sentence"] for t in met),
+        "seconds until the other one ended, median": statistics.median(ended) if ended else None,
+        "seconds until the other one ended, longest": max(ended, default=None),
     }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary as Markdown."""
+    rows = [[name, str(value)] for name, value in summary.items()]
+    return (
+        f"# Killed at {summary['trials']} random moments\n\n"
+        f"{RANKS} ranks, SIGKILL to one of them or to all, then once more with --resume_from_checkpoint auto: the "
+        f"final weights are those of a run that was left alone, bit for bit, in **{summary['identical']} of "
+        f"{summary['trials']}**.\n\n{report.table(['', ''], rows)}\n"
+        "A rank that is killed before the ranks have met is noticed by the launcher alone, and there was none here.\n"
+    )
+
+
+def draw(results: dict[str, Any]) -> Any:
+    """When who was killed, and what came of it."""
+    pyplot = report.pyplot()
+    figure, axes = pyplot.subplots(figsize=(9, 3.4), layout="constrained")
+    rows = {str([rank]): rank for rank in range(RANKS)} | {str(list(range(RANKS))): RANKS}
+    for identical, color, told in ((True, "#1b7f79", "bit-identical"), (False, "#c0392b", "not identical")):
+        for in_save, size, where in ((False, 40, ""), (True, 110, ", killed within a save")):
+            chosen = [t for t in results["trials"] if t["identical"] == identical and t["in_save"] == in_save]
+            if chosen:
+                places = [t["moment"] for t in chosen], [rows[str(t["victims"])] for t in chosen]
+                axes.scatter(*places, s=size, color=color, alpha=0.7, label=told + where)
+    axes.set_yticks(list(rows.values()), [*(f"rank {rank}" for rank in range(RANKS)), "all ranks"])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel(f"killed so many seconds after the start of a run of {results['duration']:.0f} s")
+    summary = results["summary"]
+    axes.set_title(
+        f"{summary['identical']} of {summary['trials']} killed runs end with the weights of a run left alone",
+        loc="left",
+        fontweight="bold",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
 
 
 def main() -> None:
     """Run the trials, and write what they gave."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=24, help="of each run; a checkpoint is saved every other step")
+    parser = report.parser(__doc__)
+    parser.add_argument("--trials", type=int, default=50, help="runs that are killed; 50 by default")
+    parser.add_argument(
+        "--steps", type=int, default=24, help="of each run, with a checkpoint every other; 24 by default"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "benchmarks/results")
     given = parser.parse_args()
+    report.require("matplotlib")
     os.environ["DS_ACCELERATOR"] = "cpu"
     with tempfile.TemporaryDirectory() as folder:
         results = run_trials(given.trials, given.steps, given.seed, Path(folder))
-    print(json.dumps(summarize(results), indent=1))
+    results |= {"environment": report.environment(), "summary": summarize(results)}
+    report.write_results(given.output_dir, "faults", results, describe(results["summary"]), draw(results))
+    if results["summary"]["identical"] < given.trials:
+        sys.exit("some runs did not end as the one that was left alone")
 
 
 if __name__ == "__main__":

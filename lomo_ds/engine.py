@@ -293,9 +293,7 @@ class LomoEngine(DeepSpeedEngine):
         if tag is None:
             return None, None
         snapshot = capture_engine(self)
-        found = open_checkpoint(
-            Path(load_dir) / tag, snapshot.tensors, self.saver.group
-        )
+        found = open_checkpoint(Path(load_dir) / tag, snapshot.tensors, self.saver.group)
         self.restore(found)
         return str(found.folder), found.record["client_state"]
 

@@ -1,0 +1,112 @@
+"""What every benchmark leaves behind: JSON, Markdown and a picture, with commit, versions, machine and command."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+VERSIONS = ("torch", "deepspeed", "transformers", "safetensors")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The start of a benchmark's arguments."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--output_dir", type=Path, default=RESULTS, help="of the results; benchmarks/results by default")
+    return made
+
+
+def require(*packages: str) -> None:
+    """End with a sentence, before anything is measured, where one of ``packages`` is not installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        sys.exit(f"this benchmark needs {' and '.join(missing)}: pip install --editable '.[bench]'")
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Where figures come from.
+
+    Args:
+        packages: whose versions count beside those of ``VERSIONS``.
+    """
+    versions = {package: importlib.metadata.version(package) for package in (*VERSIONS, *packages)}
+    return {
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+            "gpus": [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())],
+        },
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+    }
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def write_results(folder: Path, name: str, results: dict[str, Any], markdown: str, figure: Any) -> None:
+    """Write ``name``.json, .md and .png, and print the Markdown.
+
+    Args:
+        results: with ``environment()`` under "environment".
+        markdown: without the picture and the environment, which are added.
+        figure: matplotlib's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(
+        f"{markdown}\n![{name}]({name}.png)\n\n{_environment_table(results['environment'])}", encoding="utf-8"
+    )
+    figure.savefig(folder / f"{name}.png", dpi=160)
+    print(f"\n{markdown}\nresults: {', '.join(str(folder / f'{name}.{ending}') for ending in ('json', 'md', 'png'))}")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _environment_table(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    gpus = ", ".join(machine["gpus"]) or "no GPU"
+    rows = [
+        ["command", f"`{found['command']}`"],
+        ["commit", found["commit"]],
+        ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB memory, {gpus}"],
+        ["versions", ", ".join(f"{package} {version}" for package, version in found["versions"].items())],
+    ]
+    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
+
+
+def _commit() -> str:
+    """The commit that is checked out, with "-dirty" where a tracked file differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
