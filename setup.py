@@ -29,10 +29,13 @@ setup(
         "psutil",
         "pydantic>=2",
         "pyyaml",
-        "setuptools",  # torch builds DeepSpeed's host communication op with it
         "tqdm",
     ],
     extras_require={
+        "bench": [
+            "accelerate>=1.10",  # for transformers' own ZeRO-3 loading
+            "matplotlib",
+        ],
         "dev": [
             "hypothesis",
             "mypy>=1.15",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -113,6 +114,7 @@ def start_process_group() -> bool:
         found = _slurm_environment() if "SLURM_STEP_NUM_TASKS" in os.environ else LONE_PROCESS
         os.environ |= found | {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before any collective, which runs there
+    _leave_out_inference_op()
     dist.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
         auto_mpi_discovery=False,
@@ -120,6 +122,16 @@ def start_process_group() -> bool:
         timeout=TIMEOUT,
     )
     return True
+
+
+def _leave_out_inference_op() -> None:
+    """On CPU ranks DeepSpeed would first compile an op that only inference uses.
+
+    That takes a compiler, half a minute, and a lock file which outlives a killed process and stops every later one.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:
+        deepspeed.ops.__compatible_ops__[builder.NAME] = False
 
 
 def stop_process_group() -> None:

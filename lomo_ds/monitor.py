@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TextIO
 import pynvml
 import torch
 from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 
 class Monitor:
@@ -35,13 +38,22 @@ class Monitor:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.file is not None:
-            self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+        for opened in (self.file, self.writer):
+            if opened is not None:
+                with contextlib.suppress(OSError):  # what could not be written has been told
+                    opened.close()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record ``metrics`` of ``step``; on ranks other than 0 only this rank's GPU is recorded."""
+        """Record ``metrics`` of ``step``; on ranks other than 0 only this rank's GPU is recorded.
+
+        A full disk costs the record, not the run.
+        """
+        try:
+            self._write(step, metrics)
+        except OSError as error:
+            logger.warning("step %d could not be recorded: %s", step, error.strerror)
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
         if self.file is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self.file.write(json.dumps({"step": step, **finite}) + "\n")

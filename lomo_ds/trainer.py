@@ -110,6 +110,10 @@ class Trainer:
 
     def run(self) -> None:
         """Train, evaluate before, on the way and after, export, and say where everything is."""
+        with self.bar:  # whatever ends the run begins on a line of its own
+            self._run()
+
+    def _run(self) -> None:
         self._say(self._describe())
         if self.steps.step == 0:
             evaluation = self._evaluate()

@@ -57,7 +57,7 @@ def fail_on(failing: list[int]) -> str:
 
 def test_together_one_rank_speaks(ranks: GroupOf) -> None:
     assert ranks(3).run(fail_on, []) == ["0", "1", "2"]
-    silent = "PeerError rank 1 failed False"
+    silent = "PeerError rank 1 knows False"
     assert ranks(3).run(fail_on, [1, 2]) == [silent, "ConfigError rank 1 knows True", silent]
 
 

@@ -97,6 +97,19 @@ def test_help_names_every_argument() -> None:
     assert "--max_grad_norm" in done.stdout
 
 
+def test_a_preset_trains_from_nothing(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
+    more = {
+        "model_name_or_path": "40m",
+        "tokenizer_name": demo / "model",
+        "deepspeed": ROOT / "ds_configs/zero3_bf16.json",
+    }
+    results = ranks(2).run(run_main, demo_arguments(demo, tmp_path, max_steps=1, logging_steps=1, **more))
+    assert results[0][0] == 0, results
+    assert "model: 38.74M parameters" in results[0][1]
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert record["loss"] == pytest.approx(math.log(32000), abs=0.1), "of a model that knows nothing"
+
+
 # how it says no
 
 

@@ -5,11 +5,12 @@ import errno
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.faults import demo_with_dropout
 from lomo_ds import trainer
-from lomo_ds.checkpoint import checkpoints_in, save
+from lomo_ds.checkpoint import checkpoints_in, open_alone, save
 from lomo_ds.engine import LomoEngine
+from lomo_ds.errors import LomoError
 from tests.checkpoint.test_engine_checkpoints import DAMAGE
+from tests.disks import mounted
 from tests.launching import ROOT, demo_arguments, run_main
 from tests.ranks import Ranks
 
@@ -282,6 +285,30 @@ def test_training_ends_where_nothing_was_ever_saved(ranks: GroupOf, dropout: Pat
     assert results[1][2] == ""
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that holds one checkpoint of the demo's model, but not two of them, nor its export beside it."""
+    with mounted(tmp_path / "small", megabytes=4) as folder:
+        yield folder
+
+
+def test_a_full_disk_while_training_and_at_its_end(ranks: GroupOf, dropout: Path, small_disk: Path) -> None:
+    """Saves fail and training goes on; the model, which is the last to be written, does not fit: one sentence."""
+    (small_disk / "filler").write_bytes(bytes(1_300_000))
+    argv = arguments(dropout, small_disk, max_steps=6, save_steps=2, logging_steps=1)
+    results = ranks(2).run(run_main, argv)
+    assert [status for status, _, _ in results] == [2, 2], results
+    errors = [line for _, _, err in results for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, results
+    assert "the model cannot be written to " in errors[0]
+    assert "No space left on device" in errors[0]
+    assert records(small_disk)[-1]["failed_saves"] > 0
+    assert [folder.name for folder in checkpoints_in(small_disk)] == ["checkpoint-2"]
+    open_alone(small_disk / "checkpoint-2")
+    (small_disk / "filler").unlink()
+    assert "resumed: 2 steps of 6" in run(ranks(2), [*argv, "--resume_from_checkpoint=auto", "--save_total_limit=1"])
+
+
 # launch/export.py
 
 
@@ -306,7 +333,20 @@ def test_export_says_no(two_saved: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out/config.json").exists()
 
 
-# a damaged export
+# what is damaged
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_any_file_of_a_checkpoint_is_named(two_saved: Path, tmp_path: Path, damage: str) -> None:
+    names = {file.relative_to(two_saved) for file in (two_saved / "checkpoint-4").rglob("*") if file.is_file()}
+    kinds = {"config.yaml", "ds_config.json", "state.json", "config.json", "tokenizer.json", "rank-00000.safetensors"}
+    assert kinds <= {name.name for name in names}
+    for name in names:
+        shutil.copytree(two_saved / "checkpoint-4", copy := tmp_path / "checkpoint-4")
+        DAMAGE[damage](tmp_path / name)
+        with pytest.raises(LomoError, match=re.escape(name.name)):
+            open_alone(copy)
+        shutil.rmtree(copy)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -17,6 +17,7 @@ from lomo_ds import manifest
 from lomo_ds.checkpoint import checkpoints_in, newest_whole, weights
 from lomo_ds.engine_state import capture_engine
 from lomo_ds.errors import LomoError
+from tests.disks import mounted
 from tests.engines import identical, make_engine, weights_of
 from tests.ranks import Ranks
 from tests.reference import part, tiny_model, whole_batch
@@ -260,11 +261,8 @@ def test_a_disk_that_is_read_only(ranks: GroupOf, small_disk: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of two megabytes."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("only root can mount a small file system to fill it up")
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
+    with mounted(tmp_path / "small", megabytes=2) as folder:
+        yield folder
 
 
 def small_disk_free(folder: Path) -> int:

@@ -1,6 +1,7 @@
 """A Hugging Face folder into ZeRO-3 shards and back."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import (
 from lomo_ds import zero3
 from lomo_ds.errors import ModelError
 from lomo_ds.models import (
+    export,
     find_model,
     load_config,
     load_model,
@@ -151,6 +153,37 @@ def test_what_older_checkpoints_hold_beside_the_weights(ranks: GroupOf, tmp_path
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert ranks(1).run(left_whole, str(folder)) == [0]
+
+
+def save_watched(folder: str, out: str) -> list[int]:
+    """Export in parts; how many bytes of tensors are alive on the host whenever a part is written."""
+    model = load_model(folder, load_config(folder), DS_CONFIG, torch.float32)
+    engine = make_engine(model, threshold=0)
+    alive: list[int] = []
+    seen: list[weakref.ref[Tensor]] = []
+    write = export.Export.write
+
+    def watched(self: export.Export, file: str, tensors: dict[str, Tensor]) -> None:
+        seen.extend(weakref.ref(tensor) for tensor in tensors.values())
+        alive.append(sum(tensor.nbytes for ref in seen if (tensor := ref()) is not None))
+        write(self, file, tensors)
+
+    export.Export.write = watched  # type: ignore[method-assign]
+    try:
+        save_pretrained(engine.module, None, Path(out), max_shard_size="5KB")
+    finally:
+        export.Export.write = write  # type: ignore[method-assign]
+    return alive
+
+
+def test_export_holds_one_output_file_at_a_time(ranks: GroupOf, tmp_path: Path) -> None:
+    folder = str(saved_llama(tmp_path / "in"))
+    alive, none = ranks(2).run(save_watched, folder, str(tmp_path / "out"))
+    assert len(alive) > 4
+    largest = 61 * 24 * 4  # the embedding's bytes, more than the 5 KB of a file
+    assert max(alive) <= largest
+    assert none == [], "only rank 0 writes"
+    assert torch.equal(logits_of(str(tmp_path / "out"), torch.float32), logits_of(folder, torch.float32))
 
 
 def test_a_second_save_leaves_nothing_of_the_first(ranks: GroupOf, tmp_path: Path, demo: Path) -> None:

@@ -1,0 +1,37 @@
+"""The benchmarks, at a size that takes seconds: they run, write what they promise, and the promises hold."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+needs_bench = pytest.mark.skipif(
+    any(importlib.util.find_spec(package) is None for package in ("accelerate", "matplotlib")),
+    reason="needs the packages of the extra bench",
+)
+
+
+@needs_bench
+def test_loading(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/loading.py"), "--gigabytes=0.05", "--ranks=2", "--repetitions=1"]
+    run = subprocess.run([*command, f"--output_dir={tmp_path}"], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "loading.json").read_text())
+    assert {"commit", "versions", "machine", "command"} <= results["environment"].keys()
+    rows = {(row["method"], row["rank"]): row for row in results["rows"]}
+    assert rows.keys() == {(method, rank) for method in ("lomo_ds", "transformers") for rank in (0, 1)}
+    assert results["same_shards"]
+    assert results["bound_holds"]["lomo_ds"], run.stdout
+    for rank in (0, 1):
+        row = rows["lomo_ds", rank]
+        assert 0 < row["peak_host_bytes"] <= row["bound_bytes"] < results["checkpoint"]["bytes"]
+        assert row["seconds"] > 0
+        if results["bytes_read_counted_by"]:  # a small shard has more whole pages and headers in proportion
+            assert row["bytes_read"] <= 1.05 * row["shard_bytes"]
+    assert "**holds** for lomo_ds" in (tmp_path / "loading.md").read_text()
+    assert (tmp_path / "loading.png").read_bytes().startswith(b"\x89PNG")
