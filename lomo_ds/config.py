@@ -1,12 +1,15 @@
 """The LOMO section of a DeepSpeed config: its fields, and every combination that is refused, with the way out."""
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
+from deepspeed.utils.logging import get_log_level_from_string
 from pydantic import ValidationError
 
 from lomo_ds.errors import ConfigError, did_you_mean
@@ -14,7 +17,16 @@ from lomo_ds.errors import ConfigError, did_you_mean
 UpdateSchedule = Literal["auto", "immediate", "two_pass", "stash"]
 StashDevice = Literal["auto", "cpu", "gpu"]
 Rounding = Literal["auto", "nearest", "stochastic"]
-SECTIONS = ("optimizer", "optimizer.params", "scheduler", "scheduler.params", "zero_optimization", "bf16", "fp16")
+SECTIONS = (
+    "optimizer", "optimizer.params", "scheduler", "scheduler.params", "zero_optimization", "bf16", "fp16",
+    # what DeepSpeed takes for an object without looking
+    "activation_checkpointing", "autotuning", "checkpoint", "checkpoint.parallel_write", "comms_logger", "compile",
+    "data_efficiency", "data_types", "flops_profiler", "hybrid_engine", "pipeline", "tensor_parallel", "timers",
+    "torch_autocast", "weight_quantization",
+)  # fmt: skip
+# DeepSpeed looks at the type of few values; over the others it stumbles, with one of these
+STUMBLES = (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+DEEPEST = 50  # levels of a ds_config; DeepSpeed and copies of it recurse
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,8 @@ class LomoConfig:
                 raise ConfigError(f"LOMO's {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"LOMO's seed must be an integer, got {self.seed!r}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"LOMO's seed must fit into 64 bits, got {self.seed}")
 
 
 def read_lomo_config(ds_config: dict[str, Any]) -> LomoConfig:
@@ -84,16 +98,25 @@ def read_lomo_config(ds_config: dict[str, Any]) -> LomoConfig:
 
 
 def require_sections(ds_config: dict[str, Any]) -> None:
-    """Check that what must be a JSON object in a ds_config is one.
+    """Check that what must be a JSON object in a ds_config is one, and that nothing in it is out of all bounds.
 
     Raises:
-        ConfigError: something else stands in its place.
+        ConfigError: something else stands in its place; or an integer or the nesting of sections is too large.
     """
+    level: list[Any] = [ds_config]
+    for _ in range(DEEPEST):
+        sections = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [value for section in sections for value in section if isinstance(value, dict | list | int)]
+        if too_large := [value for value in level if isinstance(value, int) and not -(2**63) <= value < 2**63]:
+            raise ConfigError(f"an integer in a DeepSpeed config must fit into 64 bits, got {too_large[0]}")
+        level = [value for value in level if not isinstance(value, int)]
+    if level:
+        raise ConfigError(f"a DeepSpeed config must not be nested deeper than {DEEPEST} levels, and this one is")
     for path in SECTIONS:
         value: Any = ds_config
         for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None and not isinstance(value, dict):
+            value = value.get(key, {}) if isinstance(value, dict) else {}
+        if not isinstance(value, dict):
             raise ConfigError(f'"{path}" of the DeepSpeed config must be an object in braces, got {value!r}')
 
 
@@ -120,12 +143,21 @@ def parse_ds_config(ds_config: dict[str, Any]) -> DeepSpeedConfig:
         ConfigError: DeepSpeed refuses it, or cannot compute in its precision on this device.
     """
     try:
-        parsed = DeepSpeedConfig(ds_config)
+        parsed = _parsed(ds_config)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise ConfigError(f"DeepSpeed refuses {error.title} {'; '.join(faults)}") from None
-    except (ValueError, AssertionError, TypeError) as error:
-        raise ConfigError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"DeepSpeed refuses {error.title} {_one_line('; '.join(faults))}") from None
+    except (DeepSpeedConfigError, ValueError, AssertionError) as error:
+        raise ConfigError(f"DeepSpeed refuses its config: {_one_line(error)}") from error
+    except STUMBLES as error:
+        names = [_one_line(name) for name, value in ds_config.items() if _stumbles_over(name, value)]
+        raise ConfigError(
+            f"DeepSpeed expects another value in {' and '.join(names) or 'a field'} of its config "
+            f"({_one_line(error)}); compare it with https://www.deepspeed.ai/docs/config-json"
+        ) from error
+    power = parsed.float16_config.initial_scale_power
+    if not 0 <= power <= 127:
+        raise ConfigError(f"fp16.initial_scale_power must be between 0 and 127, as float32 holds no more, got {power}")
     accelerator = get_accelerator()
     for name, enabled, supported in (
         ("fp16", parsed.float16_config.enabled, accelerator.is_fp16_supported()),
@@ -139,6 +171,40 @@ def parse_ds_config(ds_config: dict[str, Any]) -> DeepSpeedConfig:
     return parsed
 
 
+def _parsed(ds_config: dict[str, Any]) -> DeepSpeedConfig:
+    """DeepSpeed's reading, and what its engine would read no sooner than when the model is loaded or has stepped."""
+    parsed = DeepSpeedConfig(ds_config)
+    if parsed.steps_per_print is not None:
+        _ = 1 % parsed.steps_per_print
+    if parsed.log_level is not None:
+        get_log_level_from_string(parsed.log_level)
+    if parsed.grad_accum_dtype is not None:
+        DtypeEnum(parsed.grad_accum_dtype)
+    if parsed.scheduler_name is not None:
+        _try_scheduler(parsed.scheduler_name, parsed.scheduler_params)
+    return parsed
+
+
+def _try_scheduler(name: str, params: dict[str, Any]) -> None:
+    known = lr_schedules if hasattr(lr_schedules, name) else torch.optim.lr_scheduler
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = getattr(known, name)(optimizer, **params)
+    optimizer.step()
+    if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):  # which wants a metric at each step
+        scheduler.step()
+
+
+def _stumbles_over(name: str, value: Any) -> bool:
+    """Whether this field alone is what DeepSpeed stumbled over, which its error does not tell."""
+    try:
+        _parsed({"train_micro_batch_size_per_gpu": 1, name: value})
+    except STUMBLES:
+        return True
+    except (DeepSpeedConfigError, ValueError, AssertionError):
+        return False
+    return False
+
+
 def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
     zero = ds_config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
@@ -147,6 +213,10 @@ def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
             f"lomo_ds updates the parameter shards of ZeRO stage 3, got zero_optimization.stage {stage!r}; "
             "set it to 3 (on one GPU too: nothing is gathered there)"
         )
+    if zero.get("zenflow") is not None:
+        raise ConfigError("zero_optimization.zenflow is not supported, as LOMO has no optimizer state; remove it")
+    if (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0) not in (0, 1):
+        raise ConfigError("tensor_parallel is not supported, as LOMO's ranks are data-parallel; remove it")
     if _device(zero.get("offload_optimizer")) != "none":
         raise ConfigError(
             "zero_optimization.offload_optimizer was asked for, but LOMO has no optimizer state to offload; "
@@ -219,12 +289,16 @@ def _enabled(ds_config: dict[str, Any], section: str) -> bool:
     return bool((ds_config.get(section) or {}).get("enabled", False))
 
 
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
 def _device(section: Any) -> str:
     return str(section.get("device", "none")) if isinstance(section, dict) else "none"
 
 
 def _require_number(value: Any, name: str, at_least: float | None = None, above: float | None = None) -> None:
     rule = f"a number above {above:g}" if above is not None else f"a number of at least {at_least:g}"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not is_number or not (value > above if above is not None else value >= (at_least or 0.0)):
         raise ConfigError(f"{name} must be {rule}, got {value!r}")

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 from lomo_ds.arguments import TrainArguments
 from lomo_ds.config import require_sections
@@ -21,20 +23,24 @@ SAME_MEANING = {
     "bf16.enabled": "bf16",
     "fp16.enabled": "fp16",
 }
+KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def read_ds_config(file: str) -> dict[str, Any]:
     """The DeepSpeed config in a JSON file.
 
     Raises:
-        ConfigError: it cannot be read, or is not a JSON object.
+        ConfigError: it cannot be read, or is not a JSON object with each field once.
     """
     try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        text = Path(file).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        config = json.loads(text, object_pairs_hook=dict_raise_error_on_duplicate_keys)
     except OSError as error:
         raise ConfigError(f"--deepspeed {file} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"--deepspeed {file} is not JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"--deepspeed {file} is not a DeepSpeed config: it is nested too deep to be read") from None
     if not isinstance(config, dict):
         raise ConfigError(f"--deepspeed {file} must hold a JSON object, got {type(config).__name__}")
     return config
@@ -49,14 +55,17 @@ def reconcile(
         given: the arguments that were given, as opposed to left at their default.
 
     Raises:
-        ConfigError: an argument that was given differs from the ds_config; every disagreement is listed.
+        ConfigError: an argument that was given differs from the ds_config (every disagreement is listed), or a value
+            of the ds_config is not of the argument's type.
     """
     require_sections(ds_config)
     config = copy.deepcopy(ds_config)
     disagreements: list[str] = []
     adopted: dict[str, Any] = {}
+    kinds = get_type_hints(TrainArguments)
     for path, name in SAME_MEANING.items():
         theirs = _get(config, path)
+        _require_kind(theirs, path, kinds[name])
         if path == "gradient_clipping" and name not in given and (theirs is None or _clips_otherwise(config)):
             theirs = 0.0 if theirs in (None, "auto") else theirs
         if theirs in (None, "auto"):
@@ -67,8 +76,9 @@ def reconcile(
             _set(config, path, theirs)
             adopted[name] = theirs
     if "scheduler" in config:
+        theirs = " ".join(str(config["scheduler"].get("type")).split())
         disagreements += [
-            f"scheduler {config['scheduler'].get('type')} against --{name} {getattr(arguments, name)}"
+            f"scheduler {theirs} against --{name} {getattr(arguments, name)}"
             for name in ("lr_scheduler_type", "warmup_ratio")
             # a resolved config.yaml gives the defaults too, and asks for nothing by it
             if name in given and getattr(arguments, name) != getattr(TrainArguments, name)
@@ -87,9 +97,14 @@ def fill_scheduler(config: dict[str, Any], arguments: TrainArguments, total_step
     """``config`` with what only the length of the training text tells: the ``auto`` fields of its scheduler.
 
     Raises:
-        ConfigError: something else is still ``auto``.
+        ConfigError: something else is still ``auto``, or the scheduler needs what no training gives it.
     """
     config = copy.deepcopy(config)
+    if config.get("scheduler", {}).get("type") == "ReduceLROnPlateau":
+        raise ConfigError(
+            "scheduler ReduceLROnPlateau needs a metric at each step, which training does not give it; "
+            "use another, or lr_scheduler_type"
+        )
     params = config.get("scheduler", {}).get("params", {})
     known = {
         "warmup_min_lr": 0.0,
@@ -98,7 +113,7 @@ def fill_scheduler(config: dict[str, Any], arguments: TrainArguments, total_step
         "total_num_steps": total_steps,
     }
     params.update({name: value for name, value in known.items() if params.get(name) == "auto"})
-    unfilled = list(_autos(config))
+    unfilled = [" ".join(path.split()) for path in _autos(config)]
     if unfilled:
         raise ConfigError(f'"auto" stands for nothing in the DeepSpeed config\'s {", ".join(unfilled)}; give a value')
     return config
@@ -115,10 +130,17 @@ def _settle_train_batch_size(config: dict[str, Any], arguments: TrainArguments, 
     theirs = config.get("train_batch_size", "auto")
     if theirs not in ("auto", size):
         raise ConfigError(
-            f"train_batch_size {theirs} in the DeepSpeed config is not per_device_train_batch_size {micro} x "
+            f"train_batch_size {json.dumps(theirs)} in the DeepSpeed config is not "
+            f"per_device_train_batch_size {micro} x "
             f'gradient_accumulation_steps {accumulation} x {world_size} GPUs = {size}; write "auto" or {size}'
         )
     config["train_batch_size"] = size
+
+
+def _require_kind(value: Any, path: str, kind: type) -> None:
+    fits = type(value) in ((int, float) if kind is float else (kind,))  # true is an int by inheritance alone
+    if value not in (None, "auto") and not fits:
+        raise ConfigError(f'{path} in the DeepSpeed config must be {KINDS[kind]} or "auto", got {value!r}')
 
 
 def _clips_otherwise(config: dict[str, Any]) -> bool:

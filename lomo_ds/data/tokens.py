@@ -26,9 +26,9 @@ def tokenize_file(path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -
         1-D, int32, memory-mapped read-only.
 
     Raises:
-        DataError: see ``read_documents``; or ``cache`` cannot be written.
+        DataError: see ``read_documents``; or the tokenizer fails at a document; or ``cache`` cannot be written.
     """
-    stored = cache / f"{path.stem}-{_fingerprint(path, tokenizer)}.npy"
+    stored = cache / f"{path.stem[:50]}-{_fingerprint(path, tokenizer)}.npy"
     if not stored.exists():
         pieces = [np.asarray(ids, dtype=np.int32) for ids in _token_ids(path, tokenizer)]
         _store(np.concatenate(pieces), stored)
@@ -49,10 +49,16 @@ def _store(tokens: TokenArray, path: Path) -> None:
 def _token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for document in tqdm(read_documents(path), desc=f"tokenizing {path.name}", unit=" documents", leave=False):
+    documents = tqdm(read_documents(path), desc=f"tokenizing {path.name}", unit=" documents", leave=False)
+    for number, document in enumerate(documents, start=1):
         yield begin
         for segment in _segments(document):
-            yield tokenizer(segment, add_special_tokens=False, verbose=False)["input_ids"]
+            try:
+                ids = tokenizer(segment, add_special_tokens=False, verbose=False)["input_ids"]
+            except Exception as error:  # what tokenizers in Rust raise has no narrower class
+                reason = " ".join(str(error).split())
+                raise DataError(f"the tokenizer fails at document {number} of {path}: {reason}") from error
+            yield ids
         yield end
 
 
@@ -73,7 +79,7 @@ def _fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    digest = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    digest = hashlib.sha256(os.fsencode(path.resolve()) + f" {status.st_size} {status.st_mtime_ns}".encode())
     for token, number in sorted(tokenizer.get_vocab().items()):
         digest.update(f"{number} {token}\n".encode())
     return digest.hexdigest()[:16]
