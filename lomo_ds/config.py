@@ -5,13 +5,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
-from deepspeed.utils.logging import get_log_level_from_string
-from pydantic import ValidationError
-
 from lomo_ds.errors import ConfigError, did_you_mean
 
 UpdateSchedule = Literal["auto", "immediate", "two_pass", "stash"]
@@ -24,8 +17,6 @@ SECTIONS = (
     "data_efficiency", "data_types", "flops_profiler", "hybrid_engine", "pipeline", "tensor_parallel", "timers",
     "torch_autocast", "weight_quantization",
 )  # fmt: skip
-# DeepSpeed looks at the type of few values; over the others it stumbles, with one of these
-STUMBLES = (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 DEEPEST = 50  # levels of a ds_config; DeepSpeed and copies of it recurse
 
 
@@ -136,75 +127,6 @@ def refuse_what_cannot_be(ds_config: dict[str, Any]) -> None:
     _refuse_what_the_schedule_cannot(ds_config, lomo)
 
 
-def parse_ds_config(ds_config: dict[str, Any]) -> DeepSpeedConfig:
-    """DeepSpeed's own reading of the config; batch sizes are checked against the process group, if there is one.
-
-    Raises:
-        ConfigError: DeepSpeed refuses it, or cannot compute in its precision on this device.
-    """
-    try:
-        parsed = _parsed(ds_config)
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise ConfigError(f"DeepSpeed refuses {error.title} {_one_line('; '.join(faults))}") from None
-    except (DeepSpeedConfigError, ValueError, AssertionError) as error:
-        raise ConfigError(f"DeepSpeed refuses its config: {_one_line(error)}") from error
-    except STUMBLES as error:
-        names = [_one_line(name) for name, value in ds_config.items() if _stumbles_over(name, value)]
-        raise ConfigError(
-            f"DeepSpeed expects another value in {' and '.join(names) or 'a field'} of its config "
-            f"({_one_line(error)}); compare it with https://www.deepspeed.ai/docs/config-json"
-        ) from error
-    power = parsed.float16_config.initial_scale_power
-    if not 0 <= power <= 127:
-        raise ConfigError(f"fp16.initial_scale_power must be between 0 and 127, as float32 holds no more, got {power}")
-    accelerator = get_accelerator()
-    for name, enabled, supported in (
-        ("fp16", parsed.float16_config.enabled, accelerator.is_fp16_supported()),
-        ("bf16", parsed.bfloat16_config.enabled, accelerator.is_bf16_supported()),
-    ):
-        if enabled and not supported:
-            raise ConfigError(
-                f"{name} was asked for, but DeepSpeed cannot compute in it on this {accelerator.device_name()} device; "
-                "use another precision"
-            )
-    return parsed
-
-
-def _parsed(ds_config: dict[str, Any]) -> DeepSpeedConfig:
-    """DeepSpeed's reading, and what its engine would read no sooner than when the model is loaded or has stepped."""
-    parsed = DeepSpeedConfig(ds_config)
-    if parsed.steps_per_print is not None:
-        _ = 1 % parsed.steps_per_print
-    if parsed.log_level is not None:
-        get_log_level_from_string(parsed.log_level)
-    if parsed.grad_accum_dtype is not None:
-        DtypeEnum(parsed.grad_accum_dtype)
-    if parsed.scheduler_name is not None:
-        _try_scheduler(parsed.scheduler_name, parsed.scheduler_params)
-    return parsed
-
-
-def _try_scheduler(name: str, params: dict[str, Any]) -> None:
-    known = lr_schedules if hasattr(lr_schedules, name) else torch.optim.lr_scheduler
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    scheduler = getattr(known, name)(optimizer, **params)
-    optimizer.step()
-    if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):  # which wants a metric at each step
-        scheduler.step()
-
-
-def _stumbles_over(name: str, value: Any) -> bool:
-    """Whether this field alone is what DeepSpeed stumbled over, which its error does not tell."""
-    try:
-        _parsed({"train_micro_batch_size_per_gpu": 1, name: value})
-    except STUMBLES:
-        return True
-    except (DeepSpeedConfigError, ValueError, AssertionError):
-        return False
-    return False
-
-
 def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
     zero = ds_config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
@@ -287,10 +209,6 @@ def _refuse_what_the_schedule_cannot(ds_config: dict[str, Any], lomo: LomoConfig
 
 def _enabled(ds_config: dict[str, Any], section: str) -> bool:
     return bool((ds_config.get(section) or {}).get("enabled", False))
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
 
 
 def _device(section: Any) -> str:

@@ -31,8 +31,9 @@ from lomo_ds.checkpoint import (
     open_checkpoint,
     read_latest,
 )
-from lomo_ds.config import parse_ds_config, read_lomo_config, refuse_what_cannot_be
+from lomo_ds.config import read_lomo_config, refuse_what_cannot_be
 from lomo_ds.distributed import TIMEOUT, agree, gather_objects, start_process_group
+from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine_state import capture_engine, restore_engine
 from lomo_ds.errors import ConfigError
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups

@@ -20,10 +20,11 @@ from lomo_ds.checkpoint import (
     remove_unfinished,
     tensor_record,
 )
-from lomo_ds.config import parse_ds_config, refuse_what_cannot_be
+from lomo_ds.config import refuse_what_cannot_be
 from lomo_ds.data import PackedBlocks, TrainingSteps, tokenize_file
 from lomo_ds.distributed import gather_objects, is_local_main_process, together
 from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile, warmup_steps
+from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine import initialize
 from lomo_ds.errors import CheckpointError, ConfigError, DataError, ModelError
 from lomo_ds.models import (

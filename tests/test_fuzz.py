@@ -20,10 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lomo_ds.arguments import TrainArguments, parse_arguments
-from lomo_ds.config import LomoConfig, parse_ds_config, refuse_what_cannot_be
+from lomo_ds.config import LomoConfig, refuse_what_cannot_be
 from lomo_ds.data.text import read_documents
 from lomo_ds.data.tokens import tokenize_file
 from lomo_ds.ds_config import SAME_MEANING, fill_scheduler, read_ds_config, reconcile
+from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError, DataError, LomoError
 from lomo_ds.models import load_tokenizer
 

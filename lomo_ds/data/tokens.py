@@ -32,7 +32,10 @@ def tokenize_file(path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -
     if not stored.exists():
         pieces = [np.asarray(ids, dtype=np.int32) for ids in _token_ids(path, tokenizer)]
         _store(np.concatenate(pieces), stored)
-    return np.load(stored, mmap_mode="r", allow_pickle=False)
+    try:
+        return np.load(stored, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{stored}, which keeps the tokens of {path}, is damaged ({error}); delete it") from None
 
 
 def _store(tokens: TokenArray, path: Path) -> None:
