@@ -40,8 +40,9 @@ from lomo_ds.models import (
     verify_export,
 )
 from lomo_ds.monitor import Monitor
+from lomo_ds.progress import FINISHED, Progress, is_finished
 from lomo_ds.signals import StopRequest
-from lomo_ds.trainer import FINISHED, Progress, Trainer, is_finished
+from lomo_ds.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,9 @@
 """The training loop: steps, evaluations, log lines, checkpoints, and the model exported at the end."""
 
 import dataclasses
-import json
-import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -18,54 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from lomo_ds import zero3
 from lomo_ds.arguments import TrainArguments
-from lomo_ds.checkpoint import checkpoint_name, rotate
-from lomo_ds.data import PackedBlocks, Position, TrainingSteps, evaluation_batches
+from lomo_ds.checkpoint import checkpoint_name
+from lomo_ds.data import PackedBlocks, TrainingSteps, evaluation_batches
 from lomo_ds.distributed import agree
 from lomo_ds.engine import LomoEngine
-from lomo_ds.errors import CheckpointError
 from lomo_ds.evaluate import continue_text, evaluate_loss
+from lomo_ds.keeper import CheckpointKeeper
 from lomo_ds.models import save_pretrained
 from lomo_ds.monitor import Monitor
+from lomo_ds.progress import Progress, mark_finished
 from lomo_ds.signals import StopRequest
-
-logger = logging.getLogger(__name__)
-
-FINISHED = "finished.json"
-
-
-def mark_finished(output_dir: Path, steps: int) -> None:
-    """Note that a run of so many steps has ended, and its model is whole."""
-    (output_dir / FINISHED).write_text(json.dumps({"steps": steps}) + "\n", encoding="utf-8")
-
-
-def is_finished(output_dir: Path, steps: int) -> bool:
-    """Whether a run of so many steps has ended here."""
-    try:
-        return json.loads((output_dir / FINISHED).read_text(encoding="utf-8")) == {"steps": steps}
-    except (OSError, ValueError):
-        return False
-
-
-@dataclass
-class Progress:
-    """What the loop itself must remember when it is stopped and goes on, as JSON."""
-
-    step: int = 0
-    epoch: int = 0
-    consumed: int = 0  # sequences of the epoch under way
-    losses: list[float] = field(default_factory=list)  # since the last log line
-    unlogged: dict[str, float] | None = None  # of a step whose evaluation was cut short
-    before: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step
-    sample_before: str | None = None
-    best: float | None = None  # the lowest held-out loss of a saved checkpoint
-    best_step: int | None = None
-    saved_step: int | None = None  # of the last checkpoint that is whole
-    failed_saves: int = 0
-
-    @property
-    def position(self) -> Position:
-        """Where the data goes on."""
-        return Position(self.epoch, self.consumed)
 
 
 class Trainer:
@@ -97,7 +55,7 @@ class Trainer:
         self.monitor = monitor
         self.progress = progress
         self.stop = stop
-        self.add_files = add_files
+        self.keeper = CheckpointKeeper(engine, arguments, progress, add_files)
         self.output_dir = Path(arguments.output_dir)
         self.is_main = dist.get_rank() == 0
         self.bar = tqdm(
@@ -106,7 +64,6 @@ class Trainer:
         self.clock, self.counted = time.perf_counter(), steps.tokens  # at the last log line
         self.evaluation: dict[str, float] = {}  # the last one, after evaluated_step
         self.evaluated_step: int | None = None
-        self.pending: Progress | None = None  # of a checkpoint that is being written
 
     def run(self) -> None:
         """Train, evaluate before, on the way and after, export, and say where everything is."""
@@ -125,7 +82,7 @@ class Trainer:
         else:
             self._say(f"resumed: {self.steps.step} steps of {self.steps.total} were done")
         finished = self._train()
-        self._settle_save()
+        self.keeper.settle()
         if not finished:
             return self._say_stopped()
         sample_after = self._sample()
@@ -183,66 +140,10 @@ class Trainer:
         return bool(agree(asked, self.engine.seq_data_parallel_group).item())
 
     def _save(self, last: bool = False) -> None:
-        """Write a checkpoint; a failure ends the run if it is the last one, or if none was ever written."""
-        self._settle_save()
-        self.pending = self._state_to_save()
-        in_background = self.arguments.async_save and not last
-        blocks = self.steps.blocks
-        try:
-            self.engine.save_checkpoint(
-                self.output_dir,
-                checkpoint_name(self.pending.step),
-                {"progress": dataclasses.asdict(self.pending), "blocks": [len(blocks), blocks.length]},
-                self.add_files,
-                partial(self._rotate, self.pending),
-                in_background,
-            )
-        except CheckpointError as error:
-            self._save_failed(error, last)
-        if not in_background:
-            self._settle_save()
-
-    def _state_to_save(self) -> Progress:
-        position, step = self.steps.position, self.steps.step
-        state = dataclasses.replace(
-            self.progress, step=step, epoch=position.epoch, consumed=position.consumed, saved_step=step
-        )
+        step, position, blocks = self.steps.step, self.steps.position, self.steps.blocks
+        state = dataclasses.replace(self.progress, step=step, epoch=position.epoch, consumed=position.consumed)
         loss = self.evaluation.get("eval_loss") if self.evaluated_step == step else None
-        if loss is not None and (state.best is None or loss < state.best):
-            state.best, state.best_step = loss, step
-        return state
-
-    def _settle_save(self) -> None:
-        """Wait for a checkpoint that is being written in the background, and note how it went."""
-        if self.pending is None:
-            return
-        try:
-            self.engine.saver.wait()
-        except CheckpointError as error:
-            self._save_failed(error, last=False)
-            return
-        done, self.pending = self.pending, None
-        self.progress.saved_step, self.progress.best, self.progress.best_step = (
-            done.saved_step,
-            done.best,
-            done.best_step,
-        )
-
-    def _save_failed(self, error: CheckpointError, last: bool) -> None:
-        self.pending = None
-        self.progress.failed_saves += 1
-        if last or self.progress.saved_step is None:
-            raise error
-        if self.is_main:
-            logger.warning(
-                "%s; training goes on, %s is whole (%d saves have failed so far)",
-                error, checkpoint_name(self.progress.saved_step), self.progress.failed_saves,
-            )  # fmt: skip
-
-    def _rotate(self, state: Progress) -> None:
-        if self.arguments.save_total_limit is not None:
-            protected = {checkpoint_name(step) for step in (state.saved_step, state.best_step) if step is not None}
-            rotate(self.output_dir, self.arguments.save_total_limit, protected)
+        self.keeper.save(state, loss, [len(blocks), blocks.length], last)
 
     def _load_best(self) -> None:
         """With --load_best_model_at_end, the weights of the best checkpoint, unless they are the ones at hand."""

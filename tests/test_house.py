@@ -12,11 +12,11 @@ FLOORS = [
     ["config", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest", "ds_parse"],
     ["ds_config", "data.tokens", "data.packing", "rules", "lifeline", "monitor"],
     ["schedules", "data", "models", "checkpoint"],
-    ["backward", "demo", "cli"],
+    ["backward", "demo", "cli", "progress"],
     ["optimizer"],
     ["assembly", "engine_state"],
     ["engine"],
-    ["evaluate"],
+    ["evaluate", "keeper"],
     ["trainer", "export_checkpoint"],
     ["job"],
 ]
