@@ -1,17 +1,34 @@
 """The weight files of a Hugging Face folder: which tensors they hold, and any piece of one, read alone."""
 
 import json
-import math
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lomo_ds.errors import ModelError
+
+# safetensors' names of what weights and buffers come in
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+MAX_HEADER = 100_000_000  # bytes; safetensors opens no file with a longer one
 
 CONVERT = (
     'python -c "from transformers import AutoModelForCausalLM as M; '
@@ -33,6 +50,7 @@ class WeightFiles:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._file_of: dict[str, Path] = {}
+        self._place_of: dict[str, tuple[str, int]] = {}  # in a safetensors file: the dtype's name, the first byte
         self._mapped: tuple[Path | None, dict[str, Tensor]] = (None, {})  # the .bin file that was read from last
         for file in _weight_files(folder):
             found = self._shapes_in(file)
@@ -42,31 +60,35 @@ class WeightFiles:
     def copy_piece(self, name: str, start: int, out: Tensor) -> None:
         """Fill ``out`` (1-D, any dtype and device) from element ``start`` of the flattened tensor on.
 
-        The file is mapped, so that only these bytes of it are read, and let go of again.
+        Of a safetensors file these bytes alone are read, into ``out`` itself where that is host memory of their dtype.
 
         Raises:
             ModelError: the file cannot be read.
         """
-        file, shape, stop = self._file_of[name], self.shapes[name], start + out.numel()
+        file = self._file_of[name]
         if not out.numel():
             return
         if file.suffix == ".bin":
-            out.copy_(self._tensors_in(file)[name].reshape(-1)[start:stop])
+            out.copy_(self._tensors_in(file)[name].reshape(-1)[start : start + out.numel()])
             return
-        with _reading(file), safe_open(file, framework="pt") as opened:
-            if not shape:
-                out.copy_(opened.get_tensor(name).reshape(1))
-                return
-            row = math.prod(shape[1:])
-            first, last = start // row, -(-stop // row)
-            rows = opened.get_slice(name)[first:last]
-            out.copy_(rows.reshape(-1)[start - first * row : stop - first * row])
+        dtype_name, begin = self._place_of[name]
+        if dtype_name not in DTYPES:
+            raise ModelError(f"{name} in {file} must be one of {', '.join(DTYPES)}, got {dtype_name}")
+        dtype = DTYPES[dtype_name]
+        direct = out.device.type == "cpu" and out.dtype == dtype
+        piece = out if direct else torch.empty(out.numel(), dtype=dtype)
+        with _reading(file):
+            _read(file, begin + start * dtype.itemsize, piece)
+        if piece is not out:
+            out.copy_(piece)
 
     def _shapes_in(self, file: Path) -> dict[str, tuple[int, ...]]:
         if file.suffix == ".bin":
             return {name: tuple(tensor.shape) for name, tensor in self._tensors_in(file).items()}
-        with _reading(file), safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        with _reading(file):
+            data, header = _header(file)
+        self._place_of |= {name: (entry["dtype"], data + entry["data_offsets"][0]) for name, entry in header.items()}
+        return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
     def _tensors_in(self, file: Path) -> dict[str, Tensor]:
         """The tensors of a .bin file, mapped; nothing else can be in it, and no code of its pickle runs."""
@@ -74,6 +96,39 @@ class WeightFiles:
             with _reading(file):
                 self._mapped = (file, torch.load(file, map_location="cpu", mmap=True, weights_only=True))
         return self._mapped[1]
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a safetensors file begin, and its entry on each; checked by safetensors."""
+    with _opened(file) as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(min(length, MAX_HEADER))
+    with safe_open(file, framework="pt"):  # only now, as it reads ahead of what has not been read yet
+        entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    return 8 + length, entries
+
+
+def _read(file: Path, begin: int, out: Tensor) -> None:
+    """Fill ``out`` with the bytes of a file from ``begin`` on."""
+    left = out.view(torch.uint8).numpy().data
+    with _opened(file) as opened:
+        opened.seek(begin)
+        while left:
+            count = opened.readinto(left)
+            if not count:
+                raise OSError(f"it ends {len(left)} bytes early")
+            left = left[count:]
+
+
+def _opened(file: Path) -> FileIO:
+    """A file to read pieces of: the kernel reads what is asked for, and not ahead into what other ranks read.
+
+    In a mapped file, which is how safetensors reads, it reads ahead by megabytes around every piece.
+    """
+    opened = FileIO(file)
+    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return opened
 
 
 @contextmanager

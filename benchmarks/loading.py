@@ -1,0 +1,485 @@
+"""Load one checkpoint on several ranks, with lomo_ds and with transformers' own ZeRO-3 from_pretrained.
+
+    python benchmarks/loading.py
+
+It writes a random LLaMA of --gigabytes (bf16, safetensors, several parts) and loads it with both, in turn. Every load
+happens in fresh processes, one per rank, that have imported everything and have loaded a tiny model in the same way
+before; the files are dropped from the page cache just before it. Of each rank it reports, as the median of
+--repetitions:
+
+- bytes read: how far read_bytes of /proc/self/io went. The kernel counts there what it fetches from the disk for this
+  process, so read calls, page faults in mapped files and read-ahead alike, in whole pages; a page that another rank has
+  fetched already costs nothing. Where a file system does not go to a disk (tmpfs), nothing is reported.
+- peak host memory: VmHWM of /proc/self/status, reset at the start, less VmRSS at the start. It is exact, and takes in
+  pages of mapped files, which the kernel may drop whenever it wants to: the peaks of anonymous memory (RssAnon) and of
+  mapped pages (RssFile), by samples every few milliseconds, tell how much of it these are.
+- peak device memory: by torch's allocator, less what was allocated at the start. There is a GPU for every rank, or none
+  is used.
+- seconds, from a barrier to this rank's own end.
+
+Afterwards the shards of both are compared by their checksums. What lomo_ds promises, in host memory as on the device:
+at most a rank's own shards and twice the largest tensor.
+"""
+
+import ctypes
+import gc
+import hashlib
+import multiprocessing
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import report
+
+# Whatever imports deepspeed is imported where it is used: deepspeed chooses its accelerator then.
+
+GB = 1e9
+DTYPE = torch.bfloat16
+DS_CONFIG = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+OURS, THEIRS = "lomo_ds", "transformers"
+SHAPES = {8.0: "7b", 0.5: "1b", 0.0: "40m"}  # presets, by the gigabytes that they are fit for; the layers are counted
+COLORS = {OURS: "#1b7f79", THEIRS: "#e08e45"}
+PARTS = 5  # files of the checkpoint
+SAMPLE_SECONDS = 0.005
+PRELOAD = ["lomo_ds.models", "accelerate", "transformers.integrations.deepspeed", "transformers.models.llama"]
+COUNTED_BY = "read_bytes of /proc/self/io"
+
+Row = dict[str, Any]  # what one rank's load took
+
+
+def write_checkpoint(folder: Path, config: Any, parts: int) -> int:
+    """Write a random LLaMA, one part of it in memory at a time; returns the bytes of its tensors."""
+    from lomo_ds.models import Export, meta_model
+    from lomo_ds.models.random_weights import random_piece
+
+    model = meta_model(config, DTYPE)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    total = DTYPE.itemsize * sum(shape.numel() for shape in shapes.values())
+    export = Export(folder, dict(model.named_parameters()), f"{-(-total // (parts * 10**6))}MB")
+    export.start()
+    bar = tqdm(desc=f"writing {folder.name}", total=total, unit="B", unit_scale=True)
+    for file, names in export.files.items():
+        drawn = (random_piece(name, shapes[name], 0, shapes[name].numel(), 0.02, seed=0) for name in names)
+        export.write(file, {name: piece.to(DTYPE).view(shapes[name]) for name, piece in zip(names, drawn, strict=True)})
+        bar.update(DTYPE.itemsize * sum(shapes[name].numel() for name in names))
+    export.finish(model, None)
+    bar.close()
+    return total
+
+
+def llama_config(gigabytes: float) -> Any:
+    """A LLaMA of about this many gigabytes in ``DTYPE``."""
+    from lomo_ds.models.presets import preset_config
+
+    preset = next(name for least, name in SHAPES.items() if gigabytes >= least)
+    vocabulary = {"vocab_size": 4000} if preset == "40m" else {}  # or most of the model would be its embeddings
+    one, two = (_numel(preset_config(preset, num_hidden_layers=layers, **vocabulary)) for layers in (1, 2))
+    layers = max(1, 1 + round((gigabytes * GB / DTYPE.itemsize - one) / (two - one)))
+    return preset_config(preset, num_hidden_layers=layers, **vocabulary)
+
+
+def _numel(config: Any) -> int:
+    from lomo_ds.models import meta_model
+
+    return sum(parameter.numel() for parameter in meta_model(config, DTYPE).parameters())
+
+
+def load(method: str, folder: Path) -> Any:
+    """The model in ``folder``, its parameters split over the ranks."""
+    if method == OURS:
+        from lomo_ds.models import load_config, load_model
+
+        return load_model(str(folder), load_config(str(folder)), DS_CONFIG, DTYPE)
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    alive = HfDeepSpeedConfig(DS_CONFIG)  # transformers looks whether there is one
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE)
+    del alive
+    return model
+
+
+def memory(process: int | str = "self") -> dict[str, int]:
+    """Bytes of a process in memory: now (VmRSS; of it RssAnon, RssFile), and the most since the last reset (VmHWM)."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return {name: 1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM", "RssAnon", "RssFile")}
+
+
+def bytes_read() -> int:
+    """What the kernel has fetched from disks for this process."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
+    return int(fields["read_bytes"])
+
+
+def measure(method: str, folder: Path) -> tuple[Row, Any]:
+    """Load the model, and what that took on this rank."""
+    from lomo_ds import zero3
+
+    on_gpu = torch.cuda.is_available() and os.environ["DS_ACCELERATOR"] == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    device_start = torch.cuda.memory_allocated() if on_gpu else 0
+    torch.distributed.barrier()
+    start, read_start, host_start = time.perf_counter(), bytes_read(), memory()["VmRSS"]
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
+    model = load(method, folder)
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds, read, host = time.perf_counter() - start, bytes_read() - read_start, memory()["VmHWM"] - host_start
+    shards = zero3.shards(model)
+    row = {
+        "bytes_read": read,
+        "peak_host_bytes": host,
+        "peak_device_bytes": torch.cuda.max_memory_allocated() - device_start if on_gpu else None,
+        "seconds": seconds,
+        "shard_bytes": sum(shard.data.nbytes for shard in shards),
+        "largest_tensor_bytes": max(shard.shape.numel() * shard.data.itemsize for shard in shards),
+    }
+    return row, shards
+
+
+def checksums(shards: Any) -> dict[str, str]:
+    """Of each parameter's shard, by its name."""
+    return {shard.name: hashlib.sha256(shard.data.cpu().view(torch.uint8).numpy().data).hexdigest() for shard in shards}
+
+
+def _rank_process(
+    connection: Connection, method: str, folder: Path, warm_up: Path, rank: int, ranks: int, port: int
+) -> None:
+    """One rank: get ready, say so, wait for the word, load, and send what it took and then the checksums."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        _get_ready(method, warm_up, ranks)
+        connection.send(memory())
+        connection.recv()
+        row, shards = measure(method, folder)
+        connection.send(row)
+        connection.recv()  # by now the others are done, and nobody's memory is looked at any more
+        connection.send(checksums(shards))
+    except Exception:
+        connection.send(traceback.format_exc())
+
+
+def _get_ready(method: str, warm_up: Path, ranks: int) -> None:
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    from lomo_ds.distributed import start_process_group
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # deepspeed prints into the progress bar
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers_logging.disable_progress_bar()
+    start_process_group()
+    load(method, warm_up)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or the load would begin in memory that the warm-up has left
+
+
+def load_on_ranks(method: str, folder: Path, warm_up: Path, ranks: int) -> tuple[list[Row], list[dict[str, str]]]:
+    """One load in fresh processes: what it took on each rank, and the checksums of each rank's shards."""
+    context: Any = multiprocessing.get_context("spawn" if os.environ["DS_ACCELERATOR"] == "cuda" else "forkserver")
+    port = _free_port()
+    connections, processes = [], []
+    for rank in range(ranks):
+        ours, theirs = context.Pipe()
+        arguments = (theirs, method, folder, warm_up, rank, ranks, port)
+        processes.append(context.Process(target=_rank_process, args=arguments, daemon=True))
+        connections.append(ours)
+        processes[rank].start()
+        theirs.close()
+    try:
+        starts = [_receive(connection) for connection in connections]
+        drop_from_page_cache(folder)
+        for connection in connections:
+            connection.send("load")
+        peaks = _sample_until_answered(connections, processes)
+        rows = [_receive(connection) for connection in connections]
+        for connection in connections:
+            connection.send("checksums")
+        sums = [_receive(connection) for connection in connections]
+    finally:
+        for process in processes:
+            process.join(5.0)
+            process.kill()
+    for rank, (row, start, peak) in enumerate(zip(rows, starts, peaks, strict=True)):
+        row |= {"method": method, "rank": rank, "bound_bytes": row["shard_bytes"] + 2 * row["largest_tensor_bytes"]}
+        row["peak_anonymous_bytes"] = max(0, peak["RssAnon"] - start["RssAnon"])
+        row["peak_mapped_bytes"] = max(0, peak["RssFile"] - start["RssFile"])
+    return rows, sums
+
+
+def _sample_until_answered(connections: list[Connection], processes: list[Any]) -> list[dict[str, int]]:
+    """The largest of each figure of ``memory`` of each process, until all have something to say."""
+    peaks = [memory(process.pid) for process in processes]
+    while len(wait(connections, timeout=SAMPLE_SECONDS)) < len(connections):
+        if not all(process.is_alive() for process in processes):
+            break
+        for peak, process in zip(peaks, processes, strict=True):
+            peak |= {name: max(peak[name], value) for name, value in memory(process.pid).items()}
+        time.sleep(SAMPLE_SECONDS)  # as wait returns at once where one rank is done
+    return peaks
+
+
+def _receive(connection: Connection) -> Any:
+    try:
+        received = connection.recv()
+    except EOFError:
+        sys.exit("a rank died")
+    if isinstance(received, str):
+        sys.exit(f"a rank failed:\n{received}")
+    return received
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    """Let the next read of the files in ``folder`` go to the disk."""
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())  # what is not written back yet would stay
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def reads_are_counted(folder: Path) -> bool:
+    """Whether ``drop_from_page_cache`` and ``bytes_read`` work for files in ``folder``, tried on them."""
+    drop_from_page_cache(folder)
+    before = bytes_read()
+    size = sum(len(file.read_bytes()) for file in folder.iterdir())
+    return bytes_read() - before >= size
+
+
+def medians(loads: list[list[Row]], counted: bool) -> list[Row]:
+    """One row for each rank: the median of its loads, but within the bound only if every one was."""
+    rows = []
+    for of_rank in zip(*loads, strict=True):
+        row = dict(of_rank[0])
+        for name in (name for name in row if name.startswith(("peak_", "bytes_", "seconds"))):
+            row[name] = None if row[name] is None else statistics.median(load[name] for load in of_rank)
+        if not counted:
+            row["bytes_read"] = None
+        row["within_bound"] = all(
+            max(load["peak_host_bytes"], load["peak_device_bytes"] or 0) <= load["bound_bytes"] for load in of_rank
+        )
+        rows.append(row)
+    return rows
+
+
+def compare(folder: Path, gigabytes: float, ranks: int, repetitions: int) -> dict[str, Any]:
+    """Write the checkpoint into ``folder``, load it with both in turn, and return all that is reported."""
+    from transformers import LlamaConfig
+
+    config = llama_config(gigabytes)
+    tiny = LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=2, vocab_size=4000)
+    checkpoint, warm_up = folder / "checkpoint", folder / "warm_up"
+    total = write_checkpoint(checkpoint, config, PARTS)
+    write_checkpoint(warm_up, tiny, 1)
+    counted = reads_are_counted(warm_up)
+    loads: dict[str, list[list[Row]]] = {OURS: [], THEIRS: []}
+    sums = []
+    for method in tqdm([OURS, THEIRS] * repetitions, desc="loading", unit=" loads"):
+        rows, of_ranks = load_on_ranks(method, checkpoint, warm_up, ranks)
+        loads[method].append(rows)
+        sums.append(of_ranks)
+    reported = {method: medians(of_method, counted) for method, of_method in loads.items()}
+    return {
+        "environment": report.environment("accelerate"),
+        "checkpoint": {
+            "bytes": total,
+            "files": len(list(checkpoint.glob("*.safetensors"))),
+            "largest_tensor_bytes": reported[OURS][0]["largest_tensor_bytes"],
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+        },
+        "accelerator": os.environ["DS_ACCELERATOR"],
+        "ranks": ranks,
+        "repetitions": repetitions,
+        "bytes_read_counted_by": COUNTED_BY if counted else None,
+        "bound_holds": {method: all(row["within_bound"] for row in rows) for method, rows in reported.items()},
+        "same_shards": all(of_ranks == sums[0] for of_ranks in sums),
+        "rows": [*reported[OURS], *reported[THEIRS]],
+        "loads": loads,
+    }
+
+
+def rows_of(method: str, results: dict[str, Any]) -> list[Row]:
+    """What one of the two took, rank by rank."""
+    return [row for row in results["rows"] if row["method"] == method]
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    columns = {
+        "GB read": "bytes_read",
+        "own shards GB": "shard_bytes",
+        "peak host GB": "peak_host_bytes",
+        "anonymous GB": "peak_anonymous_bytes",
+        "mapped files GB": "peak_mapped_bytes",
+        "peak device GB": "peak_device_bytes",
+        "bound GB": "bound_bytes",
+    }
+    if results["accelerator"] == "cpu":
+        del columns["peak device GB"]
+    lines = []
+    for row in results["rows"]:
+        figures = [_gb(row[name]) for name in columns.values()]
+        within = "yes" if row["within_bound"] else "**no**"
+        lines.append([row["method"], str(row["rank"]), *figures, within, f"{row['seconds']:.2f}"])
+    checkpoint = results["checkpoint"]
+    return (
+        f"# Loading a checkpoint of {_gb(checkpoint['bytes'])} GB on {results['ranks']} ranks\n\n"
+        f"A random LLaMA of {checkpoint['layers']} layers in {checkpoint['files']} safetensors files, bf16, dropped "
+        f"from the page cache before each load. Figures are medians of {results['repetitions']} loads, each in fresh "
+        "processes.\n\n"
+        + "".join(f"- {sentence}\n" for sentence in findings(results))
+        + "\n"
+        + report.table(["method", "rank", *columns, "within it", "seconds"], lines)
+        + "\nA GB is 10^9 bytes. Peaks are above the start of the load, and the peak of host memory counts anonymous "
+        "memory and the pages of mapped files, of which the kernel may drop the latter whenever it wants to; these two "
+        "have a peak of their own each, which need not fall together.\n"
+    )
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """What the figures say, in sentences."""
+    largest = _gb(results["checkpoint"]["largest_tensor_bytes"])
+    found = []
+    for method, holds in results["bound_holds"].items():
+        rows = [row for load in results["loads"][method] for row in load]
+        most = max(max(row["peak_host_bytes"], row["peak_device_bytes"] or 0) / row["bound_bytes"] for row in rows)
+        verdict = "holds" if holds else "does not hold"
+        found.append(
+            f"The bound, a rank's own shards and twice the largest tensor ({largest} GB), **{verdict}** for {method}: "
+            f"the highest peak of any load is {most:.0%} of it."
+        )
+    if results["bytes_read_counted_by"] is None:
+        found.append("Bytes read are not reported: the kernel counts none for files on this file system.")
+    else:
+        most = max(row["bytes_read"] / row["shard_bytes"] for row in rows_of(OURS, results))
+        read = {method: sum(row["bytes_read"] for row in rows_of(method, results)) for method in (OURS, THEIRS)}
+        found.append(
+            f"With {OURS} no rank reads more than {most:.1%} of the bytes of its own shards. All ranks together read "
+            f"{_gb(read[OURS])} GB with {OURS} and {_gb(read[THEIRS])} GB with {THEIRS}, counted by "
+            f"{results['bytes_read_counted_by']}."
+        )
+    same = "the same" if results["same_shards"] else "**not the same**"
+    found.append(f"The shards of all loads are {same}, by a checksum of each parameter's on each rank.")
+    return found
+
+
+def _gb(count: float | None) -> str:
+    return "not counted" if count is None else f"{count / GB:.3f}"
+
+
+def draw(results: dict[str, Any]) -> Any:
+    """Bars for each rank: what is read, and the peaks of memory with their bound."""
+    panels = {
+        "bytes_read": ("Read from disk by each rank", "shard_bytes", "a rank's own shards"),
+        "peak_host_bytes": (
+            "Peak host memory of each rank, above the start",
+            "bound_bytes",
+            "bound: own shards + 2 x largest tensor",
+        ),
+        "peak_device_bytes": (
+            "Peak device memory of each rank",
+            "bound_bytes",
+            "bound: own shards + 2 x largest tensor",
+        ),
+    }
+    if results["accelerator"] == "cpu":
+        del panels["peak_device_bytes"]
+    figure, all_axes = report.pyplot().subplots(
+        1, len(panels), figsize=(5.8 * len(panels), 5.0), layout="constrained", gridspec_kw={"wspace": 0.06}
+    )
+    for axes, (name, (title, limit, meaning)) in zip(all_axes, panels.items(), strict=True):
+        for side, method in enumerate(COLORS):
+            _draw_bars(axes, name, method, side, results)
+        axes.axhline(
+            results["rows"][0][limit] / GB, color="#222222", linestyle="--", linewidth=1.3, label=meaning, zorder=3
+        )
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_ylabel("GB")
+        axes.set_xticks(range(results["ranks"]), [f"rank {rank}" for rank in range(results["ranks"])])
+        axes.tick_params(axis="x", length=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(y=0.1)
+        (line, *bars), (limit_label, *labels) = axes.get_legend_handles_labels()
+        axes.legend(
+            [*bars, line],
+            [*labels, limit_label],
+            frameon=False,
+            fontsize=9,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.08),
+            ncols=2,
+        )
+    seconds = [f"{method} {max(row['seconds'] for row in rows_of(method, results)):.1f} s" for method in COLORS]
+    figure.suptitle(
+        f"Loading a LLaMA of {results['checkpoint']['bytes'] / GB:.2g} GB into {results['ranks']} ZeRO-3 ranks: "
+        + ", ".join(seconds),
+        fontsize=13,
+        fontweight="bold",
+    )
+    return figure
+
+
+def _draw_bars(axes: Any, name: str, method: str, side: int, results: dict[str, Any]) -> None:
+    """One method's bars; of host memory, the part that anonymous memory never reached is drawn lighter."""
+    rows = rows_of(method, results)
+    places = [row["rank"] + (side - 0.5) * 0.4 for row in rows]
+    heights = [(row[name] or 0) / GB for row in rows]
+    split = name == "peak_host_bytes"
+    solid = [min(row["peak_anonymous_bytes"], row[name]) / GB if split else (row[name] or 0) / GB for row in rows]
+    bars = axes.bar(places, heights, 0.37, color=COLORS[method], alpha=0.4 if split else 1.0)
+    axes.bar(places, solid, 0.37, color=COLORS[method], label=method)
+    if split and method == THEIRS:
+        axes.bar(places[0], 0, 0.37, color=COLORS[method], alpha=0.4, label="pages of mapped files")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+    axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=3, bbox=box, zorder=4)
+
+
+def main() -> None:
+    """Compare, and write what it gave."""
+    parser = report.parser(__doc__)
+    parser.add_argument("--ranks", type=int, default=4, help="processes that load; 4 by default")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint; 2 by default")
+    parser.add_argument("--repetitions", type=int, default=3, help="loads with each of the two; 3 by default")
+    parser.add_argument("--folder", type=Path, help="on the disk to read from; the system's temporary one by default")
+    given = parser.parse_args()
+    report.require("accelerate", "matplotlib")
+    gpu_each = torch.cuda.device_count() >= given.ranks
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu_each else "cpu")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        results = compare(Path(folder), given.gigabytes, given.ranks, given.repetitions)
+    report.write_results(given.output_dir, "loading", results, describe(results), draw(results))
+
+
+if __name__ == "__main__":
+    main()
