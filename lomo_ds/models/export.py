@@ -114,6 +114,7 @@ class Export:
         """
         with self._writing():
             save_file(tensors, self.partial / file, metadata={"format": "pt", "manifest": MANIFEST})
+            _order_metadata(self.partial / file)
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Add what belongs to the weights, and move all of it into place, ``config.json`` last.
@@ -147,6 +148,18 @@ class Export:
             shutil.rmtree(self.partial, ignore_errors=True)  # above all where the disk is full
             reason = getattr(error, "strerror", None) or str(error)
             raise ModelError(f"the model cannot be written to {self.folder}: {reason}") from error
+
+
+def _order_metadata(file: Path) -> None:
+    """Make the same weights the same bytes: safetensors writes the fields of its metadata in any order."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(ordered) == length
+        opened.seek(8)
+        opened.write(ordered)
 
 
 def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

@@ -176,6 +176,16 @@ def save_watched(folder: str, out: str) -> list[int]:
     return alive
 
 
+def test_the_same_weights_are_the_same_bytes(ranks: GroupOf, tmp_path: Path) -> None:
+    folder = str(saved_llama(tmp_path / "in"))
+    for number in range(6):
+        ranks(2).run(save_watched, folder, str(tmp_path / str(number)))
+    parts = {file.name for file in (tmp_path / "0").iterdir()}
+    assert len(parts) > 6
+    for name in parts:
+        assert len({(tmp_path / str(number) / name).read_bytes() for number in range(6)}) == 1, name
+
+
 def test_export_holds_one_output_file_at_a_time(ranks: GroupOf, tmp_path: Path) -> None:
     folder = str(saved_llama(tmp_path / "in"))
     alive, none = ranks(2).run(save_watched, folder, str(tmp_path / "out"))
