@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.checkpoint.test_engine_checkpoints import interrupted_and_not
 from tests.engines import largest_difference, make_engine, weights_of
 from tests.ranks import Ranks
 from tests.reference import PlainSGD, tiny_model, whole_batch
@@ -63,3 +65,17 @@ def train_half(section: str) -> list[float]:
 def test_half_precision_learns(ranks: GroupOf, section: str) -> None:
     losses = ranks(1, "cuda").run(train_half, section)[0]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def interrupted_on_gpu(folder: str, precision: str, offload: bool, in_background: bool) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    interrupted_and_not(folder, precision, offload, in_background)
+
+
+@pytest.mark.parametrize(
+    ("precision", "offload", "in_background"), [("bf16", False, True), ("fp16", False, False), ("bf16", True, True)]
+)
+def test_resumed_is_never_stopped(
+    ranks: GroupOf, tmp_path: Path, precision: str, offload: bool, in_background: bool
+) -> None:
+    ranks(1, "cuda").run(interrupted_on_gpu, str(tmp_path), precision, offload, in_background)
