@@ -3,8 +3,8 @@
     python benchmarks/faults.py --trials 50
 
 Each trial kills one rank or all of them with SIGKILL, at a moment drawn from the whole run, three in ten of them within
-a save, and then starts the job again with --resume_from_checkpoint auto. It counts how often the final weights are those
-of a run that was left alone, bit for bit, and how long the ranks that were spared took to notice. On CPU ranks,
+a save, and then starts the job again with --resume_from_checkpoint auto. It counts how often the final weights are
+those of a run that was left alone, bit for bit, and how long the ranks that were spared took to notice. On CPU ranks,
 everywhere.
 """
 

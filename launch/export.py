@@ -18,9 +18,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--max_shard_size", default="5GB", help="of one output file (default %(default)s)")
     parser.add_argument("--model_name_or_path", help="configuration and tokenizer, where the checkpoint has none")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     given = parser.parse_args(argv)
     return run_alone(
-        lambda: export_checkpoint(given.checkpoint, given.output_dir, given.max_shard_size, given.model_name_or_path)
+        lambda: export_checkpoint(
+            given.checkpoint, given.output_dir, given.max_shard_size, given.model_name_or_path, given.trust_remote_code
+        )
     )
 
 

@@ -18,7 +18,7 @@ from lomo_ds.distributed import all_reduce_min
 from lomo_ds.memory import free_bytes
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.rules import Rule, Sgd
-from lomo_ds.schedules import Schedule, Target, build_schedule, choose_schedule
+from lomo_ds.schedules import Choice, Target, build_schedule, choose_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +37,23 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
         for shard, group, parameter in zip(shards, clipping_groups(list(trained)), trained.values(), strict=True)
     ]
     clipping = Clipping(lomo.clip_grad_value, lomo.clip_group_norm, engine.gradient_clipping() or None)
-    schedule = _choose_and_build_schedule(engine, lomo, targets, _build_rule(engine, lomo), clipping)
+    stash_dtype = torch.float32 if engine.gradient_accumulation_steps() > 1 else _communication_dtype(engine)
+    choice = _choose_schedule(engine, lomo, targets, stash_dtype)
+    schedule = build_schedule(
+        choice,
+        targets,
+        _build_rule(engine, lomo),
+        clipping,
+        engine.device,
+        engine.seq_data_parallel_group,
+        stash_dtype,
+    )
     return LomoOptimizer(
         groups=groups,
         offload=offload,
         hooks=BackwardHooks(list(trained.values()), shards, schedule, _communication_dtype(engine)),
         schedule=schedule,
+        choice=choice,
         loss_scaler=_build_loss_scaler(engine),
         ranks=engine.seq_data_parallel_group,
     )
@@ -83,12 +94,10 @@ def _build_rule(engine: DeepSpeedEngine, lomo: LomoConfig) -> Rule:
     return Sgd(generator=torch.Generator(engine.device).manual_seed(lomo.seed + rank))
 
 
-def _choose_and_build_schedule(
-    engine: DeepSpeedEngine, lomo: LomoConfig, targets: list[Target], rule: Rule, clipping: Clipping
-) -> Schedule:
+def _choose_schedule(
+    engine: DeepSpeedEngine, lomo: LomoConfig, targets: list[Target], stash_dtype: torch.dtype | None
+) -> Choice:
     ranks = engine.seq_data_parallel_group
-    accumulates = engine.gradient_accumulation_steps() > 1
-    stash_dtype = torch.float32 if accumulates else _communication_dtype(engine)
     free_device, free_host = all_reduce_min(torch.tensor(free_bytes(), device=engine.device), ranks).tolist()
     choice = choose_schedule(
         lomo,
@@ -101,7 +110,7 @@ def _choose_and_build_schedule(
     )
     if engine.global_rank == 0:
         logger.info("update_schedule %s: %s", lomo.update_schedule, choice)
-    return build_schedule(choice, targets, rule, clipping, engine.device, ranks, stash_dtype)
+    return choice
 
 
 def _build_loss_scaler(engine: DeepSpeedEngine) -> LossScalerBase:

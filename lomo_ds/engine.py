@@ -252,6 +252,8 @@ class LomoEngine(DeepSpeedEngine):
         save_dir: str | Path,
         tag: str | None = None,
         client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        *,
         add_files: Callable[[Path], None] | None = None,
         then: Callable[[], None] | None = None,
         in_background: bool = False,
@@ -261,20 +263,28 @@ class LomoEngine(DeepSpeedEngine):
         Args:
             tag: the folder's name, ``checkpoint-<step>`` by default.
             client_state: what the caller wants back from ``load_checkpoint``, as JSON; the same on every rank.
+            save_latest: whether ``latest`` is to name it.
             add_files, then, in_background: see ``Saver.save``.
 
         Returns:
             True, as DeepSpeed's does.
 
         Raises:
+            ConfigError: a step is under way, whose gradients no checkpoint holds.
             CheckpointError: see ``Saver.save``.
         """
+        if self.optimizer.backward_passes:
+            raise ConfigError(
+                f"save_checkpoint saves between steps, but {self.optimizer.backward_passes} engine.backward of an "
+                "unfinished step came before it; call engine.step() first"
+            )
         self.saver.save(
             capture_engine(self, client_state),
             Path(save_dir) / (tag or checkpoint_name(self.global_steps)),
             add_files,
             then,
             in_background,
+            save_latest,
         )
         return True
 
@@ -290,6 +300,7 @@ class LomoEngine(DeepSpeedEngine):
         Raises:
             LomoError: the checkpoint is damaged, or of another model.
         """
+        self.saver.wait()
         tag = tag or gather_objects(read_latest(Path(load_dir)), self.saver.group)[0]
         if tag is None:
             return None, None
@@ -329,6 +340,9 @@ class LomoEngine(DeepSpeedEngine):
 
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
         return optimizer_name.lower() == "lomo"
+
+    def _scheduler_from_config(self, optimizer: LomoOptimizer) -> Any:
+        return super()._scheduler_from_config(optimizer.optimizer)  # torch's schedulers want one of torch's
 
     def _configure_optimizer(self, client_optimizer: None, model_parameters: list[Any]) -> None:
         lomo = read_lomo_config(self.config)

@@ -4,20 +4,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lomo_ds.checkpoint import dtype_of, open_alone, refuse_other_model, tensor_record, whole_tensors
+from lomo_ds.checkpoint import MODEL, dtype_of, open_alone, refuse_other_model, tensor_record, whole_tensors
 from lomo_ds.errors import CheckpointError
 from lomo_ds.models import Export, load_config, load_generation_config, load_tokenizer, meta_model, saved_tensors
 
-MODEL = "model"  # in a checkpoint of launch/train.py: configuration and tokenizer
-
 
 def export_checkpoint(
-    checkpoint: Path, output_dir: Path, max_shard_size: str, model_name_or_path: str | None = None
+    checkpoint: Path,
+    output_dir: Path,
+    max_shard_size: str,
+    model_name_or_path: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write the weights of ``checkpoint`` to ``output_dir``; in memory, one output file at a time.
 
     Args:
         model_name_or_path: folder of the configuration and tokenizer; by default the checkpoint's own.
+        trust_remote_code: whether to run the code that comes with the model.
 
     Raises:
         LomoError: the checkpoint is damaged or of another model, or the folder cannot be written.
@@ -31,11 +34,11 @@ def export_checkpoint(
         )
     dtypes = {name: dtype_of(dtype) for name, (_, dtype) in found.record["tensors"].items()}
     dtype = next(dtype for dtype in dtypes.values() if dtype.is_floating_point)
-    model = meta_model(load_config(folder), dtype)
+    model = meta_model(load_config(folder, trust_remote_code), dtype, trust_remote_code)
     load_generation_config(model, folder)
     tensors = saved_tensors(model)
     refuse_other_model(checkpoint, found.record, tensor_record(tensors))
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     export = Export(output_dir, tensors, max_shard_size)
     export.start()
     for file, names in tqdm(export.files.items(), desc="exporting", unit=" files", disable=None):

@@ -1,5 +1,6 @@
 """A training job from its arguments: everything is read, checked and joined before the first step."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -13,11 +14,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lomo_ds.arguments import TrainArguments
 from lomo_ds.checkpoint import (
+    MODEL,
     Checkpoint,
     checkpoints_in,
     newest_whole,
     open_checkpoint,
     remove_unfinished,
+    step_of,
     tensor_record,
 )
 from lomo_ds.config import refuse_what_cannot_be
@@ -66,16 +69,19 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     name = _find_model(arguments)
     config, tokenizer, length = together(lambda: _load_vocabulary(name, arguments))
     training, validation = _load_blocks(arguments, tokenizer, length, output_dir / "cache")
-    if arguments.resume_from_checkpoint == "auto" and _is_done(arguments, training):
+    anew = _steps(arguments, training, Progress())
+    run_id = {"steps": anew.total, "model": arguments.model_name_or_path, "data": anew.data}
+    if arguments.resume_from_checkpoint == "auto" and _is_done(output_dir, run_id):
         return
-    found = _find_checkpoint(arguments, config, training)
-    progress = Progress(**found.record["client_state"]["progress"]) if found else Progress()
+    found = _find_checkpoint(arguments, config, anew.data)
+    progress = _progress(found, output_dir)
     steps = _steps(arguments, training, progress)
-    filled = together(lambda: _checked(fill_scheduler(ds_config, arguments, steps.total)))
+    together(lambda: _refuse_fewer_steps(steps))
+    filled = together(lambda: _checked(fill_scheduler(_as_saved(ds_config, found), arguments, steps.total)))
 
     torch.manual_seed(arguments.seed + rank)
     model = _empty_or_loaded(found, name, config, filled, arguments)
-    together(lambda: load_generation_config(model, str(found.folder / "model") if found else name))
+    together(lambda: load_generation_config(model, str(found.folder / MODEL) if found else name))
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     scheduler = None if "scheduler" in filled else _scheduler(arguments, steps.total)
@@ -87,12 +93,12 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     def add_files(folder: Path) -> None:
         """What a checkpoint needs to be exported, and to be understood, without the rest of the run."""
         _write_settings(folder, resolved, filled)
-        (folder / "model").mkdir()
-        save_settings(model, tokenizer, folder / "model")
+        (folder / MODEL).mkdir()
+        save_settings(model, tokenizer, folder / MODEL)
 
     together(lambda: _begin(output_dir, resolved, filled) if rank == 0 else None)
-    with Monitor(output_dir, rank, steps.step) as monitor:
-        Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, add_files).run()
+    with together(lambda: _open_monitor(output_dir, rank, steps.step)) as monitor:
+        Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, add_files, run_id).run()
 
 
 def _steps(arguments: TrainArguments, blocks: PackedBlocks, progress: Progress) -> TrainingSteps:
@@ -111,16 +117,45 @@ def _steps(arguments: TrainArguments, blocks: PackedBlocks, progress: Progress) 
     )
 
 
-def _is_done(arguments: TrainArguments, blocks: PackedBlocks) -> bool:
+def _progress(found: Checkpoint | None, output_dir: Path) -> Progress:
+    """What the run goes on from; a checkpoint of another folder's run is none of this one's."""
+    if found is None:
+        return Progress()
+    progress = Progress(**found.record["client_state"]["progress"])
+    if found.folder.resolve().parent != output_dir.resolve():
+        progress.saved_step, progress.best, progress.best_step = None, None, None
+    return progress
+
+
+def _refuse_fewer_steps(steps: TrainingSteps) -> None:
+    if steps.step > steps.total:
+        raise CheckpointError(
+            f"the checkpoint to resume from is {steps.step} steps old, and the run is to have {steps.total}; give at "
+            f"least --max_steps {steps.step}, or resume from an older one"
+        )
+
+
+def _as_saved(ds_config: dict[str, Any], found: Checkpoint | None) -> dict[str, Any]:
+    """``ds_config`` in which ``auto`` is what it came to then: another schedule is as exact, but rounds otherwise."""
+    if found is None or found.record["world_size"] != dist.get_world_size():
+        return ds_config
+    config = copy.deepcopy(ds_config)
+    params = config["optimizer"].setdefault("params", {})
+    for name, value in found.record["schedule"].items():
+        if params.get(name, "auto") == "auto":
+            params[name] = value
+    return config
+
+
+def _is_done(output_dir: Path, run_id: dict[str, Any]) -> bool:
     """Whether this very run has ended before: a scheduler may start a job once more than there is work."""
-    output_dir, total = Path(arguments.output_dir), _steps(arguments, blocks, Progress()).total
-    done = gather_objects(is_finished(output_dir, total))[0]
+    done = gather_objects(is_finished(output_dir, run_id))[0]
     if done and dist.get_rank() == 0:
-        logger.info("nothing to do: the run of %d steps has ended, and its model is in %s", total, output_dir)
+        logger.info("nothing to do: the run of %d steps has ended, and its model is in %s", run_id["steps"], output_dir)
     return done
 
 
-def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, blocks: PackedBlocks) -> Checkpoint | None:
+def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, data: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint to go on from, verified; None to start from the beginning."""
     output_dir = Path(arguments.output_dir)
     tensors = together(
@@ -128,30 +163,39 @@ def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, blocks
     )
 
     def check(folder: Path, record: dict[str, Any]) -> None:
-        theirs, ours = record["client_state"].get("blocks"), [len(blocks), blocks.length]
-        if theirs != ours:
+        theirs = record["client_state"].get("data")
+        if theirs != data:
             raise CheckpointError(
-                f"{folder} was saved while training on [sequences, tokens in each] {theirs}, and --train_file gives "
-                f"{ours} with --max_seq_length; resume with the same text and length, or give another --output_dir"
+                f"{folder} was saved while training on {theirs}, and --train_file, --max_seq_length and --seed give "
+                f"{data}; resume with the same text, length and seed, or give another --output_dir"
             )
 
+    together(lambda: remove_unfinished(output_dir) if dist.get_rank() == 0 else None)
     if arguments.resume_from_checkpoint == "auto":
-        together(lambda: remove_unfinished(output_dir) if dist.get_rank() == 0 else None)
         return newest_whole(output_dir, tensors, check=check)
-    if arguments.resume_from_checkpoint is not None:
-        return open_checkpoint(Path(arguments.resume_from_checkpoint), tensors, check=check)
-    together(lambda: _refuse_checkpoints_of_another_run(output_dir))
-    return None
+    folder = None if arguments.resume_from_checkpoint is None else Path(arguments.resume_from_checkpoint)
+    together(lambda: _refuse_checkpoints_of_another_run(output_dir, folder))
+    return None if folder is None else open_checkpoint(folder, tensors, check=check)
 
 
-def _refuse_checkpoints_of_another_run(output_dir: Path) -> None:
-    """A later ``auto`` would mistake them for this run's."""
-    found = checkpoints_in(output_dir)
-    if found:
+def _refuse_checkpoints_of_another_run(output_dir: Path, resumed: Path | None) -> None:
+    """A later ``auto`` would mistake them for this run's: all of them, but ``resumed`` and those before it."""
+    up_to = -1
+    if resumed is not None and resumed.resolve().parent == output_dir.resolve():
+        up_to = step_of(resumed)
+    others = [folder for folder in checkpoints_in(output_dir) if step_of(folder) > up_to]
+    if others:
         raise ConfigError(
-            f"--output_dir {output_dir} holds {found[-1].name} of an earlier run; go on from it with "
-            "--resume_from_checkpoint auto, or give another --output_dir"
+            f"--output_dir {output_dir} holds {others[-1].name} of another run; go on from it with "
+            "--resume_from_checkpoint auto, remove it, or give another --output_dir"
         )
+
+
+def _open_monitor(output_dir: Path, rank: int, step: int) -> Monitor:
+    try:
+        return Monitor(output_dir, rank, step)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from None
 
 
 def _empty_or_loaded(
@@ -201,8 +245,9 @@ def _write_settings(folder: Path, arguments: TrainArguments, ds_config: dict[str
 def _find_model(arguments: TrainArguments) -> str:
     """The folder of the model, or a preset's name; what has to be downloaded is, once on each host."""
     name = arguments.model_name_or_path
-    together(lambda: find_model(name) if is_local_main_process() else None)
-    found = together(lambda: find_model(name, download=False))
+    trust = arguments.trust_remote_code
+    together(lambda: find_model(name, True, trust) if is_local_main_process() else None)
+    found = together(lambda: find_model(name, False, trust))
     together(lambda: verify_export(found, dist.get_rank(), dist.get_world_size(), weights=False))
     return found
 

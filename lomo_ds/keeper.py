@@ -2,14 +2,17 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import deepspeed.comm as dist
 
 from lomo_ds.arguments import TrainArguments
 from lomo_ds.checkpoint import checkpoint_name, rotate
+from lomo_ds.data import Position
 from lomo_ds.engine import LomoEngine
 from lomo_ds.errors import CheckpointError
 from lomo_ds.progress import Progress
@@ -33,38 +36,45 @@ class CheckpointKeeper:
         self.progress = progress
         self.add_files = add_files
         self.output_dir = Path(arguments.output_dir)
+        self.saver = engine.saver  # made now: where its ranks cannot meet, a run should not find out at its first save
         self.pending: Progress | None = None  # what is being written
 
-    def save(self, state: Progress, loss: float | None, blocks: list[int], last: bool) -> None:
-        """Write the checkpoint of ``state``, with --async_save in the background.
+    def save(self, step: int, position: Position, data: dict[str, Any], last: bool = False) -> None:
+        """Write the checkpoint after ``step``, with --async_save in the background.
 
         Args:
-            loss: held-out, of this very state, if it was evaluated.
-            blocks: number and length of the training sequences, by which the data is known again.
+            data: by which the training text is known again.
             last: the run ends with it.
 
         Raises:
             CheckpointError: it cannot be written, and it is the last one, or none was ever written.
         """
-        self.settle()
-        state = dataclasses.replace(state, saved_step=state.step)
-        if loss is not None and (state.best is None or loss < state.best):
-            state.best, state.best_step = loss, state.step
+        self.settle()  # before the state is taken: what became of the last save is part of it
+        state = self._state(step, position)
         self.pending = state
         in_background = self.arguments.async_save and not last
         try:
             self.engine.save_checkpoint(
                 self.output_dir,
-                checkpoint_name(state.step),
-                {"progress": dataclasses.asdict(state), "blocks": blocks},
-                self.add_files,
-                partial(self._rotate, state),
-                in_background,
+                checkpoint_name(step),
+                {"progress": dataclasses.asdict(state), "data": data},
+                add_files=self.add_files,
+                then=partial(self._rotate, state),
+                in_background=in_background,
             )
         except CheckpointError as error:
             self._note_failure(error, last)
         if not in_background:
             self.settle()
+
+    def _state(self, step: int, position: Position) -> Progress:
+        state = dataclasses.replace(
+            self.progress, step=step, epoch=position.epoch, consumed=position.consumed, saved_step=step
+        )
+        loss = state.evaluation.get("eval_loss", math.nan) if state.evaluated_step == step else math.nan
+        if math.isfinite(loss) and (state.best is None or loss < state.best):
+            state.best, state.best_step = loss, step
+        return state
 
     def settle(self) -> None:
         """Wait for what is being written in the background, and note how it went.
@@ -75,7 +85,7 @@ class CheckpointKeeper:
         if self.pending is None:
             return
         try:
-            self.engine.saver.wait()
+            self.saver.wait()
         except CheckpointError as error:
             self._note_failure(error, last=False)
             return
@@ -95,6 +105,10 @@ class CheckpointKeeper:
             )  # fmt: skip
 
     def _rotate(self, state: Progress) -> None:
-        if self.arguments.save_total_limit is not None:
-            protected = {checkpoint_name(step) for step in (state.saved_step, state.best_step) if step is not None}
+        if self.arguments.save_total_limit is None:
+            return
+        protected = {checkpoint_name(step) for step in (state.saved_step, state.best_step) if step is not None}
+        try:
             rotate(self.output_dir, self.arguments.save_total_limit, protected)
+        except OSError as error:
+            logger.warning("an old checkpoint in %s cannot be deleted: %s", self.output_dir, error.strerror)

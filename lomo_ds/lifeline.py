@@ -15,7 +15,7 @@ from selectors import EVENT_READ, DefaultSelector
 
 import torch.distributed as dist
 
-from lomo_ds.distributed import gather_objects
+from lomo_ds.distributed import gather_objects, is_local_main_process
 
 GOODBYE = b"."  # this rank is done
 SPOKEN = b"!"  # the user has been told why the job ends
@@ -72,8 +72,9 @@ class Lifeline:
                         self._end(key.data, spoken=word == SPOKEN)
 
     def _end(self, lost: int, spoken: bool) -> None:
-        """Rank 0 hears of every death and tells the others; of its own, rank 1 tells the user."""
-        if not spoken and self.rank == (1 if lost == 0 else 0):
+        """Rank 0 hears of every death and tells the others; of its own, rank 1 and the first of each host tell."""
+        speaks = self.rank == 0 or (lost == 0 and (self.rank == 1 or is_local_main_process()))
+        if speaks and not spoken:
             print(
                 f"error: {self.names[lost]} has died, and training cannot go on without it; start again with "
                 "--resume_from_checkpoint auto to continue from the last checkpoint",

@@ -77,7 +77,10 @@ def verify(folder: Path, files: dict[str, Entry]) -> None:
         except OSError as error:
             raise DamagedError(f"{file} cannot be read: {error.strerror}") from None
         if digest != entry["sha256"]:
-            raise DamagedError(f"{file} is damaged: its checksum is not the one in {MANIFEST}")
+            raise DamagedError(
+                f"{file} is damaged: its checksum is not the one in {MANIFEST}; if it was changed on purpose, save the "
+                "model anew with transformers' save_pretrained, which leaves the manifest behind"
+            )
 
 
 def share(files: dict[str, Entry], rank: int, world_size: int) -> dict[str, Entry]:

@@ -14,7 +14,7 @@ from lomo_ds import zero3
 from lomo_ds.backward import BackwardHooks
 from lomo_ds.distributed import agree
 from lomo_ds.errors import NonFiniteGradientError
-from lomo_ds.schedules import Schedule
+from lomo_ds.schedules import Choice, Schedule
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_hysteresis", "last_overflow_iter", "cur_iter")
 
@@ -36,6 +36,7 @@ class LomoOptimizer(ZeROOptimizer):
         groups: the parameters and their learning rates.
         offload: DeepSpeed's gathering and partitioning of them.
         hooks: bring the gradients to ``schedule``.
+        choice: what the settings of the schedule came to.
         ranks: the data-parallel ranks.
     """
 
@@ -45,6 +46,7 @@ class LomoOptimizer(ZeROOptimizer):
         offload: DeepSpeedZeRoOffload,
         hooks: BackwardHooks,
         schedule: Schedule,
+        choice: Choice,
         loss_scaler: LossScalerBase,
         ranks: ProcessGroup,
     ) -> None:
@@ -53,6 +55,7 @@ class LomoOptimizer(ZeROOptimizer):
         self.offload = offload
         self.hooks = hooks
         self.schedule = schedule
+        self.choice = choice
         self.loss_scaler = loss_scaler
         self.ranks = ranks
         # read by ZeROOptimizer.scale_if_loss and needs_scaler

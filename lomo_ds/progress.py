@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lomo_ds.data import Position
 
@@ -19,6 +20,8 @@ class Progress:
     losses: list[float] = field(default_factory=list)  # since the last log line
     unlogged: dict[str, float] | None = None  # of a step whose evaluation was cut short
     before: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step
+    evaluation: dict[str, float] = field(default_factory=dict)  # the last one
+    evaluated_step: int | None = None  # after which it was made
     sample_before: str | None = None
     best: float | None = None  # the lowest held-out loss of a saved checkpoint
     best_step: int | None = None
@@ -31,14 +34,18 @@ class Progress:
         return Position(self.epoch, self.consumed)
 
 
-def mark_finished(output_dir: Path, steps: int) -> None:
-    """Note that a run of so many steps has ended, and its model is whole."""
-    (output_dir / FINISHED).write_text(json.dumps({"steps": steps}) + "\n", encoding="utf-8")
+def mark_finished(output_dir: Path, run: dict[str, Any]) -> None:
+    """Note that a run has ended, and its model is whole.
+
+    Args:
+        run: what tells it from other runs, as JSON.
+    """
+    (output_dir / FINISHED).write_text(json.dumps(run) + "\n", encoding="utf-8")
 
 
-def is_finished(output_dir: Path, steps: int) -> bool:
-    """Whether a run of so many steps has ended here."""
+def is_finished(output_dir: Path, run: dict[str, Any]) -> bool:
+    """Whether this very run has ended here."""
     try:
-        return json.loads((output_dir / FINISHED).read_text(encoding="utf-8")) == {"steps": steps}
+        return json.loads((output_dir / FINISHED).read_text(encoding="utf-8")) == run
     except (OSError, ValueError):
         return False

@@ -1,11 +1,12 @@
 """The training loop: steps, evaluations, log lines, checkpoints, and the model exported at the end."""
 
-import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import deepspeed.comm as dist
 import torch
@@ -25,6 +26,8 @@ from lomo_ds.monitor import Monitor
 from lomo_ds.progress import Progress, mark_finished
 from lomo_ds.signals import StopRequest
 
+logger = logging.getLogger(__name__)
+
 
 class Trainer:
     """Runs what is left of a training job; stopped and resumed, it does what it would have done without.
@@ -33,6 +36,7 @@ class Trainer:
         progress: of the run so far.
         stop: once asked for, the step under way is the last.
         add_files: writes what checkpoints hold beside the engine's state into the folder it is given.
+        run_id: what tells this run from others, see ``mark_finished``.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Trainer:
         progress: Progress,
         stop: StopRequest,
         add_files: Callable[[Path], None],
+        run_id: dict[str, Any],
     ) -> None:
         self.arguments = arguments
         self.engine = engine
@@ -55,6 +60,7 @@ class Trainer:
         self.monitor = monitor
         self.progress = progress
         self.stop = stop
+        self.run_id = run_id
         self.keeper = CheckpointKeeper(engine, arguments, progress, add_files)
         self.output_dir = Path(arguments.output_dir)
         self.is_main = dist.get_rank() == 0
@@ -62,8 +68,6 @@ class Trainer:
             total=steps.total, initial=steps.step, unit="step", disable=not self.is_main, dynamic_ncols=True
         )
         self.clock, self.counted = time.perf_counter(), steps.tokens  # at the last log line
-        self.evaluation: dict[str, float] = {}  # the last one, after evaluated_step
-        self.evaluated_step: int | None = None
 
     def run(self) -> None:
         """Train, evaluate before, on the way and after, export, and say where everything is."""
@@ -89,7 +93,7 @@ class Trainer:
         self._load_best()
         save_pretrained(self.engine.module, self.tokenizer, self.output_dir)
         if self.is_main:
-            mark_finished(self.output_dir, self.steps.total)
+            self._mark_finished()
         self.bar.close()
         self._say_results(sample_after)
         return None
@@ -119,16 +123,16 @@ class Trainer:
             evaluation = None if stopping else self._evaluate()
             if evaluation is None:
                 self.progress.unlogged = record
-                self._save(last=True)
+                self.keeper.save(self.steps.step, self.steps.position, self.steps.data, last=True)
                 return False
-            self.evaluation, self.evaluated_step = evaluation, self.steps.step
+            self.progress.evaluation, self.progress.evaluated_step = evaluation, self.steps.step
             record |= evaluation
         self.progress.unlogged = None
         if record:
             self.monitor.log(self.steps.step, record)
             self.clock, self.counted = time.perf_counter(), self.steps.tokens
         if stopping or (self.arguments.save_steps and self._is_due(self.arguments.save_steps)):
-            self._save(last=stopping)
+            self.keeper.save(self.steps.step, self.steps.position, self.steps.data, last=stopping)
         return not stopping
 
     def _is_due(self, every: int | None) -> bool:
@@ -139,11 +143,11 @@ class Trainer:
         asked = torch.tensor(float(self.stop.name is not None), device=self.engine.device)
         return bool(agree(asked, self.engine.seq_data_parallel_group).item())
 
-    def _save(self, last: bool = False) -> None:
-        step, position, blocks = self.steps.step, self.steps.position, self.steps.blocks
-        state = dataclasses.replace(self.progress, step=step, epoch=position.epoch, consumed=position.consumed)
-        loss = self.evaluation.get("eval_loss") if self.evaluated_step == step else None
-        self.keeper.save(state, loss, [len(blocks), blocks.length], last)
+    def _mark_finished(self) -> None:
+        try:
+            mark_finished(self.output_dir, self.run_id)
+        except OSError as error:
+            logger.warning("%s cannot be marked as finished: %s", self.output_dir, error.strerror)
 
     def _load_best(self) -> None:
         """With --load_best_model_at_end, the weights of the best checkpoint, unless they are the ones at hand."""
@@ -214,10 +218,10 @@ class Trainer:
 
     def _say_results(self, sample_after: str | None) -> None:
         before, output_dir = self.progress.before, self.output_dir
-        if before and self.evaluation:
+        after = self.progress.evaluation
+        if before and after:
             self._say(
-                f"held-out loss: {before['eval_loss']:.4f} before, {self.evaluation['eval_loss']:.4f} after "
-                "(nats per token)"
+                f"held-out loss: {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after (nats per token)"
             )
         if sample_after is not None:
             self._say(f"before: {self.progress.sample_before!r}\nafter:  {sample_after!r}")

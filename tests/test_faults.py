@@ -91,6 +91,25 @@ def test_a_signal_to_one_rank_saves_and_ends_all_well(
 
 # one process is enough for the signals themselves
 
+STUCK = """
+from lomo_ds.signals import StopRequest
+import hashlib
+with StopRequest() as stop:
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # in C, where no handler runs, as in a collective that hangs
+"""
+
+
+def test_the_second_signal_ends_a_process_that_is_stuck_in_c() -> None:
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
 WAITS = """
 import time
 from lomo_ds.signals import StopRequest

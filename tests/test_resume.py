@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.faults import demo_with_dropout
-from lomo_ds import trainer
+from lomo_ds import assembly, trainer
 from lomo_ds.checkpoint import checkpoints_in, open_alone, save
 from lomo_ds.engine import LomoEngine
 from lomo_ds.errors import LomoError
@@ -139,7 +140,7 @@ def test_another_number_of_ranks_sees_the_rest_of_the_epoch(ranks: GroupOf, drop
     argv.append("--resume_from_checkpoint=auto")
     for world_size, count in ((4, 2), (2, 2), (1, 2)):
         run(ranks(world_size), argv, {(0, count): "SIGUSR1"})
-    assert "was saved by 1 ranks and goes on with 3" in run(ranks(3), argv)
+    assert "was saved by 1 ranks on cpu and goes on with 3 on cpu" in run(ranks(3), argv)
     epochs = [record["epoch"] for record in records(tmp_path) if "epoch" in record]
     blocks = round(records(tmp_path)[-1]["tokens"] / 32)
     per_step = [round(blocks * (after - before)) for before, after in zip([0.0, *epochs], epochs, strict=False)]
@@ -165,11 +166,15 @@ def run_with_losses(argv: list[str], losses: list[float]) -> tuple[int, str, str
         trainer.evaluate_loss = evaluate_loss
 
 
-def test_old_checkpoints_go_and_the_best_is_exported(ranks: GroupOf, dropout: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("async_save", [False, True])
+def test_old_checkpoints_go_and_the_best_is_exported(
+    ranks: GroupOf, dropout: Path, tmp_path: Path, async_save: bool
+) -> None:
     argv = arguments(
-        dropout, tmp_path, max_steps=12, save_steps=2, eval_steps=2, save_total_limit=2, load_best_model_at_end=True
-    )
-    results = ranks(2).run(run_with_losses, argv, [9.0, 5.0, 4.0, 6.0, 7.0, 7.5, 8.0])
+        dropout, tmp_path, max_steps=12, save_steps=2, eval_steps=2, save_total_limit=2, load_best_model_at_end=True,
+        async_save=async_save,
+    )  # fmt: skip
+    results = ranks(2).run(run_with_losses, argv, [9.0, math.nan, 4.0, 6.0, 7.0, 7.5, 8.0])
     assert results[0][0] == 0, results
     assert "best model: checkpoint-4, held-out loss 4.0000" in results[0][1]
     assert [folder.name for folder in checkpoints_in(tmp_path)] == ["checkpoint-4", "checkpoint-12"]
@@ -211,7 +216,7 @@ def refused(ranks: Ranks, argv: list[str]) -> str:
 
 def test_an_output_dir_with_checkpoints_is_not_begun_anew(ranks: GroupOf, dropout: Path, two_saved: Path) -> None:
     said = refused(ranks(2), arguments(dropout, two_saved, max_steps=4))
-    assert "holds checkpoint-4 of an earlier run; go on from it with --resume_from_checkpoint auto" in said
+    assert "holds checkpoint-4 of another run; go on from it with --resume_from_checkpoint auto" in said
 
 
 def test_a_finished_run_is_not_run_again(ranks: GroupOf, dropout: Path, two_saved: Path) -> None:
@@ -234,6 +239,9 @@ def test_damaged_checkpoints_are_passed_over(ranks: GroupOf, dropout: Path, two_
     (copy / "checkpoint-4/state.json").write_text("{}")
     argv = arguments(dropout, copy, max_steps=4)
     assert "state.json is damaged" in refused(ranks(2), [*argv, f"--resume_from_checkpoint={copy}/checkpoint-4"])
+    assert "holds checkpoint-4 of another run" in (
+        refused(ranks(2), [*argv, f"--resume_from_checkpoint={copy}/checkpoint-2"])
+    )
     assert "resumed: 2 steps of 4" in run(ranks(2), [*argv, "--resume_from_checkpoint=auto"])
     for folder in checkpoints_in(copy):
         (folder / "state.json").unlink()
@@ -242,11 +250,40 @@ def test_damaged_checkpoints_are_passed_over(ranks: GroupOf, dropout: Path, two_
     assert "none of the 2 checkpoints in " in said
 
 
-def test_another_text_is_refused(ranks: GroupOf, dropout: Path, two_saved: Path) -> None:
-    argv = arguments(dropout, two_saved, max_steps=9, train_file=dropout / "validation.txt")
+def test_another_text_or_order_is_refused(ranks: GroupOf, dropout: Path, two_saved: Path, tmp_path: Path) -> None:
+    argv = arguments(dropout, tmp_path, max_steps=9, train_file=dropout / "validation.txt")
     said = refused(ranks(2), [*argv, f"--resume_from_checkpoint={two_saved}/checkpoint-2"])
-    assert "resume with the same text and length" in said
+    assert "resume with the same text, length and seed" in said
     assert "there is no checkpoint" in refused(ranks(2), [*argv, "--resume_from_checkpoint=nowhere"])
+    argv = [*arguments(dropout, two_saved, seed=43), f"--resume_from_checkpoint={two_saved}/checkpoint-4"]
+    assert "'seed': 43" in refused(ranks(2), argv)
+    argv = [*arguments(dropout, two_saved, max_steps=3), "--resume_from_checkpoint=auto"]
+    assert "give at least --max_steps 4" in refused(ranks(2), argv)
+
+
+def test_a_run_goes_on_in_another_folder(ranks: GroupOf, dropout: Path, two_saved: Path, tmp_path: Path) -> None:
+    argv = [*arguments(dropout, tmp_path, max_steps=4), f"--resume_from_checkpoint={two_saved}/checkpoint-2"]
+    assert "resumed: 2 steps of 4" in run(ranks(2), argv)
+    one, other = (load_file(folder / "model.safetensors") for folder in (two_saved, tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def scarce_memory(argv: list[str]) -> tuple[int, str, str]:
+    """launch/train.py where hardly a byte is free."""
+    free_bytes, assembly.free_bytes = assembly.free_bytes, lambda: (1, 1)
+    try:
+        return run_main(argv)
+    finally:
+        assembly.free_bytes = free_bytes
+
+
+def test_auto_stays_with_the_schedule_that_it_chose(ranks: GroupOf, dropout: Path, tmp_path: Path) -> None:
+    more = {"gradient_accumulation_steps": 1, "max_steps": 6}
+    run(ranks(2), arguments(dropout, tmp_path / "whole", **more))
+    argv = [*arguments(dropout, tmp_path / "stopped", **more), "--resume_from_checkpoint=auto"]
+    run(ranks(2), argv, {(0, 3): "SIGTERM"})
+    assert [status for status, _, _ in ranks(2).run(scarce_memory, argv)] == [0, 0]
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
 # when saving fails

@@ -49,7 +49,12 @@ def publish(partial: Path, final: Path) -> None:
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
         final.rename(replaced)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
     sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -72,11 +77,18 @@ def rotate(output_dir: Path, limit: int, protected: set[str]) -> None:
     for folder in [folder for folder in found if folder.name not in protected][:surplus]:
         deleting = folder.with_name(folder.name + ".deleting")
         folder.rename(deleting)  # at no moment is there a checkpoint with half its files
-        shutil.rmtree(deleting)
+        shutil.rmtree(deleting, ignore_errors=True)  # a file that someone holds open goes with the next start
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Delete what a process that was killed has left half written or half deleted."""
+    """Delete what a process that was killed has left half written or half deleted.
+
+    A checkpoint that was moved aside for one of the same name comes back, if the other has not taken its place.
+    """
+    for replaced in output_dir.glob("checkpoint-*.replaced"):
+        original = replaced.with_suffix("")
+        if not original.exists():
+            replaced.rename(original)
     for ending in UNFINISHED:
         for folder in output_dir.glob(f"checkpoint-*{ending}"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,11 +11,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lomo_ds.checkpoint.folders import newest_first
-from lomo_ds.checkpoint.state import WEIGHTS, Snapshot, read_rank, read_record, refuse_other_model
+from lomo_ds.checkpoint.state import (
+    RECORD,
+    WEIGHTS,
+    Snapshot,
+    read_rank,
+    read_record,
+    refuse_other_model,
+    refuse_strangers,
+)
 from lomo_ds.checkpoint.weights import load_weights
 from lomo_ds.distributed import gather_objects, together
 from lomo_ds.errors import CheckpointError, LomoError
-from lomo_ds.manifest import read_manifest, share, verify
+from lomo_ds.manifest import Entry, read_manifest, share, verify
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +58,12 @@ def open_checkpoint(
     """
 
     def opened() -> Checkpoint:
-        if not folder.is_dir():
-            raise CheckpointError(f"there is no checkpoint {folder}")
-        files = read_manifest(folder)
-        record = read_record(folder, files)
-        refuse_other_model(folder, record, tensors)
+        files, found = _described(folder)
+        refuse_other_model(folder, found.record, tensors)
         if check is not None:
-            check(folder, record)
+            check(folder, found.record)
         verify(folder, share(files, torch.distributed.get_rank(group), torch.distributed.get_world_size(group)))
-        return Checkpoint(folder, record)
+        return found
 
     return together(opened, group)
 
@@ -69,12 +74,19 @@ def open_alone(folder: Path) -> Checkpoint:
     Raises:
         LomoError: it is missing or damaged.
     """
+    files, found = _described(folder)
+    verify(folder, files)
+    return found
+
+
+def _described(folder: Path) -> tuple[dict[str, Entry], Checkpoint]:
+    """The files of a checkpoint, all of them there, and its record, of which every byte is as it was written."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint {folder}")
     files = read_manifest(folder)
-    record = read_record(folder, files)
-    verify(folder, files)
-    return Checkpoint(folder, record)
+    refuse_strangers(folder, files)
+    verify(folder, {name: entry for name, entry in files.items() if name == RECORD})
+    return files, Checkpoint(folder, read_record(folder, files))
 
 
 def newest_whole(

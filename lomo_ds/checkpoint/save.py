@@ -5,10 +5,12 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from torch.distributed import ProcessGroup
 
@@ -33,7 +35,13 @@ class Saver:
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
         self.rank = torch.distributed.get_rank(group)
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        accelerator = get_accelerator()
+        self.executor = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="checkpoint",
+            initializer=accelerator.set_device,  # each thread has a device of its own, the first one unless told
+            initargs=(accelerator.current_device(),),
+        )
         self.pending: Future[None] | None = None
 
     def save(
@@ -43,6 +51,7 @@ class Saver:
         add_files: Callable[[Path], None] | None = None,
         then: Callable[[], None] | None = None,
         in_background: bool = False,
+        is_latest: bool = True,
     ) -> None:
         """Write ``snapshot`` as the folder ``final``; every rank calls it with the same ``final``.
 
@@ -50,16 +59,18 @@ class Saver:
             add_files: writes further files into the folder that it is given; rank 0 calls it.
             then: what rank 0 does when the checkpoint is in place.
             in_background: copy the shards to host memory and return; ``wait`` tells how it ended.
+            is_latest: let ``latest`` name it.
 
         Raises:
             CheckpointError: it could not be written, on every rank in the same words; nothing that was there before
                 has changed. Of a save in the background, the next ``save`` or ``wait`` raises it.
         """
         self.wait()
+        put_in_place = partial(_put_in_place, final, is_latest, then)
         if in_background:
-            self.pending = self.thread.submit(self._write, _on_host(snapshot), final, add_files, then)
+            self.pending = self.executor.submit(self._write, _on_host(snapshot), final, add_files, put_in_place)
         else:
-            self._write(snapshot, final, add_files, then)
+            self._write(snapshot, final, add_files, put_in_place)
 
     def wait(self) -> None:
         """Until no save is under way.
@@ -76,41 +87,41 @@ class Saver:
         snapshot: Snapshot,
         final: Path,
         add_files: Callable[[Path], None] | None,
-        then: Callable[[], None] | None,
+        put_in_place: Callable[[Path], None],
     ) -> None:
-        partial = final.with_name(final.name + ".partial")
+        aside = final.with_name(final.name + ".partial")
         try:
-            self._on_main(lambda: _make_empty(partial), final)
-            save_weights(snapshot.shards, snapshot.buffers, partial / WEIGHTS, self.group)
-            self._on_all(lambda: save_file(snapshot.of_rank, rank_file(partial, self.rank)), final)
-            self._on_main(lambda: self._write_record(snapshot, partial, add_files), final)
-            self._write_manifest(partial, final)
-            self._on_main(lambda: _put_in_place(partial, final, then), final)
+            self._on_main(lambda: _make_empty(aside), final)
+            save_weights(snapshot.shards, snapshot.buffers, aside / WEIGHTS, self.group)
+            self._on_all(lambda: save_file(snapshot.of_rank, rank_file(aside, self.rank)), final)
+            self._on_main(lambda: self._write_record(snapshot, aside, add_files), final)
+            self._write_manifest(aside, final)
+            self._on_main(lambda: put_in_place(aside), final)
         except CheckpointError:
             if self.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+                shutil.rmtree(aside, ignore_errors=True)  # the disk may be full
             raise
 
-    def _write_record(self, snapshot: Snapshot, partial: Path, add_files: Callable[[Path], None] | None) -> None:
+    def _write_record(self, snapshot: Snapshot, aside: Path, add_files: Callable[[Path], None] | None) -> None:
         record = {
             "format": FORMAT,
             "world_size": torch.distributed.get_world_size(self.group),
             "tensors": snapshot.tensors,
             **snapshot.record,
         }
-        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (aside / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if add_files is not None:
-            add_files(partial)
+            add_files(aside)
 
-    def _write_manifest(self, partial: Path, final: Path) -> None:
+    def _write_manifest(self, aside: Path, final: Path) -> None:
         """Each rank reads back and sums what it has written, rank 0 the rest."""
-        mine = [rank_file(partial, self.rank), *files_of_rank(partial / WEIGHTS, self.rank)]
+        mine = [rank_file(aside, self.rank), *files_of_rank(aside / WEIGHTS, self.rank)]
         if self.rank == 0:
             of_ranks = ("rank-", "shard-")
-            mine += [file for file in partial.rglob("*") if file.is_file() and not file.name.startswith(of_ranks)]
-        found = self._on_all(lambda: entries(partial, mine), final)
+            mine += [file for file in aside.rglob("*") if file.is_file() and not file.name.startswith(of_ranks)]
+        found = self._on_all(lambda: entries(aside, mine), final)
         every = {name: entry for part in gather_objects(found, self.group) for name, entry in part.items()}
-        self._on_main(lambda: write_manifest(partial, every), final)
+        self._on_main(lambda: write_manifest(aside, every), final)
 
     def _on_main(self, action: Callable[[], None], final: Path) -> None:
         self._on_all(lambda: action() if self.rank == 0 else None, final)
@@ -141,8 +152,9 @@ def _make_empty(folder: Path) -> None:
     (folder / WEIGHTS).mkdir(parents=True)
 
 
-def _put_in_place(partial: Path, final: Path, then: Callable[[], None] | None) -> None:
-    publish(partial, final)
-    point_latest(final)
+def _put_in_place(final: Path, is_latest: bool, then: Callable[[], None] | None, aside: Path) -> None:
+    publish(aside, final)
+    if is_latest:
+        point_latest(final)
     if then is not None:
         then()

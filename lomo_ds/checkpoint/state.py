@@ -16,6 +16,7 @@ from lomo_ds.zero3 import Shard
 
 WEIGHTS = "weights"  # folder of every rank's shards
 RECORD = "state.json"
+MODEL = "model"  # folder of configuration and tokenizer, in a checkpoint of launch/train.py
 FORMAT = 1
 
 
@@ -73,6 +74,17 @@ def read_record(folder: Path, files: Iterable[str]) -> dict[str, Any]:
     if len(ranks) != world_size:
         raise DamagedError(f"{folder} is not whole: it is of {world_size} ranks, and holds the files of {len(ranks)}")
     return record
+
+
+def refuse_strangers(folder: Path, files: Iterable[str]) -> None:
+    """Check that the folder of the weights holds nothing but ``files``: all in it would be taken for weights.
+
+    Raises:
+        DamagedError: there is another one; it is named.
+    """
+    for file in (folder / WEIGHTS).iterdir():
+        if file.relative_to(folder).as_posix() not in files:
+            raise DamagedError(f"{file} is not of this checkpoint, whose manifest does not name it; remove it")
 
 
 def read_rank(folder: Path, rank: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ FILE_BYTES = 2**28  # of one rank's shards in one file, which is put together in
 
 
 def save_weights(shards: list[zero3.Shard], buffers: dict[str, Tensor], folder: Path, group: ProcessGroup) -> None:
-    """Write every rank's ``shards``, and rank 0's ``buffers``, into ``folder``; all ranks call it.
+    """Write every rank's ``shards``, and one rank's ``buffers``, into ``folder``; all ranks call it.
 
     Raises:
         CheckpointError: some rank cannot write; on every rank.

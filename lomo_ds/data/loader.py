@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,16 @@ class TrainingSteps:
         return -(-len(self.blocks) // self.sequences)
 
     @property
+    def data(self) -> dict[str, Any]:
+        """By which the order of the data is known again, as JSON."""
+        return {
+            "sequences": len(self.blocks),
+            "tokens in each": self.blocks.length,
+            "digest": self.blocks.digest(),
+            "seed": self.seed,
+        }
+
+    @property
     def epochs(self) -> float:
         """Passes over the data that are done."""
         return self.position.epoch + self.position.consumed / len(self.blocks)
@@ -76,7 +87,7 @@ class TrainingSteps:
         return (self.position.epoch * len(self.blocks) + self.position.consumed) * self.blocks.length
 
     def __iter__(self) -> Iterator[MicroBatches]:
-        """What is left to do; ``position`` and ``step`` have moved when the next step is asked for, or was the last."""
+        """What is left to do; ``position`` and ``step`` are already those behind the step that is handed out."""
         while self.step < self.total:
             count = min(self.sequences, self._end_of_epoch(self.position.epoch) - self.position.consumed)
             micro_batches = self._micro_batches(self.position, count)

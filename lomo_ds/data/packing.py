@@ -1,11 +1,15 @@
 """Token blocks of one length, cut from a long token array, as a dataset of training sequences."""
 
+import hashlib
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lomo_ds.data.tokens import TokenArray
 from lomo_ds.loss import IGNORE_INDEX
+
+DIGESTED = 256  # blocks, at most
 
 
 class PackedBlocks(Dataset[dict[str, Tensor]]):
@@ -20,6 +24,13 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return -(-len(self.tokens) // self.length)
+
+    def digest(self) -> str:
+        """A checksum of tokens here and there, which tells one text from another without reading all of it."""
+        digest = hashlib.sha256()
+        for index in range(0, len(self), -(-len(self) // DIGESTED)):
+            digest.update(self.tokens[index * self.length : (index + 1) * self.length].astype("<i4").tobytes())
+        return digest.hexdigest()[:16]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """``input_ids`` and ``labels``, both (length,) int64."""

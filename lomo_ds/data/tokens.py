@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def tokenize_file(path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -
 
 
 def _store(tokens: TokenArray, path: Path) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # hosts that share the folder may share process ids
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

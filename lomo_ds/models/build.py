@@ -11,6 +11,9 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: 
     with no_init_weights(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # some models declare one in float32, whatever they are asked for
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if module._non_persistent_buffers_set:
             for name in module._non_persistent_buffers_set:

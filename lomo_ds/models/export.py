@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from lomo_ds.models.build import saved_buffers
 MAX_SHARD_SIZE = "5GB"  # transformers' own
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"  # the names that an export gives
 
 
 def save_pretrained(
@@ -127,17 +129,17 @@ class Export:
                 index = {"metadata": self.split.metadata, "weight_map": self.split.tensor_to_filename}
                 (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             save_settings(model, tokenizer, self.partial)
-            files = sorted(self.partial.iterdir())
-            write_manifest(self.partial, entries(self.partial, files))
+            write_manifest(self.partial, entries(self.partial, _files_below(self.partial)))
             # without a config.json no folder is taken for a model, so none is while old and new files are mixed
             (self.folder / CONFIG).unlink(missing_ok=True)
-            kept = {file.name for file in files}
-            for stale in self.folder.glob("model*.safetensors*"):  # of an earlier export in more parts, or fewer
-                if stale.name not in kept:
+            for stale in self.folder.iterdir():  # of an earlier export in more parts, or fewer
+                if re.fullmatch(WEIGHTS, stale.name) and not (self.partial / stale.name).exists():
                     stale.unlink()
-            for file in sorted(self.partial.iterdir(), key=lambda file: file.name == CONFIG):
-                file.replace(self.folder / file.name)
-            self.partial.rmdir()
+            for file in sorted(_files_below(self.partial), key=lambda file: file == self.partial / CONFIG):
+                target = self.folder / file.relative_to(self.partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+            shutil.rmtree(self.partial)
             sync_folder(self.folder)
 
     @contextmanager
@@ -148,6 +150,11 @@ class Export:
             shutil.rmtree(self.partial, ignore_errors=True)  # above all where the disk is full
             reason = getattr(error, "strerror", None) or str(error)
             raise ModelError(f"the model cannot be written to {self.folder}: {reason}") from error
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Tokenizers have folders of their own, for several chat templates."""
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _order_metadata(file: Path) -> None:

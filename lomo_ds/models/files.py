@@ -47,7 +47,6 @@ class WeightFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._file_of: dict[str, Path] = {}
         self._place_of: dict[str, tuple[str, int]] = {}  # in a safetensors file: the dtype's name, the first byte
@@ -94,7 +93,10 @@ class WeightFiles:
         """The tensors of a .bin file, mapped; nothing else can be in it, and no code of its pickle runs."""
         if self._mapped[0] != file:
             with _reading(file):
-                self._mapped = (file, torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+                found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+                    raise pickle.UnpicklingError("it is no dictionary of tensors")
+                self._mapped = (file, found)
         return self._mapped[1]
 
 

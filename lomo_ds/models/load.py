@@ -33,11 +33,12 @@ from lomo_ds.zero3 import Shard
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
-def find_model(name: str, download: bool = True) -> str:
+def find_model(name: str, download: bool = True, trust_remote_code: bool = False) -> str:
     """The local folder of ``name``: a folder, or a model of the Hugging Face hub; a preset is its own name.
 
     Args:
         download: whether files that the hub's local cache lacks are fetched.
+        trust_remote_code: whether the model's own code is among them.
 
     Raises:
         ModelError: there is no such model, or the hub cannot be reached.
@@ -50,8 +51,9 @@ def find_model(name: str, download: bool = True) -> str:
             f"got {name}, which is none of them"
         )
     try:
-        folder = snapshot_download(name, allow_patterns=[*SMALL_FILES, "*.safetensors"], local_files_only=not download)
-        if not list(Path(folder).glob("*.safetensors")):
+        wanted = [*SMALL_FILES, "model*.safetensors", *(["*.py"] if trust_remote_code else [])]
+        folder = snapshot_download(name, allow_patterns=wanted, local_files_only=not download)
+        if not list(Path(folder).glob("model*.safetensors")):
             folder = snapshot_download(name, allow_patterns=["pytorch_model*.bin"], local_files_only=not download)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(

@@ -34,7 +34,7 @@ class Sgd:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """See ``Rule.load_state``."""
-        if self.generator is not None:
+        if self.generator is not None and "generator" in state:  # there is none of a run that rounded to nearest
             self.generator.set_state(state["generator"])
 
     def _store(self, weights: Tensor, exact: Tensor) -> None:

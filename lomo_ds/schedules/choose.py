@@ -19,6 +19,11 @@ class Choice:
     stash_device: str  # cpu or gpu
     reason: str
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """The parameters of LOMO that ask for it by name."""
+        return {"update_schedule": self.schedule, "stash_device": self.stash_device}
+
     def __str__(self) -> str:
         where = f" on {self.stash_device}" if self.schedule == "stash" else ""
         return f"{self.schedule}{where} ({self.reason})"

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import lomo_ds
 from lomo_ds import manifest
-from lomo_ds.checkpoint import checkpoints_in, newest_whole, weights
+from lomo_ds.checkpoint import checkpoints_in, newest_whole, open_alone, remove_unfinished, weights
+from lomo_ds.checkpoint.folders import publish
 from lomo_ds.engine_state import capture_engine
 from lomo_ds.errors import LomoError
 from tests.disks import mounted
@@ -226,6 +227,65 @@ def test_files_of_ranks_that_were_not_there(ranks: GroupOf, two_checkpoints: Pat
     names = [file for file in (copy / "checkpoint-2").rglob("*") if file.is_file() and file.name != manifest.MANIFEST]
     manifest.write_manifest(copy / "checkpoint-2", manifest.entries(copy / "checkpoint-2", names))
     assert "it is of 4 ranks, and holds the files of 2" in ranks(1).run(refusal, str(copy), None)[0][0]
+
+
+def test_weights_that_the_manifest_does_not_name(ranks: GroupOf, two_checkpoints: Path, tmp_path: Path) -> None:
+    """Left over from a copy over an older checkpoint, say: they would be read with the others."""
+    shutil.copytree(two_checkpoints, copy := tmp_path / "copy")
+    weights_folder = copy / "checkpoint-2/weights"
+    shutil.copy(next(weights_folder.iterdir()), weights_folder / "shard-00003-model-00001-of-00001.safetensors")
+    assert "is not of this checkpoint" in ranks(1).run(refusal, str(copy), None)[0][0]
+
+
+def test_killed_while_a_checkpoint_takes_the_place_of_another(two_checkpoints: Path, tmp_path: Path) -> None:
+    """The old one is back, whatever had become of the new one."""
+    shutil.copytree(two_checkpoints, copy := tmp_path / "copy")
+    (copy / "checkpoint-2").rename(copy / "checkpoint-2.replaced")
+    (copy / "checkpoint-1").rename(copy / "checkpoint-2.partial")
+    remove_unfinished(copy)
+    assert [folder.name for folder in checkpoints_in(copy)] == ["checkpoint-2"]
+    assert len(list(copy.iterdir())) == 2, "and latest"
+    open_alone(copy / "checkpoint-2")
+
+
+def test_a_checkpoint_that_cannot_be_renamed_leaves_the_old_one(two_checkpoints: Path, tmp_path: Path) -> None:
+    shutil.copytree(two_checkpoints, copy := tmp_path / "copy")
+    with pytest.raises(FileNotFoundError):
+        publish(copy / "no such.partial", copy / "checkpoint-2")
+    open_alone(copy / "checkpoint-2")
+
+
+def rising_milestones(folder: str) -> bool:
+    """A scheduler whose state has numbers for keys goes on too; and a save waits for the end of a step."""
+
+    def made() -> lomo_ds.LomoEngine:
+        return make_engine(
+            tiny_model(),
+            "stash",
+            accumulation=2,
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3]),
+        )
+
+    whole, stopped, resumed = made(), made(), made()
+    for number in range(2):
+        step(whole, number)
+        step(stopped, number)
+    stopped.save_checkpoint(folder, in_background=True)
+    stopped.load_checkpoint(folder)
+    resumed.load_checkpoint(folder)
+    for number in range(2, 5):
+        step(whole, number)
+        step(resumed, number)
+    assert resumed.get_lr() == whole.get_lr() == [pytest.approx(0.003)]
+    loss = resumed(**whole_batch(0, rows=2)).loss
+    resumed.backward(loss)
+    with pytest.raises(LomoError, match="saves between steps"):
+        resumed.save_checkpoint(folder)
+    return identical(weights_of(resumed), weights_of(whole))
+
+
+def test_any_scheduler_goes_on(ranks: GroupOf, tmp_path: Path) -> None:
+    assert ranks(2).run(rising_milestones, str(tmp_path)) == [True, True]
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(two_checkpoints: Path) -> None:
