@@ -269,6 +269,16 @@ def test_learning_rate_schedules(ranks: GroupOf, name: str) -> None:
     ranks(2).run(follow_scheduler, name)
 
 
+def torch_scheduler_of_the_config() -> list[float]:
+    engine = make_engine(tiny_model(), scheduler={"type": "StepLR", "params": {"step_size": 1, "gamma": 0.5}})
+    engine.train_batch(my_part(whole_batch(0, rows=2)))
+    return engine.get_lr()
+
+
+def test_a_scheduler_of_torch_named_in_the_config(ranks: GroupOf) -> None:
+    assert ranks(2).run(torch_scheduler_of_the_config) == [[0.15], [0.15]]
+
+
 def two_parameter_groups() -> None:
     model = tiny_model()
     before = copy.deepcopy(dict(model.named_parameters()))

@@ -31,6 +31,7 @@ from lomo_ds.models import (
     presets,
     random_weights,
     save_pretrained,
+    verify_export,
 )
 from lomo_ds.models.build import meta_model
 from tests.engines import make_engine
@@ -176,6 +177,23 @@ def save_watched(folder: str, out: str) -> list[int]:
     return alive
 
 
+def save_with_chat_templates(folder: str, out: str, tokenizer: str) -> None:
+    model = load_model(folder, load_config(folder), DS_CONFIG, torch.float32)
+    engine = make_engine(model)
+    speaker = load_tokenizer(tokenizer)
+    speaker.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    for _ in range(2):  # over itself, too
+        save_pretrained(engine.module, speaker, Path(out))
+
+
+def test_a_tokenizer_with_a_folder_of_its_own(ranks: GroupOf, tmp_path: Path, demo: Path) -> None:
+    ranks(1).run(
+        save_with_chat_templates, str(saved_llama(tmp_path / "in")), str(tmp_path / "out"), str(demo / "model")
+    )
+    assert set(AutoTokenizer.from_pretrained(tmp_path / "out").chat_template) == {"default", "tool_use"}
+    verify_export(str(tmp_path / "out"))
+
+
 def test_the_same_weights_are_the_same_bytes(ranks: GroupOf, tmp_path: Path) -> None:
     folder = str(saved_llama(tmp_path / "in"))
     for number in range(6):
@@ -257,6 +275,8 @@ def test_a_crafted_pickle_does_not_run(ranks: GroupOf, tmp_path: Path) -> None:
     folder = saved_bin(tmp_path / "in")
     torch.save({"lm_head.weight": Burglar(tmp_path / "trace")}, folder / "pytorch_model-00001-of-00002.bin")
     assert "holds more than tensors, which nothing here unpickles" in ranks(1).run(refused, str(folder))[0]
+    torch.save({"model": {"lm_head.weight": torch.zeros(1)}}, folder / "pytorch_model-00001-of-00002.bin")
+    assert "it is no dictionary of tensors" in ranks(1).run(refused, str(folder))[0]
     (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"\x80 no zip")
     assert "AutoModelForCausalLM as M; M.from_pretrained(" in ranks(1).run(refused, str(folder))[0]
     assert not (tmp_path / "trace").exists()
