@@ -89,6 +89,7 @@ def _run_rank(argv: list[str], rank: int, world_size: int, port: int, log: str) 
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell would ignore it
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -40,7 +40,7 @@ def tokenize_file(path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -
 
 
 def _store(tokens: TokenArray, path: Path) -> None:
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # hosts that share the folder may share process ids
+    partial = path.with_name(f"{uuid.uuid4().hex}.partial")  # hosts that share the folder may share process ids
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
