@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from lomo_ds.errors import ConfigError, did_you_mean
+from lomo_ds.errors import ConfigError, did_you_mean, one_line
 
 
 def _argument(default: Any, help: str) -> Any:
@@ -109,7 +109,7 @@ def parse_arguments(argv: list[str]) -> tuple[TrainArguments, frozenset[str]]:
         ConfigError: an argument is unknown, missing or not of its type; the message says where it stands.
     """
     file, rest = _split_config(argv)
-    given = _parse(_yaml_as_argv(file), f"in {_one_line(file)}: ") if file else {}
+    given = _parse(_yaml_as_argv(file), f"in {one_line(file)}: ") if file else {}
     given |= _parse(rest, "")
     required = [f.name for f in dataclasses.fields(TrainArguments) if f.default is dataclasses.MISSING]
     missing = [f"--{name}" for name in required if name not in given]
@@ -136,13 +136,13 @@ class _Parser(HfArgumentParser):
             action.required = False
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.where}{_one_line(message)}")
+        raise ConfigError(f"{self.where}{one_line(message)}")
 
 
 def _parse(argv: list[str], where: str) -> dict[str, Any]:
     given, unknown = _Parser(where).parse_known_args(argv)
     if unknown:
-        name = _one_line(unknown[0].partition("=")[0]) or "''"
+        name = one_line(unknown[0].partition("=")[0]) or "''"
         known = [f"--{field.name}" for field in dataclasses.fields(TrainArguments)]
         raise ConfigError(f"{where}unknown argument {name}{did_you_mean(name, known) or '; --help lists all'}")
     return vars(given)
@@ -154,7 +154,7 @@ def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
     try:
         found, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise ConfigError(f"--config needs the path of a YAML file: {_one_line(error)}") from None
+        raise ConfigError(f"--config needs the path of a YAML file: {one_line(error)}") from None
     return found.config, rest
 
 
@@ -178,22 +178,18 @@ _Words.add_constructor(_NULL, lambda loader, node: None)
 
 def _yaml_as_argv(file: Path) -> list[str]:
     """A YAML mapping as command-line words, so that both are checked by one parser; null leaves the default."""
-    path = _one_line(file)
+    path = one_line(file)
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _Words)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {_one_line(error)}") from None
+        raise ConfigError(f"--config {path} is not YAML: {one_line(error)}") from None
     except RecursionError:
         raise ConfigError(f"--config {path} is nested too deep to be read; it must hold `name: value` lines") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path} must hold arguments as `name: value` lines, got {type(values).__name__}")
     for name, value in values.items():
         if isinstance(value, list | dict):
-            raise ConfigError(f"in {path}: {_one_line(name)} must be one value, got a {type(value).__name__}")
+            raise ConfigError(f"in {path}: {one_line(name)} must be one value, got a {type(value).__name__}")
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())

@@ -10,7 +10,7 @@ from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 from lomo_ds.arguments import TrainArguments
 from lomo_ds.config import require_sections
-from lomo_ds.errors import ConfigError
+from lomo_ds.errors import ConfigError, one_line
 
 # where a field of the ds_config and an argument mean the same thing
 SAME_MEANING = {
@@ -76,7 +76,7 @@ def reconcile(
             _set(config, path, theirs)
             adopted[name] = theirs
     if "scheduler" in config:
-        theirs = " ".join(str(config["scheduler"].get("type")).split())
+        theirs = one_line(config["scheduler"].get("type"))
         disagreements += [
             f"scheduler {theirs} against --{name} {getattr(arguments, name)}"
             for name in ("lr_scheduler_type", "warmup_ratio")
@@ -113,7 +113,7 @@ def fill_scheduler(config: dict[str, Any], arguments: TrainArguments, total_step
         "total_num_steps": total_steps,
     }
     params.update({name: value for name, value in known.items() if params.get(name) == "auto"})
-    unfilled = [" ".join(path.split()) for path in _autos(config)]
+    unfilled = [one_line(path) for path in _autos(config)]
     if unfilled:
         raise ConfigError(f'"auto" stands for nothing in the DeepSpeed config\'s {", ".join(unfilled)}; give a value')
     return config

@@ -9,7 +9,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, Dtyp
 from deepspeed.utils.logging import get_log_level_from_string
 from pydantic import ValidationError
 
-from lomo_ds.errors import ConfigError
+from lomo_ds.errors import ConfigError, one_line
 
 # DeepSpeed looks at the type of few values; over the others it stumbles, with one of these
 STUMBLES = (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
@@ -25,14 +25,14 @@ def parse_ds_config(ds_config: dict[str, Any]) -> DeepSpeedConfig:
         parsed = _parsed(ds_config)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise ConfigError(f"DeepSpeed refuses {error.title} {_one_line('; '.join(faults))}") from None
+        raise ConfigError(f"DeepSpeed refuses {error.title} {one_line('; '.join(faults))}") from None
     except (DeepSpeedConfigError, ValueError, AssertionError) as error:
-        raise ConfigError(f"DeepSpeed refuses its config: {_one_line(error)}") from error
+        raise ConfigError(f"DeepSpeed refuses its config: {one_line(error)}") from error
     except STUMBLES as error:
-        names = [_one_line(name) for name, value in ds_config.items() if _stumbles_over(name, value)]
+        names = [one_line(name) for name, value in ds_config.items() if _stumbles_over(name, value)]
         raise ConfigError(
             f"DeepSpeed expects another value in {' and '.join(names) or 'a field'} of its config "
-            f"({_one_line(error)}); compare it with https://www.deepspeed.ai/docs/config-json"
+            f"({one_line(error)}); compare it with https://www.deepspeed.ai/docs/config-json"
         ) from error
     power = parsed.float16_config.initial_scale_power
     if not 0 <= power <= 127:
@@ -82,7 +82,3 @@ def _stumbles_over(name: str, value: Any) -> bool:
     except (DeepSpeedConfigError, ValueError, AssertionError):
         return False
     return False
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())

@@ -13,6 +13,11 @@ def did_you_mean(name: str, known: list[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+def one_line(text: object) -> str:
+    """``text``, which may be a library's or a user's, as it can stand within a sentence."""
+    return " ".join(str(text).split())
+
+
 class LomoError(Exception):
     """Base of every error that is the user's to mend.
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lomo_ds.data.text import read_documents
-from lomo_ds.errors import DataError
+from lomo_ds.errors import DataError, one_line
 
 SEGMENT_CHARACTERS = 2**22  # what is handed to the tokenizer at once
 TokenArray = np.ndarray[tuple[int], np.dtype[np.int32]]
@@ -60,8 +60,7 @@ def _token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[
             try:
                 ids = tokenizer(segment, add_special_tokens=False, verbose=False)["input_ids"]
             except Exception as error:  # what tokenizers in Rust raise has no narrower class
-                reason = " ".join(str(error).split())
-                raise DataError(f"the tokenizer fails at document {number} of {path}: {reason}") from error
+                raise DataError(f"the tokenizer fails at document {number} of {path}: {one_line(error)}") from error
             yield ids
         yield end
 

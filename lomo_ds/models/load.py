@@ -109,7 +109,7 @@ def verify_export(folder: str, rank: int = 0, world_size: int = 1, weights: bool
     """Compare this rank's share of a folder's files with the manifest that lomo_ds wrote there, if it did.
 
     Args:
-        weights: whether to read the weights, or only what is small.
+        weights: which files: the weights, or all the others, which are small.
 
     Raises:
         DamagedError: one of them is not what was written.
