@@ -11,10 +11,8 @@ from lomo_ds.models.load import (
     load_tokenizer,
     verify_export,
 )
-from lomo_ds.models.presets import PRESETS
 
 __all__ = [
-    "PRESETS",
     "Export",
     "empty_model",
     "find_model",
