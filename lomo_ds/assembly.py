@@ -6,7 +6,6 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScalerBase
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils.timer import NoopTimer
 from torch.nn import Module, Parameter
 
@@ -15,6 +14,7 @@ from lomo_ds.backward import BackwardHooks
 from lomo_ds.clipping import Clipping, clipping_groups
 from lomo_ds.config import LomoConfig
 from lomo_ds.distributed import all_reduce_min
+from lomo_ds.gathering import Gathering, OnDemand, Resident, choose_granularity
 from lomo_ds.memory import free_bytes
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.rules import Rule, Sgd
@@ -28,7 +28,7 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
 
     Parameters that are in none of ``groups`` are frozen.
     """
-    offload = _partition_parameters(engine)
+    gathering = _gather_parameters(engine, lomo)
     options = {id(parameter): group for group in groups.param_groups for parameter in group["params"]}
     trained = _trained_parameters(engine.module, set(options))
     shards = [zero3.Shard.of(name, parameter) for name, parameter in trained.items()]
@@ -50,8 +50,10 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
     )
     return LomoOptimizer(
         groups=groups,
-        offload=offload,
-        hooks=BackwardHooks(list(trained.values()), shards, schedule, _communication_dtype(engine)),
+        gathering=gathering,
+        hooks=BackwardHooks(
+            list(trained.values()), shards, schedule, engine.seq_data_parallel_group, _communication_dtype(engine)
+        ),
         schedule=schedule,
         choice=choice,
         loss_scaler=_build_loss_scaler(engine),
@@ -59,9 +61,16 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
     )
 
 
-def _partition_parameters(engine: DeepSpeedEngine) -> DeepSpeedZeRoOffload:
-    return DeepSpeedZeRoOffload(
+def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
+    if zero3.stay_whole(engine.config):
+        zero3.split(engine.module, engine.config, engine.get_data_types()[0])
+        return Resident(engine.module)
+    granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
+    if engine.global_rank == 0:
+        logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
+    return OnDemand(
         engine.module,
+        granularity,
         timers=engine.timers if engine.wall_clock_breakdown() else NoopTimer(),
         ds_config=engine.config,
         overlap_comm=engine.zero_overlap_comm(),
@@ -97,8 +106,7 @@ def _build_rule(engine: DeepSpeedEngine, lomo: LomoConfig) -> Rule:
 def _choose_schedule(
     engine: DeepSpeedEngine, lomo: LomoConfig, targets: list[Target], stash_dtype: torch.dtype | None
 ) -> Choice:
-    ranks = engine.seq_data_parallel_group
-    free_device, free_host = all_reduce_min(torch.tensor(free_bytes(), device=engine.device), ranks).tolist()
+    free_device, free_host = _free_bytes(engine)
     choice = choose_schedule(
         lomo,
         gradient_clipping=engine.gradient_clipping(),
@@ -111,6 +119,12 @@ def _choose_schedule(
     if engine.global_rank == 0:
         logger.info("update_schedule %s: %s", lomo.update_schedule, choice)
     return choice
+
+
+def _free_bytes(engine: DeepSpeedEngine) -> list[int]:
+    """Of the device, and of a rank's part of host memory; the smallest over all ranks."""
+    found = torch.tensor(free_bytes(), device=engine.device)
+    return all_reduce_min(found, engine.seq_data_parallel_group).tolist()
 
 
 def _build_loss_scaler(engine: DeepSpeedEngine) -> LossScalerBase:

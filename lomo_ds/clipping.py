@@ -1,10 +1,11 @@
 """Gradient clipping: by value, by the norm of each group of parameters, or by the global norm."""
 
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lomo_ds.layers import layer_of
 
 _EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
@@ -41,15 +42,7 @@ class Clipping:
 
 
 def clipping_groups(names: list[str]) -> list[int]:
-    """The clipping group of each parameter: its decoder layer, or, outside the layers, its module.
-
-    A decoder layer is the outermost numbered module on the parameter's path (``model.layers.7``).
-    """
-    owners = [_layer(name) or name.rpartition(".")[0] for name in names]
+    """The clipping group of each parameter: its decoder layer, or, outside the layers, its module."""
+    owners = [layer_of(name) or name.rpartition(".")[0] for name in names]
     number = {owner: index for index, owner in enumerate(dict.fromkeys(owners))}
     return [number[owner] for owner in owners]
-
-
-def _layer(name: str) -> str | None:
-    match = re.match(r"(?:.+?\.)?\d+(?=\.)", name)
-    return match.group() if match else None

@@ -10,6 +10,7 @@ from lomo_ds.errors import ConfigError, did_you_mean
 UpdateSchedule = Literal["auto", "immediate", "two_pass", "stash"]
 StashDevice = Literal["auto", "cpu", "gpu"]
 Rounding = Literal["auto", "nearest", "stochastic"]
+GatherGranularity = Literal["auto", "module", "layer"]
 SECTIONS = (
     "optimizer", "optimizer.params", "scheduler", "scheduler.params", "zero_optimization", "bf16", "fp16",
     # what DeepSpeed takes for an object without looking
@@ -34,6 +35,8 @@ class LomoConfig:
         stash_device: where ``stash`` keeps gradient shards.
         rounding: how fp32 results become half-precision weights; ``auto`` is stochastic.
         seed: of stochastic rounding.
+        gather_granularity: what parameters are gathered for at once: each ``module``, or a whole decoder ``layer``;
+            ``auto`` is layer wherever two layers fit. On one rank without offload nothing is gathered.
     """
 
     lr: float
@@ -44,6 +47,7 @@ class LomoConfig:
     stash_device: StashDevice = "auto"
     rounding: Rounding = "auto"
     seed: int = 42
+    gather_granularity: GatherGranularity = "auto"
 
     def __post_init__(self) -> None:
         _require_number(self.lr, "LOMO's lr", at_least=0.0)
@@ -55,6 +59,7 @@ class LomoConfig:
             ("update_schedule", get_args(UpdateSchedule)),
             ("stash_device", get_args(StashDevice)),
             ("rounding", get_args(Rounding)),
+            ("gather_granularity", get_args(GatherGranularity)),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"LOMO's {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")

@@ -24,29 +24,6 @@ TIMEOUT = timedelta(hours=2)  # ranks wait in a collective while one tokenizes a
 LONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
-def reduce_scatter_shard(gradient: Tensor, group: ProcessGroup) -> Tensor:
-    """This rank's shard of the sum of every rank's ``gradient``.
-
-    Args:
-        gradient: the whole gradient of one parameter, any shape, the same shape and dtype on every rank.
-        group: the ranks the parameter is split over.
-
-    Returns:
-        1-D, ceil(numel / world size) elements, zero-padded behind the last element of the gradient.
-    """
-    world_size = dist.get_world_size(group)
-    flat = gradient.contiguous().view(-1)
-    if world_size == 1:
-        return flat
-    shard_numel = -(-flat.numel() // world_size)
-    padding = shard_numel * world_size - flat.numel()
-    if padding:
-        flat = torch.nn.functional.pad(flat, (0, padding))
-    shard = torch.empty(shard_numel, dtype=flat.dtype, device=flat.device)
-    dist.reduce_scatter_tensor(shard, flat, group=group)
-    return shard
-
-
 def agree(values: Tensor, group: ProcessGroup) -> Tensor:
     """Sum ``values`` over all ranks, in place, so that every rank decides on the same figures."""
     if dist.get_world_size(group) > 1:

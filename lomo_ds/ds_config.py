@@ -173,5 +173,6 @@ def _autos(config: Any, path: str = "") -> Any:
         "optimizer.params.update_schedule",
         "optimizer.params.stash_device",
         "optimizer.params.rounding",
+        "optimizer.params.gather_granularity",
     ):
         yield path

@@ -36,6 +36,7 @@ from lomo_ds.distributed import TIMEOUT, agree, gather_objects, start_process_gr
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine_state import capture_engine, restore_engine
 from lomo_ds.errors import ConfigError
+from lomo_ds.gathering import Resident
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.random_states import RandomStates
 from lomo_ds.schedules import Schedule
@@ -109,6 +110,7 @@ class LomoEngine(DeepSpeedEngine):
 
     optimizer: LomoOptimizer
     _in_train_batch = False
+    _weights_stay_whole = False
 
     @property
     def cur_scale(self) -> float:
@@ -338,6 +340,10 @@ class LomoEngine(DeepSpeedEngine):
                 "call engine.step() after each backward, or use update_schedule stash"
             )
 
+    def zero_optimization_partition_weights(self) -> bool:
+        """Whether weights are gathered for each use, and DeepSpeed must watch each use; see ``gathering.Resident``."""
+        return super().zero_optimization_partition_weights() and not self._weights_stay_whole
+
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
         return optimizer_name.lower() == "lomo"
 
@@ -348,6 +354,7 @@ class LomoEngine(DeepSpeedEngine):
         lomo = read_lomo_config(self.config)
         self.basic_optimizer = ParameterGroups(model_parameters, lomo.lr, lomo.weight_decay)
         self.optimizer = build_optimizer(self, self.basic_optimizer, lomo)
+        self._weights_stay_whole = isinstance(self.optimizer.gathering, Resident)
         self._shifts_labels = losses.shifts_labels(self.module)
 
     @property

@@ -3,7 +3,7 @@
 Pure functions over tensors. Nothing here knows of ranks, parameters or schedules.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ CHUNK_NUMEL = 2**23  # 32 MiB of fp32: bounds every temporary below, whatever th
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
 _FP16_STEP_BELOW_NORMAL = 2.0**-24
+
+
+def norms(values: Sequence[Tensor]) -> list[Tensor]:
+    """The 2-norm of each tensor, 0-dim float32; inf or nan if any value of it is."""
+    return list(torch._foreach_norm(list(values), 2, dtype=torch.float32))
 
 
 def squared_norm(values: Tensor) -> Tensor:

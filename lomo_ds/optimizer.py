@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lomo_ds import zero3
 from lomo_ds.backward import BackwardHooks
 from lomo_ds.distributed import agree
 from lomo_ds.errors import NonFiniteGradientError
+from lomo_ds.gathering import Gathering
 from lomo_ds.schedules import Choice, Schedule
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_hysteresis", "last_overflow_iter", "cur_iter")
@@ -34,7 +33,7 @@ class LomoOptimizer(ZeROOptimizer):
 
     Args:
         groups: the parameters and their learning rates.
-        offload: DeepSpeed's gathering and partitioning of them.
+        gathering: gives modules their whole parameters.
         hooks: bring the gradients to ``schedule``.
         choice: what the settings of the schedule came to.
         ranks: the data-parallel ranks.
@@ -43,7 +42,7 @@ class LomoOptimizer(ZeROOptimizer):
     def __init__(
         self,
         groups: ParameterGroups,
-        offload: DeepSpeedZeRoOffload,
+        gathering: Gathering,
         hooks: BackwardHooks,
         schedule: Schedule,
         choice: Choice,
@@ -52,7 +51,7 @@ class LomoOptimizer(ZeROOptimizer):
     ) -> None:
         super().__init__()
         self.optimizer = groups
-        self.offload = offload
+        self.gathering = gathering
         self.hooks = hooks
         self.schedule = schedule
         self.choice = choice
@@ -131,7 +130,7 @@ class LomoOptimizer(ZeROOptimizer):
         self.optimizer.step()  # learning-rate schedulers want to have seen it
         if self.dynamic_loss_scale and (self._scale_is_to_blame or not self.overflow):
             self.loss_scaler.update_scale(self.overflow)
-        zero3.refresh(self.offload)
+        self.gathering.refresh()
         self._start_step()
 
     def discard(self) -> None:
@@ -143,7 +142,7 @@ class LomoOptimizer(ZeROOptimizer):
         """DeepSpeed's name for the end of a backward pass."""
         self.backward_passes += 1
         self.hooks.end_backward()
-        zero3.release(self.offload)
+        self.gathering.release()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: no gradient outlives its hook."""
@@ -162,13 +161,13 @@ class LomoOptimizer(ZeROOptimizer):
             setattr(self.loss_scaler, name, value)
         for group, lr in zip(self.param_groups, state["lr"], strict=True):
             group["lr"] = lr
-        zero3.refresh(self.offload)
+        self.gathering.refresh()
         self._start_step()
 
     def destroy(self) -> None:
         """Take every hook off the model."""
         self.hooks.remove()
-        self.offload.destroy()
+        self.gathering.destroy()
 
     def _start_step(self) -> None:
         world_size = torch.distributed.get_world_size(self.ranks)
@@ -177,5 +176,5 @@ class LomoOptimizer(ZeROOptimizer):
         self.skip_reason = None
         self._scale_is_to_blame = True
         self._agreed = False
-        self._loss_sum = torch.zeros(1, dtype=torch.float64, device=self.schedule.squared_norms.device)
+        self._loss_sum = torch.zeros(1, dtype=torch.float64, device=self.schedule.device)
         self._knows_loss = False

@@ -3,7 +3,7 @@
 ZeRO-3 keeps each parameter as ``world size`` partitions of ceil(numel / world size) elements, one on each
 rank, and gathers the whole of it around the modules that use it. A ``Shard`` is this rank's partition without
 its padding. Writing to it changes the model; a gathered copy made before the write is stale from then on, so
-``refresh`` ends every step.
+``Gathering.refresh`` ends every step.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,7 @@ from typing import Any
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init, ZeroParamStatus
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
@@ -59,7 +58,7 @@ def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> I
     shards, one parameter at a time takes memory as a whole, which nobody touches.
     """
     device = get_accelerator().current_device_name()
-    converter = Init(module=torch.nn.ParameterList(), config_dict_or_path=ds_config, dtype=dtype)
+    converter = _converter([], ds_config, dtype)
     for name, parameter in model.named_parameters():
         # DeepSpeed splits what is there; on the meta device there is nothing
         torch.utils.swap_tensors(
@@ -69,6 +68,12 @@ def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> I
         partitioned: Partitioned = parameter
         partitioned.partition()
         yield Shard.of(name, partitioned)
+
+
+def stay_whole(ds_config: dict[str, Any]) -> bool:
+    """Whether nothing is ever to be gathered: one rank, which holds its shards where it computes."""
+    offload = ds_config["zero_optimization"].get("offload_param") or {}
+    return dist.get_world_size() == 1 and offload.get("device", "none") == "none"
 
 
 @contextmanager
@@ -83,17 +88,27 @@ def whole_shape(parameter: Partitioned) -> torch.Size:
     return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
 
 
-def release(offload: DeepSpeedZeRoOffload) -> None:
-    """Free the gathered copies that a backward pass leaves behind (an embedding's: its input needs no gradient)."""
-    offload.release_backward_leftovers()
+def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Give shards to those parameters that have none yet; their values stay."""
+    whole = [parameter for parameter in model.parameters() if not hasattr(parameter, "ds_tensor")]
+    if whole:
+        _converter(whole, ds_config, dtype)
 
 
-def refresh(offload: DeepSpeedZeRoOffload) -> None:
-    """Drop every gathered copy and gather the persistent parameters anew, in one collective, from updated shards.
+def make_whole(parameters: list[Partitioned]) -> None:
+    """Gather those of ``parameters`` that are not; on one rank without offload they are then the shards themselves."""
+    released = [p for p in parameters if p.ds_status is not ZeroParamStatus.AVAILABLE]
+    if released:
+        released[0].all_gather(param_list=released)
 
-    DeepSpeed gathers on a stream that waits for no other, so the updates must have reached the shards by now.
+
+def _converter(parameters: list[Parameter], ds_config: dict[str, Any], dtype: torch.dtype) -> Init:
+    """What splits parameters, and has split ``parameters``.
+
+    It replaces ``torch.nn.functional.linear``, for the whole process, by one that keeps no view of a weight which is
+    freed after forward, at several times the Python; not where weights are never freed.
     """
-    get_accelerator().synchronize()
-    offload.partition_all_parameters()
-    if offload.persistent_parameters:
-        offload.persistent_parameters[0].all_gather_coalesced(offload.persistent_parameters).wait()
+    if stay_whole(ds_config):
+        zero = ds_config["zero_optimization"] | {"memory_efficient_linear": False}
+        ds_config = ds_config | {"zero_optimization": zero}
+    return Init(module=torch.nn.ParameterList(parameters), config_dict_or_path=ds_config, dtype=dtype)

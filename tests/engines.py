@@ -61,3 +61,9 @@ def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def my_part(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """This rank's part of a batch of all ranks."""
     return part(batch, dist.get_rank(), dist.get_world_size())
+
+
+def my_chunk(whole: Tensor) -> Tensor:
+    """This rank's part as torch.chunk cuts it, which gives fewer parts where there are too few elements."""
+    chunks = whole.flatten().chunk(dist.get_world_size())
+    return chunks[dist.get_rank()] if dist.get_rank() < len(chunks) else whole.flatten()[:0]

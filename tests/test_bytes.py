@@ -76,11 +76,15 @@ def test_bytes_on_the_wire(ranks: GroupOf, schedule: str, limit: float, threshol
             assert total > 0.95 * limit, "what is counted is what a large model moves"
 
 
-def wait_for_gloo(storages: list[StorageWeakRef]) -> None:
-    """Its own thread lets go of what a collective has read a moment after the end of it; we let go at once."""
+def after_gloo(count: Callable[[], int], at_most: int = 0) -> int:
+    """``count`` as soon as it is ``at_most``, or what it is a second later.
+
+    gloo's own thread lets go of what a collective has read a moment after the end of it; we let go at once.
+    """
     deadline = time.monotonic() + 1.0
-    while time.monotonic() < deadline and not all(storage.expired() for storage in storages):
+    while count() > at_most and time.monotonic() < deadline:
         time.sleep(0.001)
+    return count()
 
 
 def gradients_alive(schedule: str) -> tuple[int, list[int]]:
@@ -92,9 +96,11 @@ def gradients_alive(schedule: str) -> tuple[int, list[int]]:
     def watch(parameter: torch.nn.Parameter) -> None:
         nonlocal peak
         assert parameter.grad is not None
-        wait_for_gloo([storage for storage, _ in alive])
         alive.append((StorageWeakRef(parameter.grad.untyped_storage()), parameter.grad.nbytes))
-        peak = max(peak, sum(size for storage, size in alive if not storage.expired()))
+        peak = max(peak, after_gloo(bytes_alive, at_most=sum(sizes[-2:])))
+
+    def bytes_alive() -> int:
+        return sum(size for storage, size in alive if not storage.expired())
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(watch)  # before the engine's own, which frees
@@ -129,10 +135,11 @@ class LeftAlive(TorchDispatchMode):
                 self.made[leaf.untyped_storage()._cdata] = StorageWeakRef(leaf.untyped_storage())
         return result
 
-    def count(self) -> int:
-        made = [storage for key, storage in self.made.items() if key not in self.parameters]
-        wait_for_gloo(made)
-        return sum(not storage.expired() for storage in made)
+    def count(self, kept: list[torch.Tensor]) -> int:
+        """How many are left, beside the parameters' and those of ``kept``."""
+        known = self.parameters | {tensor.untyped_storage()._cdata for tensor in kept}
+        made = [storage for key, storage in self.made.items() if key not in known]
+        return after_gloo(lambda: sum(not storage.expired() for storage in made))
 
 
 def left_by_backward(schedule: str) -> tuple[int, int]:
@@ -146,7 +153,8 @@ def left_by_backward(schedule: str) -> tuple[int, int]:
     loss = engine(**batch()).loss
     with LeftAlive(list(model.parameters())) as watched:
         engine.backward(loss)
-    return len(watched.made), watched.count()
+    stash: Any = engine.schedule
+    return len(watched.made), watched.count(list(stash.held.values()) if schedule == "stash" else [])
 
 
 @pytest.mark.parametrize("schedule", ["immediate", "stash"])
@@ -162,10 +170,10 @@ def stash_bytes() -> tuple[int, int]:
     engine = make_engine(model_of_some_size(), "stash", threshold=0)
     stash: Any = engine.schedule
     engine.backward(engine(**batch()).loss)
-    held = sum(shard.untyped_storage().nbytes() for shard in stash.held.values())
+    held = {shard.untyped_storage()._cdata: shard.untyped_storage().nbytes() for shard in stash.held.values()}
     engine.step()
     assert not stash.held
-    return held, sum(target.shard.nbytes for target in stash.targets)
+    return sum(held.values()), sum(target.shard.nbytes for target in stash.targets)
 
 
 def test_a_stash_is_this_ranks_shards_and_nothing_more(ranks: GroupOf) -> None:

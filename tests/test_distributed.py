@@ -8,28 +8,11 @@ import pytest
 import torch
 
 from lomo_ds import distributed
-from lomo_ds.distributed import agree, all_reduce_min, reduce_scatter_shard, together
+from lomo_ds.distributed import agree, all_reduce_min, together
 from lomo_ds.errors import ConfigError, PeerError
 from tests.ranks import Ranks
 
 GroupOf = Callable[..., Ranks]
-
-
-def reduce_and_gather(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    world = dist.get_world_group()
-    gradients = [torch.arange(float(torch.Size(shape).numel())).view(shape) + rank for rank in range(world.size())]
-    shard = reduce_scatter_shard(gradients[dist.get_rank()].to(dtype).t(), world)
-    whole = torch.stack(gradients).sum(dim=0).t().flatten()
-    padded = torch.zeros(shard.numel() * world.size())
-    padded[: whole.numel()] = whole
-    assert torch.equal(shard.float(), padded.chunk(world.size())[dist.get_rank()])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(4, 6), (5, 7), (1, 1), (2, 1)])
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_reduce_scatter_shard(ranks: GroupOf, world_size: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    ranks(world_size).run(reduce_and_gather, shape, dtype)
 
 
 def sum_and_least() -> tuple[float, float]:

@@ -226,8 +226,9 @@ def what_is_chosen(sections: dict[str, Any]) -> tuple[str, list[str]]:
 def test_auto_is_resolved_and_logged_once(ranks: GroupOf, sections: dict[str, Any], schedule: str) -> None:
     (chosen, records), (also, silent) = ranks(2).run(what_is_chosen, sections)
     assert (chosen, also, silent) == (schedule, schedule, [])
-    assert len(records) == 1
-    assert records[0].startswith(f"update_schedule auto: {schedule.lower()}")
+    granularity, update_schedule = records
+    assert granularity == "gather_granularity auto: layer"
+    assert update_schedule.startswith(f"update_schedule auto: {schedule.lower()}")
 
 
 def events_of_deepspeeds_tensorboard(folder: str) -> None:

@@ -35,16 +35,17 @@ class Surroundings:
     checkpointing: str | None
     tied: bool
     threshold: int
+    granularity: str
 
 
 # any two values of two of them meet in one of these six; two ranks take all, other worlds every other one
 SURROUNDINGS = [
-    Surroundings(None, tied=False, threshold=0),
-    Surroundings(None, tied=True, threshold=WHOLE_THRESHOLD),
-    Surroundings("non-reentrant", tied=True, threshold=WHOLE_THRESHOLD),
-    Surroundings("non-reentrant", tied=False, threshold=0),
-    Surroundings("reentrant", tied=False, threshold=WHOLE_THRESHOLD),
-    Surroundings("reentrant", tied=True, threshold=0),
+    Surroundings(None, tied=False, threshold=0, granularity="module"),
+    Surroundings(None, tied=True, threshold=WHOLE_THRESHOLD, granularity="layer"),
+    Surroundings("non-reentrant", tied=True, threshold=WHOLE_THRESHOLD, granularity="module"),
+    Surroundings("non-reentrant", tied=False, threshold=0, granularity="layer"),
+    Surroundings("reentrant", tied=False, threshold=WHOLE_THRESHOLD, granularity="module"),
+    Surroundings("reentrant", tied=True, threshold=0, granularity="layer"),
 ]
 
 
@@ -66,6 +67,7 @@ def train_both(schedule: str, clip: str, accumulation: int, surroundings: Surrou
             "weight_decay": 0.1,
             "clip_grad_value": limits.get("value"),
             "clip_group_norm": limits.get("group_norm"),
+            "gather_granularity": surroundings.granularity,
         },
     )
     for step in range(STEPS):
@@ -97,26 +99,30 @@ def test_equals_plain_sgd(ranks: Callable[..., Ranks], world_size: int, combinat
 @pytest.mark.parametrize("schedule", ["immediate", "stash"])
 def test_equals_plain_sgd_on_eight_ranks(ranks: Callable[..., Ranks], schedule: str) -> None:
     clip = "group norm" if schedule == "immediate" else "global norm"
-    surroundings = Surroundings("non-reentrant", tied=True, threshold=0)
+    surroundings = Surroundings("non-reentrant", tied=True, threshold=0, granularity="layer")
     assert max(ranks(8).run(train_both, schedule, clip, 1, surroundings)) < TOLERANCE
 
 
-def train_offloaded(schedule: str) -> float:
+def train_offloaded(schedule: str, granularity: str) -> float:
     """Shards in host memory by offload_param, the update computed on the device."""
     model = tiny_model()
     reference = PlainSGD(copy.deepcopy(model), lr=0.3)
     zero = {"stage": 3, "stage3_param_persistence_threshold": 25, "offload_param": {"device": "cpu"}}
-    engine = make_engine(model, schedule, zero_optimization=zero)
+    engine = make_engine(model, schedule, zero_optimization=zero, params={"gather_granularity": granularity})
     for step in range(STEPS):
         batch = whole_batch(step, rows=2)
         reference.step(batch)
-        engine.train_batch(part(batch, dist.get_rank(), 2))
+        engine.train_batch(part(batch, dist.get_rank(), dist.get_world_size()))
     return largest_difference(weights_of(engine), reference.model)
 
 
+@pytest.mark.parametrize("granularity", ["module", "layer"])
 @pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
-def test_equals_plain_sgd_with_offloaded_parameters(ranks: Callable[..., Ranks], schedule: str) -> None:
-    assert max(ranks(2).run(train_offloaded, schedule)) < TOLERANCE
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_equals_plain_sgd_with_offloaded_parameters(
+    ranks: Callable[..., Ranks], world_size: int, schedule: str, granularity: str
+) -> None:
+    assert max(ranks(world_size).run(train_offloaded, schedule, granularity)) < TOLERANCE
 
 
 def train_on_two_nodes() -> float:

@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent / "lomo_ds"
 
 FLOORS = [
-    ["errors", "numerics", "loss", "memory", "random_states", "signals"],
+    ["errors", "layers", "numerics", "loss", "memory", "random_states", "signals"],
     ["config", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest", "ds_parse"],
-    ["ds_config", "data.tokens", "data.packing", "rules", "lifeline", "monitor"],
+    ["gathering", "reduction", "ds_config", "data.tokens", "data.packing", "rules", "lifeline", "monitor"],
     ["schedules", "data", "models", "checkpoint"],
     ["backward", "demo", "cli", "progress"],
     ["optimizer"],

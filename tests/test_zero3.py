@@ -1,25 +1,16 @@
 """Shards and gathered copies under real ZeRO-3."""
 
 from collections.abc import Callable
-from typing import Any
 
-import deepspeed.comm as dist
 import pytest
 import torch
-from torch import Tensor
 
 from lomo_ds import zero3
-from tests.engines import make_engine
+from tests.engines import make_engine, my_chunk
 from tests.ranks import Ranks
-from tests.reference import part, tiny_model, whole_batch
+from tests.reference import tiny_model
 
 GroupOf = Callable[..., Ranks]
-
-
-def my_chunk(whole: Tensor) -> Tensor:
-    """This rank's part as torch.chunk cuts it, which gives fewer parts where there are too few elements."""
-    chunks = whole.flatten().chunk(dist.get_world_size())
-    return chunks[dist.get_rank()] if dist.get_rank() < len(chunks) else whole.flatten()[:0]
 
 
 def shards_make_the_whole() -> dict[str, int]:
@@ -41,29 +32,6 @@ def test_shards_are_the_whole_without_padding(ranks: GroupOf, world_size: int) -
     for name, parameter in tiny_model().named_parameters():
         assert sum(shard[name] for shard in sizes) == parameter.numel()
     assert [shard["gain"] for shard in sizes] == [1] + [0] * (world_size - 1), "smaller than the world"
-
-
-def gathered_copies_after_a_step(threshold: int) -> None:
-    model = tiny_model()
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    engine = make_engine(model, "immediate", threshold)
-    offload: Any = engine.optimizer.offload
-    for step in range(2):
-        engine.train_batch(part(whole_batch(step, rows=2), dist.get_rank(), 2))
-        persistent = {id(parameter) for parameter in offload.persistent_parameters}
-        assert bool(persistent) == (threshold > 0)
-        for name, parameter in engine.module.named_parameters():
-            shard = zero3.Shard.of(name, parameter).data
-            if id(parameter) in persistent:
-                assert torch.equal(my_chunk(parameter.detach()), shard), f"{name} is stale in forward"
-                assert name != "model.norm.weight" or not torch.equal(shard, my_chunk(before[name])), "it trains"
-            else:
-                assert parameter.numel() == 0, f"{name} is still gathered"
-
-
-@pytest.mark.parametrize("threshold", [0, 25, 100_000])
-def test_no_gathered_copy_is_stale_or_left_behind(ranks: GroupOf, threshold: int) -> None:
-    ranks(2).run(gathered_copies_after_a_step, threshold)
 
 
 def partition_one_by_one() -> int:

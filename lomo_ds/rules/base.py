@@ -1,5 +1,6 @@
 """The protocol of an update rule: pure math over tensors, without hooks, ranks or DeepSpeed."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -9,7 +10,12 @@ class Rule(Protocol):
     """Turns a parameter shard and its gradient into the new shard."""
 
     def update(
-        self, shard: Tensor, gradient: Tensor, coefficient: float | Tensor, lr: float, weight_decay: float
+        self,
+        shards: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        coefficient: float | Tensor,
+        lr: float,
+        weight_decay: float,
     ) -> None:
         """Write the updated parameter into ``shard``.
 

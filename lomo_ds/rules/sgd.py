@@ -1,5 +1,7 @@
 """SGD, the rule of LOMO: p <- (1 - lr weight_decay) p - lr g (arXiv 2306.09782, equation 1)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,15 +20,21 @@ class Sgd:
         self.generator = generator
 
     def update(
-        self, shard: Tensor, gradient: Tensor, coefficient: float | Tensor, lr: float, weight_decay: float
+        self,
+        shards: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        coefficient: float | Tensor,
+        lr: float,
+        weight_decay: float,
     ) -> None:
         """See ``Rule.update``."""
-        for weights, gradients in chunks(shard, gradient):
-            exact = weights.to(gradients.device, torch.float32)  # fp32 shards are updated where they lie
-            if weight_decay:
-                exact.mul_(1 - lr * weight_decay)
-            exact.sub_(gradients.float() * coefficient, alpha=lr)
-            self._store(weights, exact)
+        for shard, gradient in zip(shards, gradients, strict=True):
+            for weights, of_weights in chunks(shard, gradient):
+                exact = weights.to(of_weights.device, torch.float32)  # fp32 shards are updated where they lie
+                if weight_decay:
+                    exact.mul_(1 - lr * weight_decay)
+                exact.sub_(of_weights.float() * coefficient, alpha=lr)
+                self._store(weights, exact)
 
     def state(self) -> dict[str, Tensor]:
         """See ``Rule.state``."""

@@ -1,14 +1,15 @@
-"""What every schedule shares: the targets, the running norms and the call that updates one shard."""
+"""What every schedule shares: the targets, the gradients' norms and the call that updates shards."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lomo_ds.clipping import Clipping
-from lomo_ds.numerics import squared_norm
+from lomo_ds.numerics import norms
 from lomo_ds.rules import Rule
 
 
@@ -22,13 +23,13 @@ class Target:
 
 
 class Schedule(ABC):
-    """Decides when a gradient shard meets the rule.
+    """Decides when gradient shards meet the rule.
 
-    A step is ``start``, then for each gradient of each backward ``take``, after each backward ``flush``, then once
-    ``measure`` and, if all ranks found the step sound, ``apply``.
+    A step is ``start``, then for the gradients of each backward ``take``, some at a time, after each backward
+    ``flush``, then once ``measure`` and, if all ranks found the step sound, ``apply``.
 
     Every gradient a schedule is given is ``scale`` times the true one: the loss scale, times the number of ranks
-    whose gradients were summed. Norms are kept so too.
+    whose gradients were summed. Norms are kept so too. Nothing here waits for the device.
 
     Args:
         targets: all parameters that train, in the model's order.
@@ -43,38 +44,61 @@ class Schedule(ABC):
         self.targets = targets
         self.rule = rule
         self.clipping = clipping
-        self.squared_norms = torch.zeros(
-            1 + max((target.group for target in targets), default=0), dtype=torch.float64, device=device
-        )
-        self.scale = 1.0
+        self.device = device
+        groups = torch.tensor([target.group for target in targets])
+        self.members = (groups == torch.arange(int(groups.max()) + 1)[:, None]).to(device)  # groups x targets
+        self.no_norm = torch.zeros((), dtype=torch.float32, device=device)
+        self.start(scale=1.0)
 
     def start(self, scale: float) -> None:
         """Begin a step, forgetting whatever is left of the last."""
         self.scale = scale
-        self.squared_norms.zero_()
+        self.norms = [self.no_norm] * len(self.targets)  # of each target's gradient shard, 0-dim float32
 
     @abstractmethod
-    def take(self, index: int, gradient: Tensor) -> None:
-        """Use the gradient shard (1-D, its own memory) of target ``index``."""
+    def take(self, indices: list[int], gradients: list[Tensor]) -> None:
+        """Use the gradient shards (1-D, to be kept or clobbered) of some targets."""
 
     def flush(self) -> None:
         """Backward has ended: no more gradients of this micro-batch."""
 
     def measure(self) -> Tensor:
         """Squared norm of each clipping group over this rank's shards, float64, scaled by ``scale`` squared."""
-        return self.squared_norms
+        squares = torch.stack(self.norms).double().square()
+        return torch.where(self.members, squares, 0.0).sum(dim=1)  # index_add_ would add up in any order on CUDA
 
     def apply(self, coefficients: list[float]) -> None:
         """All ranks agree that the step is sound; ``coefficients`` are the clip factors of the groups."""
 
-    def add_to_norm(self, index: int, gradient: Tensor) -> None:
-        """Count a gradient shard into the norm of its group."""
-        self.squared_norms[self.targets[index].group] += squared_norm(gradient).to(self.squared_norms.device)
+    def note_norms(self, indices: list[int], gradients: list[Tensor]) -> None:
+        """Remember the norms of these targets' gradient shards, in the place of earlier ones."""
+        for index, norm in zip(indices, norms(gradients), strict=True):
+            self.norms[index] = norm
 
-    def update(self, index: int, gradient: Tensor, coefficient: float | Tensor) -> None:
-        """Let the rule write target ``index`` from its gradient shard, which is clobbered."""
-        target = self.targets[index]
-        self.clipping.clamp_(gradient, self.scale)
-        self.rule.update(
-            target.shard, gradient, coefficient / self.scale, target.options["lr"], target.options["weight_decay"]
-        )
+    def update(self, indices: list[int], gradients: list[Tensor], coefficients: list[float] | Tensor | None) -> None:
+        """Let the rule write targets from their gradient shards, which are clobbered.
+
+        Args:
+            coefficients: the clip factors of all groups; or that of these targets' one group, 0-dim; or None.
+        """
+
+        def alike(position: int) -> tuple[int, float | Tensor]:
+            target = self.targets[indices[position]]
+            factor = coefficients[target.group] if isinstance(coefficients, list) else 1.0
+            return id(target.options), factor
+
+        for (_, factor), positions in groupby(range(len(indices)), alike):
+            some = list(positions)
+            targets = [self.targets[indices[position]] for position in some]
+            chosen = [gradients[position] for position in some]
+            for gradient in chosen if self.clipping.value is not None else ():
+                self.clipping.clamp_(gradient, self.scale)
+            options = targets[0].options
+            coefficient = coefficients if isinstance(coefficients, Tensor) else factor
+            self.rule.update(
+                [target.shard for target in targets],
+                chosen,
+                coefficient / self.scale,
+                options["lr"],
+                options["weight_decay"],
+            )

@@ -8,7 +8,7 @@ from lomo_ds.rules import Rule
 from lomo_ds.schedules.base import Schedule, Target
 from lomo_ds.schedules.choose import Choice
 from lomo_ds.schedules.immediate import Immediate
-from lomo_ds.schedules.stash import Stash
+from lomo_ds.schedules.stash import HostStash, Stash
 from lomo_ds.schedules.two_pass import TwoPass
 
 
@@ -26,5 +26,6 @@ def build_schedule(
         return Immediate(targets, rule, clipping, device, ranks)
     if choice.schedule == "two_pass":
         return TwoPass(targets, rule, clipping, device)
-    stash_device = device if choice.stash_device == "gpu" else torch.device("cpu")
-    return Stash(targets, rule, clipping, device, stash_device, stash_dtype)
+    if choice.stash_device == "cpu" and device.type != "cpu":
+        return HostStash(targets, rule, clipping, device, stash_dtype)
+    return Stash(targets, rule, clipping, device, stash_dtype)

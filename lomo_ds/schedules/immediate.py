@@ -8,7 +8,6 @@ from torch.distributed import ProcessGroup
 
 from lomo_ds.clipping import Clipping
 from lomo_ds.distributed import agree
-from lomo_ds.numerics import squared_norm
 from lomo_ds.rules import Rule
 from lomo_ds.schedules.base import Schedule, Target
 
@@ -21,24 +20,25 @@ class Immediate(Schedule):
     def __init__(
         self, targets: list[Target], rule: Rule, clipping: Clipping, device: torch.device, ranks: ProcessGroup
     ) -> None:
-        super().__init__(targets, rule, clipping, device)
         self.ranks = ranks
-        self.members = Counter(target.group for target in targets)
-        self.waiting: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
+        self.sizes = Counter(target.group for target in targets)
+        self.waiting: dict[int, dict[int, Tensor]] = defaultdict(dict)  # by group and target
+        super().__init__(targets, rule, clipping, device)
 
     def start(self, scale: float) -> None:
         super().start(scale)
         self.waiting.clear()
 
-    def take(self, index: int, gradient: Tensor) -> None:
-        self.add_to_norm(index, gradient)
+    def take(self, indices: list[int], gradients: list[Tensor]) -> None:
+        self.note_norms(indices, gradients)
         if self.clipping.group_norm is None:
-            self.update(index, gradient, coefficient=1.0)
+            self.update(indices, gradients, None)
             return
-        group = self.targets[index].group
-        self.waiting[group].append((index, gradient))
-        if len(self.waiting[group]) == self.members[group]:
-            self._update_group(group)
+        for index, gradient in zip(indices, gradients, strict=True):
+            group = self.targets[index].group
+            self.waiting[group][index] = gradient
+            if len(self.waiting[group]) == self.sizes[group]:
+                self._update_group(group)
 
     def flush(self) -> None:
         for group in sorted(self.waiting):  # groups with a parameter that this batch did not use
@@ -46,7 +46,6 @@ class Immediate(Schedule):
 
     def _update_group(self, group: int) -> None:
         gradients = self.waiting.pop(group)
-        squared = torch.stack([squared_norm(gradient) for _, gradient in gradients]).sum(dim=0, keepdim=True)
+        squared = torch.stack([self.norms[index] for index in gradients]).double().square().sum(dim=0, keepdim=True)
         coefficient = self.clipping.coefficients(agree(squared, self.ranks) / self.scale**2)[0]
-        for index, gradient in gradients:
-            self.update(index, gradient, coefficient)
+        self.update(list(gradients), list(gradients.values()), coefficient)

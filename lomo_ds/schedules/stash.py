@@ -6,17 +6,16 @@ from torch import Tensor
 from lomo_ds.clipping import Clipping
 from lomo_ds.rules import Rule
 from lomo_ds.schedules.base import Schedule, Target
+from lomo_ds.schedules.host_memory import HostMemory
 
 
 class Stash(Schedule):
-    """One pass; a world-size-th of all gradients is alive at the end of backward.
+    """One pass; a world-size-th of all gradients is alive on the device at the end of backward.
 
-    On the device that computes, a shard is kept as it arrives and freed with the step, so that the stash grows
-    as activations go. In host memory the buffers are pinned, and allocated once.
+    A shard is kept as it arrives and freed with the step, so that the stash grows as activations go.
 
     Args:
-        stash_device: where the shards are kept.
-        dtype: what they are kept in; None keeps the gradients' own until a second one is added, in float32.
+        dtype: what shards are kept in; None keeps the gradients' own until a second one is added, in float32.
     """
 
     keeps_gradients = True
@@ -27,41 +26,71 @@ class Stash(Schedule):
         rule: Rule,
         clipping: Clipping,
         device: torch.device,
-        stash_device: torch.device,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(targets, rule, clipping, device)
-        self.device = device
-        self.stash_device = stash_device
         self.dtype = dtype
         self.held: dict[int, Tensor] = {}
-        self.host_buffers: dict[int, Tensor] = {}
+        super().__init__(targets, rule, clipping, device)
 
     def start(self, scale: float) -> None:
         super().start(scale)
         self.held.clear()
 
-    def take(self, index: int, gradient: Tensor) -> None:
-        if index in self.held:
-            self.held[index] = self.held[index].float().add_(gradient.to(self.stash_device))
-        elif self.stash_device == self.device:
-            self.held[index] = gradient.to(self.dtype or gradient.dtype)
-        else:
-            self.held[index] = self._host_buffer(index, gradient).copy_(gradient)
+    def take(self, indices: list[int], gradients: list[Tensor]) -> None:
+        for index, gradient in zip(indices, gradients, strict=True):
+            if index in self.held:
+                self.held[index] = self.held[index].float().add_(gradient)
+            else:
+                self.held[index] = gradient.to(self.dtype or gradient.dtype)
 
     def measure(self) -> Tensor:
-        for index, gradient in self.held.items():
-            self.add_to_norm(index, gradient.to(self.device))
-        return self.squared_norms
+        self.note_norms(list(self.held), list(self.held.values()))
+        return super().measure()
 
     def apply(self, coefficients: list[float]) -> None:
-        for index in sorted(self.held):
-            gradient = self.held.pop(index).to(self.device)
-            self.update(index, gradient, coefficients[self.targets[index].group])
+        indices = sorted(self.held)
+        self.update(indices, [self.held.pop(index) for index in indices], coefficients)
 
-    def _host_buffer(self, index: int, gradient: Tensor) -> Tensor:
-        if index not in self.host_buffers:
-            self.host_buffers[index] = torch.empty(
-                gradient.shape, dtype=self.dtype or gradient.dtype, device=self.stash_device, pin_memory=True
-            )
-        return self.host_buffers[index]
+
+class HostStash(Schedule):
+    """The same in pinned host memory; copies there run beside backward, and those back beside the updates."""
+
+    keeps_gradients = True
+
+    def __init__(
+        self,
+        targets: list[Target],
+        rule: Rule,
+        clipping: Clipping,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self.memory = HostMemory(device)
+        self.held: set[int] = set()
+        super().__init__(targets, rule, clipping, device)
+
+    def start(self, scale: float) -> None:
+        super().start(scale)
+        self.held.clear()
+
+    def take(self, indices: list[int], gradients: list[Tensor]) -> None:
+        sums = [self._sum(index, gradient) for index, gradient in zip(indices, gradients, strict=True)]
+        self.note_norms(indices, sums)  # here, where they lie on the device
+        for index, gradient in zip(indices, sums, strict=True):
+            self.memory.put(index, gradient)
+        self.held.update(indices)
+
+    def flush(self) -> None:
+        self.memory.flush()
+
+    def apply(self, coefficients: list[float]) -> None:
+        for index, gradient in self.memory.get(sorted(self.held)):
+            self.update([index], [gradient], coefficients)
+
+    def _sum(self, index: int, gradient: Tensor) -> Tensor:
+        """The gradient of the step so far."""
+        if index not in self.held:
+            return gradient.to(self.dtype or gradient.dtype)
+        ((_, sum_so_far),) = self.memory.get([index])
+        return sum_so_far.float().add_(gradient)

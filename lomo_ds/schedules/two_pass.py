@@ -15,11 +15,11 @@ class TwoPass(Schedule):
         super().start(scale)
         self.coefficients = None
 
-    def take(self, index: int, gradient: Tensor) -> None:
+    def take(self, indices: list[int], gradients: list[Tensor]) -> None:
         if self.coefficients is None:
-            self.add_to_norm(index, gradient)
+            self.note_norms(indices, gradients)
         else:
-            self.update(index, gradient, self.coefficients[self.targets[index].group])
+            self.update(indices, gradients, self.coefficients)
 
     def apply(self, coefficients: list[float]) -> None:
         self.coefficients = coefficients

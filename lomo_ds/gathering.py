@@ -1,0 +1,122 @@
+"""How modules come by their whole parameters: DeepSpeed gathers them around each use, or they are at hand all the time.
+
+Beside ``zero3`` the only file that knows DeepSpeed's gathering. A gathered copy made before its shard was updated is
+stale, so ``refresh`` ends every step.
+"""
+
+from typing import Any, Protocol
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.utils import set_z3_leaf_module
+from torch.nn import Module
+
+from lomo_ds import zero3
+from lomo_ds.errors import ConfigError
+from lomo_ds.layers import layer_of
+
+# What gathered layers may take of the free memory; the rest is for activations, gradients and a stash.
+LAYERS_SHARE = 0.25
+
+
+class Gathering(Protocol):
+    """Gives the modules of a model their whole parameters while it runs."""
+
+    def release(self) -> None:
+        """A backward pass has ended: free the gathered copies that it has left behind."""
+
+    def refresh(self) -> None:
+        """The shards have changed: no copy made before may be used again."""
+
+    def destroy(self) -> None:
+        """Take every hook off the model."""
+
+
+class Resident:
+    """One rank without offload: shards are whole parameters, which stay where the modules find them.
+
+    Only ``deepspeed.zero.GatheredParameters`` takes them away, when it is left; the next forward puts them back.
+    """
+
+    def __init__(self, model: Module) -> None:
+        self.parameters = list(model.parameters())
+        self.handle = model.register_forward_pre_hook(lambda module, arguments: zero3.make_whole(self.parameters))
+        zero3.make_whole(self.parameters)
+
+    def release(self) -> None:
+        """Nothing: a parameter is no copy of its shard."""
+
+    def refresh(self) -> None:
+        """Nothing: a parameter is no copy of its shard."""
+
+    def destroy(self) -> None:
+        """See ``Gathering.destroy``."""
+        self.handle.remove()
+
+
+class OnDemand:
+    """DeepSpeed's own hooks gather parameters before a module, or a whole layer, runs, and free them after it.
+
+    Args:
+        offload: settings of ``DeepSpeedZeRoOffload``.
+        granularity: ``module`` or ``layer``.
+    """
+
+    def __init__(self, model: Module, granularity: str, **offload: Any) -> None:
+        if granularity == "layer":
+            for layer in layers(model):
+                set_z3_leaf_module(layer, True)
+        self.offload = DeepSpeedZeRoOffload(model, **offload)
+        self.persistent = self.offload.persistent_parameters
+
+    def release(self) -> None:
+        """An embedding stays gathered after backward, as its input needs no gradient; see ``Gathering.release``."""
+        self.offload.release_backward_leftovers()
+
+    def refresh(self) -> None:
+        """Drop every gathered copy and gather the persistent parameters anew, in one collective.
+
+        DeepSpeed gathers on a stream that waits for no other, so the updates must have reached the shards by now.
+        """
+        get_accelerator().synchronize()
+        self.offload.partition_all_parameters()
+        if self.persistent:
+            self.persistent[0].all_gather_coalesced(self.persistent).wait()
+
+    def destroy(self) -> None:
+        """See ``Gathering.destroy``."""
+        self.offload.destroy()
+
+
+def layers(model: Module) -> list[Module]:
+    """The decoder layers of ``model``."""
+    found = dict.fromkeys(layer_of(name) for name, _ in model.named_parameters())
+    return [model.get_submodule(name) for name in found if name is not None]
+
+
+def choose_granularity(asked: str, model: Module, free_device_bytes: int) -> str:
+    """``module`` or ``layer``; ``auto`` is ``layer`` wherever two gathered layers fit.
+
+    Layers take one collective for all their parameters, where modules take one for each.
+
+    Args:
+        free_device_bytes: the smallest over all ranks.
+
+    Raises:
+        ConfigError: ``layer`` was asked for, and the model has none.
+    """
+    if asked == "module":
+        return asked
+    sizes = [
+        sum(zero3.whole_shape(parameter).numel() * parameter.element_size() for parameter in layer.parameters())
+        for layer in layers(model)
+    ]
+    if asked == "layer":
+        if not sizes:
+            raise ConfigError(
+                "gather_granularity layer needs a model with numbered layers (model.layers.0, ...), and this one has "
+                "none; use module"
+            )
+        return asked
+    # one layer in use, the next on its way; each is received in one buffer and cut from it
+    return "layer" if sizes and 2 * 2 * max(sizes) <= LAYERS_SHARE * free_device_bytes else "module"

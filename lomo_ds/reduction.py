@@ -1,0 +1,131 @@
+"""From whole gradients to this rank's shards of their sum: a bucket at a time, while backward goes on."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+BUCKET_NUMEL = 2**23  # small gradients travel together in as many elements; a larger one travels by itself
+
+Deliver = Callable[[list[int], list[Tensor]], None]
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A reduce-scatter under way."""
+
+    indices: tuple[int, ...]
+    shards: Tensor  # what it writes: padded shards behind one another
+    whole: Tensor  # what it reads, which must live as long
+    work: Any
+
+
+class Reduction:
+    """Sums the gradients of all ranks, and delivers each rank its shards, in the order the gradients came in.
+
+    What waits here and what is under way are together no more than the largest parameter's gradient, so with the one
+    that comes next never more than two parameters' gradients are alive (and a bucket, while it is packed). On one
+    rank there is nothing to sum, and shards are the gradients themselves.
+
+    Args:
+        numels: of each whole parameter.
+        shard_numels: of this rank's part of each, without padding.
+        group: the ranks that parameters are split over.
+        dtype: what gradients are summed in; None keeps their own.
+        deliver: is given parameters' indices and their gradient shards (1-D, to be kept or clobbered).
+    """
+
+    def __init__(
+        self,
+        numels: list[int],
+        shard_numels: list[int],
+        group: ProcessGroup,
+        dtype: torch.dtype | None,
+        deliver: Deliver,
+    ) -> None:
+        self.numels = numels
+        self.shard_numels = shard_numels
+        self.group = group
+        self.dtype = dtype
+        self.deliver = deliver
+        self.world_size = dist.get_world_size(group)
+        self.largest_numel = max(numels)
+        self.bucket_numel = min(self.largest_numel // 2, BUCKET_NUMEL)  # one on its way while the next one fills
+        self.forget()
+
+    def add(self, index: int, gradient: Tensor) -> None:
+        """Take the whole gradient of parameter ``index``; any shape, the same order and dtypes on all ranks."""
+        numel = self.numels[index]
+        if self.waiting and numel >= self.bucket_numel:
+            self._launch()
+        self._land(until=self.largest_numel - self.waiting_numel - numel)
+        self.waiting.append((index, gradient))
+        self.waiting_numel += numel
+        if self.waiting_numel >= self.bucket_numel:
+            self._launch()
+
+    def flush(self) -> None:
+        """Deliver all that is left."""
+        if self.waiting:
+            self._launch()
+        self._land(until=0)
+
+    def forget(self) -> None:
+        """Drop what has not been delivered."""
+        self.waiting: list[tuple[int, Tensor]] = []  # for the next bucket
+        self.waiting_numel = 0
+        self.in_flight: deque[_Flight] = deque()
+        self.in_flight_numel = 0
+
+    def _launch(self) -> None:
+        """Send off what waits; parameters of several dtypes in a bucket for each."""
+        waiting, self.waiting, self.waiting_numel = self.waiting, [], 0
+        for _, alike in groupby(waiting, key=lambda pair: pair[1].dtype):
+            indices, gradients = zip(*alike, strict=True)
+            flat = [gradient.to(self.dtype or gradient.dtype).reshape(-1) for gradient in gradients]
+            del gradients
+            if self.world_size == 1:
+                self.deliver(list(indices), flat)
+            else:
+                self._reduce_scatter(indices, interleave(flat, self.world_size))
+
+    def _reduce_scatter(self, indices: tuple[int, ...], whole: Tensor) -> None:
+        shards = torch.empty(whole.numel() // self.world_size, dtype=whole.dtype, device=whole.device)
+        work = dist.reduce_scatter_tensor(shards, whole, group=self.group, async_op=True)
+        self.in_flight.append(_Flight(indices, shards, whole, work))
+        self.in_flight_numel += whole.numel()
+
+    def _land(self, until: int) -> None:
+        """Deliver the oldest until at most ``until`` elements are in flight.
+
+        On CUDA to wait is the stream's business: what is freed here may be used again by what runs behind it.
+        """
+        while self.in_flight and self.in_flight_numel > until:
+            flight = self.in_flight.popleft()
+            self.in_flight_numel -= flight.whole.numel()
+            flight.work.wait()
+            self.deliver(list(flight.indices), self._cut(flight))
+
+    def _cut(self, flight: _Flight) -> list[Tensor]:
+        """The shards of a bucket, without their padding."""
+        padded = [-(-self.numels[index] // self.world_size) for index in flight.indices]
+        return [
+            shard.narrow(0, 0, self.shard_numels[index])
+            for index, shard in zip(flight.indices, flight.shards.split(padded), strict=True)
+        ]
+
+
+def interleave(gradients: list[Tensor], world_size: int) -> Tensor:
+    """Flat gradients as one, whose n-th part holds the n-th part of each, zero-padded to ceil(numel / world size)."""
+    parts = []
+    for gradient in gradients:
+        padding = -gradient.numel() % world_size
+        padded = torch.nn.functional.pad(gradient, (0, padding)) if padding else gradient
+        parts.append(padded.view(world_size, -1))
+    return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).view(-1)
