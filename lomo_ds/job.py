@@ -30,6 +30,7 @@ from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile, warmup_
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine import initialize
 from lomo_ds.errors import CheckpointError, ConfigError, DataError, ModelError
+from lomo_ds.keeper import CheckpointKeeper
 from lomo_ds.models import (
     empty_model,
     find_model,
@@ -98,7 +99,8 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
 
     together(lambda: _begin(output_dir, resolved, filled) if rank == 0 else None)
     with together(lambda: _open_monitor(output_dir, rank, steps.step)) as monitor:
-        Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, add_files, run_id).run()
+        keeper = CheckpointKeeper(engine, arguments, progress, add_files)
+        Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, keeper, run_id).run()
 
 
 def _steps(arguments: TrainArguments, blocks: PackedBlocks, progress: Progress) -> TrainingSteps:

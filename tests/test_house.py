@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "lomo_ds"
 
 FLOORS = [
-    ["errors", "numerics", "loss", "memory", "random_states", "signals"],
+    ["errors", "numerics", "loss", "memory", "random_states", "signals", "training_engine"],
     ["config", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest", "ds_parse"],
     ["ds_config", "data.tokens", "data.packing", "rules", "lifeline", "monitor"],
     ["schedules", "data", "models", "checkpoint"],
