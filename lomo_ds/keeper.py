@@ -36,6 +36,26 @@ class Keeper(Protocol):
         """How a run that was stopped goes on, in words."""
 
 
+class NoCheckpoints:
+    """The keeper of a run that is there for comparison: stopped, it starts anew."""
+
+    def __init__(self, optim: str) -> None:
+        self.optim = optim
+
+    def save(self, step: int, position: Position, data: dict[str, Any], last: bool = False) -> None:
+        """Nothing."""
+
+    def settle(self) -> None:
+        """Nothing: nothing is being written."""
+
+    def load_best(self, step: int) -> None:
+        """None: there is no other than the last."""
+
+    def way_on(self) -> str:
+        """That it does not."""
+        return f"nothing was saved, as --optim {self.optim} keeps no checkpoints; start again, or use --optim lomo"
+
+
 class CheckpointKeeper:
     """Saves the state of a run in its output_dir; every rank calls it.
 

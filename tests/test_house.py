@@ -15,7 +15,7 @@ FLOORS = [
     ["backward", "demo", "cli", "progress"],
     ["optimizer"],
     ["assembly", "engine_state"],
-    ["engine"],
+    ["engine", "baseline"],
     ["evaluate", "keeper"],
     ["trainer", "export_checkpoint"],
     ["job"],
