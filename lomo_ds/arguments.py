@@ -13,6 +13,8 @@ from transformers import HfArgumentParser
 
 from lomo_ds.errors import ConfigError, did_you_mean, one_line
 
+LEARNING_RATES: dict[str, float] = {"lomo": 0.03, "adamw": 5e-5, "sgd": 0.03}  # where none is given
+
 
 def _argument(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -34,7 +36,13 @@ class TrainArguments:
     per_device_train_batch_size: int = _argument(8, "Sequences per GPU and micro-batch.")
     per_device_eval_batch_size: int = _argument(8, "Sequences per GPU when evaluating.")
     gradient_accumulation_steps: int = _argument(1, "Micro-batches per optimizer step.")
-    learning_rate: float = _argument(0.03, "Peak learning rate; LOMO is SGD and wants a large one.")
+    optim: Literal["lomo", "adamw", "sgd"] = _argument(
+        "lomo", "adamw and sgd are torch.optim's on DeepSpeed's own ZeRO-3, to compare LOMO with."
+    )
+    learning_rate: float = _argument(
+        LEARNING_RATES["lomo"],
+        f"Peak learning rate; LOMO is SGD and wants a large one, adamw has another default, {LEARNING_RATES['adamw']}.",
+    )
     weight_decay: float = _argument(0.0, "Decoupled weight decay.")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = _argument("linear", "Learning rate after warm-up.")
     warmup_ratio: float = _argument(0.0, "Share of all steps in which the learning rate rises from 0.")
@@ -79,7 +87,12 @@ class TrainArguments:
                 self._require(name, is_line or name == "sample_prompt", "one line of text without NUL bytes")
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 were both asked for, and weights have one precision; keep one of them")
-
+        for name in ("save_steps", "resume_from_checkpoint", "load_best_model_at_end"):
+            if self.optim != "lomo" and getattr(self, name):
+                raise ConfigError(
+                    f"--{name} was asked for, but --optim {self.optim} is there to compare LOMO with, and keeps no "
+                    "checkpoints; leave it out, or train with --optim lomo"
+                )
         if self.load_best_model_at_end and not (
             self.validation_file and self.save_steps and self.eval_steps and self.save_steps % self.eval_steps == 0
         ):
@@ -115,7 +128,8 @@ def parse_arguments(argv: list[str]) -> tuple[TrainArguments, frozenset[str]]:
     missing = [f"--{name}" for name in required if name not in given]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be given, on the command line or in --config FILE")
-    return TrainArguments(**given), frozenset(given)
+    learning_rate = LEARNING_RATES[given.get("optim", "lomo")]
+    return TrainArguments(**({"learning_rate": learning_rate} | given)), frozenset(given)
 
 
 def help_text() -> str:

@@ -81,7 +81,7 @@ def read_lomo_config(ds_config: dict[str, Any]) -> LomoConfig:
         got = section.get("type") if isinstance(section, dict) else section
         raise ConfigError(
             f'lomo_ds needs "optimizer": {{"type": "LOMO", "params": {{"lr": ...}}}} in the DeepSpeed config, '
-            f"got {got!r}; use deepspeed.initialize for other optimizers"
+            f"got {got!r}; use deepspeed.initialize for other optimizers, or --optim of launch/train.py"
         )
     params = section.get("params") or {}
     known = [field.name for field in dataclasses.fields(LomoConfig)]
@@ -123,13 +123,29 @@ def refuse_what_cannot_be(ds_config: dict[str, Any]) -> None:
         ConfigError: one sentence: what was asked, why it cannot be, and the ways out.
     """
     lomo = read_lomo_config(ds_config)
+    _require_step(ds_config)
+    _refuse_optimizer_offload(ds_config)
+    _refuse_other_engines(ds_config)
+    _refuse_clips_that_compete(ds_config, lomo)
+    _refuse_what_the_schedule_cannot(ds_config, lomo)
+
+
+def refuse_what_no_baseline_can(ds_config: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed's own ZeRO-3 cannot do here, as ``--optim adamw`` or ``sgd`` run it.
+
+    Raises:
+        ConfigError: one sentence: what was asked, why it cannot be, and the ways out.
+    """
+    require_sections(ds_config)
+    _require_step(ds_config)
+    _refuse_other_engines(ds_config)
+
+
+def _require_step(ds_config: dict[str, Any]) -> None:
     _require_number(ds_config.get("gradient_clipping", 0.0), "gradient_clipping", at_least=0.0)
     accumulation = ds_config.get("gradient_accumulation_steps", 1)
     if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
         raise ConfigError(f"gradient_accumulation_steps must be an integer of at least 1, got {accumulation!r}")
-    _refuse_other_engines(ds_config)
-    _refuse_clips_that_compete(ds_config, lomo)
-    _refuse_what_the_schedule_cannot(ds_config, lomo)
 
 
 def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
@@ -137,23 +153,19 @@ def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
     stage = zero.get("stage", 0)
     if stage != 3:
         raise ConfigError(
-            f"lomo_ds updates the parameter shards of ZeRO stage 3, got zero_optimization.stage {stage!r}; "
+            f"lomo_ds keeps parameters in the shards of ZeRO stage 3, got zero_optimization.stage {stage!r}; "
             "set it to 3 (on one GPU too: nothing is gathered there)"
         )
     if zero.get("zenflow") is not None:
-        raise ConfigError("zero_optimization.zenflow is not supported, as LOMO has no optimizer state; remove it")
+        raise ConfigError("zero_optimization.zenflow is not supported, as it is another optimizer; remove it")
     if (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0) not in (0, 1):
-        raise ConfigError("tensor_parallel is not supported, as LOMO's ranks are data-parallel; remove it")
-    if _device(zero.get("offload_optimizer")) != "none":
-        raise ConfigError(
-            "zero_optimization.offload_optimizer was asked for, but LOMO has no optimizer state to offload; "
-            "remove it, or use offload_param to keep the parameters in host memory"
-        )
-    if _device(zero.get("offload_param")) == "nvme":
-        raise ConfigError(
-            "zero_optimization.offload_param.device nvme is not supported, because shards are updated in memory; "
-            "use cpu"
-        )
+        raise ConfigError("tensor_parallel is not supported, as all ranks are data-parallel; remove it")
+    for section in ("offload_param", "offload_optimizer"):
+        if _device(zero.get(section)) == "nvme":
+            raise ConfigError(
+                f"zero_optimization.{section}.device nvme is not supported, because shards are updated in memory; "
+                "use cpu"
+            )
     for name, default in (
         ("zero_hpz_partition_size", 1),
         ("zero_quantized_weights", False),
@@ -162,18 +174,26 @@ def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
     ):
         if zero.get(name, default) != default:
             raise ConfigError(
-                f"zero_optimization.{name} is not supported, because its copies of the parameters would miss the "
-                f"updates that LOMO makes during backward; remove it or set it to {str(default).lower()}"
+                f"zero_optimization.{name} is not supported, because its copies of the parameters would miss what "
+                f"lomo_ds writes into their shards; remove it or set it to {str(default).lower()}"
             )
     if _enabled(ds_config, "torch_autocast"):
         raise ConfigError(
-            "torch_autocast is not supported, because LOMO updates the low-precision weights themselves; "
+            "torch_autocast is not supported, because the weights themselves are of the lower precision; "
             "enable bf16 or fp16 instead"
         )
     if ds_config.get("managed_gradient_accumulation", True) is not True:
         raise ConfigError(
-            "managed_gradient_accumulation false is not supported, because a schedule must know which backward is "
-            "the last of a step; remove it and set gradient_accumulation_steps, or use engine.train_batch"
+            "managed_gradient_accumulation false is not supported, because the last backward of a step "
+            "must be known for it; remove it and set gradient_accumulation_steps, or use engine.train_batch"
+        )
+
+
+def _refuse_optimizer_offload(ds_config: dict[str, Any]) -> None:
+    if _device((ds_config.get("zero_optimization") or {}).get("offload_optimizer")) != "none":
+        raise ConfigError(
+            "zero_optimization.offload_optimizer was asked for, but LOMO has no optimizer state to offload; "
+            "remove it, or use offload_param to keep the parameters in host memory"
         )
 
 

@@ -23,6 +23,13 @@ SAME_MEANING = {
     "bf16.enabled": "bf16",
     "fp16.enabled": "fp16",
 }
+# what --optim names, as DeepSpeed takes it from torch.optim; fused needs no memory beside gradients and states
+BASELINES: dict[str, dict[str, Any]] = {
+    "adamw": {"type": "AdamW", "params": {"torch_adam": True, "fused": True}},
+    "sgd": {"type": "SGD", "params": {"fused": True}},
+}
+# of a ds_config's optimizer.params, what --optim adamw and sgd know, or need not: their master weights are fp32
+KNOWN = {"lr", "weight_decay", "rounding", "seed", "torch_adam", "fused"}
 KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 
@@ -90,6 +97,8 @@ def reconcile(
         )
     arguments = dataclasses.replace(arguments, **adopted)
     _settle_train_batch_size(config, arguments, world_size)
+    if arguments.optim != "lomo":
+        _replace_optimizer(config, ds_config.get("optimizer") or {}, arguments)
     return config, arguments
 
 
@@ -122,6 +131,26 @@ def fill_scheduler(config: dict[str, Any], arguments: TrainArguments, total_step
 def warmup_steps(arguments: TrainArguments, total_steps: int) -> int:
     """Steps in which the learning rate rises."""
     return round(arguments.warmup_ratio * total_steps)
+
+
+def _replace_optimizer(config: dict[str, Any], theirs: dict[str, Any], arguments: TrainArguments) -> None:
+    """Put the optimizer that ``--optim`` names in the place of LOMO, or of itself."""
+    ours, kind = BASELINES[arguments.optim], theirs.get("type", "LOMO")
+    if str(kind).lower() not in ("lomo", arguments.optim):
+        raise ConfigError(
+            f"--optim {arguments.optim} takes the place of LOMO in the DeepSpeed config, got optimizer.type {kind!r}; "
+            f"write LOMO or {ours['type']}"
+        )
+    params = theirs.get("params") or {}
+    unknown = [name for name, value in params.items() if name not in KNOWN and value not in (None, "auto")]
+    if unknown:
+        raise ConfigError(
+            f"of the DeepSpeed config's optimizer.params --optim {arguments.optim} knows lr and weight_decay, got "
+            f"{one_line(' and '.join(unknown))} too; remove that, or use --optim lomo"
+        )
+    params = {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay, **ours["params"]}
+    config["optimizer"] = {"type": ours["type"], "params": params}
+    config["zero_allow_untested_optimizer"] = True  # DeepSpeed's list of tested ones has Adam alone
 
 
 def _settle_train_batch_size(config: dict[str, Any], arguments: TrainArguments, world_size: int) -> None:

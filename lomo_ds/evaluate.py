@@ -7,13 +7,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lomo_ds.distributed import agree
-from lomo_ds.engine import LomoEngine
 from lomo_ds.loss import count_items, loss_of, shifts_labels
+from lomo_ds.training_engine import TrainingEngine
 
 
 @torch.no_grad()
 def evaluate_loss(
-    engine: LomoEngine, batches: Iterable[dict[str, Tensor]], interrupted: Callable[[], bool] = lambda: False
+    engine: TrainingEngine, batches: Iterable[dict[str, Tensor]], interrupted: Callable[[], bool] = lambda: False
 ) -> float | None:
     """Mean loss in nats per token over every rank's labelled tokens; each rank brings equally many batches.
 
@@ -38,7 +38,7 @@ def evaluate_loss(
 
 
 @torch.no_grad()
-def continue_text(engine: LomoEngine, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
+def continue_text(engine: TrainingEngine, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
     """``prompt`` and the model's greedy continuation of it; every rank takes part, with the same result."""
     training = engine.module.training
     engine.eval()

@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lomo_ds.arguments import TrainArguments
+from lomo_ds.baseline import initialize_baseline
 from lomo_ds.checkpoint import (
     MODEL,
     Checkpoint,
@@ -23,13 +24,14 @@ from lomo_ds.checkpoint import (
     step_of,
     tensor_record,
 )
-from lomo_ds.config import refuse_what_cannot_be
+from lomo_ds.config import refuse_what_cannot_be, refuse_what_no_baseline_can
 from lomo_ds.data import PackedBlocks, TrainingSteps, tokenize_file
 from lomo_ds.distributed import gather_objects, is_local_main_process, together
 from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile, warmup_steps
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine import initialize
 from lomo_ds.errors import CheckpointError, ConfigError, DataError, ModelError
+from lomo_ds.keeper import CheckpointKeeper, Keeper, NoCheckpoints
 from lomo_ds.models import (
     empty_model,
     find_model,
@@ -46,6 +48,7 @@ from lomo_ds.monitor import Monitor
 from lomo_ds.progress import FINISHED, Progress, is_finished
 from lomo_ds.signals import StopRequest
 from lomo_ds.trainer import Trainer
+from lomo_ds.training_engine import TrainingEngine
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +73,14 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     config, tokenizer, length = together(lambda: _load_vocabulary(name, arguments))
     training, validation = _load_blocks(arguments, tokenizer, length, output_dir / "cache")
     anew = _steps(arguments, training, Progress())
-    run_id = {"steps": anew.total, "model": arguments.model_name_or_path, "data": anew.data}
+    run_id = {"steps": anew.total, "model": arguments.model_name_or_path, "data": anew.data, "optim": arguments.optim}
     if arguments.resume_from_checkpoint == "auto" and _is_done(output_dir, run_id):
         return
     found = _find_checkpoint(arguments, config, anew.data)
     progress = _progress(found, output_dir)
     steps = _steps(arguments, training, progress)
     together(lambda: _refuse_fewer_steps(steps))
-    filled = together(lambda: _checked(fill_scheduler(_as_saved(ds_config, found), arguments, steps.total)))
+    filled = together(lambda: _checked(fill_scheduler(_as_saved(ds_config, found), arguments, steps.total), arguments))
 
     torch.manual_seed(arguments.seed + rank)
     model = _empty_or_loaded(found, name, config, filled, arguments)
@@ -85,9 +88,6 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     scheduler = None if "scheduler" in filled else _scheduler(arguments, steps.total)
-    engine, *_ = initialize(model=model, config=filled, lr_scheduler=scheduler)
-    if found:
-        engine.restore(found)
     resolved = dataclasses.replace(arguments, max_seq_length=length)
 
     def add_files(folder: Path) -> None:
@@ -96,9 +96,10 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
         (folder / MODEL).mkdir()
         save_settings(model, tokenizer, folder / MODEL)
 
+    engine, keeper = _engine_and_keeper(model, filled, scheduler, found, arguments, progress, add_files)
     together(lambda: _begin(output_dir, resolved, filled) if rank == 0 else None)
     with together(lambda: _open_monitor(output_dir, rank, steps.step)) as monitor:
-        Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, add_files, run_id).run()
+        Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, keeper, run_id).run()
 
 
 def _steps(arguments: TrainArguments, blocks: PackedBlocks, progress: Progress) -> TrainingSteps:
@@ -213,11 +214,33 @@ def _empty_or_loaded(
     return together(lambda: load_model(name, config, ds_config, dtype, arguments.seed, trust))
 
 
-def _checked(ds_config: dict[str, Any]) -> dict[str, Any]:
+def _checked(ds_config: dict[str, Any], arguments: TrainArguments) -> dict[str, Any]:
     """The config itself, refused before a model is loaded for nothing."""
-    refuse_what_cannot_be(ds_config)
+    if arguments.optim == "lomo":
+        refuse_what_cannot_be(ds_config)
+    else:
+        refuse_what_no_baseline_can(ds_config)
     parse_ds_config(ds_config)
     return ds_config
+
+
+def _engine_and_keeper(
+    model: PreTrainedModel,
+    ds_config: dict[str, Any],
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+    found: Checkpoint | None,
+    arguments: TrainArguments,
+    progress: Progress,
+    add_files: Callable[[Path], None],
+) -> tuple[TrainingEngine, Keeper]:
+    """What trains the model, ``found`` put back into it; and what keeps its checkpoints."""
+    if arguments.optim != "lomo":
+        baseline = initialize_baseline(model=model, config=ds_config, lr_scheduler=scheduler)
+        return baseline, NoCheckpoints(arguments.optim)
+    engine, *_ = initialize(model=model, config=ds_config, lr_scheduler=scheduler)
+    if found:
+        engine.restore(found)
+    return engine, CheckpointKeeper(engine, arguments, progress, add_files)
 
 
 def _make_folder(folder: Path) -> None:

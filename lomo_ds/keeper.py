@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed.comm as dist
 
@@ -18,6 +18,42 @@ from lomo_ds.errors import CheckpointError
 from lomo_ds.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+
+class Keeper(Protocol):
+    """What the training loop asks for where a run may have to be gone on with."""
+
+    def save(self, step: int, position: Position, data: dict[str, Any], last: bool = False) -> None:
+        """Write the checkpoint after ``step``; see ``CheckpointKeeper.save``."""
+
+    def settle(self) -> None:
+        """Wait for what is being written in the background."""
+
+    def load_best(self, step: int) -> str | None:
+        """Put the weights of the best checkpoint in the place of those after ``step``; what to tell, if it did."""
+
+    def way_on(self) -> str:
+        """How a run that was stopped goes on, in words."""
+
+
+class NoCheckpoints:
+    """The keeper of a run that is there for comparison: stopped, it starts anew."""
+
+    def __init__(self, optim: str) -> None:
+        self.optim = optim
+
+    def save(self, step: int, position: Position, data: dict[str, Any], last: bool = False) -> None:
+        """Nothing."""
+
+    def settle(self) -> None:
+        """Nothing: nothing is being written."""
+
+    def load_best(self, step: int) -> None:
+        """None: there is no other than the last."""
+
+    def way_on(self) -> str:
+        """That it does not."""
+        return f"nothing was saved, as --optim {self.optim} keeps no checkpoints; start again, or use --optim lomo"
 
 
 class CheckpointKeeper:
@@ -92,6 +128,20 @@ class CheckpointKeeper:
         done, self.pending = self.pending, None
         self.progress.saved_step = done.saved_step
         self.progress.best, self.progress.best_step = done.best, done.best_step
+
+    def load_best(self, step: int) -> str | None:
+        """With --load_best_model_at_end, load the best checkpoint, unless it is the one after ``step``."""
+        best = self.progress.best_step
+        if not self.arguments.load_best_model_at_end or best is None or best == step:
+            return None
+        self.engine.load_checkpoint(self.output_dir, checkpoint_name(best))
+        return f"best model: {checkpoint_name(best)}, held-out loss {self.progress.best:.4f}"
+
+    def way_on(self) -> str:
+        """Where the last checkpoint is, and how to go on from it."""
+        saved = self.progress.saved_step
+        where = "nothing was to be saved" if saved is None else f"{self.output_dir / checkpoint_name(saved)} is saved"
+        return f"{where}; go on with --resume_from_checkpoint auto"
 
     def _note_failure(self, error: CheckpointError, last: bool) -> None:
         self.pending = None

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,16 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lomo_ds import zero3
 from lomo_ds.arguments import TrainArguments
-from lomo_ds.checkpoint import checkpoint_name
 from lomo_ds.data import PackedBlocks, TrainingSteps, evaluation_batches
 from lomo_ds.distributed import agree
-from lomo_ds.engine import LomoEngine
 from lomo_ds.evaluate import continue_text, evaluate_loss
-from lomo_ds.keeper import CheckpointKeeper
+from lomo_ds.keeper import Keeper
 from lomo_ds.models import save_pretrained
 from lomo_ds.monitor import Monitor
 from lomo_ds.progress import Progress, mark_finished
 from lomo_ds.signals import StopRequest
+from lomo_ds.training_engine import TrainingEngine
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +33,21 @@ class Trainer:
     Args:
         progress: of the run so far.
         stop: once asked for, the step under way is the last.
-        add_files: writes what checkpoints hold beside the engine's state into the folder it is given.
+        keeper: of the run's checkpoints.
         run_id: what tells this run from others, see ``mark_finished``.
     """
 
     def __init__(
         self,
         arguments: TrainArguments,
-        engine: LomoEngine,
+        engine: TrainingEngine,
         tokenizer: PreTrainedTokenizerBase,
         steps: TrainingSteps,
         validation: PackedBlocks | None,
         monitor: Monitor,
         progress: Progress,
         stop: StopRequest,
-        add_files: Callable[[Path], None],
+        keeper: Keeper,
         run_id: dict[str, Any],
     ) -> None:
         self.arguments = arguments
@@ -61,7 +59,7 @@ class Trainer:
         self.progress = progress
         self.stop = stop
         self.run_id = run_id
-        self.keeper = CheckpointKeeper(engine, arguments, progress, add_files)
+        self.keeper = keeper
         self.output_dir = Path(arguments.output_dir)
         self.is_main = dist.get_rank() == 0
         self.bar = tqdm(
@@ -90,7 +88,8 @@ class Trainer:
         if not finished:
             return self._say_stopped()
         sample_after = self._sample()
-        self._load_best()
+        if best := self.keeper.load_best(self.steps.step):
+            self._say(best)
         save_pretrained(self.engine.module, self.tokenizer, self.output_dir)
         if self.is_main:
             self._mark_finished()
@@ -99,7 +98,7 @@ class Trainer:
         return None
 
     def _train(self) -> bool:
-        """The steps that are left; False if a signal has ended them early, with a checkpoint."""
+        """The steps that are left; False if a signal has ended them early."""
         if self.progress.unlogged is not None and not self._end_step(self.progress.unlogged):
             return False
         if self._stop_requested():
@@ -148,13 +147,6 @@ class Trainer:
             mark_finished(self.output_dir, self.run_id)
         except OSError as error:
             logger.warning("%s cannot be marked as finished: %s", self.output_dir, error.strerror)
-
-    def _load_best(self) -> None:
-        """With --load_best_model_at_end, the weights of the best checkpoint, unless they are the ones at hand."""
-        best = self.progress.best_step
-        if self.arguments.load_best_model_at_end and best is not None and best != self.steps.step:
-            self.engine.load_checkpoint(self.output_dir, checkpoint_name(best))
-            self._say(f"best model: {checkpoint_name(best)}, held-out loss {self.progress.best:.4f}")
 
     def _metrics(self, learning_rate: float) -> dict[str, float]:
         progress, norm = self.progress, self.engine.get_global_grad_norm()
@@ -209,12 +201,8 @@ class Trainer:
 
     def _say_stopped(self) -> None:
         self.bar.close()
-        saved = self.progress.saved_step
-        where = "nothing was to be saved" if saved is None else f"{self.output_dir / checkpoint_name(saved)} is saved"
-        self._say(
-            f"stopped by {self.stop.name or 'a signal to another rank'} after step {self.steps.step}: {where}; "
-            "go on with --resume_from_checkpoint auto"
-        )
+        who = self.stop.name or "a signal to another rank"
+        self._say(f"stopped by {who} after step {self.steps.step}: {self.keeper.way_on()}")
 
     def _say_results(self, sample_after: str | None) -> None:
         before, output_dir = self.progress.before, self.output_dir

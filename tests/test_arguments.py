@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lomo_ds.arguments import help_text, parse_arguments
 from lomo_ds.errors import ConfigError
@@ -21,6 +22,16 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) 
     assert (arguments.learning_rate, arguments.max_steps, arguments.bf16) == (0.01, 9, True)
     assert (arguments.seed, arguments.validation_file) == (42, None)
     assert given == {"learning_rate", "max_steps", "bf16", "model_name_or_path", "train_file", "output_dir"}
+
+
+@pytest.mark.parametrize(("optim", "learning_rate"), [("lomo", 0.03), ("adamw", 5e-5), ("sgd", 0.03)])
+def test_each_optimizer_has_its_own_learning_rate(tmp_path: Path, optim: str, learning_rate: float) -> None:
+    arguments, given = parse_arguments([*REQUIRED, "--optim", optim])
+    assert arguments.learning_rate == learning_rate
+    assert "learning_rate" not in given
+    arguments.dump(tmp_path / "config.yaml")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["learning_rate"] == learning_rate
+    assert parse_arguments([*REQUIRED, "--optim", optim, "--learning_rate", "1"])[0].learning_rate == 1
 
 
 def test_what_is_dumped_reads_back(tmp_path: Path) -> None:
@@ -43,6 +54,13 @@ def test_what_is_dumped_reads_back(tmp_path: Path) -> None:
         ([*REQUIRED, "--learning_rate=-1"], "--learning_rate must be at least 0, and finite, got -1"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read: No such file"),
         (["--config"], "--config needs the path"),
+        ([*REQUIRED, "--optim", "adam"], "invalid choice: 'adam'"),
+        ([*REQUIRED, "--optim", "adamw", "--save_steps", "5"], "--save_steps .*--optim adamw .* keeps no checkpoints"),
+        (
+            [*REQUIRED, "--optim", "sgd", "--resume_from_checkpoint", "auto"],
+            "--resume_from_checkpoint was asked for.*leave it out, or train with --optim lomo",
+        ),
+        ([*REQUIRED, "--optim", "adamw", "--load_best_model_at_end"], "--load_best_model_at_end was asked for"),
     ],
 )
 def test_refuses(argv: list[str], sentence: str) -> None:

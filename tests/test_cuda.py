@@ -11,7 +11,8 @@ import torch
 from tests.checkpoint.test_engine_checkpoints import interrupted_and_not
 from tests.engines import largest_difference, make_engine, weights_of
 from tests.ranks import Ranks
-from tests.reference import PlainSGD, tiny_model, whole_batch
+from tests.reference import PlainSGD, part, tiny_model, whole_batch
+from tests.test_baseline import PlainOptimizer, make_baseline, trainable_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GroupOf = Callable[..., Ranks]
@@ -53,6 +54,25 @@ def test_equals_plain_sgd(
     ranks: GroupOf, schedule: str, params: dict[str, Any], accumulation: int, zero: dict[str, Any]
 ) -> None:
     assert max(ranks(1, "cuda").run(train_on_gpu, schedule, params, zero, accumulation)) < 1e-5
+
+
+def train_baseline_on_gpu(optim: str, zero: dict[str, Any]) -> float:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = trainable_model()
+    reference = PlainOptimizer(copy.deepcopy(model), optim)
+    engine = make_baseline(model, optim, accumulation=2, zero=zero)
+    for step in range(3):
+        batch = whole_batch(step, rows=4)
+        loss, norm = reference.step(batch)
+        assert float(engine.train_batch([part(batch, index, 2) for index in range(2)])) == pytest.approx(loss, abs=1e-4)
+        assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-3)
+    return largest_difference({name: weight.cpu() for name, weight in weights_of(engine).items()}, reference.model)
+
+
+@pytest.mark.parametrize("zero", [{}, {"offload_optimizer": {"device": "cpu"}}, {"offload_param": {"device": "cpu"}}])
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_the_baselines_equal_torch_optim(ranks: GroupOf, optim: str, zero: dict[str, Any]) -> None:
+    assert max(ranks(1, "cuda").run(train_baseline_on_gpu, optim, zero)) < 1e-5
 
 
 def train_half(section: str) -> list[float]:

@@ -31,6 +31,8 @@ def methods_of(owner: type) -> dict[str, ast.FunctionDef]:
         (DeepSpeedEngine, "backward", ["self", "loss", "retain_graph", "scale_wrt_gas"]),
         (DeepSpeedEngine, "step", ["self", "lr_kwargs"]),
         (DeepSpeedEngine, "set_gradient_accumulation_boundary", ["self", "is_boundary"]),
+        (DeepSpeedEngine, "_scheduler_from_config", ["self", "optimizer"]),
+        (DeepSpeedEngine, "dynamic_loss_scale_args", ["self"]),
         (ZeROOptimizer, "scale_if_loss", ["self", "value"]),
         (ZeROOptimizer, "needs_scaler", ["self"]),
         (DeepSpeedZeRoOffload, "partition_all_parameters", ["self"]),

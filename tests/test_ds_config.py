@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lomo_ds.arguments import TrainArguments, parse_arguments
-from lomo_ds.config import refuse_what_cannot_be
+from lomo_ds.config import refuse_what_cannot_be, refuse_what_no_baseline_can
 from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile
 from lomo_ds.errors import ConfigError
 
@@ -88,6 +88,44 @@ def test_disagreements_name_both_sides(config: dict[str, Any], argv: list[str], 
 
 def test_a_resolved_config_goes_with_the_scheduler_it_was_resolved_against() -> None:
     merged({"scheduler": {"type": "WarmupLR"}}, "--warmup_ratio", "0.0", "--lr_scheduler_type", "linear")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    ("optim", "filled"),
+    [
+        ("adamw", {"type": "AdamW", "params": {"lr": 5e-5, "weight_decay": 0.1, "torch_adam": True, "fused": True}}),
+        ("sgd", {"type": "SGD", "params": {"lr": 0.03, "weight_decay": 0.1, "fused": True}}),
+    ],
+)
+def test_a_baseline_takes_the_place_of_lomo(path: Path, optim: str, filled: dict[str, Any]) -> None:
+    given = read_ds_config(str(path))
+    config, arguments = merged(given, "--optim", optim, "--weight_decay", "0.1")
+    config = fill_scheduler(config, arguments, total_steps=10)
+    assert config["optimizer"] == filled
+    refuse_what_no_baseline_can(config)
+    assert merged(config, "--optim", optim)[0] == config, "which is its own place too"
+    assert given["optimizer"]["type"] == "LOMO", "the caller's own is untouched"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sentence"),
+    [
+        ({"type": "LOMO", "params": {"update_schedule": "stash"}}, "lr and weight_decay, got update_schedule too"),
+        (
+            {"type": "LOMO", "params": {"clip_group_norm": 1.0, "stash_device": "cpu"}},
+            "got clip_group_norm and stash_device too; remove that, or use --optim lomo",
+        ),
+        ({"params": {"clip_grad_value": 1.0}}, "got clip_grad_value too"),
+        ({"type": "AdamW", "params": {"betas": [0.9, 0.95]}}, "got betas too"),
+        ({"type": "Muon"}, "takes the place of LOMO .*, got optimizer.type 'Muon'; write LOMO or AdamW"),
+    ],
+)
+def test_what_means_nothing_to_a_baseline(optimizer: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        merged({"optimizer": optimizer}, "--optim", "adamw")
+    unset = {"update_schedule": "auto", "clip_grad_value": None, "rounding": "stochastic"}
+    merged({"optimizer": {"type": "LOMO", "params": unset}}, "--optim", "adamw")
 
 
 def test_an_auto_that_stands_for_nothing() -> None:

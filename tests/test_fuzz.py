@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lomo_ds.arguments import TrainArguments, parse_arguments
-from lomo_ds.config import LomoConfig, refuse_what_cannot_be
+from lomo_ds.config import LomoConfig, refuse_what_cannot_be, refuse_what_no_baseline_can
 from lomo_ds.data.text import read_documents
 from lomo_ds.data.tokens import tokenize_file
 from lomo_ds.ds_config import SAME_MEANING, fill_scheduler, read_ds_config, reconcile
@@ -139,7 +139,14 @@ DEEPSPEED = [
 fields = st.sampled_from([*LOMO, *SAME_MEANING]) | st.sampled_from(DEEPSPEED) | st.sampled_from(ZERO) | names
 replacements = st.lists(st.tuples(fields, values), min_size=1, max_size=4)
 agreeing_and_not = st.sampled_from(
-    [[], ["--learning_rate", "0.5", "--seed", "7"], ["--fp16"], ["--warmup_ratio", "0.1", "--max_grad_norm", "0"]]
+    [
+        [],
+        ["--learning_rate", "0.5", "--seed", "7"],
+        ["--fp16"],
+        ["--warmup_ratio", "0.1", "--max_grad_norm", "0"],
+        ["--optim", "adamw"],
+        ["--optim", "sgd", "--learning_rate", "0.5"],
+    ]
 )
 
 
@@ -161,7 +168,8 @@ def settled(config: dict[str, Any], argv: list[str]) -> tuple[DeepSpeedConfig, T
     arguments, given_names = parse_arguments([*REQUIRED, *argv])
     config, arguments = reconcile(config, arguments, given_names, world_size=1)
     config = fill_scheduler(config, arguments, total_steps=10)
-    refuse_what_cannot_be(config)
+    refuse = refuse_what_cannot_be if arguments.optim == "lomo" else refuse_what_no_baseline_can
+    refuse(config)
     return parse_ds_config(config), arguments
 
 
