@@ -1,9 +1,16 @@
 """SGD, the rule of LOMO: p <- (1 - lr weight_decay) p - lr g (arXiv 2306.09782, equation 1)."""
 
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lomo_ds.numerics import chunks, stochastic_round
+from lomo_ds.numerics import pieces
+from lomo_ds.rules.sgd_eager import update_half, update_single
+
+Computation = Callable[[list[Tensor], list[Tensor]], None]  # writes shards from gradients on the same device
 
 
 class Sgd:
@@ -18,15 +25,25 @@ class Sgd:
         self.generator = generator
 
     def update(
-        self, shard: Tensor, gradient: Tensor, coefficient: float | Tensor, lr: float, weight_decay: float
+        self,
+        shards: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        coefficient: float | Tensor,
+        lr: float,
+        weight_decay: float,
     ) -> None:
         """See ``Rule.update``."""
-        for weights, gradients in chunks(shard, gradient):
-            exact = weights.to(gradients.device, torch.float32)  # fp32 shards are updated where they lie
-            if weight_decay:
-                exact.mul_(1 - lr * weight_decay)
-            exact.sub_(gradients.float() * coefficient, alpha=lr)
-            self._store(weights, exact)
+        for some, theirs in _alike(shards, gradients):
+            compute, needs_copies = self._computation(some[0], theirs[0], coefficient, lr, 1 - lr * weight_decay)
+            kept_elsewhere = some[0].device != theirs[0].device
+            if not (needs_copies or kept_elsewhere):
+                compute(some, theirs)
+                continue
+            for few, of_few in pieces(some, theirs):
+                here = [shard.to(of_few[0].device, non_blocking=True) for shard in few]  # or the shards themselves
+                compute(here, of_few)
+                if kept_elsewhere:
+                    torch._foreach_copy_(few, here, non_blocking=True)
 
     def state(self) -> dict[str, Tensor]:
         """See ``Rule.state``."""
@@ -37,10 +54,26 @@ class Sgd:
         if self.generator is not None and "generator" in state:  # there is none of a run that rounded to nearest
             self.generator.set_state(state["generator"])
 
-    def _store(self, weights: Tensor, exact: Tensor) -> None:
-        if exact.data_ptr() == weights.data_ptr():
-            return
-        if weights.dtype == torch.float32 or self.generator is None:
-            weights.copy_(exact)
-        else:
-            weights.copy_(stochastic_round(exact, weights.dtype, self.generator))
+    def _computation(
+        self, shard: Tensor, gradient: Tensor, coefficient: float | Tensor, lr: float, decay: float
+    ) -> tuple[Computation, bool]:
+        """How shards and gradients like these become new shards, and whether it copies them on the way."""
+        if isinstance(coefficient, Tensor):
+            coefficient = coefficient.to(gradient.device, torch.float64, non_blocking=True)
+        if shard.dtype == torch.float32:
+            single = coefficient.float() if isinstance(coefficient, Tensor) else coefficient
+            copies = gradient.dtype != torch.float32
+            return partial(update_single, coefficient=single, lr=lr, decay=decay), copies
+        factor = (coefficient * lr).float() if isinstance(coefficient, Tensor) else coefficient * lr
+        return partial(update_half, factor=factor, decay=decay, generator=self.generator), True
+
+
+def _alike(shards: Sequence[Tensor], gradients: Sequence[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
+    """Shards and gradients, apart by dtypes and devices."""
+    groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    for shard, gradient in zip(shards, gradients, strict=True):
+        key = (shard.dtype, shard.device, gradient.dtype, gradient.device)
+        group = groups.setdefault(key, ([], []))
+        group[0].append(shard)
+        group[1].append(gradient)
+    return groups.values()

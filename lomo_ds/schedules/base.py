@@ -76,5 +76,5 @@ class Schedule(ABC):
         target = self.targets[index]
         self.clipping.clamp_(gradient, self.scale)
         self.rule.update(
-            target.shard, gradient, coefficient / self.scale, target.options["lr"], target.options["weight_decay"]
+            [target.shard], [gradient], coefficient / self.scale, target.options["lr"], target.options["weight_decay"]
         )
