@@ -1,7 +1,10 @@
 """SGD, the rule of LOMO: p <- (1 - lr weight_decay) p - lr g (arXiv 2306.09782, equation 1)."""
 
+import functools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,6 +12,8 @@ from torch import Tensor
 
 from lomo_ds.numerics import pieces
 from lomo_ds.rules.sgd_eager import update_half, update_single
+
+logger = logging.getLogger(__name__)
 
 Computation = Callable[[list[Tensor], list[Tensor]], None]  # writes shards from gradients on the same device
 
@@ -65,7 +70,29 @@ class Sgd:
             copies = gradient.dtype != torch.float32
             return partial(update_single, coefficient=single, lr=lr, decay=decay), copies
         factor = (coefficient * lr).float() if isinstance(coefficient, Tensor) else coefficient * lr
+        kernel = kernel_for(gradient.device)
+        if kernel is not None:
+            return partial(self._launch, kernel, factor, decay), False
         return partial(update_half, factor=factor, decay=decay, generator=self.generator), True
+
+    def _launch(
+        self,
+        kernel: ModuleType,
+        factor: float | Tensor,
+        decay: float,
+        shards: list[Tensor],
+        gradients: list[Tensor],
+    ) -> None:
+        for shard, gradient in zip(shards, gradients, strict=True):
+            kernel.update(shard, gradient, factor, decay, self._next_call())
+
+    def _next_call(self) -> tuple[int, int] | None:
+        """Seed and number of a kernel's call. The generator counts them, so its state says where noise goes on."""
+        if self.generator is None:
+            return None
+        offset = self.generator.get_offset()
+        self.generator.set_offset(offset + 4)  # CUDA takes multiples of four only
+        return self.generator.initial_seed(), offset // 4
 
 
 def _alike(shards: Sequence[Tensor], gradients: Sequence[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
@@ -77,3 +104,19 @@ def _alike(shards: Sequence[Tensor], gradients: Sequence[Tensor]) -> Iterable[tu
         group[0].append(shard)
         group[1].append(gradient)
     return groups.values()
+
+
+@functools.cache
+def kernel_for(device: torch.device) -> ModuleType | None:
+    """``sgd_kernel``, tried once; None off the GPU, and, with a warning, where Triton is missing or does not work."""
+    if device.type != "cuda":
+        return None
+    try:
+        from lomo_ds.rules import sgd_kernel
+
+        trial = torch.zeros(1, dtype=torch.bfloat16, device=device)
+        sgd_kernel.update(trial, trial.clone(), 1.0, 1.0, (0, 0))
+    except Exception as error:  # no Triton, no C compiler, a GPU it does not know: each has an exception of its own
+        logger.warning("half-precision weights are updated in several passes over memory, for Triton fails: %s", error)
+        return None
+    return sgd_kernel
