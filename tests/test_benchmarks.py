@@ -35,3 +35,22 @@ def test_loading(tmp_path: Path) -> None:
             assert row["bytes_read"] <= 1.05 * row["shard_bytes"]
     assert "**holds** for lomo_ds" in (tmp_path / "loading.md").read_text()
     assert (tmp_path / "loading.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_bench
+def test_update(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/update.py"), "--ways=eager", "--repetitions=3"]
+    sizes = ["--elements", "10000", "50001"]
+    run = subprocess.run([*command, *sizes, f"--output_dir={tmp_path}"], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "update.json").read_text())
+    assert {"commit", "versions", "machine", "command"} <= results["environment"].keys()
+    rows = {(row["kind"], row["elements"]): row for row in results["rows"]}
+    kinds = ["fp32", "bf16 nearest", "bf16 stochastic", "fp16 stochastic"]
+    assert rows.keys() == {(kind, elements) for kind in kinds for elements in (10_000, 50_001)}
+    for (kind, elements), row in rows.items():
+        assert row["bytes"] == elements * (12 if kind == "fp32" else 6)
+        assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["seconds"])
+        assert row["share_quartiles"][0] <= row["share_of_copy"] <= row["share_quartiles"][1]
+    assert "of a copy's bandwidth at 50,001 elements" in (tmp_path / "update.md").read_text()
+    assert (tmp_path / "update.png").read_bytes().startswith(b"\x89PNG")

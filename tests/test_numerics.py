@@ -1,14 +1,17 @@
 """Rounding and norms against independent arithmetic."""
 
+import bisect
+import functools
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lomo_ds.numerics import CHUNK_NUMEL, chunks, squared_norm, stochastic_round
+from lomo_ds import numerics
+from lomo_ds.numerics import norms, pieces, squared_norm, stochastic_round
 
 HALF_DTYPES = [torch.bfloat16, torch.float16]
 SAMPLES = 10_000
@@ -18,11 +21,16 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@functools.cache
+def finite_values(dtype: torch.dtype) -> list[float]:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).double()
+    return sorted(every[every.isfinite()].tolist())
+
+
 def neighbours(value: float, dtype: torch.dtype) -> tuple[float, float]:
     """The largest value of ``dtype`` not above ``value`` and the smallest not below, by search over all of them."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).double()
-    every = every[every.isfinite()]
-    return float(every[every <= value].max()), float(every[every >= value].min())
+    every = finite_values(dtype)
+    return every[bisect.bisect_right(every, value) - 1], every[bisect.bisect_left(every, value)]
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
@@ -46,6 +54,7 @@ def test_stochastic_rounding_is_unbiased_for_subnormal_bfloat16() -> None:
     assert abs(float(rounded.mean()) - 5 - fraction) < 4 * math.sqrt(fraction * (1 - fraction) / SAMPLES)
 
 
+@settings(deadline=None)
 @given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_stochastic_rounding_never_passes_a_neighbour(dtype: torch.dtype, values: list[float]) -> None:
@@ -96,11 +105,39 @@ def test_squared_norm_shows_what_is_not_finite(bad: float) -> None:
     assert not squared_norm(torch.tensor([1.0, bad, 2.0])).isfinite()
 
 
-def test_chunks_are_views_that_cover_everything() -> None:
-    one, other = torch.zeros(2 * CHUNK_NUMEL + 3), torch.ones(2 * CHUNK_NUMEL + 3)
-    sizes = []
-    for part, values in chunks(one, other):
-        part.copy_(values)
-        sizes.append(part.numel())
-    assert sizes == [CHUNK_NUMEL, CHUNK_NUMEL, 3]
-    assert torch.equal(one, other)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+def test_norms(dtype: torch.dtype) -> None:
+    values = [torch.randn(numel, generator=generator()).to(dtype) for numel in (10_001, 1, 0)]
+    found = norms(values)
+    assert [(norm.dtype, norm.dim()) for norm in found] == [(torch.float32, 0)] * 3
+    for norm, of in zip(found, values, strict=True):
+        assert float(norm) == pytest.approx(float(of.double().square().sum().sqrt()), rel=1e-5)
+    assert norms([]) == []
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_norms_show_what_is_not_finite(bad: float) -> None:
+    sound, poisoned = norms([torch.ones(3), torch.tensor([1.0, bad, 2.0])])
+    assert sound.isfinite()
+    assert not poisoned.isfinite()
+
+
+def test_norms_of_half_precision_do_not_overflow() -> None:
+    assert float(norms([torch.full((100,), 6e4, dtype=torch.float16)])[0]) == pytest.approx(6e5, rel=1e-3)
+
+
+def test_pieces_are_views_that_cover_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "CPU_PIECE_NUMEL", 10)
+    numels = [3, 4, 4, 0, 25, 10, 1, 0]
+    some, others = ([torch.full((numel,), value) for numel in numels] for value in (0.0, 1.0))
+    lengths = []
+    for parts, values in pieces(some, others):
+        lengths.append([part.numel() for part in parts])
+        for part, value in zip(parts, values, strict=True):
+            part.copy_(value)
+    assert lengths == [[3, 4], [4, 0], [10], [10], [5], [10], [1, 0]]
+    assert all(map(torch.equal, some, others))
+
+
+def test_there_are_no_pieces_of_nothing() -> None:
+    assert list(pieces([], [])) == []

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Rule(Protocol):
-    """Turns a parameter shard and its gradient into the new shard."""
+    """Turns parameter shards and their gradients into the new shards."""
 
     def update(
         self,
@@ -17,12 +17,15 @@ class Rule(Protocol):
         lr: float,
         weight_decay: float,
     ) -> None:
-        """Write the updated parameter into ``shard``.
+        """Write the updated parameters into ``shards``.
+
+        The host does not wait for the device: a shard in pinned host memory is new when the device's current stream
+        has come that far.
 
         Args:
-            shard: 1-D, the parameter's dtype, on the device where parameters are kept.
-            gradient: 1-D, as long as ``shard``, on the device that computes; any float dtype.
-            coefficient: what the gradient is multiplied by first (averaging, unscaling, clipping); a float or
+            shards: 1-D and contiguous, of the parameters' dtypes, on the device where parameters are kept.
+            gradients: each as long as its shard, on the device that computes; any float dtype. Clobbered.
+            coefficient: what gradients are multiplied by first (averaging, unscaling, clipping); a float or
                 a 0-dim tensor.
             lr: learning rate.
             weight_decay: decoupled weight decay (arXiv 1711.05101).

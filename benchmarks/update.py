@@ -1,0 +1,304 @@
+"""Update one shard with the SGD rule, and copy as many bytes: how much of a copy's bandwidth does the update reach?
+
+    python benchmarks/update.py
+
+An update reads a shard and its gradient and writes the shard, so no update is faster than a plain copy that moves as
+many bytes. Of each kind of shard (fp32; bf16 rounded to nearest; bf16 and fp16 rounded stochastically), each size and
+each way to compute it, this reports
+
+- the update's bytes a second: what it must read and write, over the median of its times
+- its share of the copy's: the median, and the quartiles, of copy and update timed one after the other
+
+The ways are lomo_ds's update in PyTorch's own operations (eager), lomo_ds's update by its Triton kernel (triton), and
+the same arithmetic given to torch.compile (compiled), which draws its noise from torch's global generator. fp32 has no
+kernel: it is one operation of PyTorch's for all shards. On a GPU times are those of events, each after writing over the
+cache; sizes are those of matrices of LLaMA. On a CPU small sizes stay in its cache, for a copy as for an update.
+"""
+
+import importlib.util
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import report
+from lomo_ds.numerics import pieces
+from lomo_ds.rules.sgd_eager import update_half, update_single
+
+GB = 1e9
+LR, DECAY = 1e-3, 0.999  # DECAY multiplies the weights, so that weight decay is computed too
+EAGER, TRITON, COMPILED = "eager", "triton", "compiled"
+COLORS = {EAGER: "#e08e45", TRITON: "#1b7f79", COMPILED: "#7a6fb0"}
+GPU_ELEMENTS = [4096 * 4096, 11008 * 4096, 32000 * 4096]
+CPU_ELEMENTS = [2**20]
+GPU_CACHE_BYTES = 2**28  # more than any GPU has
+WARM_UP = 2  # rounds that compile and are not counted
+
+Update = Callable[[Tensor, Tensor], None]  # writes a shard from its gradient
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of a shard: its dtype, and how it is rounded."""
+
+    name: str
+    dtype: torch.dtype
+    stochastic: bool = False
+
+    def bytes_moved(self, elements: int) -> int:
+        """By an update, and so by the copy it is compared with: two reads and a write."""
+        return 3 * elements * self.dtype.itemsize
+
+
+KINDS = [
+    Kind("fp32", torch.float32),
+    Kind("bf16 nearest", torch.bfloat16),
+    Kind("bf16 stochastic", torch.bfloat16, stochastic=True),
+    Kind("fp16 stochastic", torch.float16, stochastic=True),
+]
+
+
+def ways_here(device: torch.device) -> list[str]:
+    """The ways to compute an update that this machine has."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    if device.type == "cuda":
+        return [EAGER, TRITON, COMPILED] if has_triton else [EAGER]
+    return [EAGER, COMPILED] if shutil.which("c++") else [EAGER]
+
+
+def update_of(way: str, kind: Kind, device: torch.device) -> Update:
+    """One of the ways, for shards of this kind."""
+    generator = torch.Generator(device).manual_seed(0) if kind.stochastic else None
+    if way == COMPILED:
+        return _compiled(kind)
+    if kind.dtype == torch.float32:
+        return lambda shard, gradient: update_single([shard], [gradient], 1.0, LR, DECAY)
+    if way == TRITON:
+        from lomo_ds.rules import sgd_kernel
+
+        noise = (0, 0) if kind.stochastic else None
+        return lambda shard, gradient: sgd_kernel.update(shard, gradient, LR, DECAY, noise)
+
+    def update(shard: Tensor, gradient: Tensor) -> None:
+        for part, of_gradient in pieces([shard], [gradient]):
+            update_half(part, of_gradient, LR, DECAY, generator)
+
+    return update
+
+
+def _compiled(kind: Kind) -> Update:
+    """The arithmetic of an update of whole tensors, for torch.compile to make one pass of."""
+    dropped_bits = 16 if kind.dtype == torch.bfloat16 else 13
+
+    def update(shard: Tensor, gradient: Tensor) -> None:
+        exact = shard.float() * DECAY - gradient.float() * LR
+        if not kind.stochastic:
+            shard.copy_(exact)
+            return
+        lift = torch.zeros_like(exact)
+        if kind.dtype == torch.float16:
+            lift = torch.where(exact.abs() < 2.0**-14, 2.0**-14, 0.0).copysign(exact)
+        noise = torch.randint(0, 1 << dropped_bits, exact.shape, dtype=torch.int32, device=exact.device)
+        bits = ((exact + lift).view(torch.int32) + noise) & -(1 << dropped_bits)
+        shard.copy_(torch.where(exact.isnan(), exact, bits.view(torch.float32) - lift))
+
+    return torch.compile(update, dynamic=True)
+
+
+class Clock:
+    """Seconds that work takes on a device, from a cache that holds nothing of it where that is a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.cache = torch.empty(GPU_CACHE_BYTES if self.on_gpu else 0, dtype=torch.int8, device=device)
+
+    def __call__(self, work: Callable[[], Any]) -> float:
+        """Time one call of ``work``."""
+        if not self.on_gpu:
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.cache.zero_()  # long enough for the host to be ahead of the device when the first event comes
+        events[0].record()
+        work()
+        events[1].record()
+        torch.cuda.synchronize()
+        return events[0].elapsed_time(events[1]) / 1e3
+
+
+def measure(
+    kind: Kind, elements: int, updates: dict[str, Update], device: torch.device, repetitions: int, bar: Any
+) -> list[Row]:
+    """Time the copy and then every update, in turn, ``repetitions`` times: a row for each way."""
+    shard = torch.randn(elements, device=device).to(kind.dtype)
+    gradient = torch.randn(elements, device=device).to(kind.dtype)
+    source = torch.zeros(kind.bytes_moved(elements) // 2, dtype=torch.int8, device=device)  # read, and written once
+    target = torch.zeros_like(source)
+    clock = Clock(device)
+    copies: list[float] = []
+    times: dict[str, list[float]] = {way: [] for way in updates}
+    for _ in range(WARM_UP + repetitions):
+        copies.append(clock(partial(target.copy_, source)))
+        for way, update in updates.items():
+            times[way].append(clock(partial(update, shard, gradient)))
+        bar.update()
+    return [_row(kind, elements, way, copies[WARM_UP:], seconds[WARM_UP:]) for way, seconds in times.items()]
+
+
+def _row(kind: Kind, elements: int, way: str, copies: list[float], times: list[float]) -> Row:
+    shares = [copy / seconds for copy, seconds in zip(copies, times, strict=True)]
+    low, middle, high = statistics.quantiles(shares, n=4) if len(shares) > 1 else shares * 3
+    moved = kind.bytes_moved(elements)
+    return {
+        "kind": kind.name,
+        "elements": elements,
+        "way": way,
+        "bytes": moved,
+        "seconds": statistics.median(times),
+        "copy_seconds": statistics.median(copies),
+        "bytes_per_second": moved / statistics.median(times),
+        "copy_bytes_per_second": moved / statistics.median(copies),
+        "share_of_copy": middle,
+        "share_quartiles": [low, high],
+    }
+
+
+def compare(all_elements: list[int], ways: list[str], repetitions: int, device: torch.device) -> dict[str, Any]:
+    """Measure every kind and size, and return all that is reported."""
+    rows = []
+    with tqdm(total=len(KINDS) * len(all_elements) * (WARM_UP + repetitions), desc="updating", unit=" rounds") as bar:
+        for kind in KINDS:
+            of_kind = [way for way in ways if way != TRITON or kind.dtype != torch.float32]
+            updates = {way: update_of(way, kind, device) for way in of_kind}
+            for elements in all_elements:
+                bar.set_postfix_str(f"{kind.name}, {elements:,} elements")
+                rows += measure(kind, elements, updates, device, repetitions, bar)
+    return {
+        "environment": report.environment(*(["triton"] if TRITON in ways else [])),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "repetitions": repetitions,
+        "rows": rows,
+    }
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    lines = []
+    for row in results["rows"]:
+        low, high = row["share_quartiles"]
+        lines.append(
+            [
+                row["kind"],
+                f"{row['elements']:,}",
+                row["way"],
+                f"{1e3 * row['seconds']:.3f}",
+                f"{row['bytes_per_second'] / GB:.1f}",
+                f"{row['copy_bytes_per_second'] / GB:.1f}",
+                f"**{row['share_of_copy']:.0%}**",
+                f"{low:.0%} to {high:.0%}",
+            ]
+        )
+    on = "the GPU" if results["device"] == "cuda" else f"the CPU, {results['threads']} threads"
+    return (
+        f"# The update against a copy of as many bytes, on {on}\n\n"
+        f"Figures are medians of {results['repetitions']} rounds; each times the copy and then each way to update.\n\n"
+        + "".join(f"- {sentence}\n" for sentence in findings(results))
+        + "\n"
+        + report.table(["shard", "elements", "way", "ms", "GB/s", "copy GB/s", "of the copy", "quartiles"], lines)
+        + "\nA GB is 10^9 bytes. An update reads a shard and its gradient and writes the shard.\n"
+    )
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """The fastest way for each kind of shard, at the largest size, in sentences."""
+    largest = max(row["elements"] for row in results["rows"])
+    found = []
+    for kind in KINDS:
+        rows = [row for row in results["rows"] if row["kind"] == kind.name and row["elements"] == largest]
+        best = max(rows, key=lambda row: row["share_of_copy"])
+        others = [f"{row['way']} {row['share_of_copy']:.0%}" for row in rows if row is not best]
+        found.append(
+            f"{kind.name}: {best['way']} reaches **{best['share_of_copy']:.0%}** of a copy's bandwidth at "
+            f"{largest:,} elements" + (f" ({', '.join(others)})." if others else ".")
+        )
+    return found
+
+
+def draw(results: dict[str, Any]) -> Any:
+    """A panel for each size: bars of the share of the copy, by kind of shard and way."""
+    sizes = sorted({row["elements"] for row in results["rows"]})
+    ways = [way for way in COLORS if any(row["way"] == way for row in results["rows"])]
+    figure, all_axes = report.pyplot().subplots(
+        1, len(sizes), figsize=(1.5 + 5.0 * len(sizes), 4.6), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, elements in zip(all_axes[0], sizes, strict=True):
+        for side, way in enumerate(ways):
+            _draw_bars(axes, way, side - (len(ways) - 1) / 2, 0.8 / len(ways), elements, results)
+        axes.axhline(1.0, color="#222222", linestyle="--", linewidth=1.3, label="a copy of as many bytes", zorder=0)
+        axes.set_title(f"{elements:,} elements", fontsize=11, loc="left")
+        axes.set_xticks(range(len(KINDS)), [kind.name.replace(" ", "\n") for kind in KINDS])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.tick_params(axis="x", length=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0][0].set_ylabel("of a copy's bandwidth")
+    figure.legend(
+        *all_axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ways) + 1, frameon=False
+    )
+    figure.suptitle("The update of a shard: its bandwidth, of a copy's", fontsize=13, fontweight="bold")
+    return figure
+
+
+def _draw_bars(axes: Any, way: str, side: float, width: float, elements: int, results: dict[str, Any]) -> None:
+    places = {kind.name: place + side * width for place, kind in enumerate(KINDS)}
+    rows = [row for row in results["rows"] if row["way"] == way and row["elements"] == elements]
+    shares = [row["share_of_copy"] for row in rows]
+    spread = list(zip(*(row["share_quartiles"] for row in rows), strict=True))
+    errors = [
+        [max(0.0, share - low) for share, low in zip(shares, spread[0], strict=True)],
+        [max(0.0, high - share) for share, high in zip(shares, spread[1], strict=True)],
+    ]
+    bars = axes.bar(
+        [places[row["kind"]] for row in rows],
+        shares,
+        width * 0.92,
+        yerr=errors,
+        color=COLORS[way],
+        label=way,
+        error_kw={"linewidth": 1.0, "ecolor": "#222222"},
+    )
+    axes.bar_label(bars, labels=[f"{share:.0%}" for share in shares], fontsize=8, padding=3)
+
+
+def main() -> None:
+    """Measure, and write what it gave."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    default = GPU_ELEMENTS if device.type == "cuda" else CPU_ELEMENTS
+    parser = report.parser(__doc__)
+    parser.add_argument(
+        "--elements", type=int, nargs="+", default=default, help=f"of a shard; here {default} by default"
+    )
+    parser.add_argument("--repetitions", type=int, default=10, help="rounds; 10 by default")
+    parser.add_argument(
+        "--ways", nargs="+", choices=ways_here(device), default=ways_here(device), help="all that are here by default"
+    )
+    given = parser.parse_args()
+    report.require("matplotlib")
+    results = compare(given.elements, given.ways, given.repetitions, device)
+    report.write_results(given.output_dir, "update", results, describe(results), draw(results))
+
+
+if __name__ == "__main__":
+    main()
