@@ -17,11 +17,6 @@ CPU_PIECE_NUMEL = 2**18
 _FP16_SMALLEST_NORMAL = 2.0**-14
 
 
-def squared_norm(values: Tensor) -> Tensor:
-    """Sum of squares of ``values`` (any float dtype) as a 0-dim float64 tensor; inf or nan if any value is."""
-    return torch.linalg.vector_norm(values, dtype=torch.float32).double().square()
-
-
 def norms(values: Sequence[Tensor]) -> list[Tensor]:
     """The 2-norm of each of ``values`` (any float dtype), as 0-dim fp32 tensors; inf or nan if any element is."""
     return list(torch._foreach_norm(list(values), 2, dtype=torch.float32)) if values else []

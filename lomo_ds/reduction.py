@@ -1,7 +1,7 @@
 """From whole gradients to this rank's shards of their sum: a bucket at a time, while backward goes on."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-BUCKET_NUMEL = 2**23  # small gradients travel together in as many elements; a larger one travels by itself
+# Small gradients travel together, until they have as many elements as the largest parameter, within these bounds.
+MIN_BUCKET_NUMEL = 2**18
+MAX_BUCKET_NUMEL = 2**23
 
 Deliver = Callable[[list[int], list[Tensor]], None]
 
@@ -29,9 +31,9 @@ class _Flight:
 class Reduction:
     """Sums the gradients of all ranks, and delivers each rank its shards, in the order the gradients came in.
 
-    What waits here and what is under way are together no more than the largest parameter's gradient, so with the one
-    that comes next never more than two parameters' gradients are alive (and a bucket, while it is packed). On one
-    rank there is nothing to sum, and shards are the gradients themselves.
+    What waits here and what is under way have together no more elements than the largest parameter, or
+    ``MIN_BUCKET_NUMEL``; with the one that comes next never more than two parameters' gradients are alive (and a
+    bucket, while it is packed). On one rank there is nothing to sum, and shards are the gradients themselves.
 
     Args:
         numels: of each whole parameter.
@@ -55,8 +57,9 @@ class Reduction:
         self.dtype = dtype
         self.deliver = deliver
         self.world_size = dist.get_world_size(group)
-        self.largest_numel = max(numels)
-        self.bucket_numel = min(self.largest_numel // 2, BUCKET_NUMEL)  # one on its way while the next one fills
+        self.alive_numel = max(*numels, MIN_BUCKET_NUMEL)
+        buckets = min(self.world_size, 2)  # one is on its way to the other ranks while the next one fills
+        self.bucket_numel = min(self.alive_numel // buckets, MAX_BUCKET_NUMEL)
         self.forget()
 
     def add(self, index: int, gradient: Tensor) -> None:
@@ -64,8 +67,10 @@ class Reduction:
         numel = self.numels[index]
         if self.waiting and numel >= self.bucket_numel:
             self._launch()
-        self._land(until=self.largest_numel - self.waiting_numel - numel)
-        self.waiting.append((index, gradient))
+        if self.in_flight:
+            self._land(until=self.alive_numel - self.waiting_numel - numel)
+        self.waiting_indices.append(index)
+        self.waiting.append(gradient)
         self.waiting_numel += numel
         if self.waiting_numel >= self.bucket_numel:
             self._launch()
@@ -78,22 +83,29 @@ class Reduction:
 
     def forget(self) -> None:
         """Drop what has not been delivered."""
-        self.waiting: list[tuple[int, Tensor]] = []  # for the next bucket
-        self.waiting_numel = 0
+        self._empty_bucket()
         self.in_flight: deque[_Flight] = deque()
         self.in_flight_numel = 0
 
+    def _empty_bucket(self) -> None:
+        self.waiting_indices: list[int] = []
+        self.waiting: list[Tensor] = []  # their gradients
+        self.waiting_numel = 0
+
     def _launch(self) -> None:
-        """Send off what waits; parameters of several dtypes in a bucket for each."""
-        waiting, self.waiting, self.waiting_numel = self.waiting, [], 0
-        for _, alike in groupby(waiting, key=lambda pair: pair[1].dtype):
-            indices, gradients = zip(*alike, strict=True)
-            flat = [gradient.to(self.dtype or gradient.dtype).reshape(-1) for gradient in gradients]
-            del gradients
-            if self.world_size == 1:
-                self.deliver(list(indices), flat)
-            else:
-                self._reduce_scatter(indices, interleave(flat, self.world_size))
+        """Send off what waits; gradients of several dtypes in a bucket for each."""
+        indices, gradients = self.waiting_indices, self.waiting
+        self._empty_bucket()
+        flat = [gradient.reshape(-1) for gradient in gradients]
+        del gradients
+        if self.dtype is not None:
+            flat = [gradient.to(self.dtype) for gradient in flat]
+        if self.world_size == 1:
+            self.deliver(indices, flat)
+            return
+        for _, alike in groupby(zip(indices, flat, strict=True), key=lambda pair: pair[1].dtype):
+            some, theirs = zip(*alike, strict=True)
+            self._reduce_scatter(some, interleave(theirs, self.world_size))
 
     def _reduce_scatter(self, indices: tuple[int, ...], whole: Tensor) -> None:
         shards = torch.empty(whole.numel() // self.world_size, dtype=whole.dtype, device=whole.device)
@@ -121,7 +133,7 @@ class Reduction:
         ]
 
 
-def interleave(gradients: list[Tensor], world_size: int) -> Tensor:
+def interleave(gradients: Sequence[Tensor], world_size: int) -> Tensor:
     """Flat gradients as one, whose n-th part holds the n-th part of each, zero-padded to ceil(numel / world size)."""
     parts = []
     for gradient in gradients:

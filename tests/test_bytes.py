@@ -12,16 +12,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lomo_ds.reduction import MIN_BUCKET_NUMEL
 from tests.engines import make_engine
 from tests.ranks import Ranks
 
 GroupOf = Callable[..., Ranks]
 
 
-def model_of_some_size() -> LlamaForCausalLM:
+def model_of_some_size(layers: int = 4, width: int = 1) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4
+        vocab_size=256 * width**3,
+        hidden_size=64 * width,
+        intermediate_size=172 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
     )
     return LlamaForCausalLM(config)
 
@@ -89,7 +94,8 @@ def after_gloo(count: Callable[[], int], at_most: int = 0) -> int:
 
 def gradients_alive(schedule: str) -> tuple[int, list[int]]:
     """The largest total of whole gradients alive at once in three steps, and the parameters' sizes; in bytes."""
-    model = model_of_some_size()
+    model = model_of_some_size(layers=12, width=2)
+    assert max(parameter.numel() for parameter in model.parameters()) == MIN_BUCKET_NUMEL
     alive: list[tuple[StorageWeakRef, int]] = []
     peak = 0
 

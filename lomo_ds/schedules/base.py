@@ -47,6 +47,7 @@ class Schedule(ABC):
         self.device = device
         groups = torch.tensor([target.group for target in targets])
         self.members = (groups == torch.arange(int(groups.max()) + 1)[:, None]).to(device)  # groups x targets
+        self.kinds = self._kinds()
         self.no_norm = torch.zeros((), dtype=torch.float32, device=device)
         self.start(scale=1.0)
 
@@ -75,26 +76,21 @@ class Schedule(ABC):
         for index, norm in zip(indices, norms(gradients), strict=True):
             self.norms[index] = norm
 
-    def update(self, indices: list[int], gradients: list[Tensor], coefficients: list[float] | Tensor | None) -> None:
+    def update(self, indices: list[int], gradients: list[Tensor], coefficients: list[float] | float | Tensor) -> None:
         """Let the rule write targets from their gradient shards, which are clobbered.
 
         Args:
-            coefficients: the clip factors of all groups; or that of these targets' one group, 0-dim; or None.
+            coefficients: the clip factors of all groups, or the one of these targets.
         """
-
-        def alike(position: int) -> tuple[int, float | Tensor]:
-            target = self.targets[indices[position]]
-            factor = coefficients[target.group] if isinstance(coefficients, list) else 1.0
-            return id(target.options), factor
-
-        for (_, factor), positions in groupby(range(len(indices)), alike):
-            some = list(positions)
+        for _, run in groupby(range(len(indices)), lambda position: self.kinds[indices[position]]):
+            some = list(run)
             targets = [self.targets[indices[position]] for position in some]
             chosen = [gradients[position] for position in some]
-            for gradient in chosen if self.clipping.value is not None else ():
-                self.clipping.clamp_(gradient, self.scale)
+            if self.clipping.value is not None:
+                for gradient in chosen:
+                    self.clipping.clamp_(gradient, self.scale)
+            coefficient = coefficients[targets[0].group] if isinstance(coefficients, list) else coefficients
             options = targets[0].options
-            coefficient = coefficients if isinstance(coefficients, Tensor) else factor
             self.rule.update(
                 [target.shard for target in targets],
                 chosen,
@@ -102,3 +98,10 @@ class Schedule(ABC):
                 options["lr"],
                 options["weight_decay"],
             )
+
+    def _kinds(self) -> list[int]:
+        """A number for each target; those with the same are updated alike: one param_group, one clip factor."""
+        numbers: dict[tuple[int, int], int] = {}
+        by_group = self.clipping.group_norm is not None
+        keys = [(id(target.options), target.group if by_group else 0) for target in self.targets]
+        return [numbers.setdefault(key, len(numbers)) for key in keys]

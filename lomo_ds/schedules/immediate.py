@@ -32,7 +32,7 @@ class Immediate(Schedule):
     def take(self, indices: list[int], gradients: list[Tensor]) -> None:
         self.note_norms(indices, gradients)
         if self.clipping.group_norm is None:
-            self.update(indices, gradients, None)
+            self.update(indices, gradients, 1.0)
             return
         for index, gradient in zip(indices, gradients, strict=True):
             group = self.targets[index].group

@@ -41,7 +41,7 @@ class Stash(Schedule):
             if index in self.held:
                 self.held[index] = self.held[index].float().add_(gradient)
             else:
-                self.held[index] = gradient.to(self.dtype or gradient.dtype)
+                self.held[index] = gradient if self.dtype is None else gradient.to(self.dtype)
 
     def measure(self) -> Tensor:
         self.note_norms(list(self.held), list(self.held.values()))
