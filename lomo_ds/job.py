@@ -31,6 +31,7 @@ from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine import initialize
 from lomo_ds.errors import CheckpointError, ConfigError, DataError, ModelError
 from lomo_ds.models import (
+    can_tile_logits,
     empty_model,
     find_model,
     load_config,
@@ -40,6 +41,7 @@ from lomo_ds.models import (
     meta_model,
     save_settings,
     saved_tensors,
+    tile_logits,
     verify_export,
 )
 from lomo_ds.monitor import Monitor
@@ -82,6 +84,7 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     torch.manual_seed(arguments.seed + rank)
     model = _empty_or_loaded(found, name, config, filled, arguments)
     together(lambda: load_generation_config(model, str(found.folder / MODEL) if found else name))
+    together(lambda: _tile_logits(model, arguments.tiled_logits))
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     scheduler = None if "scheduler" in filled else _scheduler(arguments, steps.total)
@@ -211,6 +214,13 @@ def _empty_or_loaded(
         return empty_model(config, ds_config, dtype, trust)
     together(lambda: verify_export(name, dist.get_rank(), dist.get_world_size()))
     return together(lambda: load_model(name, config, ds_config, dtype, arguments.seed, trust))
+
+
+def _tile_logits(model: PreTrainedModel, asked: bool | None) -> None:
+    """Spare the memory of a batch's logits, where that was asked for, or nothing was and the model allows it."""
+    if asked or (asked is None and can_tile_logits(model)):
+        tile_logits(model)
+        logger.info("the loss is computed a tile of logits at a time; --tiled_logits false computes them whole")
 
 
 def _checked(ds_config: dict[str, Any]) -> dict[str, Any]:

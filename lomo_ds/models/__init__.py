@@ -11,9 +11,11 @@ from lomo_ds.models.load import (
     load_tokenizer,
     verify_export,
 )
+from lomo_ds.models.tiled_logits import can_tile_logits, tile_logits
 
 __all__ = [
     "Export",
+    "can_tile_logits",
     "empty_model",
     "find_model",
     "load_config",
@@ -24,5 +26,6 @@ __all__ = [
     "save_pretrained",
     "save_settings",
     "saved_tensors",
+    "tile_logits",
     "verify_export",
 ]

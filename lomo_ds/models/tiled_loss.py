@@ -1,0 +1,146 @@
+"""A linear layer and its cross-entropy in one, over tiles of the logits, which never exist whole.
+
+Forward keeps the log of each token's sum of exponentials; backward computes every tile of logits a second time and
+turns it into their gradient where it lies. So a backward pass brings one gradient of the weight, finished, and already
+times whatever the loss was multiplied by. That costs one matrix product more than the three of the plain way.
+
+A tile is a block of the vocabulary by a run of tokens. All runs are done with one block before the next, so that the
+weight's gradient adds up in fp32, however many they are, and one block of it at a time. The gradient of the hidden
+states adds up in its own dtype, which is why there are few blocks.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lomo_ds.loss import IGNORE_INDEX
+
+TILE_BYTES = 2**26  # 64 MiB of fp32 logits: large enough for matrix products at full speed
+MAX_BLOCKS = 4  # of the vocabulary; the fp32 sum of a block is half as many bytes as the weight's bf16 gradient
+
+
+def tiled_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int = IGNORE_INDEX,
+    tile_bytes: int = TILE_BYTES,
+) -> Tensor:
+    """The cross-entropy of the logits ``hidden @ weight.T + bias`` with ``labels``, summed over the tokens.
+
+    Logits are rounded to the weight's dtype and softmax is taken in fp32, as transformers does.
+
+    Args:
+        hidden: (tokens, hidden size), the weight's dtype.
+        weight: (vocabulary, hidden size).
+        bias: (vocabulary,) or None.
+        labels: (tokens,), int64; those equal to ``ignore_index`` do not count.
+        tile_bytes: the most that one tile of logits takes in fp32, or a block of one row if that is more.
+
+    Returns:
+        0-dim, fp32.
+    """
+    total: Tensor = _TiledCrossEntropy.apply(hidden, weight, bias, labels, ignore_index, tile_bytes)
+    return total
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        ignore_index: int,
+        tile_bytes: int,
+    ) -> Tensor:
+        counted = labels != ignore_index
+        torch._assert_async(  # tells without waiting for the device
+            (~counted | (labels >= 0) & (labels < len(weight))).all(), "a label is none of the vocabulary"
+        )
+        blocks, runs = _cut(len(hidden), len(weight), tile_bytes)
+        log_sums = torch.full_like(labels, -math.inf, dtype=torch.float32)
+        label_logits = torch.zeros_like(log_sums)
+        for block in blocks:
+            for run in runs:
+                tile = _logits(hidden[run], weight[block], None if bias is None else bias[block])
+                within, column = _find(labels[run], block)
+                label_logits[run] += torch.where(within, tile.gather(1, column).squeeze(1), 0.0)
+                log_sums[run] = torch.logaddexp(log_sums[run], _log_sum_(tile))
+                del tile  # or it would lie beside the next
+        # the weight itself: a view of it would keep what ZeRO-3 gathers around this forward
+        ctx.save_for_backward(hidden, weight, bias, labels, counted, log_sums)
+        ctx.tile_bytes = tile_bytes
+        return torch.where(counted, log_sums - label_logits, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, counted, log_sums = ctx.saved_tensors
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden) if of_hidden else None
+        grad_weight = torch.empty_like(weight) if of_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
+        factors = torch.where(counted, grad, 0.0)
+        blocks, runs = _cut(len(hidden), len(weight), ctx.tile_bytes)
+        for block in blocks:
+            rows = weight[block]
+            weight_sum = torch.zeros_like(rows, dtype=torch.float32) if of_weight else None
+            for run in runs:
+                tile = _logits(hidden[run], rows, None if bias is None else bias[block])
+                tile = _slope_(tile, log_sums[run], *_find(labels[run], block), factors[run]).to(weight.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[run].addmm_(tile, rows)
+                if weight_sum is not None:
+                    weight_sum += tile.T @ hidden[run]
+                if grad_bias is not None:
+                    grad_bias[block] += tile.sum(0, dtype=torch.float32)
+                del tile
+            if grad_weight is not None and weight_sum is not None:
+                grad_weight[block] = weight_sum
+        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None
+
+
+def _cut(tokens: int, vocabulary: int, tile_bytes: int) -> tuple[list[slice], list[slice]]:
+    """Blocks of the vocabulary and runs of tokens, so that no tile of fp32 logits takes more than ``tile_bytes``."""
+    numel = tile_bytes // torch.float32.itemsize
+    width = math.ceil(vocabulary / min(MAX_BLOCKS, math.ceil(tokens * vocabulary / numel) or 1))
+    length = max(1, numel // width)
+    return _slices(vocabulary, width), _slices(tokens, length)
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A tile of logits in fp32, in memory of its own."""
+    return (hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)).float()
+
+
+def _find(labels: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Whether each label is in a block of the vocabulary; and its column there, or any column, as (tokens, 1)."""
+    columns = labels - block.start
+    within = (columns >= 0) & (labels < block.stop)
+    return within, torch.where(within, columns, 0)[:, None]
+
+
+def _log_sum_(tile: Tensor) -> Tensor:
+    """The log of each row's sum of exponentials; writes over ``tile``, where logsumexp would take as much again."""
+    largest = tile.amax(1)
+    return tile.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
+
+
+def _slope_(tile: Tensor, log_sums: Tensor, within: Tensor, column: Tensor, factors: Tensor) -> Tensor:
+    """Turn a tile of logits into the gradient of ``factors`` times their cross-entropies, in fp32.
+
+    It is rounded only then: before the loss scale it would be too small for fp16.
+    """
+    tile.sub_(log_sums[:, None]).exp_()
+    tile.scatter_add_(1, column, -within.float()[:, None])
+    return tile.mul_(factors[:, None])
