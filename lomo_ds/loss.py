@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 IGNORE_INDEX = -100
 
@@ -35,7 +36,8 @@ def count_items(batch: Mapping[str, Any], shifts_labels: bool) -> int:
 
 def shifts_labels(model: Module) -> bool:
     """Whether the model's loss compares each position with the label of the next (transformers' causal models)."""
-    return getattr(model, "loss_type", None) == "ForCausalLM"
+    causal = getattr(model, "loss_type", None) == "ForCausalLM"
+    return causal or getattr(model, "loss_function", None) is ForCausalLMLoss  # of GPT2LMHeadModel, which has no type
 
 
 def with_any_labels(batch: Mapping[str, Any]) -> dict[str, Any]:

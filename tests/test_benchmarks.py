@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,24 @@ def test_update(tmp_path: Path) -> None:
         assert row["share_quartiles"][0] <= row["share_of_copy"] <= row["share_quartiles"][1]
     assert "of a copy's bandwidth at 50,001 elements" in (tmp_path / "update.md").read_text()
     assert (tmp_path / "update.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_bench
+def test_logits(tmp_path: Path) -> None:
+    sizes = ["--vocabulary=1000", "--hidden_size=16", "--tile_mib=1", "--repetitions=1", "--tokens", "512", "2048"]
+    command = [sys.executable, str(ROOT / "benchmarks/logits.py"), *sizes, f"--output_dir={tmp_path}"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "logits.json").read_text())
+    rows = {(row["method"], row["tokens"]): row for row in results["rows"]}
+    assert rows.keys() == {(name, size) for name in ("whole logits", "lomo_ds", "DeepSpeed") for size in (512, 2048)}
+    ours, whole = rows["lomo_ds", 2048], rows["whole logits", 2048]
+    assert ours["peak_bytes"] < whole["peak_bytes"] / 4
+    assert whole["peak_bytes"] > 2 * 4 * 2048 * 1000, "logits and their gradient in fp32"
+    for name in ("error_of_hidden", "error_of_weight", "error_of_weight_at_half"):
+        assert ours[name] < 1.5 * whole[name]
+    assert (ours["hook_calls"], ours["hook_calls_in_forward"]) == (1, 0)
+    assert rows["DeepSpeed", 2048]["error_of_weight_at_half"] > 0.9, "it need not be avoided any more"
+    assert "of the memory and" in (tmp_path / "logits.md").read_text()
+    assert (tmp_path / "logits.png").read_bytes().startswith(b"\x89PNG")

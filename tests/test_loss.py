@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lomo_ds.loss import count_items, loss_of, shifts_labels, with_any_labels
 from tests.reference import tiny_model
@@ -22,6 +23,8 @@ def test_rows_count_where_labels_do_not_tell(batch: dict[str, torch.Tensor]) -> 
 
 def test_causal_models_shift_labels() -> None:
     assert shifts_labels(tiny_model())
+    tiny_gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=4, n_layer=1, n_head=1))
+    assert shifts_labels(tiny_gpt2), "its name does not say so, and it uses the loss that does"
     assert not shifts_labels(torch.nn.Linear(1, 1))
 
 

@@ -68,10 +68,11 @@ class _TiledCrossEntropy(torch.autograd.Function):
         label_logits = torch.zeros_like(log_sums)
         for block in blocks:
             for run in runs:
-                logits = _logits(hidden[run], weight[block], None if bias is None else bias[block])
+                tile = _logits(hidden[run], weight[block], None if bias is None else bias[block])
                 within, column = _find(labels[run], block)
-                label_logits[run] += torch.where(within, logits.gather(1, column[:, None]).squeeze(1), 0.0)
-                log_sums[run] = torch.logaddexp(log_sums[run], logits.logsumexp(1))
+                label_logits[run] += torch.where(within, tile.gather(1, column).squeeze(1), 0.0)
+                log_sums[run] = torch.logaddexp(log_sums[run], _log_sum_(tile))
+                del tile  # or it would lie beside the next
         # the weight itself: a view of it would keep what ZeRO-3 gathers around this forward
         ctx.save_for_backward(hidden, weight, bias, labels, counted, log_sums)
         ctx.tile_bytes = tile_bytes
@@ -85,24 +86,21 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if of_hidden else None
         grad_weight = torch.empty_like(weight) if of_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
-        factors = torch.where(counted, grad, 0.0)[:, None]  # (tokens, 1), fp32
+        factors = torch.where(counted, grad, 0.0)
         blocks, runs = _cut(len(hidden), len(weight), ctx.tile_bytes)
         for block in blocks:
             rows = weight[block]
             weight_sum = torch.zeros_like(rows, dtype=torch.float32) if of_weight else None
             for run in runs:
-                slope = _logits(hidden[run], rows, None if bias is None else bias[block])
-                slope.sub_(log_sums[run, None]).exp_()
-                within, column = _find(labels[run], block)
-                slope.scatter_add_(1, column[:, None], -within.float()[:, None])
-                slope.mul_(factors[run])  # in fp32 still: fp16 alone has not the range before the loss scale
-                if grad_bias is not None:
-                    grad_bias[block] += slope.sum(0)
-                slope = slope.to(weight.dtype)
+                tile = _logits(hidden[run], rows, None if bias is None else bias[block])
+                tile = _slope_(tile, log_sums[run], *_find(labels[run], block), factors[run]).to(weight.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[run].addmm_(slope, rows)
+                    grad_hidden[run].addmm_(tile, rows)
                 if weight_sum is not None:
-                    weight_sum += slope.T @ hidden[run]
+                    weight_sum += tile.T @ hidden[run]
+                if grad_bias is not None:
+                    grad_bias[block] += tile.sum(0, dtype=torch.float32)
+                del tile
             if grad_weight is not None and weight_sum is not None:
                 grad_weight[block] = weight_sum
         return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None
@@ -126,7 +124,23 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _find(labels: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Whether each label is in a block of the vocabulary, and its column there, or any column if it is not."""
+    """Whether each label is in a block of the vocabulary; and its column there, or any column, as (tokens, 1)."""
     columns = labels - block.start
     within = (columns >= 0) & (labels < block.stop)
-    return within, torch.where(within, columns, 0)
+    return within, torch.where(within, columns, 0)[:, None]
+
+
+def _log_sum_(tile: Tensor) -> Tensor:
+    """The log of each row's sum of exponentials; writes over ``tile``, where logsumexp would take as much again."""
+    largest = tile.amax(1)
+    return tile.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
+
+
+def _slope_(tile: Tensor, log_sums: Tensor, within: Tensor, column: Tensor, factors: Tensor) -> Tensor:
+    """Turn a tile of logits into the gradient of ``factors`` times their cross-entropies, in fp32.
+
+    It is rounded only then: before the loss scale it would be too small for fp16.
+    """
+    tile.sub_(log_sums[:, None]).exp_()
+    tile.scatter_add_(1, column, -within.float()[:, None])
+    return tile.mul_(factors[:, None])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Linear
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -238,8 +240,16 @@ def is_head_held_behind_forward() -> bool:
     tile_logits(model, TILE)
     engine = make_engine(model, "stash", threshold=0)
     held: list[StorageWeakRef] = []
-    model.lm_head.register_forward_hook(lambda head, *_: held.append(StorageWeakRef(head.weight.untyped_storage())))
+
+    def remember(head: Linear, *_: Any) -> None:
+        assert head.weight.numel(), "it is gathered still"
+        held.append(StorageWeakRef(head.weight.untyped_storage()))
+
+    model.lm_head.register_forward_hook(remember, prepend=True)
     loss = engine(**whole_batch(0, rows=2)).loss
+    deadline = time.monotonic() + 10.0
+    while not held[0].expired() and time.monotonic() < deadline:
+        time.sleep(0.01)  # gloo's own thread may be slow to let go of what it has gathered
     alive = not held[0].expired()
     engine.backward(loss)
     engine.step()

@@ -166,3 +166,23 @@ def test_no_tensor_is_as_large_as_the_logits() -> None:
     with Largest() as largest:
         loss_and_gradients(whole, [hidden, weight, None], labels, 2.0)
     assert largest.numel == case.tokens * case.vocabulary
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_it_never_waits_and_takes_little(dtype: torch.dtype) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    case = Case(tokens=8192, vocabulary=8000, tile_bytes=2**22)
+    hidden, weight, _, labels = (tensor.cuda() for tensor in layer(case, size=64))
+    tensors = [hidden.to(dtype), (weight / 8).to(dtype), None]
+    wanted = loss_and_gradients(whole, tensors, labels, factor=0.1)
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = loss_and_gradients(tiled_cross_entropy, tensors, labels, factor=0.1, tile_bytes=case.tile_bytes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - start < 4 * case.tokens * case.vocabulary / 4
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine - theirs).norm() <= (1e-5 if dtype == torch.float32 else 0.01) * theirs.norm()
