@@ -6,7 +6,7 @@ cost there. Only what a step is comes from lomo_ds: the batch of all ranks and m
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import deepspeed.comm as dist
@@ -21,10 +21,9 @@ from lomo_ds.config import refuse_what_no_baseline_can
 from lomo_ds.distributed import agree, start_process_group
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError, one_line
+from lomo_ds.loss import Batch
 
 logger = logging.getLogger(__name__)
-
-Batch = Mapping[str, Any]
 
 
 def initialize_baseline(
@@ -84,9 +83,7 @@ class BaselineEngine(DeepSpeedEngine):
         Raises:
             ConfigError: there is no micro-batch.
         """
-        micro_batches = [batch] if isinstance(batch, Mapping) else list(batch)
-        if not micro_batches:
-            raise ConfigError("train_batch needs at least one micro-batch, got an empty list")
+        micro_batches = losses.micro_batches_of(batch)
         shifts = losses.shifts_labels(self.module)
         # counted where the labels lie, which is the host: on the device each count would wait for it
         counts = [losses.count_items(micro_batch, shifts) for micro_batch in micro_batches]
@@ -114,8 +111,8 @@ class BaselineEngine(DeepSpeedEngine):
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for position, (micro_batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
             self.set_gradient_accumulation_boundary(position == len(micro_batches) - 1)
-            inputs = self._on_device(micro_batch if count else losses.with_any_labels(micro_batch))
-            loss = losses.loss_of(self(**inputs))
+            inputs = micro_batch if count else losses.with_any_labels(micro_batch)
+            loss = losses.loss_of(self(**losses.on_device(inputs, self.device)))
             total += loss.detach().double() * (count * share)
             # ranks' gradients are averaged: what is a share of the step is that times the ranks on each rank
             weight = count * share * dist.get_world_size(self.seq_data_parallel_group)
@@ -167,9 +164,3 @@ class BaselineEngine(DeepSpeedEngine):
 
     def _agree(self, value: Tensor) -> float:
         return float(agree(value.to(self.device), self.seq_data_parallel_group))
-
-    def _on_device(self, batch: Batch) -> dict[str, Any]:
-        return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }

@@ -5,7 +5,7 @@ one whole optimizer step under any update schedule.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,12 @@ from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine_state import capture_engine, restore_engine
 from lomo_ds.errors import ConfigError
 from lomo_ds.gathering import Resident
+from lomo_ds.loss import Batch
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.random_states import RandomStates
 from lomo_ds.schedules import Schedule
 
 logger = logging.getLogger(__name__)
-
-Batch = Mapping[str, Any]
 
 
 def initialize(
@@ -138,11 +137,11 @@ class LomoEngine(DeepSpeedEngine):
             ConfigError: several micro-batches under a schedule that keeps no gradients, or a step begun with
                 ``engine.backward`` is not finished.
         """
-        micro_batches = [batch] if isinstance(batch, Mapping) else list(batch)
+        micro_batches = losses.micro_batches_of(batch)
         self._refuse_train_batch(micro_batches)
         # counted where the labels lie, which is the host: on the device each count would wait for it
         counts = [losses.count_items(micro_batch, self._shifts_labels) for micro_batch in micro_batches]
-        micro_batches = [self._on_device(micro_batch) for micro_batch in micro_batches]
+        micro_batches = [losses.on_device(micro_batch, self.device) for micro_batch in micro_batches]
         self._in_train_batch = True
         try:
             if self.schedule.passes == 2:
@@ -162,8 +161,6 @@ class LomoEngine(DeepSpeedEngine):
         return torch.tensor(self.optimizer.loss, dtype=torch.float32, device=self.device)
 
     def _refuse_train_batch(self, micro_batches: list[Batch]) -> None:
-        if not micro_batches:
-            raise ConfigError("train_batch needs at least one micro-batch, got an empty list")
         if len(micro_batches) > 1 and not self.schedule.keeps_gradients:
             raise ConfigError(
                 f"train_batch got {len(micro_batches)} micro-batches, but this schedule keeps no gradients to add up; "
@@ -360,12 +357,6 @@ class LomoEngine(DeepSpeedEngine):
     @property
     def _ranks(self) -> ProcessGroup:
         return self.seq_data_parallel_group
-
-    def _on_device(self, batch: Batch) -> dict[str, Any]:
-        return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
 
 
 def _join_process_group(distributed_port: int, dist_init_required: bool | None) -> None:

@@ -1,6 +1,6 @@
 """The loss of a step as an average over its tokens: what a micro-batch weighs, and where a model keeps its loss."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,31 @@ from torch import Tensor
 from torch.nn import Module
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from lomo_ds.errors import ConfigError
+
 IGNORE_INDEX = -100
+
+Batch = Mapping[str, Any]
+
+
+def micro_batches_of(batch: Batch | Sequence[Batch]) -> list[Batch]:
+    """What ``train_batch`` is given, one micro-batch or several, as a list.
+
+    Raises:
+        ConfigError: it is empty.
+    """
+    micro_batches = [batch] if isinstance(batch, Mapping) else list(batch)
+    if not micro_batches:
+        raise ConfigError("train_batch needs at least one micro-batch, got an empty list")
+    return micro_batches
+
+
+def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """``batch`` with its tensors on ``device``, or on their way there."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def loss_of(output: Any) -> Tensor:

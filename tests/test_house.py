@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "lomo_ds"
 
 FLOORS = [
-    ["errors", "layers", "numerics", "loss", "memory", "random_states", "signals", "training_engine"],
-    ["config", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest", "ds_parse"],
+    ["errors", "layers", "numerics", "memory", "random_states", "signals", "training_engine"],
+    ["config", "loss", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest", "ds_parse"],
     ["gathering", "reduction", "ds_config", "data.tokens", "data.packing", "rules", "lifeline", "monitor"],
     ["schedules", "data", "models", "checkpoint"],
     ["backward", "demo", "cli", "progress"],
