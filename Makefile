@@ -1,13 +1,15 @@
 # make train | test | lint | format | setup | clean        (make setup TORCH=2.11.0 for another torch)
+# make bench | bench-gpu                                   what is claimed, measured: 5 minutes, 10 minutes on one GPU
 
 PYTHON ?= python3
 TORCH  ?= $(shell sed -n 's/^TORCH = "\(.*\)".*/\1/p' setup.py)
 BIN    := .venv/bin
 READY  := .venv/ready-$(TORCH)
+PEERS  := .venv/peers
 DEMO   := demo
 RANKS  ?= 2
 
-.PHONY: train test setup lint format clean
+.PHONY: train test bench bench-gpu setup lint format clean
 
 # The main job, on CPU ranks where there is no GPU: the same script that runs on 8 GPUs.
 train: setup $(DEMO)/model/config.json
@@ -18,6 +20,23 @@ $(DEMO)/model/config.json: | setup
 
 test: setup
 	$(BIN)/python -m pytest tests
+
+# Ratios within one run, on CPU ranks.
+bench: setup $(PEERS)
+	$(BIN)/python benchmarks/throughput.py --device cpu
+	$(BIN)/python benchmarks/memory.py --device cpu
+	$(BIN)/python benchmarks/traffic.py --device cpu
+	$(BIN)/python benchmarks/update.py
+	$(BIN)/python benchmarks/logits.py
+
+# Every row that wants a GPU; says so and ends where there is none.
+bench-gpu: setup $(PEERS)
+	$(BIN)/python benchmarks/gpu.py
+
+# A peer of which a few lines are measured: its dependencies stay out, and without it its rows are left out.
+$(PEERS): $(READY)
+	-$(BIN)/python -m pip install --quiet --no-deps "torchtune==0.6.1"
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ setup(
     extras_require={
         "bench": [
             "accelerate>=1.10",  # for transformers' own ZeRO-3 loading
+            "lomo-optim==0.1.1",  # the authors' own package, to compare with
             "matplotlib",
         ],
         "dev": [

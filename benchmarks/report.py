@@ -64,13 +64,16 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def write_results(folder: Path, name: str, results: dict[str, Any], markdown: str, figure: Any) -> None:
+def write_results(
+    folder: Path, name: str, results: dict[str, Any], markdown: str, figure: Any, show: bool = True
+) -> None:
     """Write ``name``.json, .md and .png, and print the Markdown.
 
     Args:
         results: with ``environment()`` under "environment".
         markdown: without the picture and the environment, which are added.
         figure: matplotlib's.
+        show: whether to print.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -78,7 +81,10 @@ def write_results(folder: Path, name: str, results: dict[str, Any], markdown: st
         f"{markdown}\n![{name}]({name}.png)\n\n{_environment_table(results['environment'])}", encoding="utf-8"
     )
     figure.savefig(folder / f"{name}.png", dpi=160)
-    print(f"\n{markdown}\nresults: {', '.join(str(folder / f'{name}.{ending}') for ending in ('json', 'md', 'png'))}")
+    pyplot().close(figure)
+    if show:
+        written = ", ".join(str(folder / f"{name}.{ending}") for ending in ("json", "md", "png"))
+        print(f"\n{markdown}\nresults: {written}")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

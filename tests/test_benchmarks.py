@@ -2,14 +2,27 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from benchmarks import gpu, memory, methods, throughput, traffic
+from benchmarks.contest import ratios
+from benchmarks.footprint import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, Tensors
+from benchmarks.workers import DoesNotFit, WorkerError, Workers
+from benchmarks.workload import Workload, flops_per_token
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
+GroupOf = Callable[..., Ranks]
+SMALL = ["--device=cpu", "--sequence=16"]
 
 needs_bench = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("accelerate", "matplotlib")),
@@ -17,13 +30,33 @@ needs_bench = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def results_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """``results_of(benchmark, *options)``: what a benchmark writes into its JSON."""
+
+    def run(benchmark: Any, *options: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [benchmark.__file__, *options, f"--output_dir={tmp_path}"])
+        benchmark.main()
+        return written(tmp_path, benchmark.__name__.rpartition(".")[2])
+
+    return run
+
+
+def written(folder: Path, name: str) -> dict[str, Any]:
+    """The results of a benchmark, which has left a table and a picture too."""
+    results = json.loads((folder / f"{name}.json").read_text())
+    assert {"commit", "versions", "machine", "command"} <= results["environment"].keys()
+    assert (folder / f"{name}.md").read_text().startswith("# ")
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return results
+
+
 @needs_bench
 def test_loading(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/loading.py"), "--gigabytes=0.05", "--ranks=2", "--repetitions=1"]
     run = subprocess.run([*command, f"--output_dir={tmp_path}"], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
-    results = json.loads((tmp_path / "loading.json").read_text())
-    assert {"commit", "versions", "machine", "command"} <= results["environment"].keys()
+    results = written(tmp_path, "loading")
     rows = {(row["method"], row["rank"]): row for row in results["rows"]}
     assert rows.keys() == {(method, rank) for method in ("lomo_ds", "transformers") for rank in (0, 1)}
     assert results["same_shards"]
@@ -76,3 +109,201 @@ def test_logits(tmp_path: Path) -> None:
     assert rows["DeepSpeed", 2048]["error_of_weight_at_half"] > 0.9, "it need not be avoided any more"
     assert "of the memory and" in (tmp_path / "logits.md").read_text()
     assert (tmp_path / "logits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_bench
+def test_memory(results_of: Callable[..., dict[str, Any]]) -> None:
+    options = ["--models=toy", "--ranks", "2", "--checkpointing=on", *SMALL]
+    results = results_of(memory, *options, "--methods", "deepspeed-adamw", "immediate", "stash+clip")
+    rows = {row["method"]: row for row in results["rows"]}
+    whole = 4 * toy_parameters()
+    for row in rows.values():
+        assert row["outcome"] == "measured"
+        assert sum(row["at_peak"].values()) == row["peak"] <= row["resident"]
+        assert row["at_peak"][PARAMETERS] >= whole / 2
+    adamw, immediate, stash = rows["deepspeed-adamw"], rows["immediate"], rows["stash+clip"]
+    assert adamw["at_peak"][OPTIMIZER] == pytest.approx(3 * whole / 2, rel=0.01)  # two averages and the weights again
+    assert immediate["at_peak"][OPTIMIZER] == stash["at_peak"][OPTIMIZER] == 0
+    assert immediate["most_gradients"] < whole / 10
+    assert whole / 2 < stash["most_gradients"] < whole / 2 + whole / 10
+    assert immediate["peak"] < stash["peak"] < adamw["peak"]
+
+
+@needs_bench
+def test_memory_of_one_rank_of_eight(results_of: Callable[..., dict[str, Any]]) -> None:
+    options = ["--models=toy", "--simulate_world=8", "--checkpointing=on", *SMALL]
+    for row in results_of(memory, *options, "--methods", "stash+clip", "deepspeed-sgd")["rows"]:
+        assert row["outcome"] == "measured"
+        assert row["losses"] == sorted(row["losses"], reverse=True)
+        assert row["losses"][-1] < row["losses"][0], "no step has updated anything"
+        assert row["at_peak"][PARAMETERS] < toy_parameters()  # of 4 bytes each
+        assert toy_parameters() * 4 / 8 < row["most_gradients"] < toy_parameters() * 4 / 4
+
+
+def toy_parameters() -> int:
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in LlamaForCausalLM(Workload("toy").config()).parameters())
+
+
+@needs_bench
+def test_throughput(results_of: Callable[..., dict[str, Any]]) -> None:
+    results = results_of(
+        throughput, "--rows", "toy:1", "toy:2", "--seconds=0", *SMALL, "--methods", "immediate", "--vs", "plain"
+    )
+    alone, two = results["groups"]
+    assert two["skipped"] == {"plain": "it runs in one process only"}
+    immediate, plain = alone["rows"]
+    (ratio,) = alone["ratios"]
+    assert ratio["lowest"] <= ratio["median"] <= ratio["highest"]
+    assert ratio["met"] == (ratio["median"] <= ratio["goal"])
+    assert immediate["last_loss"] < immediate["first_loss"]
+    assert plain["last_loss"] == plain["first_loss"]
+    for row in (immediate, plain):
+        attained = row["share_of_peak"] * results["peak_flops"]
+        assert attained == pytest.approx(row["tokens_per_second"] * flops_per_token(Workload("toy", 16)))
+
+
+@needs_bench
+def test_traffic(results_of: Callable[..., dict[str, Any]]) -> None:
+    results = results_of(traffic, "--simulate_world=8", *SMALL, "--methods", "stash+clip", "deepspeed-sgd+clip")
+    large = {row["method"]: row for row in results["rows"] if row["large"]}
+    for method in ("stash+clip", "deepspeed-sgd+clip"):
+        assert large[method]["total"] == pytest.approx(3.0, abs=0.05)
+        assert large[method]["moved"]["all-gather"] == pytest.approx(2.0, abs=0.05)
+    assert large["published LOMO+clip"]["total"] == 8.0
+
+
+@needs_bench
+def test_gpu_rows_on_the_cpu(tmp_path: Path) -> None:
+    options = ["--try_on_cpu", "--only", "1", "20", f"--output_dir={tmp_path}"]
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/gpu.py"), *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    assert [row["outcome"] for row in written(tmp_path, "memory")["rows"]] == ["measured"]
+    assert len(written(tmp_path, "throughput")["groups"][0]["ratios"]) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures for ten minutes where there is a GPU")
+def test_gpu_rows_are_left_out_without_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    gpu.main()
+    assert "no CUDA GPU" in capsys.readouterr().out
+
+
+@needs_bench
+def test_rows_without_figures_are_told_and_drawn() -> None:
+    row = {"method": "immediate", "ranks": 8, "simulated": True, "workload": methods.settings(Workload("65b"))}
+    known = {"peak": 20 * 2**30, "resident": 2**30, "at_peak": None, "most_gradients": None}
+    rows = [
+        row | {"outcome": memory.DOES_NOT_FIT, "at most": 18.6},
+        row | {"outcome": "rank 0:\nTraceback\nValueError: no such thing"},
+        row | {"outcome": "measured", **known},
+    ]
+    for chosen in (rows, rows[:2]):
+        results = {"device": "cuda", "rows": chosen, "skipped": {"plain": "it runs in one process only"}}
+        text = memory.describe(results)
+        assert "**does not fit** | " in text
+        assert "`ValueError: no such thing`" in text
+        assert ("**20.00**" in text) == (len(chosen) == 3)
+        assert "rank 0 of 8: immediate" in text
+        memory.draw(results)
+
+
+def losses_of(name: str, clip: bool) -> list[float]:
+    method = methods.build(name + methods.CLIP * clip, Workload("toy", sequence=16, batch=2))
+    return [float(method.step()) for _ in range(4)]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_all_methods_take_the_same_steps(ranks: GroupOf, clip: bool) -> None:
+    """On one rank SGD is SGD, whoever takes the step; so nobody is compared with one that does less."""
+    names = ["two_pass", "stash", "deepspeed-sgd", "lomo-optim", *([] if clip else ["immediate", "torchtune"])]
+    installed = [name for name in names if methods.objection(name, 1) is None]
+    (reference,) = ranks(1).run(losses_of, "stash", clip)
+    assert reference[-1] < reference[0]
+    for name in installed:
+        assert ranks(1).run(losses_of, name, clip)[0] == pytest.approx(reference, rel=1e-6), name
+
+
+def test_what_lies_in_memory() -> None:
+    """Against figures that can be told beforehand."""
+    weights, rows = 4 * 300 * 300, 4 * 20 * 300
+    model = torch.nn.Sequential(torch.nn.Linear(300, 300, bias=False), torch.nn.Linear(300, 300, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    batch = {"x": torch.ones(20, 300)}
+
+    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = model(batch["x"]).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    method = methods.Method(
+        model, batch, step, lambda: [v for state in optimizer.state.values() for v in state.values()]
+    )
+    method.step()
+    with Tensors(method, torch.device("cpu")) as tensors:
+        method.step()
+    assert tensors.at_peak[PARAMETERS] == tensors.at_peak[OPTIMIZER] == tensors.at_peak[GRADIENTS] == 2 * weights
+    assert tensors.most_gradients == 2 * weights
+    assert rows <= tensors.at_peak[ACTIVATIONS] <= 3 * rows
+    assert tensors.peak == sum(tensors.at_peak.values())
+    assert tensors.total <= tensors.peak - 2 * weights
+
+
+def raise_here(desk: dict[str, Any], rank: int) -> int:
+    if rank == torch.distributed.get_rank():
+        raise ValueError("here")
+    torch.distributed.barrier()
+    return rank
+
+
+def allocate(desk: dict[str, Any], size: int) -> None:
+    torch.empty(size)
+
+
+def test_a_rank_that_fails_ends_the_others() -> None:
+    with Workers(2, "cpu") as workers, pytest.raises(WorkerError, match="ValueError: here"):
+        workers.call(raise_here, 1)
+    assert not workers.processes
+
+
+def test_what_does_not_fit_is_told_from_what_fails() -> None:
+    with Workers(1, "cpu") as workers, pytest.raises(DoesNotFit):
+        workers.call(allocate, 2**60)
+
+
+def test_ratios_are_of_single_rounds() -> None:
+    def row(label: str, seconds: list[float], leads: bool) -> dict[str, Any]:
+        return {
+            "label": label, "method": label, "leads": leads, "outcome": "measured", "seconds": seconds, "peak": 8
+        }  # fmt: skip
+
+    rows = [row("stash+clip", [1.0, 6.0, 3.0], True), row("two_pass+clip", [2.0, 12.0, 5.0], False)]
+    (ratio,) = ratios([*rows, row("plain", [1.0, 1.0, 1.0], False)], {("stash+clip", "two_pass+clip"): 0.5})
+    assert (ratio["lowest"], ratio["median"], ratio["highest"]) == (0.5, 0.5, 0.6)
+    assert ratio["met"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("imediate", "a method is one of"), ("immediate+clip", "updates weights before"), ("plain+clip", "no gradients")],
+)
+def test_methods_that_cannot_be(name: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        methods.objection(name, 1)
+
+
+def test_arithmetic_of_a_token() -> None:
+    """Six operations for each weight but the embedding's, and attention's share: 7B's are 40 billion and a little."""
+    assert flops_per_token(Workload("7b", sequence=1)) == pytest.approx(6 * 6.607e9, rel=1e-3)
+    attention = flops_per_token(Workload("7b", sequence=2048)) - flops_per_token(Workload("7b", sequence=0))
+    assert attention == 12 * 32 * 4096 * 2048
+    assert math.isclose(flops_per_token(Workload("1b", sequence=0)), 6 * (1.0344e9), rel_tol=1e-3)

@@ -1,0 +1,254 @@
+"""What lies in memory while a step is taken: the LOMO paper's Table 1 and Figure 2, for any model.
+
+    python benchmarks/memory.py                                                 # small, on CPU ranks
+    python benchmarks/memory.py --models 7b --sequence 512 --batch 8            # the paper's, on a GPU
+    python benchmarks/memory.py --models 65b --sequence 1024 --simulate_world 8 --checkpointing on
+
+Each row is measured in processes of its own, over four steps from a built engine on. The peak is that of torch's
+allocator on a GPU (what it has reserved is in the JSON), and that of all tensors alive at once on the CPU. What lies in
+it is found out in the last step, in which every tensor is followed from the operation that makes it to its end:
+
+- parameters: this rank's shards, and whole parameters as long as they are gathered
+- gradients: from autograd, whole, reduced or stashed, and the buffers that are kept for them
+- optimizer state: what the optimizer holds from step to step; weights of higher precision are part of it
+- activations: the rest of the peak: what forward leaves for backward, what operations need in passing, and on a GPU
+  what the allocator rounds up
+
+All four are those at the moment of the peak, and add up to it. As hardly a gradient may be alive then, the most bytes
+of gradients at any one moment are given beside them. Host memory is the peak of a process's resident memory less what
+it was before the model was built. Of several ranks the one with the highest peak is reported.
+
+--simulate_world N runs rank 0 of N in one process, in torch's fake process group: true memory of one GPU among N, with
+the real allocator, on one GPU. Nothing is communicated, so times mean nothing there, and none are reported.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import methods, options, report
+from benchmarks.footprint import ACTIVATIONS, GRADIENTS, KINDS, OPTIMIZER, PARAMETERS, measure, resident_bytes
+from benchmarks.workers import Desk, DoesNotFit, WorkerError, Workers
+from benchmarks.workload import LARGE, Workload, parameter_count
+
+METHODS = ["deepspeed-adamw", "deepspeed-sgd", "immediate", "two_pass+clip", "stash+clip"]
+UNKNOWN = "not known"
+COLORS = {PARAMETERS: "#1b7f79", GRADIENTS: "#e08e45", OPTIMIZER: "#8e6c8a", ACTIVATIONS: "#b9c4c9", UNKNOWN: "#555555"}
+STAYS_GATHERED = 10**9  # DeepSpeed's stage3_max_live_parameters
+DOES_NOT_FIT = "does not fit"
+# LLaMA 7B, sequence 512, batch 8, fp16, GiB: arXiv 2306.09782, Table 1
+PAPER = {
+    ("AdamW", True): (12.55, 12.55, 75.31, 1.79),
+    ("SGD", True): (12.55, 12.55, 25.10, 1.79),
+    ("LOMO", True): (12.55, 0.24, 0.0, 1.79),
+    ("LOMO", False): (12.55, 0.24, 0.0, 45.61),
+}
+
+Row = dict[str, Any]
+
+
+def build_and_measure(desk: Desk, method: str, work: Workload) -> Row:
+    """On a rank: what steps of a method take."""
+    before = resident_bytes()["now"]
+    found = measure(methods.build(method, work))
+    return found | {"resident": found["resident"] - before}
+
+
+def measure_row(workers: Workers, method: str, work: Workload, timeout: float) -> Row:
+    """One row of the table, from processes that nothing else is done in."""
+    row: Row = {"method": method, "workload": methods.settings(work)}
+    try:
+        found = workers.call(build_and_measure, method, work, timeout=timeout)
+    except DoesNotFit:
+        return row | {"outcome": DOES_NOT_FIT}
+    except WorkerError as error:
+        return row | {"outcome": str(error)}
+    finally:
+        workers.stop()
+    most = max(found, key=lambda of_rank: of_rank["peak"])
+    if not all(math.isfinite(loss) for loss in most["losses"]):
+        return row | {"outcome": f"the loss is not finite: {most['losses']}"}
+    return row | {"outcome": "measured", **most}
+
+
+def measure_all(given: argparse.Namespace) -> dict[str, Any]:
+    """Every row that was asked for."""
+    rows, skipped = [], {}
+    worlds = [given.simulate_world] if given.simulate_world else given.ranks
+    wanted = [(work, world) for work in workloads(given) for world in worlds]
+    bar = tqdm(total=len(wanted) * len(given.methods), desc="measuring", unit=" rows")
+    for work, world in wanted:
+        for method in given.methods:
+            bar.set_postfix_str(f"{method}, {work.model}, {options.told(world, 'rank')}")
+            objection = methods.objection(method, world)
+            if objection is not None:
+                skipped[f"{method} on {options.told(world, 'rank')}"] = objection
+            else:
+                workers = Workers(1 if given.simulate_world else world, given.device, given.simulate_world)
+                row = measure_row(workers, method, work, given.timeout)
+                rows.append(row | {"ranks": world, "simulated": given.simulate_world is not None})
+            bar.update()
+    bar.close()
+    return {"environment": report.environment(), "device": given.device, "rows": rows, "skipped": skipped}
+
+
+def workloads(given: argparse.Namespace) -> list[Workload]:
+    """Each model, with checkpointing and without."""
+    checkpointing = {"on": [True], "off": [False], "both": [True, False]}[given.checkpointing]
+    works = [options.workload(given, model, on) for model in given.models for on in checkpointing]
+    if given.as_is:
+        return works
+    return [replace(work, zero=LARGE) if parameter_count(work) < STAYS_GATHERED else work for work in works]
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The rows in Markdown."""
+    rows = results["rows"]
+    unit, divisor = unit_of(rows)
+    what = "as torch's allocator counts" if results["device"] == "cuda" else "the bytes of all tensors"
+    compared = [name for name in ("at most", "the paper's") if any(row.get(name) for row in rows)]
+    header = ["", "recomputes", *KINDS, "**peak**", *compared, "most gradients", "host memory"]
+    lines = [[*named(row), *figures(row, divisor, compared)] for row in rows]
+    text = (
+        f"# Memory of a training step, by kind\n\nIn {unit}, at the peak, {what}; of several ranks the highest one's. "
+        f"Rows x sequence are a rank's.\n\n" + report.table(header, lines)
+    )
+    if any(row["simulated"] for row in rows):
+        text += (
+            "\nOne process that believes to be rank 0 of so many: the memory is a rank's, the collectives are fake, "
+            "and times would mean nothing.\n"
+        )
+    if any(row["workload"]["zero"] for row in rows):
+        text += (
+            "\nDeepSpeed keeps all of a model gathered that has less than a billion parameters. Here it is told to "
+            "gather no more than what is being computed with, as of a larger one (--as_is does not).\n"
+        )
+    for name, reason in results["skipped"].items():
+        text += f"\nLeft out: {name}: {reason}.\n"
+    if any(row["workload"]["model"] == "7b" for row in rows):
+        text += "\nThe paper's Table 1 (7B, sequence 512, batch 8, fp16), GiB:\n\n" + paper_table()
+    return text + failures(rows)
+
+
+def named(row: Row) -> list[str]:
+    """The first two cells of a row."""
+    work = row["workload"]
+    ranks = f"rank 0 of {row['ranks']}" if row["simulated"] else options.told(row["ranks"], "rank")
+    tiled = ", tiled logits" if work["tiled_logits"] and row["method"].partition("+")[0] in methods.OURS else ""
+    shape = f"{work['batch']} x {work['sequence']}"
+    recomputes = "yes" if work["checkpointing"] else "no"
+    return [f"{work['model']} {work['precision']}, {shape}, {ranks}: {row['method']}{tiled}", recomputes]
+
+
+def figures(row: Row, divisor: float, compared: list[str]) -> list[str]:
+    """The other cells of a row; what its peak is compared with is in GiB."""
+    others = [f"{row[name] * 2**30 / divisor:.2f}" if row.get(name) else "" for name in compared]
+    if row["outcome"] != "measured":
+        outcome = DOES_NOT_FIT if row["outcome"] == DOES_NOT_FIT else "failed"
+        return [*["" for _ in KINDS], f"**{outcome}**", *others, "", ""]
+    at_peak = [_told(row["at_peak"] and row["at_peak"][kind], divisor) for kind in KINDS]
+    rest = (_told(row[name], divisor) for name in ("most_gradients", "resident"))
+    return [*at_peak, f"**{row['peak'] / divisor:.2f}**", *others, *rest]
+
+
+def _told(value: float | None, divisor: float) -> str:
+    return "not known" if value is None else f"{value / divisor:.2f}"
+
+
+def failures(rows: list[Row]) -> str:
+    """What went wrong, one line of each."""
+    broken = [row for row in rows if row["outcome"] not in ("measured", DOES_NOT_FIT)]
+    return "".join(f"\nFailed: {named(row)[0]}: `{row['outcome'].strip().splitlines()[-1]}`\n" for row in broken)
+
+
+def paper_table() -> str:
+    """The paper's own figures."""
+    lines = [
+        [name, "yes" if on else "no", *(f"{value:.2f}" for value in values), f"**{sum(values):.2f}**"]
+        for (name, on), values in PAPER.items()
+    ]
+    return report.table(["optimizer", "recomputes", *KINDS, "**total**"], lines)
+
+
+def unit_of(rows: list[Row]) -> tuple[str, float]:
+    """A unit that suits the largest figure."""
+    most = max((row["peak"] for row in rows if row["outcome"] == "measured"), default=0)
+    return ("GiB", 2.0**30) if most >= 4 * 2**30 else ("MiB", 2.0**20)
+
+
+def draw(results: dict[str, Any]) -> Any:
+    """A bar for each row, cut into kinds; rows of the same settings are together."""
+    rows = [row for row in results["rows"] if row["outcome"] == "measured"]
+    unit, divisor = unit_of(rows)
+    settings = [named(row)[0].rpartition(": ")[0] + _recomputing(row) for row in rows]
+    groups = list(dict.fromkeys(settings))
+    height = 0.33 * (len(rows) + 1.1 * len(groups))
+    figure, axes = report.pyplot().subplots(figsize=(9.5, 1.5 + max(1.5, height)), layout="constrained")
+    ticks, labels, top = [], [], 0.0
+    most = max((row["peak"] for row in rows), default=1) / divisor
+    for group in groups:
+        axes.annotate(group, (0, top), xytext=(3, 0), textcoords="offset points", va="center", fontweight="bold")
+        for row in (row for row, of_row in zip(rows, settings, strict=True) if of_row == group):
+            top -= 1.0
+            _bar(axes, row, top, divisor)
+            ticks.append(top)
+            labels.append(named(row)[0].rpartition(": ")[2])
+        top -= 1.1
+    axes.set_yticks(ticks, labels)
+    axes.set_ylim(top + 0.5, 0.8)
+    axes.set_xlim(0, 1.1 * most)
+    axes.set_xlabel(f"{unit} at the peak of a step")
+    axes.set_title("What lies in memory while a step is taken", loc="left", fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    patches = [axes.barh(0, 0, color=COLORS[kind]) for kind in KINDS]
+    figure.legend(patches, KINDS, ncols=len(KINDS), loc="outside lower center", frameon=False)
+    return figure
+
+
+def _bar(axes: Any, row: Row, place: float, divisor: float) -> None:
+    left = 0.0
+    for kind, size in (row["at_peak"] or {UNKNOWN: row["peak"]}).items():
+        width = max(0.0, size) / divisor
+        axes.barh(place, width, 0.8, left=left, color=COLORS[kind])
+        left += width
+    axes.annotate(f" {row['peak'] / divisor:.4g}", (left, place), va="center", fontsize=9)
+
+
+def _recomputing(row: Row) -> str:
+    return ", activations computed again" if row["workload"]["checkpointing"] else ""
+
+
+def main() -> None:
+    """Measure, and write what it gave."""
+    parser = report.parser(__doc__)
+    options.add_workload(parser, models=["40m"], sequence=128, batch=2)
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=options.methods_help(METHODS))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="numbers of ranks; 2 by default")
+    parser.add_argument("--simulate_world", type=int, help="measure rank 0 of so many instead, in one process")
+    parser.add_argument(
+        "--checkpointing", choices=("on", "off", "both"), default="both", help="activations computed again; both"
+    )
+    parser.add_argument(
+        "--as_is",
+        action="store_true",
+        help="leave a model of less than a billion parameters gathered, as DeepSpeed does; by default it is treated as "
+        "a larger one, of which only what is being computed with is gathered",
+    )
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a row may take; 600 by default")
+    given = parser.parse_args()
+    report.require("matplotlib")
+    options.settle(given, parser, max([1] if given.simulate_world else given.ranks))
+    results = measure_all(given)
+    report.write_results(given.output_dir, "memory", results, describe(results), draw(results))
+    if all(row["outcome"] not in ("measured", DOES_NOT_FIT) for row in results["rows"]):
+        sys.exit("nothing could be measured")
+
+
+if __name__ == "__main__":
+    main()

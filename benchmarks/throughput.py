@@ -1,0 +1,290 @@
+"""Tokens per GPU and second, peak memory and share of the device's arithmetic: the LOMO paper's Table 2, and peers.
+
+    python benchmarks/throughput.py                                       # small, on CPU ranks
+    python benchmarks/throughput.py --rows 7b:1 --sequence 1024 --checkpointing    # the paper's, on a GPU
+
+A row is a model and a number of ranks. Every method of a row has processes of its own, all of a row are alive at once,
+and they take turns: one steps while the others wait. Rounds of turns go on for --seconds. Reported are the median over
+the rounds, and for each ratio the median, lowest and highest of the ratios within a round, so that what slows the
+machine down for a while slows down both sides. The first steps, which DeepSpeed traces, are not timed.
+
+The share of the device's arithmetic counts 6 operations for each weight that a token is multiplied with and 12 x layers
+x hidden size x sequence for attention; what is computed again, it does not count. The device's peak is the maker's
+figure for half precision on known GPUs, and else what a large matrix multiplication attains; CPU ranks share the
+machine's. Memory is the allocator's peak on a GPU. On the CPU it is all tensors alive at once, followed in a step that
+is not timed; see benchmarks/memory.py.
+
+lomo-optim comes with the extra `bench`; for torchtune: pip install --no-deps torchtune==0.6.1 (its optimizer in
+backward needs nothing but torch; the rest of it would bring twenty packages along).
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import methods, options, report
+from benchmarks.contest import Contest, Entrant, ratios, synchronize
+from benchmarks.memory import DOES_NOT_FIT
+from benchmarks.workers import Desk, Workers
+from benchmarks.workload import DTYPES, flops_per_token
+
+METHODS = ["immediate", "stash+clip"]
+# what says something on one rank, and on several
+PEERS_ALONE = ["plain", "lomo-optim", "torchtune", "lomo-optim+clip"]
+PEERS = ["two_pass+clip", "deepspeed-sgd+clip", "deepspeed-adamw+clip"]
+ROWS = ["toy:1", "40m:1", "40m:2", "40m:4"]
+# the most that a step is to take in units of another method's, by device: on one rank, and on several
+GOALS = {
+    ("cpu", False): {
+        ("immediate", "plain"): 1.10,
+        ("immediate", "lomo-optim"): 1.00,
+        ("stash+clip", "lomo-optim+clip"): 0.60,
+    },
+    ("cpu", True): {("stash+clip", "two_pass+clip"): 0.60, ("stash+clip", "deepspeed-sgd+clip"): 1.00},
+    ("cuda", False): {
+        ("immediate", "plain"): 1.03,
+        ("immediate", "lomo-optim"): 1.00,
+        ("immediate", "torchtune"): 1.00,
+        ("stash+clip", "lomo-optim+clip"): 1 / 1.8,
+    },
+    ("cuda", True): {},
+}
+# dense half precision with fp32 accumulation, TFLOP/s, from the makers' data sheets; the first that fits a name
+PEAK_TFLOPS = {
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "V100": 125.0,
+}
+OURS, DEEPSPEED, ALONE = "lomo_ds", "DeepSpeed's ZeRO-3", "one process only"
+COLORS = {OURS: "#1b7f79", DEEPSPEED: "#8e6c8a", ALONE: "#e08e45"}
+
+Row = dict[str, Any]
+
+
+def attainable(desk: Desk, precision: str) -> float:
+    """On a rank: operations per second of a large matrix multiplication."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator().current_device_name()
+    size = 8192 if torch.cuda.is_available() and "cuda" in device else 1536
+    matrix = torch.ones(size, size, dtype=DTYPES[precision], device=device)
+    best = 0.0
+    for _ in range(8):
+        synchronize()
+        start = time.perf_counter()
+        matrix @ matrix
+        synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_flops(device: str, precision: str, given_tflops: float | None) -> tuple[float, str]:
+    """Operations per second that a device can do, and where that figure comes from."""
+    if given_tflops is not None:
+        return given_tflops * 1e12, "as given"
+    if device == "cuda" and precision != "fp32":
+        name = torch.cuda.get_device_name()
+        for known, tflops in PEAK_TFLOPS.items():
+            if all(word in name for word in known.split()):
+                return tflops * 1e12, f"the maker's figure for {known}"
+    with Workers(1, device) as workers:
+        return workers.call(attainable, precision)[0], "attained by a matrix multiplication on the idle machine"
+
+
+def compare(
+    entrants: list[Entrant],
+    ranks: int,
+    device: str,
+    flops: float,
+    seconds: float,
+    timeout: float,
+    told: Callable[[str], None],
+) -> Row:
+    """One contest with its ratios; all that a rank can compute in a second is ``flops``."""
+    objections = {entrant.label: methods.objection(entrant.method, ranks) for entrant in entrants}
+    able = [entrant for entrant in entrants if objections[entrant.label] is None]
+    rows = Contest(ranks, device, seconds, timeout, told).run(able)
+    for row, entrant in zip(rows, able, strict=True):
+        if row["outcome"] == "measured":
+            row["share_of_peak"] = row["tokens_per_second"] * flops_per_token(entrant.work) / flops
+    return {
+        "model": entrants[0].work.model,
+        "ranks": ranks,
+        "workload": methods.settings(entrants[0].work),
+        "rows": rows,
+        "ratios": ratios(rows, GOALS[device, ranks > 1]),
+        "skipped": {label: reason for label, reason in objections.items() if reason is not None},
+    }
+
+
+def compare_all(given: argparse.Namespace) -> dict[str, Any]:
+    """Every row that was asked for."""
+    flops, origin = peak_flops(given.device, given.precision, given.peak_tflops)
+    groups = []
+    bar = tqdm(given.rows, desc="comparing", unit=" rows")
+    for model, ranks in bar:
+        work = options.workload(given, model, given.checkpointing)
+        peers = given.vs if given.vs is not None else PEERS_ALONE if ranks == 1 else PEERS
+        names = dict.fromkeys([*given.methods, *peers])
+        entrants = [Entrant(name, name, work, leads=name in given.methods) for name in names]
+        share = flops if given.device == "cuda" else flops / ranks
+        told = bar.set_postfix_str
+        groups.append(compare(entrants, ranks, given.device, share, given.seconds, given.timeout, told))
+    return {
+        "environment": report.environment(*installed_peers()),
+        "device": given.device,
+        "peak_flops": flops,
+        "peak_flops_from": origin,
+        "groups": groups,
+    }
+
+
+def installed_peers() -> list[str]:
+    """Packages beside lomo_ds whose versions count."""
+    return [name for name in methods.INSTALL if methods.objection(name, 1) is None]
+
+
+def describe(results: dict[str, Any]) -> str:
+    """Table 2 and the ratios in Markdown."""
+    unit, divisor = ("GiB", 2**30) if results["device"] == "cuda" else ("MiB", 2**20)
+    lines = [
+        [row["label"], group["model"], str(group["ranks"]), *_figures(row, divisor)]
+        for group in results["groups"]
+        for row in group["rows"]
+    ]
+    work = results["groups"][0]["workload"]
+    recomputes = ", activations computed again in backward" if work["checkpointing"] else ""
+    text = (
+        "# Throughput of a training step\n\n"
+        f"Sequence {work['sequence']}, batch {work['batch']} a rank, {work['precision']}{recomputes}. The device's "
+        f"peak is {results['peak_flops'] / 1e12:.3g} TFLOP/s, {results['peak_flops_from']}.\n\n"
+        + report.table(
+            ["method", "model", "ranks", "tokens per rank and second", f"peak memory {unit}", "share of peak FLOP/s"],
+            lines,
+        )
+    )
+    for group in results["groups"]:
+        text += f"\n## {group['model']} on {options.told(group['ranks'], 'rank')}\n\n" + _ratio_table(group)
+        for name, reason in group["skipped"].items():
+            text += f"\nLeft out: {name}: {reason}.\n"
+        for row in group["rows"]:
+            if row["outcome"] not in ("measured", DOES_NOT_FIT):
+                text += f"\nFailed: {row['label']}: `{row['outcome'].strip().splitlines()[-1]}`\n"
+    return text
+
+
+def _figures(row: Row, divisor: float) -> list[str]:
+    if row["outcome"] != "measured":
+        return [f"**{DOES_NOT_FIT if row['outcome'] == DOES_NOT_FIT else 'failed'}**", "", ""]
+    peak = "" if row["peak"] is None else f"{row['peak'] / divisor:.2f}"
+    return [f"{row['tokens_per_second']:.4g}", peak, f"{row['share_of_peak']:.1%}"]
+
+
+def _ratio_table(group: Row) -> str:
+    lines = []
+    for ratio in group["ratios"]:
+        verdict = "" if ratio["goal"] is None else f"{ratio['goal']:.2f}: {'met' if ratio['met'] else '**missed**'}"
+        memory = "" if ratio["memory"] is None else f"{ratio['memory']:.2f}"
+        spread = f"**{ratio['median']:.2f}** ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+        lines.append([f"{ratio['ours']} / {ratio['other']}", spread, verdict, memory])
+    return report.table(["ratio", "time of a step (in single rounds)", "at most", "peak memory"], lines)
+
+
+def draw(results: dict[str, Any]) -> Any:
+    """For each row a panel with a bar for each method, with the range over rounds."""
+    groups = results["groups"]
+    across = min(2, len(groups))
+    down = -(-len(groups) // across)
+    tallest = max(len(group["rows"]) for group in groups)
+    figure, panels = report.pyplot().subplots(
+        down, across, figsize=(6.4 * across, (1.3 + 0.36 * tallest) * down), layout="constrained", squeeze=False
+    )
+    for axes in panels.flat[len(groups) :]:
+        axes.set_visible(False)
+    for axes, group in zip(panels.flat, groups, strict=False):
+        _panel(axes, group)
+    figure.suptitle("Tokens per rank and second, and the range over the rounds", fontweight="bold", x=0.01, ha="left")
+    figure.legend(
+        [panels[0, 0].barh(0, 0, color=color) for color in COLORS.values()],
+        list(COLORS),
+        ncols=len(COLORS),
+        loc="outside lower left",
+        frameon=False,
+    )
+    return figure
+
+
+def _panel(axes: Any, group: Row) -> None:
+    rows = [row for row in group["rows"] if row["outcome"] == "measured"]
+    places = list(range(len(rows), 0, -1))
+    rates = [row["tokens_per_second"] for row in rows]
+    tokens = [row["workload"]["sequence"] * row["workload"]["batch"] for row in rows]
+    lows = [rate - count / max(row["seconds"]) for row, rate, count in zip(rows, rates, tokens, strict=True)]
+    highs = [count / min(row["seconds"]) - rate for row, rate, count in zip(rows, rates, tokens, strict=True)]
+    axes.barh(places, rates, 0.7, color=[_color(row["method"]) for row in rows])
+    axes.errorbar(rates, places, xerr=[lows, highs], fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
+    ends = [rate + high for rate, high in zip(rates, highs, strict=True)]
+    for place, end, rate in zip(places, ends, rates, strict=True):
+        axes.annotate(f"  {rate:.4g}", (end, place), va="center", fontsize=8)
+    axes.set_yticks(places, [row["label"] for row in rows], fontsize=9)
+    axes.set_xlim(0, 1.18 * max(ends, default=1.0))
+    axes.set_title(f"{group['model']} on {options.told(group['ranks'], 'rank')}", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _color(method: str) -> str:
+    base = method.removesuffix(methods.CLIP)
+    return COLORS[OURS if base in methods.OURS else DEEPSPEED if base in methods.DEEPSPEED else ALONE]
+
+
+def row_of(text: str) -> tuple[str, int]:
+    """``MODEL:RANKS`` of the command line."""
+    model, _, ranks = text.partition(":")
+    if not ranks.isdigit() or int(ranks) < 1:
+        raise argparse.ArgumentTypeError(f"a row is MODEL:RANKS, for example 40m:2, got {text!r}")
+    return model, int(ranks)
+
+
+def main() -> None:
+    """Compare, and write what it gave."""
+    parser = report.parser(__doc__)
+    parser.add_argument(
+        "--rows", nargs="+", type=row_of, default=[row_of(text) for text in ROWS], metavar="MODEL:RANKS",
+        help=f"presets of lomo_ds.models, or toy, and numbers of ranks; {' '.join(ROWS)} by default",
+    )  # fmt: skip
+    options.add_workload(parser, models=None, sequence=64, batch=1)
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
+    parser.add_argument(
+        "--methods", nargs="+", default=METHODS, metavar="METHOD",
+        help=f"methods that the others are compared with, {options.methods_help(METHODS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vs", nargs="*", metavar="METHOD",
+        help=f"methods to run beside them; {' '.join(PEERS_ALONE)} on one rank, {' '.join(PEERS)} on several",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=12.0, help="that the rounds of a row may take; 12 by default")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a row may take; 600 by default")
+    parser.add_argument("--peak_tflops", type=float, help="of the device, where its maker's figure is not known")
+    given = parser.parse_args()
+    report.require("matplotlib")
+    options.settle(given, parser, max(ranks for _, ranks in given.rows))
+    results = compare_all(given)
+    report.write_results(given.output_dir, "throughput", results, describe(results), draw(results))
+
+
+if __name__ == "__main__":
+    main()

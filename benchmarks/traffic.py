@@ -1,0 +1,184 @@
+"""Bytes that a step moves between ranks, by collective: lomo_ds, DeepSpeed's ZeRO-3, and the published LOMO.
+
+Counted are the arguments of every collective of one step on real ranks: the whole of what is gathered or scattered,
+and twice the whole of what is all-reduced, as an all-reduce is a reduce-scatter and a gather. A ring moves
+(ranks - 1) / ranks of that over each link. The unit is P, the bytes of all parameters as they are kept.
+
+DeepSpeed keeps what forward has gathered for backward as long as the model has less than a billion parameters; so each
+method is counted as in a large model (nothing is kept), and as it runs on this small one.
+
+The published LOMO (arXiv 2306.09782) fails on current DeepSpeed, so what it moves is not counted but reckoned from its
+code: a pass gathers every parameter in forward and once more in backward, and all-reduces every gradient; with exact
+clipping there are two passes.
+"""
+
+import dataclasses
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import methods, options, report
+from benchmarks.workers import Desk, Workers
+from benchmarks.workload import LARGE, Workload
+
+METHODS = ["immediate", "stash+clip", "two_pass+clip", "deepspeed-sgd+clip"]
+TRACED = 3  # steps in which DeepSpeed still finds out what a model does
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "other")
+COLORS = dict(zip(KINDS, ("#1b7f79", "#e08e45", "#c0392b", "#b9c4c9"), strict=True))
+PUBLISHED = "published LOMO"
+
+Row = dict[str, Any]
+
+
+class Wire(TorchDispatchMode):
+    """Counts the bytes of every collective while it is entered.
+
+    Attributes:
+        moved: bytes by kind of collective.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            kind = kind_of(func._opname)
+            # what goes in and what comes out are arguments, and the larger of them is the whole
+            whole = max(sum(leaf.nbytes for leaf in tree_leaves(a) if isinstance(leaf, torch.Tensor)) for a in args)
+            self.moved[kind] += 2 * whole if kind == "all-reduce" else whole
+        return func(*args, **(kwargs or {}))
+
+
+def kind_of(operation: str) -> str:
+    """The kind of a collective, by the name of torch's operator."""
+    plain = operation.replace("_", "")
+    return next((kind for kind in KINDS if kind.replace("-", "") in plain), "other")
+
+
+def count(desk: Desk, method: str, work: Workload) -> dict[str, float]:
+    """On a rank: bytes by kind of collective in a step, in units of P."""
+    from lomo_ds import zero3
+
+    built = methods.build(method, work)
+    whole = [zero3.whole_shape(parameter).numel() for parameter in built.model.parameters()]
+    parameters = sum(whole) * work.dtype.itemsize
+    for _ in range(TRACED):
+        built.step()
+    with Wire() as wire:
+        built.step()
+    return {kind: wire.moved[kind] / parameters for kind in KINDS}
+
+
+def published(clips: bool) -> dict[str, float]:
+    """What a step of the published code moves, in units of P."""
+    passes = 2 if clips else 1
+    gathers, all_reduces = 2 * passes, passes
+    return {"all-gather": 1.0 * gathers, "reduce-scatter": 0.0, "all-reduce": 2.0 * all_reduces, "other": 0.0}
+
+
+def count_all(given: Any) -> dict[str, Any]:
+    """Every row."""
+    rows: list[Row] = []
+    for method in tqdm(given.methods, desc="counting", unit=" methods"):
+        for large in (True, False):
+            work = dataclasses.replace(
+                options.workload(given, given.model, given.checkpointing), zero=LARGE if large else {}
+            )
+            with Workers(1 if given.simulate_world else given.ranks, given.device, given.simulate_world) as workers:
+                of_ranks = workers.call(count, method, work)
+            most = max(of_ranks, key=lambda moved: sum(moved.values()))
+            rows.append({"method": method, "large": large, "moved": most, "total": sum(most.values())})
+    for clips in (False, True):
+        moved = published(clips)
+        name = PUBLISHED + (methods.CLIP if clips else "")
+        rows.append({"method": name, "large": True, "moved": moved, "total": sum(moved.values())})
+    return {
+        "environment": report.environment(),
+        "device": given.device,
+        "ranks": given.simulate_world or given.ranks,
+        "simulated": given.simulate_world is not None,
+        "workload": methods.settings(work),
+        "rows": rows,
+    }
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The rows in Markdown."""
+    work = results["workload"]
+    lines = [
+        [row["method"], treated(row), *(f"{row['moved'][kind]:.2f}" for kind in KINDS), f"**{row['total']:.2f}**"]
+        for row in results["rows"]
+    ]
+    recomputes = ", activations computed again in backward" if work["checkpointing"] else ""
+    return (
+        "# Bytes between ranks in a step\n\n"
+        f"{work['model']}, {results['ranks']} ranks, {work['precision']}{recomputes}. "
+        "In units of P, the bytes of all parameters: the whole of what is gathered or scattered, twice the whole of "
+        "what is all-reduced.\n\n"
+        + report.table(["method", "counted as", *KINDS, "**all**"], lines)
+        + "\nAs a large model: nothing that forward has gathered is kept for backward, which is what DeepSpeed does "
+        "beyond a billion parameters. The published scheme is reckoned from its code: with clipping two passes, each "
+        "with a gather in forward, one in backward and an all-reduce of the gradients.\n"
+    )
+
+
+def treated(row: Row) -> str:
+    """Whether a method was counted as in a large model."""
+    if row["method"].startswith(PUBLISHED):
+        return "reckoned"
+    return "a large model" if row["large"] else "it runs here"
+
+
+def draw(results: dict[str, Any]) -> Any:
+    """A bar for each method as in a large model, cut into collectives."""
+    rows = [row for row in results["rows"] if row["large"]]
+    figure, axes = report.pyplot().subplots(figsize=(9, 1.6 + 0.45 * len(rows)), layout="constrained")
+    places = list(range(len(rows), 0, -1))
+    left = [0.0] * len(rows)
+    for kind in KINDS:
+        widths = [row["moved"][kind] for row in rows]
+        hatches = ["//" if row["method"].startswith(PUBLISHED) else "" for row in rows]
+        if max(widths) > 0.005:
+            axes.barh(places, widths, 0.7, left=left, color=COLORS[kind], label=kind, hatch=hatches, edgecolor="white")
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for place, end in zip(places, left, strict=True):
+        axes.annotate(f" {end:.2f} P", (end, place), va="center", fontsize=9, fontweight="bold")
+    axes.set_yticks(places, [row["method"] for row in rows])
+    axes.set_xlim(0, 1.12 * max(left))
+    axes.set_xlabel("bytes a step moves, in units of all parameters' bytes P (a model too large to stay gathered)")
+    axes.set_title("Traffic between ranks in one training step", loc="left", fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def main() -> None:
+    """Count, and write what it gave."""
+    parser = report.parser(__doc__)
+    options.add_workload(parser, models=None, sequence=32, batch=1)
+    parser.set_defaults(precision="bf16")
+    parser.add_argument("--model", default="toy", help="a preset of lomo_ds.models, or toy; toy by default")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=options.methods_help(METHODS))
+    parser.add_argument("--ranks", type=int, default=2, help="2 by default")
+    parser.add_argument("--simulate_world", type=int, help="count on rank 0 of so many, in one process")
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
+    given = parser.parse_args()
+    report.require("matplotlib")
+    options.settle(given, parser, 1 if given.simulate_world else given.ranks)
+    for method in given.methods:
+        if objection := methods.objection(method, ranks=2):
+            parser.error(f"{method} moves nothing between ranks: {objection}")
+    results = count_all(given)
+    report.write_results(given.output_dir, "traffic", results, describe(results), draw(results))
+
+
+if __name__ == "__main__":
+    main()

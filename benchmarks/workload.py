@@ -1,0 +1,161 @@
+"""What every method trains: a random LLaMA of some size and precision, on random rows of one length."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOY = "toy"  # sixteen narrow layers: what a step costs beside arithmetic is nowhere as large a share
+TOY_SHAPE = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+# of zero_optimization: what DeepSpeed does with a model of many billions, asked of a small one
+LARGE = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model and what a rank trains on in a step.
+
+    Attributes:
+        model: a preset of lomo_ds.models, or ``toy``.
+        sequence: tokens of a row.
+        batch: rows for each rank.
+        precision: one of ``DTYPES``.
+        checkpointing: whether activations are computed again in backward.
+        tiled_logits: whether the logits are computed a tile at a time, where lomo_ds trains.
+        lomo: further parameters of LOMO in the DeepSpeed config.
+        zero: further fields of its zero_optimization, for every method that has ZeRO-3.
+    """
+
+    model: str
+    sequence: int = 128
+    batch: int = 1
+    precision: str = "fp32"
+    checkpointing: bool = False
+    tiled_logits: bool = False
+    lomo: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and gradients."""
+        return DTYPES[self.precision]
+
+    @property
+    def tokens(self) -> int:
+        """Of a rank in a step."""
+        return self.sequence * self.batch
+
+    def config(self) -> Any:
+        """The model's configuration, transformers' own."""
+        from transformers import LlamaConfig
+
+        from lomo_ds.models.presets import preset_config
+
+        config = LlamaConfig(**TOY_SHAPE) if self.model == TOY else preset_config(self.model)
+        config.use_cache = False
+        return config
+
+    def ds_config(self, max_norm: float | None) -> dict[str, Any]:
+        """A DeepSpeed config without an optimizer."""
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": self.batch,
+            "gradient_clipping": max_norm or 0.0,
+            "zero_optimization": {"stage": 3, **self.zero},
+        }
+        if self.precision != "fp32":
+            config[self.precision] = {"enabled": True}
+        return config
+
+    def sharded_model(self, ds_config: dict[str, Any]) -> Any:
+        """The model split over the ranks; no rank holds the whole."""
+        from lomo_ds import models, zero3
+
+        model = models.empty_model(self.config(), ds_config, self.dtype)
+        fill((shard.name, len(shard.shape), shard.data) for shard in zero3.shards(model))
+        return self._prepared(model)
+
+    def whole_model(self) -> Any:
+        """The model in this process alone."""
+        from deepspeed.accelerator import get_accelerator
+        from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights(), torch.device(get_accelerator().current_device_name()):
+            model = AutoModelForCausalLM.from_config(self.config(), dtype=self.dtype)
+        fill((name, parameter.dim(), parameter.data) for name, parameter in model.named_parameters())
+        return self._prepared(model)
+
+    def rows(self, device: torch.device) -> dict[str, Tensor]:
+        """This rank's rows, every token a label."""
+        generator = torch.Generator().manual_seed(1 + torch.distributed.get_rank())
+        ids = torch.randint(self.config().vocab_size, (self.batch, self.sequence), generator=generator).to(device)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    def _prepared(self, model: Any) -> Any:
+        if self.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model.train()
+
+
+def fill(parameters: Iterable[tuple[str, int, Tensor]]) -> None:
+    """Random values as LLaMA begins with, drawn where they lie: 7B of them take a GPU no time.
+
+    Args:
+        parameters: name, dimensions of the whole, and the tensor to fill.
+    """
+    torch.manual_seed(torch.distributed.get_rank())
+    with torch.no_grad():
+        for name, dimensions, tensor in parameters:
+            if dimensions < 2:
+                tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                tensor.normal_(0.0, 0.02)
+
+
+def tile_logits(model: Any) -> None:
+    """Let lomo_ds compute the model's logits and loss a tile at a time.
+
+    Raises:
+        ValueError: this lomo_ds cannot.
+    """
+    from lomo_ds import models
+
+    if not hasattr(models, "tile_logits"):
+        raise ValueError("--tiled_logits needs lomo_ds.models.tile_logits, and this lomo_ds has none; leave it out")
+    models.tile_logits(model)
+
+
+def parameter_count(work: Workload) -> int:
+    """How many parameters the model has."""
+    from lomo_ds.models import meta_model
+
+    return sum(parameter.numel() for parameter in meta_model(work.config(), work.dtype).parameters())
+
+
+def flops_per_token(work: Workload) -> int:
+    """Arithmetic of forward and backward for one token, recomputation not counted.
+
+    6 for each weight that is multiplied with, and 12 x layers x hidden size x sequence for attention, as in PaLM
+    (arXiv 2204.02311, appendix B).
+    """
+    config = work.config()
+    head = config.hidden_size // config.num_attention_heads
+    attention = config.hidden_size * head * 2 * (config.num_attention_heads + config.num_key_value_heads)
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    weights = config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
+    return 6 * weights + 12 * config.num_hidden_layers * config.hidden_size * work.sequence
