@@ -121,9 +121,9 @@ def markdown(rows: list[Row]) -> str:
         for row in rows
     ]
     return (
-        "# Where the time of a step goes\n\n16 layers of hidden size 64, 32 tokens a rank, fp32; milliseconds of a step "
-        "(median), and of it what rank 0 was running, as looked at every millisecond. DeepSpeed's linear layer holds "
-        "its matrix products too; collectives hold the wait for other ranks, and for the cores they share.\n\n"
+        "# Where the time of a step goes\n\n16 layers of hidden size 64, 32 tokens a rank, fp32; milliseconds of a "
+        "step (median), and of it what rank 0 was running, as looked at every millisecond. DeepSpeed's linear layer "
+        "holds its matrix products too; collectives hold the wait for other ranks, and for the cores they share.\n\n"
         + report.table(["", "step", *CAUSES, OTHER], shown)
     )
 
@@ -144,6 +144,7 @@ def draw(rows: list[Row]) -> Any:
 
 
 def main() -> None:
+    """Run the benchmark of the command line."""
     parser = report.parser(__doc__)
     parser.add_argument("--steps", type=int, default=40, help="watched, and as many timed; 40 by default")
     given = parser.parse_args()
