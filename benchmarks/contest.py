@@ -124,7 +124,9 @@ class Contest:
                 untimed = 1 if self.device == "cuda" or steps > 1 else 0
                 found = self._ask(label, take_turn, steps, untimed)
                 if found is not None:
-                    self.turns[label].append(max(found, key=lambda turn: turn["seconds"]))
+                    slowest = max(found, key=lambda turn: turn["seconds"])
+                    self.turns[label].append(slowest)
+                    self.expected[label] = min(self.expected[label], slowest["seconds"])
             rounds += 1
 
     def _row(self, entrant: Entrant) -> Row:
