@@ -24,8 +24,9 @@ test: setup
 # Ratios within one run, on CPU ranks.
 bench: setup $(PEERS)
 	$(BIN)/python benchmarks/throughput.py --device cpu
-	$(BIN)/python benchmarks/memory.py --device cpu
+	$(BIN)/python benchmarks/memory.py --device cpu --checkpointing on
 	$(BIN)/python benchmarks/traffic.py --device cpu
+	$(BIN)/python benchmarks/causes.py --steps 20
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/logits.py
 

@@ -266,7 +266,7 @@ def main() -> None:
         "--rows", nargs="+", type=row_of, default=[row_of(text) for text in ROWS], metavar="MODEL:RANKS",
         help=f"presets of lomo_ds.models, or toy, and numbers of ranks; {' '.join(ROWS)} by default",
     )  # fmt: skip
-    options.add_workload(parser, models=None, sequence=64, batch=1)
+    options.add_workload(parser, models=None, sequence=128, batch=2)
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
     parser.add_argument(
         "--methods", nargs="+", default=METHODS, metavar="METHOD",
@@ -276,7 +276,7 @@ def main() -> None:
         "--vs", nargs="*", metavar="METHOD",
         help=f"methods to run beside them; {' '.join(PEERS_ALONE)} on one rank, {' '.join(PEERS)} on several",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=12.0, help="that the rounds of a row may take; 12 by default")
+    parser.add_argument("--seconds", type=float, default=8.0, help="that the rounds of a row may take; 8 by default")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a row may take; 600 by default")
     parser.add_argument("--peak_tflops", type=float, help="of the device, where its maker's figure is not known")
     given = parser.parse_args()

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# Small gradients travel together, until they have as many elements as the largest parameter, within these bounds.
-MIN_BUCKET_NUMEL = 2**18
+# Small gradients travel together, until they have half as many elements as the largest parameter, and at most
 MAX_BUCKET_NUMEL = 2**23
+# However small a model is, as many elements may be alive; and as many are handed on together where nothing travels.
+MIN_BUCKET_NUMEL = 2**18
 
 Deliver = Callable[[list[int], list[Tensor]], None]
 
@@ -58,8 +59,10 @@ class Reduction:
         self.deliver = deliver
         self.world_size = dist.get_world_size(group)
         self.alive_numel = max(*numels, MIN_BUCKET_NUMEL)
-        buckets = min(self.world_size, 2)  # one is on its way to the other ranks while the next one fills
-        self.bucket_numel = min(self.alive_numel // buckets, MAX_BUCKET_NUMEL)
+        if self.world_size == 1:
+            self.bucket_numel = MIN_BUCKET_NUMEL
+        else:  # one is on its way while the next one fills
+            self.bucket_numel = min(self.alive_numel // 2, MAX_BUCKET_NUMEL)
         self.forget()
 
     def add(self, index: int, gradient: Tensor) -> None:
