@@ -52,15 +52,13 @@ class Workers:
         context: Any = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
         if device == "cpu":
             context.set_forkserver_preload(PRELOAD)
-        port = _free_port()
+        self.port = 0  # found when it is needed: others of this kind, started meanwhile, take ports too
         self.connections: list[Connection] = []
         self.processes: list[Any] = []
         os.environ["DS_ACCELERATOR"] = device  # a spawned process imports deepspeed before it has read anything
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, rank, ranks, port, device, simulate_world), daemon=True
-            )
+            process = context.Process(target=_serve, args=(theirs, rank, ranks, device, simulate_world), daemon=True)
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -84,9 +82,10 @@ class Workers:
 
     def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Start a call whose results ``finish`` will return."""
+        self.port = self.port or _free_port()
         try:
             for connection in self.connections:
-                connection.send((function, arguments))
+                connection.send((self.port, function, arguments))
         except OSError:
             self.stop()
             raise WorkerError("a rank has died") from None
@@ -129,7 +128,7 @@ def _receive(connection: Connection) -> tuple[str, Any]:
         return "died", "it has died"
 
 
-def _serve(connection: Connection, rank: int, ranks: int, port: int, device: str, simulate_world: int | None) -> None:
+def _serve(connection: Connection, rank: int, ranks: int, device: str, simulate_world: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes, and the first one stops the others
     os.environ |= {
         "RANK": str(rank),
@@ -137,7 +136,6 @@ def _serve(connection: Connection, rank: int, ranks: int, port: int, device: str
         "WORLD_SIZE": str(simulate_world or ranks),
         "LOCAL_WORLD_SIZE": str(simulate_world or ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "DS_ACCELERATOR": device,
     }
     for module in PRELOAD:  # at once, while whoever started us has other things to do
@@ -146,9 +144,10 @@ def _serve(connection: Connection, rank: int, ranks: int, port: int, device: str
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # whoever started us is gone, or wants us gone
         ready = False
         while True:
-            function, arguments = connection.recv()
+            port, function, arguments = connection.recv()
             try:
                 if not ready:
+                    os.environ["MASTER_PORT"] = str(port)
                     _get_ready(ranks, device, simulate_world)
                     ready = True
                 answer = ("returned", function(desk, *arguments))
