@@ -26,7 +26,6 @@ bench: setup $(PEERS)
 	$(BIN)/python benchmarks/throughput.py --device cpu
 	$(BIN)/python benchmarks/memory.py --device cpu --checkpointing on
 	$(BIN)/python benchmarks/traffic.py --device cpu
-	$(BIN)/python benchmarks/causes.py --steps 20
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/logits.py
 

@@ -37,7 +37,7 @@ from benchmarks.footprint import ACTIVATIONS, GRADIENTS, KINDS, OPTIMIZER, PARAM
 from benchmarks.workers import Desk, DoesNotFit, WorkerError, Workers
 from benchmarks.workload import LARGE, Workload, parameter_count
 
-METHODS = ["deepspeed-adamw", "deepspeed-sgd", "immediate", "two_pass+clip", "stash+clip"]
+METHODS = ["deepspeed-adamw", "deepspeed-sgd", "immediate", "stash+clip"]
 UNKNOWN = "not known"
 COLORS = {PARAMETERS: "#1b7f79", GRADIENTS: "#e08e45", OPTIMIZER: "#8e6c8a", ACTIVATIONS: "#b9c4c9", UNKNOWN: "#555555"}
 STAYS_GATHERED = 10**9  # DeepSpeed's stage3_max_live_parameters

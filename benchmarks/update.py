@@ -211,7 +211,7 @@ def describe(results: dict[str, Any]) -> str:
                 f"{low:.0%} to {high:.0%}",
             ]
         )
-    on = "the GPU" if results["device"] == "cuda" else f"the CPU, {results['threads']} threads"
+    on = "the GPU" if results["device"] == "cuda" else f"the CPU, {results['threads']} thread"
     return (
         f"# The update against a copy of as many bytes, on {on}\n\n"
         f"Figures are medians of {results['repetitions']} rounds; each times the copy and then each way to update.\n\n"
@@ -285,6 +285,7 @@ def _draw_bars(axes: Any, way: str, side: float, width: float, elements: int, re
 def main() -> None:
     """Measure, and write what it gave."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)  # on shared cores two would time their waiting for each other
     default = GPU_ELEMENTS if device.type == "cuda" else CPU_ELEMENTS
     parser = report.parser(__doc__)
     parser.add_argument(
