@@ -63,7 +63,8 @@ class TrainArguments:
     fp16: bool = _argument(False, "float16 weights and gradients with a dynamic loss scale.")
     gradient_checkpointing: bool = _argument(False, "Recompute activations in backward instead of keeping them.")
     tiled_logits: bool | None = _argument(
-        None, "Compute the loss a tile of logits at a time; by default wherever the model's architecture allows it."
+        None,
+        "Compute the loss a tile of logits at a time, and return none; by default wherever the architecture allows it.",
     )
     deepspeed: str = _argument("ds_configs/zero3_bf16.json", "DeepSpeed config; its fields may be auto.")
     sample_prompt: str | None = _argument(None, "Print how the model continues this text before and after training.")

@@ -14,6 +14,7 @@ from lomo_ds.backward import BackwardHooks
 from lomo_ds.clipping import Clipping, clipping_groups
 from lomo_ds.config import LomoConfig
 from lomo_ds.distributed import all_reduce_min
+from lomo_ds.errors import ConfigError
 from lomo_ds.gathering import Gathering, OnDemand, Resident, choose_granularity
 from lomo_ds.memory import free_bytes
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
@@ -28,9 +29,9 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
 
     Parameters that are in none of ``groups`` are frozen.
     """
-    gathering = _gather_parameters(engine, lomo)
     options = {id(parameter): group for group in groups.param_groups for parameter in group["params"]}
     trained = _trained_parameters(engine.module, set(options))
+    gathering = _gather_parameters(engine, lomo)
     shards = [zero3.Shard.of(name, parameter) for name, parameter in trained.items()]
     targets = [
         Target(shard.data, group, options[id(parameter)])
@@ -64,7 +65,8 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
 def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     if zero3.stay_whole(engine.config):
         zero3.split(engine.module, engine.config, engine.get_data_types()[0])
-        return Resident(engine.module)
+        if zero3.lie_here(engine.module):
+            return Resident(engine.module)
     granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
@@ -93,6 +95,8 @@ def _trained_parameters(model: Module, chosen: set[int]) -> dict[str, Parameter]
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in chosen)
         if parameter.requires_grad:
             trained[name] = parameter
+    if not trained:
+        raise ConfigError("no parameter of the model is to be trained; leave requires_grad true for some")
     return trained
 
 

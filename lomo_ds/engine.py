@@ -225,6 +225,8 @@ class LomoEngine(DeepSpeedEngine):
         Raises:
             ConfigError: the schedule in force cannot do this; see ``train_batch``.
         """
+        if not self._in_train_batch:
+            self._refuse_backward()
         if self.schedule.updates_in_backward and not self._in_train_batch:
             bad_losses = agree((~loss.detach().isfinite()).double(), self._ranks)
             if bad_losses.item():
@@ -320,6 +322,8 @@ class LomoEngine(DeepSpeedEngine):
     def _backward_prologue(self) -> None:
         if not self._in_train_batch:
             self._refuse_backward()
+        if isinstance(self.optimizer.gathering, Resident):
+            self.optimizer.gathering.make_whole()
         super()._backward_prologue()
 
     def _refuse_backward(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils import set_z3_leaf_module
-from torch.nn import Module
+from torch.nn import Module, ModuleDict, ModuleList
 
 from lomo_ds import zero3
 from lomo_ds.errors import ConfigError
@@ -20,7 +20,13 @@ LAYERS_SHARE = 0.25
 
 
 class Gathering(Protocol):
-    """Gives the modules of a model their whole parameters while it runs."""
+    """Gives the modules of a model their whole parameters while it runs.
+
+    Attributes:
+        granularity: what they are gathered for at once, ``module`` or ``layer``; ``auto`` where they are not.
+    """
+
+    granularity: str
 
     def release(self) -> None:
         """A backward pass has ended: free the gathered copies that it has left behind."""
@@ -35,12 +41,22 @@ class Gathering(Protocol):
 class Resident:
     """One rank without offload: shards are whole parameters, which stay where the modules find them.
 
-    Only ``deepspeed.zero.GatheredParameters`` takes them away, when it is left; the next forward puts them back.
+    Only ``deepspeed.zero.GatheredParameters`` takes them away, when it is left; the next forward, backward or
+    ``state_dict`` of the model puts them back.
     """
+
+    granularity = "auto"  # none in force
 
     def __init__(self, model: Module) -> None:
         self.parameters = list(model.parameters())
-        self.handle = model.register_forward_pre_hook(lambda module, arguments: zero3.make_whole(self.parameters))
+        self.handles = [
+            model.register_forward_pre_hook(lambda module, arguments: self.make_whole()),
+            model.register_state_dict_pre_hook(lambda module, prefix, keep_vars: self.make_whole()),
+        ]
+        self.make_whole()
+
+    def make_whole(self) -> None:
+        """Put back what was taken away."""
         zero3.make_whole(self.parameters)
 
     def release(self) -> None:
@@ -51,7 +67,8 @@ class Resident:
 
     def destroy(self) -> None:
         """See ``Gathering.destroy``."""
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
 
 
 class OnDemand:
@@ -63,9 +80,10 @@ class OnDemand:
     """
 
     def __init__(self, model: Module, granularity: str, **offload: Any) -> None:
-        if granularity == "layer":
-            for layer in layers(model):
-                set_z3_leaf_module(layer, True)
+        self.granularity = granularity
+        self.leaves = layers(model) if granularity == "layer" else []
+        for layer in self.leaves:
+            set_z3_leaf_module(layer, True)
         self.offload = DeepSpeedZeRoOffload(model, **offload)
         self.persistent = self.offload.persistent_parameters
 
@@ -86,12 +104,15 @@ class OnDemand:
     def destroy(self) -> None:
         """See ``Gathering.destroy``."""
         self.offload.destroy()
+        for layer in self.leaves:
+            set_z3_leaf_module(layer, False)
 
 
 def layers(model: Module) -> list[Module]:
-    """The decoder layers of ``model``."""
-    found = dict.fromkeys(layer_of(name) for name, _ in model.named_parameters())
-    return [model.get_submodule(name) for name in found if name is not None]
+    """The decoder layers of ``model``; none where they are containers, which are never called."""
+    names = dict.fromkeys(layer_of(name) for name, _ in model.named_parameters())
+    found = [model.get_submodule(name) for name in names if name is not None]
+    return [] if any(isinstance(layer, ModuleList | ModuleDict) for layer in found) else found
 
 
 def choose_granularity(asked: str, model: Module, free_device_bytes: int) -> str:
@@ -114,8 +135,8 @@ def choose_granularity(asked: str, model: Module, free_device_bytes: int) -> str
     if asked == "layer":
         if not sizes:
             raise ConfigError(
-                "gather_granularity layer needs a model with numbered layers (model.layers.0, ...), and this one has "
-                "none; use module"
+                "gather_granularity layer needs a model with numbered layers that are called (model.layers.0, ...), "
+                "and this one has none; use module"
             )
         return asked
     # one layer in use, the next on its way; each is received in one buffer and cut from it

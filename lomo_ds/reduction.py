@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import deepspeed.comm as dist
@@ -30,7 +29,7 @@ class _Flight:
 
 
 class Reduction:
-    """Sums the gradients of all ranks, and delivers each rank its shards, in the order the gradients came in.
+    """Sums the gradients of all ranks, and delivers each rank its shards, in an order that all ranks share.
 
     What waits here and what is under way have together no more elements than the largest parameter, or
     ``MIN_BUCKET_NUMEL``; with the one that comes next never more than two parameters' gradients are alive (and a
@@ -106,7 +105,10 @@ class Reduction:
         if self.world_size == 1:
             self.deliver(indices, flat)
             return
-        for _, alike in groupby(zip(indices, flat, strict=True), key=lambda pair: pair[1].dtype):
+        for dtype in dict.fromkeys(gradient.dtype for gradient in flat):
+            alike = [
+                (index, gradient) for index, gradient in zip(indices, flat, strict=True) if gradient.dtype == dtype
+            ]
             some, theirs = zip(*alike, strict=True)
             self._reduce_scatter(some, interleave(theirs, self.world_size))
 

@@ -95,11 +95,19 @@ def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
         _converter(whole, ds_config, dtype)
 
 
+def lie_here(model: Module) -> bool:
+    """Whether each rank's shards are whole parameters on the device that computes: one rank, nothing offloaded."""
+    device = torch.device(get_accelerator().current_device_name())
+    partitioned: list[Partitioned] = list(model.parameters())
+    return dist.get_world_size() == 1 and all(parameter.ds_tensor.device == device for parameter in partitioned)
+
+
 def make_whole(parameters: list[Partitioned]) -> None:
-    """Gather those of ``parameters`` that are not; on one rank without offload they are then the shards themselves."""
-    released = [p for p in parameters if p.ds_status is not ZeroParamStatus.AVAILABLE]
-    if released:
-        released[0].all_gather(param_list=released)
+    """On one rank: let every parameter be its shard, where it is not; DeepSpeed's own gathering may copy it."""
+    for parameter in parameters:
+        if parameter.ds_status is not ZeroParamStatus.AVAILABLE:
+            parameter.data = parameter.ds_tensor.data.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
 
 
 def _converter(parameters: list[Parameter], ds_config: dict[str, Any], dtype: torch.dtype) -> Init:

@@ -202,6 +202,18 @@ def test_initialize_refuses_what_it_would_ignore(name: str) -> None:
         lomo_ds.initialize(model=tiny_model(), config={}, **{name: object()})  # type: ignore[arg-type]
 
 
+def nothing_to_train() -> str:
+    model = tiny_model().requires_grad_(False)
+    with pytest.raises(ConfigError) as refusal:
+        make_engine(model)
+    return str(refusal.value)
+
+
+def test_initialize_needs_something_to_train(ranks: GroupOf) -> None:
+    for sentence in ranks(2).run(nothing_to_train):
+        assert "no parameter of the model is to be trained" in sentence
+
+
 def test_initialize_needs_one_config() -> None:
     with pytest.raises(ConfigError, match=r"give one DeepSpeed config.*got 0"):
         lomo_ds.initialize(model=tiny_model())

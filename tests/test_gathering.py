@@ -82,6 +82,11 @@ def test_auto_is_layer_where_two_layers_fit(asked: str, free_bytes: int, chosen:
     assert choose_granularity(asked, tiny_model(), free_bytes) == chosen
 
 
+def test_containers_are_no_layers() -> None:
+    pairs = torch.nn.ModuleList([torch.nn.ModuleList([torch.nn.Linear(2, 2)]) for _ in range(2)])
+    assert choose_granularity("auto", torch.nn.ModuleDict({"layers": pairs}), 10**9) == "module"
+
+
 def test_a_model_without_layers() -> None:
     model = torch.nn.Linear(2, 2)
     assert choose_granularity("auto", model, 10**9) == "module"
@@ -125,8 +130,15 @@ def one_rank_gathers_nothing() -> None:
     assert not torch.equal(weights_of(engine)["model.norm.weight"], before["model.norm.weight"])
     with deepspeed.zero.GatheredParameters([engine.module.model.norm.weight], modifier_rank=0):
         engine.module.model.norm.weight.data.fill_(2.0)
-    assert engine(**whole_batch(0, rows=2)).loss.isfinite()
-    assert bool((shards["model.norm.weight"] == 2.0).all()), "what a user writes is in the shard"
+    assert bool((engine.module.state_dict()["model.norm.weight"] == 2.0).all()), "what a user writes is in the shard"
+    norm = engine.module.model.norm.weight
+    loss = engine(**whole_batch(0, rows=2)).loss
+    with deepspeed.zero.GatheredParameters([norm]):  # one alone, and between forward and backward
+        assert bool((norm == 2.0).all())
+    engine.backward(loss)
+    engine.step()
+    assert norm.data_ptr() == shards["model.norm.weight"].data_ptr(), "forward reads what the step has written"
+    assert not bool((norm == 2.0).all())
 
 
 def test_on_one_rank_shards_are_the_parameters(ranks: GroupOf) -> None:

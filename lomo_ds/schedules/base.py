@@ -1,8 +1,8 @@
 """What every schedule shares: the targets, the gradients' norms and the call that updates shards."""
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -82,8 +82,10 @@ class Schedule(ABC):
         Args:
             coefficients: the clip factors of all groups, or the one of these targets.
         """
-        for _, run in groupby(range(len(indices)), lambda position: self.kinds[indices[position]]):
-            some = list(run)
+        alike: dict[int, list[int]] = defaultdict(list)
+        for position, index in enumerate(indices):
+            alike[self.kinds[index]].append(position)
+        for some in alike.values():
             targets = [self.targets[indices[position]] for position in some]
             chosen = [gradients[position] for position in some]
             if self.clipping.value is not None:

@@ -1,4 +1,4 @@
-"""Update each shard as soon as its gradient arrives: one parameter's gradient is alive at a time."""
+"""Update each shard as soon as its gradient is there: no more than two parameters' gradients are ever alive."""
 
 from collections import Counter, defaultdict
 

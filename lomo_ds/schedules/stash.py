@@ -73,6 +73,7 @@ class HostStash(Schedule):
     def start(self, scale: float) -> None:
         super().start(scale)
         self.held.clear()
+        self.memory.flush()  # there is something left where a step was cut short
 
     def take(self, indices: list[int], gradients: list[Tensor]) -> None:
         sums = [self._sum(index, gradient) for index, gradient in zip(indices, gradients, strict=True)]

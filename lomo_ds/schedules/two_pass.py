@@ -6,7 +6,7 @@ from lomo_ds.schedules.base import Schedule
 
 
 class TwoPass(Schedule):
-    """Two passes, nothing kept: one parameter's gradient is alive at a time, and clipping is exact."""
+    """Two passes, nothing kept: no more than two parameters' gradients are alive, and clipping is exact."""
 
     passes = 2
     coefficients: list[float] | None = None  # of the clipping groups, from the first pass; None while measuring
