@@ -71,14 +71,7 @@ class BaselineEngine(DeepSpeedEngine):
     def train_batch(self, batch: Batch | Sequence[Batch]) -> Tensor:
         """One whole optimizer step: the one plain PyTorch would take on all ranks' batches at once.
 
-        Args:
-            batch: the keyword arguments of the model's forward; or a list of them, this rank's micro-batches. The
-                counts of labelled tokens (labels other than -100) may differ between ranks and micro-batches; the
-                number of micro-batches may not.
-
-        Returns:
-            The model's loss averaged over the labelled tokens of the whole step, all ranks and micro-batches; 0-dim,
-            float32. It is not finite where the step was skipped for that.
+        Takes and returns what ``LomoEngine.train_batch`` does, of any number of micro-batches.
 
         Raises:
             ConfigError: there is no micro-batch.

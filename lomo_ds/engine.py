@@ -36,7 +36,6 @@ from lomo_ds.distributed import TIMEOUT, agree, gather_objects, start_process_gr
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine_state import capture_engine, restore_engine
 from lomo_ds.errors import ConfigError
-from lomo_ds.gathering import Resident
 from lomo_ds.loss import Batch
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.random_states import RandomStates
@@ -109,7 +108,6 @@ class LomoEngine(DeepSpeedEngine):
 
     optimizer: LomoOptimizer
     _in_train_batch = False
-    _weights_stay_whole = False
 
     @property
     def cur_scale(self) -> float:
@@ -322,8 +320,7 @@ class LomoEngine(DeepSpeedEngine):
     def _backward_prologue(self) -> None:
         if not self._in_train_batch:
             self._refuse_backward()
-        if isinstance(self.optimizer.gathering, Resident):
-            self.optimizer.gathering.make_whole()
+        self.optimizer.gathering.begin_backward()
         super()._backward_prologue()
 
     def _refuse_backward(self) -> None:
@@ -343,7 +340,8 @@ class LomoEngine(DeepSpeedEngine):
 
     def zero_optimization_partition_weights(self) -> bool:
         """Whether weights are gathered for each use, and DeepSpeed must watch each use; see ``gathering.Resident``."""
-        return super().zero_optimization_partition_weights() and not self._weights_stay_whole
+        built = self.optimizer is not None
+        return super().zero_optimization_partition_weights() and not (built and self.optimizer.gathering.resident)
 
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
         return optimizer_name.lower() == "lomo"
@@ -355,7 +353,6 @@ class LomoEngine(DeepSpeedEngine):
         lomo = read_lomo_config(self.config)
         self.basic_optimizer = ParameterGroups(model_parameters, lomo.lr, lomo.weight_decay)
         self.optimizer = build_optimizer(self, self.basic_optimizer, lomo)
-        self._weights_stay_whole = isinstance(self.optimizer.gathering, Resident)
         self._shifts_labels = losses.shifts_labels(self.module)
 
     @property

@@ -24,9 +24,14 @@ class Gathering(Protocol):
 
     Attributes:
         granularity: what they are gathered for at once, ``module`` or ``layer``; ``auto`` where they are not.
+        resident: whether they are at hand all the time.
     """
 
     granularity: str
+    resident: bool
+
+    def begin_backward(self) -> None:
+        """A backward pass begins."""
 
     def release(self) -> None:
         """A backward pass has ended: free the gathered copies that it has left behind."""
@@ -46,17 +51,18 @@ class Resident:
     """
 
     granularity = "auto"  # none in force
+    resident = True
 
     def __init__(self, model: Module) -> None:
         self.parameters = list(model.parameters())
         self.handles = [
-            model.register_forward_pre_hook(lambda module, arguments: self.make_whole()),
-            model.register_state_dict_pre_hook(lambda module, prefix, keep_vars: self.make_whole()),
+            model.register_forward_pre_hook(lambda module, arguments: zero3.make_whole(self.parameters)),
+            model.register_state_dict_pre_hook(lambda module, prefix, keep: zero3.make_whole(self.parameters)),
         ]
-        self.make_whole()
+        zero3.make_whole(self.parameters)
 
-    def make_whole(self) -> None:
-        """Put back what was taken away."""
+    def begin_backward(self) -> None:
+        """Put back what was taken away since forward."""
         zero3.make_whole(self.parameters)
 
     def release(self) -> None:
@@ -79,6 +85,8 @@ class OnDemand:
         granularity: ``module`` or ``layer``.
     """
 
+    resident = False
+
     def __init__(self, model: Module, granularity: str, **offload: Any) -> None:
         self.granularity = granularity
         self.leaves = layers(model) if granularity == "layer" else []
@@ -86,6 +94,9 @@ class OnDemand:
             set_z3_leaf_module(layer, True)
         self.offload = DeepSpeedZeRoOffload(model, **offload)
         self.persistent = self.offload.persistent_parameters
+
+    def begin_backward(self) -> None:
+        """Nothing: DeepSpeed gathers for each module."""
 
     def release(self) -> None:
         """An embedding stays gathered after backward, as its input needs no gradient; see ``Gathering.release``."""
