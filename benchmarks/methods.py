@@ -133,8 +133,8 @@ def _lomo_ds(schedule: str, work: Workload, max_norm: float | None) -> Method:
 
     def gradients() -> Iterable[Any]:
         kept: Any = engine.schedule  # a stash
-        if hasattr(kept, "memory"):
-            return kept.memory.buffers.values()
+        if hasattr(kept, "buffers"):
+            return kept.buffers.values()
         return getattr(kept, "held", {}).values()
 
     return Method(engine.module, work.rows(engine.device), engine.train_batch, gradients=gradients)

@@ -20,6 +20,7 @@ from lomo_ds.memory import free_bytes
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.rules import Rule, Sgd
 from lomo_ds.schedules import Choice, Target, build_schedule, choose_schedule
+from lomo_ds.stores import FromHostMemory, InHostMemory, OnDevice, Store
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
     gathering = _gather_parameters(engine, lomo)
     shards = [zero3.Shard.of(name, parameter) for name, parameter in trained.items()]
     targets = [
-        Target(shard.data, group, options[id(parameter)])
+        Target(shard.data.numel(), group, options[id(parameter)])
         for shard, group, parameter in zip(shards, clipping_groups(list(trained)), trained.values(), strict=True)
     ]
     clipping = Clipping(lomo.clip_grad_value, lomo.clip_group_norm, engine.gradient_clipping() or None)
@@ -43,6 +44,7 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
     schedule = build_schedule(
         choice,
         targets,
+        _build_store(engine, shards),
         _build_rule(engine, lomo),
         clipping,
         engine.device,
@@ -63,10 +65,11 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
 
 
 def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
-    if zero3.stay_whole(engine.config):
-        zero3.split(engine.module, engine.config, engine.get_data_types()[0])
-        if zero3.lie_here(engine.module):
-            return Resident(engine.module)
+    zero3.split(engine.module, engine.config, engine.get_data_types()[0])
+    if zero3.stay_whole(engine.config) and zero3.lie_here(engine.module):
+        return Resident(engine.module)
+    if zero3.offload_device(engine.config) == "cpu":
+        zero3.gather_by(engine.module, FromHostMemory(engine.device))
     granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
@@ -86,6 +89,13 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
         zero_module_granularity_threshold=engine.zero_module_granularity_threshold(),
         log_trace_cache_warnings=engine.zero_log_trace_cache_warnings(),
     )
+
+
+def _build_store(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> Store:
+    data = [shard.data for shard in shards]
+    if zero3.offload_device(engine.config) == "cpu":
+        return InHostMemory(data, [shard.start for shard in shards], engine.device)
+    return OnDevice(data)
 
 
 def _trained_parameters(model: Module, chosen: set[int]) -> dict[str, Parameter]:
@@ -116,7 +126,7 @@ def _choose_schedule(
         gradient_clipping=engine.gradient_clipping(),
         fp16=engine.fp16_enabled(),
         accumulation_steps=engine.gradient_accumulation_steps(),
-        stash_bytes=sum(t.shard.numel() * (stash_dtype or t.shard.dtype).itemsize for t in targets),
+        stash_bytes=sum(target.numel for target in targets) * (stash_dtype or engine.get_data_types()[0]).itemsize,
         free_device_bytes=free_device,
         free_host_bytes=free_host,
     )

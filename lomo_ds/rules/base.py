@@ -17,14 +17,11 @@ class Rule(Protocol):
         lr: float,
         weight_decay: float,
     ) -> None:
-        """Write the updated parameters into ``shards``.
-
-        The host does not wait for the device: a shard in pinned host memory is new when the device's current stream
-        has come that far.
+        """Write the updated parameters into ``shards``. The host does not wait for the device.
 
         Args:
-            shards: 1-D and contiguous, of the parameters' dtypes, on the device where parameters are kept.
-            gradients: each as long as its shard, on the device that computes; any float dtype. Clobbered.
+            shards: 1-D and contiguous, on the device that computes; any float dtype.
+            gradients: each as long as its shard, on the same device; any float dtype. Clobbered.
             coefficient: what gradients are multiplied by first (averaging, unscaling, clipping); a float or
                 a 0-dim tensor.
             lr: learning rate.

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,15 +39,8 @@ class Sgd:
         """See ``Rule.update``."""
         for some, theirs in _alike(shards, gradients):
             compute, needs_copies = self._computation(some[0], theirs[0], coefficient, lr, 1 - lr * weight_decay)
-            kept_elsewhere = some[0].device != theirs[0].device
-            if not (needs_copies or kept_elsewhere):
-                compute(some, theirs)
-                continue
-            for few, of_few in pieces(some, theirs):
-                here = [shard.to(of_few[0].device, non_blocking=True) for shard in few]  # or the shards themselves
-                compute(here, of_few)
-                if kept_elsewhere:
-                    torch._foreach_copy_(few, here, non_blocking=True)
+            for few, of_few in pieces(some, theirs) if needs_copies else [(some, theirs)]:
+                compute(few, of_few)
 
     def state(self) -> dict[str, Tensor]:
         """See ``Rule.state``."""
@@ -96,10 +88,10 @@ class Sgd:
 
 
 def _alike(shards: Sequence[Tensor], gradients: Sequence[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
-    """Shards and gradients, apart by dtypes and devices."""
-    groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    """Shards and gradients, apart by dtypes."""
+    groups: dict[tuple[torch.dtype, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for shard, gradient in zip(shards, gradients, strict=True):
-        key = (shard.dtype, shard.device, gradient.dtype, gradient.device)
+        key = (shard.dtype, gradient.dtype)
         group = groups.setdefault(key, ([], []))
         group[0].append(shard)
         group[1].append(gradient)

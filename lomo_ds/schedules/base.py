@@ -11,13 +11,14 @@ from torch import Tensor
 from lomo_ds.clipping import Clipping
 from lomo_ds.numerics import norms
 from lomo_ds.rules import Rule
+from lomo_ds.stores import Store
 
 
 @dataclass(frozen=True)
 class Target:
     """One parameter as a schedule sees it."""
 
-    shard: Tensor  # 1-D, this rank's part
+    numel: int  # of this rank's shard
     group: int  # index of its clipping group
     options: dict[str, Any]  # its param_group, read at every update: "lr", "weight_decay"
 
@@ -33,6 +34,7 @@ class Schedule(ABC):
 
     Args:
         targets: all parameters that train, in the model's order.
+        store: keeps their shards.
         device: where gradients are computed.
     """
 
@@ -40,8 +42,11 @@ class Schedule(ABC):
     updates_in_backward = False  # whether weights change before all ranks have agreed on the step
     keeps_gradients = False  # whether gradients of several backward passes add up
 
-    def __init__(self, targets: list[Target], rule: Rule, clipping: Clipping, device: torch.device) -> None:
+    def __init__(
+        self, targets: list[Target], store: Store, rule: Rule, clipping: Clipping, device: torch.device
+    ) -> None:
         self.targets = targets
+        self.store = store
         self.rule = rule
         self.clipping = clipping
         self.device = device
@@ -55,6 +60,10 @@ class Schedule(ABC):
         """Begin a step, forgetting whatever is left of the last."""
         self.scale = scale
         self.norms = [self.no_norm] * len(self.targets)  # of each target's gradient shard, 0-dim float32
+        self.store.flush()
+
+    def note_whole(self, index: int, whole: Tensor) -> None:
+        """A gathered copy of a target is at hand, as its gradient is; a store may spare a copy by it."""
 
     @abstractmethod
     def take(self, indices: list[int], gradients: list[Tensor]) -> None:
@@ -62,6 +71,7 @@ class Schedule(ABC):
 
     def flush(self) -> None:
         """Backward has ended: no more gradients of this micro-batch."""
+        self.store.flush()
 
     def measure(self) -> Tensor:
         """Squared norm of each clipping group over this rank's shards, float64, scaled by ``scale`` squared."""
@@ -86,20 +96,15 @@ class Schedule(ABC):
         for position, index in enumerate(indices):
             alike[self.kinds[index]].append(position)
         for some in alike.values():
-            targets = [self.targets[indices[position]] for position in some]
             chosen = [gradients[position] for position in some]
+            target = self.targets[indices[some[0]]]
             if self.clipping.value is not None:
                 for gradient in chosen:
                     self.clipping.clamp_(gradient, self.scale)
-            coefficient = coefficients[targets[0].group] if isinstance(coefficients, list) else coefficients
-            options = targets[0].options
-            self.rule.update(
-                [target.shard for target in targets],
-                chosen,
-                coefficient / self.scale,
-                options["lr"],
-                options["weight_decay"],
-            )
+            coefficient = coefficients[target.group] if isinstance(coefficients, list) else coefficients
+            lr, weight_decay = target.options["lr"], target.options["weight_decay"]
+            for shards, theirs in self.store.lend([indices[position] for position in some], chosen):
+                self.rule.update(shards, theirs, coefficient / self.scale, lr, weight_decay)
 
     def _kinds(self) -> list[int]:
         """A number for each target; those with the same are updated alike: one param_group, one clip factor."""

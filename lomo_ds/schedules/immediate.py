@@ -10,6 +10,7 @@ from lomo_ds.clipping import Clipping
 from lomo_ds.distributed import agree
 from lomo_ds.rules import Rule
 from lomo_ds.schedules.base import Schedule, Target
+from lomo_ds.stores import Store
 
 
 class Immediate(Schedule):
@@ -18,16 +19,25 @@ class Immediate(Schedule):
     updates_in_backward = True
 
     def __init__(
-        self, targets: list[Target], rule: Rule, clipping: Clipping, device: torch.device, ranks: ProcessGroup
+        self,
+        targets: list[Target],
+        store: Store,
+        rule: Rule,
+        clipping: Clipping,
+        device: torch.device,
+        ranks: ProcessGroup,
     ) -> None:
         self.ranks = ranks
         self.sizes = Counter(target.group for target in targets)
         self.waiting: dict[int, dict[int, Tensor]] = defaultdict(dict)  # by group and target
-        super().__init__(targets, rule, clipping, device)
+        super().__init__(targets, store, rule, clipping, device)
 
     def start(self, scale: float) -> None:
         super().start(scale)
         self.waiting.clear()
+
+    def note_whole(self, index: int, whole: Tensor) -> None:
+        self.store.note_whole(index, whole)
 
     def take(self, indices: list[int], gradients: list[Tensor]) -> None:
         self.note_norms(indices, gradients)
@@ -43,6 +53,7 @@ class Immediate(Schedule):
     def flush(self) -> None:
         for group in sorted(self.waiting):  # groups with a parameter that this batch did not use
             self._update_group(group)
+        super().flush()
 
     def _update_group(self, group: int) -> None:
         gradients = self.waiting.pop(group)

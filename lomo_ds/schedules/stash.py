@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from lomo_ds.clipping import Clipping
+from lomo_ds.host_memory import Ferry, PinnedMemory
 from lomo_ds.rules import Rule
 from lomo_ds.schedules.base import Schedule, Target
-from lomo_ds.schedules.host_memory import HostMemory
+from lomo_ds.stores import Store
 
 
 class Stash(Schedule):
@@ -23,6 +24,7 @@ class Stash(Schedule):
     def __init__(
         self,
         targets: list[Target],
+        store: Store,
         rule: Rule,
         clipping: Clipping,
         device: torch.device,
@@ -30,7 +32,7 @@ class Stash(Schedule):
     ) -> None:
         self.dtype = dtype
         self.held: dict[int, Tensor] = {}
-        super().__init__(targets, rule, clipping, device)
+        super().__init__(targets, store, rule, clipping, device)
 
     def start(self, scale: float) -> None:
         super().start(scale)
@@ -60,38 +62,47 @@ class HostStash(Schedule):
     def __init__(
         self,
         targets: list[Target],
+        store: Store,
         rule: Rule,
         clipping: Clipping,
         device: torch.device,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.dtype = dtype
-        self.memory = HostMemory(device)
+        self.pinned = PinnedMemory(device)
+        self.ferry = Ferry(device)
+        self.buffers: dict[int, Tensor] = {}  # each cut when its target's gradient first comes
         self.held: set[int] = set()
-        super().__init__(targets, rule, clipping, device)
+        super().__init__(targets, store, rule, clipping, device)
 
     def start(self, scale: float) -> None:
         super().start(scale)
         self.held.clear()
-        self.memory.flush()  # there is something left where a step was cut short
+        self.ferry.flush()  # there is something left where a step was cut short
 
     def take(self, indices: list[int], gradients: list[Tensor]) -> None:
         sums = [self._sum(index, gradient) for index, gradient in zip(indices, gradients, strict=True)]
         self.note_norms(indices, sums)  # here, where they lie on the device
         for index, gradient in zip(indices, sums, strict=True):
-            self.memory.put(index, gradient)
+            buffer = self.buffers.get(index)
+            if buffer is None or buffer.dtype != gradient.dtype:
+                buffer = self.buffers[index] = self.pinned.like(gradient)
+            self.ferry.down(gradient, buffer)
         self.held.update(indices)
 
     def flush(self) -> None:
-        self.memory.flush()
+        super().flush()
+        self.ferry.flush()
 
     def apply(self, coefficients: list[float]) -> None:
-        for index, gradient in self.memory.get(sorted(self.held)):
+        indices = sorted(self.held)
+        arriving = self.ferry.up(self.buffers[index] for index in indices)
+        for index, gradient in zip(indices, arriving, strict=True):
             self.update([index], [gradient], coefficients)
 
     def _sum(self, index: int, gradient: Tensor) -> Tensor:
         """The gradient of the step so far."""
         if index not in self.held:
             return gradient.to(self.dtype or gradient.dtype)
-        ((_, sum_so_far),) = self.memory.get([index])
+        (sum_so_far,) = self.ferry.up([self.buffers[index]])
         return sum_so_far.float().add_(gradient)

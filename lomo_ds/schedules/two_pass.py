@@ -15,6 +15,10 @@ class TwoPass(Schedule):
         super().start(scale)
         self.coefficients = None
 
+    def note_whole(self, index: int, whole: Tensor) -> None:
+        if self.coefficients is not None:
+            self.store.note_whole(index, whole)
+
     def take(self, indices: list[int], gradients: list[Tensor]) -> None:
         if self.coefficients is None:
             self.note_norms(indices, gradients)

@@ -1,0 +1,25 @@
+"""Where the bytes are: the only package that reads or writes DeepSpeed's ``ds_*`` attributes of a parameter.
+
+ZeRO-3 keeps each parameter as ``world size`` partitions of ceil(numel / world size) elements, one on each
+rank, and gathers the whole of it around the modules that use it. A ``Shard`` is this rank's partition without
+its padding. Writing to it changes the model; a gathered copy made before the write is stale from then on, so
+``Gathering.refresh`` ends every step.
+"""
+
+from lomo_ds.zero3.shard import Shard, shards, whole_shape
+from lomo_ds.zero3.split import gathered, lie_here, make_whole, offload_device, partition, split, stay_whole
+from lomo_ds.zero3.transport import gather_by
+
+__all__ = [
+    "Shard",
+    "gather_by",
+    "gathered",
+    "lie_here",
+    "make_whole",
+    "offload_device",
+    "partition",
+    "shards",
+    "split",
+    "stay_whole",
+    "whole_shape",
+]

@@ -1,0 +1,108 @@
+"""From whole parameters to shards, and to the whole again where nothing has to travel."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init, ZeroParamStatus
+from torch.nn import Module, Parameter
+
+from lomo_ds.host_memory import PinnedMemory
+from lomo_ds.zero3.shard import Partitioned, Shard
+
+
+def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> Iterator[Shard]:
+    """Make shards of a model on the meta device, without a collective.
+
+    Yields each parameter's shard, whose values are the caller's to fill in: ``partition`` writes none. Beside the
+    shards, one parameter at a time takes memory as a whole, which nobody touches.
+    """
+    device = _device()
+    converter = _converter([], ds_config, dtype)
+    pinned = _pinned_memory(ds_config)
+    for name, parameter in model.named_parameters():
+        # DeepSpeed splits what is there; on the meta device there is nothing
+        torch.utils.swap_tensors(
+            parameter, Parameter(torch.empty_like(parameter, dtype=dtype, device=device), parameter.requires_grad)
+        )
+        converter._convert_to_deepspeed_param(parameter)
+        partitioned: Partitioned = parameter
+        partitioned.partition()
+        if pinned is not None:
+            partitioned.ds_tensor.data = pinned.like(partitioned.ds_tensor)
+        yield Shard.of(name, partitioned)
+
+
+def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Give shards to those parameters that have none yet; their values stay."""
+    whole: list[Partitioned] = [parameter for parameter in model.parameters() if not hasattr(parameter, "ds_tensor")]
+    if whole:
+        _converter(whole, ds_config, dtype)
+    pinned = _pinned_memory(ds_config)
+    if pinned is not None:
+        for parameter in whole:
+            parameter.ds_tensor.data = pinned.like(parameter.ds_tensor).copy_(parameter.ds_tensor)
+
+
+def offload_device(ds_config: dict[str, Any]) -> str:
+    """Where shards lie when nobody uses them: ``none`` (on the device that computes), ``cpu`` or ``nvme``."""
+    offload = ds_config["zero_optimization"].get("offload_param") or {}
+    return str(offload.get("device", "none"))
+
+
+def stay_whole(ds_config: dict[str, Any]) -> bool:
+    """Whether nothing is ever to be gathered: one rank, which holds its shards where it computes."""
+    return dist.get_world_size() == 1 and offload_device(ds_config) == "none"
+
+
+def lie_here(model: Module) -> bool:
+    """Whether each rank's shards are whole parameters on the device that computes: one rank, nothing offloaded."""
+    partitioned: list[Partitioned] = list(model.parameters())
+    return dist.get_world_size() == 1 and all(parameter.ds_tensor.device == _device() for parameter in partitioned)
+
+
+def make_whole(parameters: list[Partitioned]) -> None:
+    """On one rank: let every parameter be its shard, where it is not; DeepSpeed's own gathering may copy it."""
+    for parameter in parameters:
+        if parameter.ds_status is not ZeroParamStatus.AVAILABLE:
+            parameter.data = parameter.ds_tensor.data.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+
+@contextmanager
+def gathered(parameters: list[Parameter]) -> Iterator[None]:
+    """The whole ``parameters`` on every rank, to read."""
+    with GatheredParameters(parameters):
+        yield
+
+
+def _device() -> torch.device:
+    return torch.device(get_accelerator().current_device_name())
+
+
+def _pinned_memory(ds_config: dict[str, Any]) -> PinnedMemory | None:
+    """Where offloaded shards go, if they are to be pinned: in slabs, for DeepSpeed pins each one by itself."""
+    offload = ds_config["zero_optimization"].get("offload_param") or {}
+    wanted = offload_device(ds_config) == "cpu" and offload.get("pin_memory", True)
+    return PinnedMemory(_device()) if wanted else None
+
+
+def _converter(parameters: list[Parameter], ds_config: dict[str, Any], dtype: torch.dtype) -> Init:
+    """What splits parameters, and has split ``parameters``.
+
+    It replaces ``torch.nn.functional.linear``, for the whole process, by one that keeps no view of a weight which is
+    freed after forward, at several times the Python; not where weights are never freed.
+    """
+    zero = dict(ds_config["zero_optimization"])
+    if stay_whole(ds_config):
+        zero["memory_efficient_linear"] = False
+    if offload_device(ds_config) == "cpu":
+        zero["offload_param"] = {**zero["offload_param"], "pin_memory": False}
+    return Init(
+        module=torch.nn.ParameterList(parameters),
+        config_dict_or_path=ds_config | {"zero_optimization": zero},
+        dtype=dtype,
+    )

@@ -1,0 +1,102 @@
+"""Gathering that takes the place of DeepSpeed's, for shards that do not lie ready on the device in their own dtype.
+
+DeepSpeed's hooks still say which parameters are needed when, and in which stream. Theirs lets the host wait for each
+copy from host memory, and quantizes with kernels of its own; here a shard travels as a ``Wire`` makes it.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor
+from torch.nn import Module
+
+from lomo_ds.zero3.shard import Partitioned
+
+
+class Wire(Protocol):
+    """How a shard travels from rank to rank."""
+
+    def pack(self, shard: Tensor) -> Tensor:
+        """What this rank sends: 1-D, on the device that computes, as long on every rank.
+
+        Args:
+            shard: with its padding, where it is kept.
+        """
+        ...
+
+    def unpack(self, packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+        """The shards of all ranks behind one another, 1-D, with their padding.
+
+        Args:
+            packed: what each rank has sent, ranks x length.
+            numel: of a shard with its padding.
+        """
+        ...
+
+
+def gather_by(model: Module, wire: Wire) -> None:
+    """Let the parameters of ``model``, which have been split, be gathered by ``wire``; the others keep DeepSpeed's."""
+
+    def gather(parameters: Sequence[Partitioned], safe_mode: bool = False, quantize: bool = False) -> "_Arrival":
+        return _Arrival([_Parcel(parameter, wire) for parameter in sorted(parameters, key=lambda p: p.ds_id)])
+
+    def gather_now(parameter: Partitioned) -> Callable[..., None]:
+        def all_gather(param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> None:
+            assert not async_op
+            some = [parameter] if param_list is None else param_list
+            gather([one for one in some if one.ds_status is ZeroParamStatus.NOT_AVAILABLE]).wait()
+
+        return all_gather
+
+    partitioned: list[Partitioned] = list(model.parameters())
+    for parameter in partitioned:
+        parameter.all_gather_coalesced = gather
+        parameter.all_gather = gather_now(parameter)
+
+
+class _Parcel:
+    """One parameter on its way."""
+
+    def __init__(self, parameter: Partitioned, wire: Wire) -> None:
+        assert parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
+        parameter.ds_status = ZeroParamStatus.INFLIGHT
+        self.parameter = parameter
+        self.wire = wire
+        group = parameter.ds_process_group
+        world_size = dist.get_world_size(group)
+        mine = wire.pack(parameter.ds_tensor.data)
+        self.work: Any = None
+        if world_size == 1:
+            self.packed = mine.view(1, -1)
+        else:
+            self.packed = torch.empty(world_size, mine.numel(), dtype=mine.dtype, device=mine.device)
+            self.work = dist.all_gather_into_tensor(self.packed.view(-1), mine, group=group, async_op=True)
+            self.mine = mine  # which must live until it has been sent
+
+    def open(self) -> None:
+        """Give the parameter its values."""
+        if self.work is not None:
+            self.work.wait()
+        parameter = self.parameter
+        flat = self.wire.unpack(self.packed, parameter.ds_tensor.ds_numel, parameter.dtype)
+        parameter.data = flat[: parameter.ds_numel].view(parameter.ds_shape)
+        parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+
+class _Arrival:
+    """Of parameters that are gathered together; DeepSpeed asks for it once for each, and from several threads."""
+
+    def __init__(self, parcels: list[_Parcel]) -> None:
+        self.parcels = parcels
+        self.lock = threading.Lock()
+
+    def wait(self, **options: Any) -> None:
+        """Every parameter of it is whole for what the current stream does next."""
+        with self.lock:
+            parcels, self.parcels = self.parcels, []
+            for parcel in parcels:
+                parcel.open()
