@@ -15,7 +15,7 @@ from lomo_ds.clipping import Clipping, clipping_groups
 from lomo_ds.config import LomoConfig
 from lomo_ds.distributed import all_reduce_min
 from lomo_ds.errors import ConfigError
-from lomo_ds.gathering import Gathering, OnDemand, Resident, choose_granularity
+from lomo_ds.gathering import Gathering, OnDemand, Resident, choose_granularity, largest_use
 from lomo_ds.memory import free_bytes
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.rules import Rule, Sgd
@@ -68,20 +68,25 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     zero3.split(engine.module, engine.config, engine.get_data_types()[0])
     if zero3.stay_whole(engine.config) and zero3.lie_here(engine.module):
         return Resident(engine.module)
-    if zero3.offload_device(engine.config) == "cpu":
-        zero3.gather_by(engine.module, FromHostMemory(engine.device))
     granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
+    prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
+    if zero3.offload_device(engine.config) == "cpu":
+        largest = largest_use(engine.module, granularity)
+        # the link is to have work all the time: what is used next is on its way while this is computed with
+        prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", max(prefetch_numel, largest))
+        live_numel = _unless_asked(engine, "max_live_parameters", max(live_numel, largest + prefetch_numel))
+        zero3.gather_by(engine.module, FromHostMemory(engine.device), ahead_numel=2 * largest + prefetch_numel)
     return OnDemand(
         engine.module,
         granularity,
         timers=engine.timers if engine.wall_clock_breakdown() else NoopTimer(),
         ds_config=engine.config,
         overlap_comm=engine.zero_overlap_comm(),
-        prefetch_bucket_size=engine.zero_prefetch_bucket_size(),
+        prefetch_bucket_size=prefetch_numel,
         max_reuse_distance=engine.zero_max_reuse_distance(),
-        max_live_parameters=engine.zero_max_live_parameters(),
+        max_live_parameters=live_numel,
         param_persistence_threshold=engine.zero_param_persistence_threshold(),
         model_persistence_threshold=engine.zero_model_persistence_threshold(),
         dp_process_group=engine.seq_data_parallel_group,
@@ -89,6 +94,12 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
         zero_module_granularity_threshold=engine.zero_module_granularity_threshold(),
         log_trace_cache_warnings=engine.zero_log_trace_cache_warnings(),
     )
+
+
+def _unless_asked(engine: DeepSpeedEngine, name: str, ours: int) -> int:
+    """What the ds_config says of ``name``, or ours."""
+    asked = engine.config["zero_optimization"]
+    return int(asked.get(name, asked.get(f"stage3_{name}", ours)))
 
 
 def _build_store(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> Store:

@@ -4,12 +4,13 @@ Beside ``zero3`` the only file that knows DeepSpeed's gathering. A gathered copy
 stale, so ``refresh`` ends every step.
 """
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils import set_z3_leaf_module
-from torch.nn import Module, ModuleDict, ModuleList
+from torch.nn import Module, ModuleDict, ModuleList, Parameter
 
 from lomo_ds import zero3
 from lomo_ds.errors import ConfigError
@@ -126,6 +127,12 @@ def layers(model: Module) -> list[Module]:
     return [] if any(isinstance(layer, ModuleList | ModuleDict) for layer in found) else found
 
 
+def largest_use(model: Module, granularity: str) -> int:
+    """Elements of the whole parameters that are gathered for at once: of the largest layer, or of any module."""
+    of_layers = [_numel(layer.parameters()) for layer in layers(model)] if granularity == "layer" else []
+    return max(*of_layers, *(_numel(module.parameters(recurse=False)) for module in model.modules()))
+
+
 def choose_granularity(asked: str, model: Module, free_device_bytes: int) -> str:
     """``module`` or ``layer``; ``auto`` is ``layer`` wherever two gathered layers fit.
 
@@ -139,10 +146,7 @@ def choose_granularity(asked: str, model: Module, free_device_bytes: int) -> str
     """
     if asked == "module":
         return asked
-    sizes = [
-        sum(zero3.whole_shape(parameter).numel() * parameter.element_size() for parameter in layer.parameters())
-        for layer in layers(model)
-    ]
+    sizes = [_numel(layer.parameters()) * next(layer.parameters()).element_size() for layer in layers(model)]
     if asked == "layer":
         if not sizes:
             raise ConfigError(
@@ -152,3 +156,7 @@ def choose_granularity(asked: str, model: Module, free_device_bytes: int) -> str
         return asked
     # one layer in use, the next on its way; each is received in one buffer and cut from it
     return "layer" if sizes and 2 * 2 * max(sizes) <= LAYERS_SHARE * free_device_bytes else "module"
+
+
+def _numel(parameters: Iterable[Parameter]) -> int:
+    return sum(zero3.whole_shape(parameter).numel() for parameter in parameters)

@@ -5,11 +5,13 @@ copy from host memory, and quantizes with kernels of its own; here a shard trave
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import deepspeed.comm as dist
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from torch.nn import Module
@@ -38,10 +40,16 @@ class Wire(Protocol):
         ...
 
 
-def gather_by(model: Module, wire: Wire) -> None:
-    """Let the parameters of ``model``, which have been split, be gathered by ``wire``; the others keep DeepSpeed's."""
+def gather_by(model: Module, wire: Wire, ahead_numel: int) -> None:
+    """Let the parameters of ``model``, which have been split, be gathered by ``wire``.
+
+    Args:
+        ahead_numel: elements of whole parameters that may be asked for before they are computed with.
+    """
+    backlog = _Backlog(ahead_numel)
 
     def gather(parameters: Sequence[Partitioned], safe_mode: bool = False, quantize: bool = False) -> "_Arrival":
+        backlog.add(sum(parameter.ds_numel for parameter in parameters))
         return _Arrival([_Parcel(parameter, wire) for parameter in sorted(parameters, key=lambda p: p.ds_id)])
 
     def gather_now(parameter: Partitioned) -> Callable[..., None]:
@@ -56,6 +64,32 @@ def gather_by(model: Module, wire: Wire) -> None:
     for parameter in partitioned:
         parameter.all_gather_coalesced = gather
         parameter.all_gather = gather_now(parameter)
+
+
+class _Backlog:
+    """Lets the host wait when it asks for parameters long before they are computed with.
+
+    To ask takes memory at once, and what was released gives its memory back no sooner than the device has computed
+    with it: a host that is far ahead would fill the device with layers to come.
+    """
+
+    def __init__(self, limit_numel: int) -> None:
+        self.limit_numel = limit_numel
+        self.asked: deque[tuple[Any, int]] = deque()  # an event in the computing stream, and what was asked for then
+        self.asked_numel = 0
+        accelerator = get_accelerator()
+        self.computing = None if accelerator.is_synchronized_device() else accelerator.current_stream()
+
+    def add(self, numel: int) -> None:
+        """So much is asked for."""
+        if self.computing is None:
+            return
+        self.asked.append((self.computing.record_event(), numel))
+        self.asked_numel += numel
+        while self.asked_numel > self.limit_numel and len(self.asked) > 1:
+            computed, earlier_numel = self.asked.popleft()
+            computed.synchronize()
+            self.asked_numel -= earlier_numel
 
 
 class _Parcel:
