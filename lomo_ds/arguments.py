@@ -62,6 +62,9 @@ class TrainArguments:
     bf16: bool = _argument(False, "bfloat16 weights and gradients.")
     fp16: bool = _argument(False, "float16 weights and gradients with a dynamic loss scale.")
     gradient_checkpointing: bool = _argument(False, "Recompute activations in backward instead of keeping them.")
+    activation_offload: bool = _argument(
+        False, "Keep what gradient_checkpointing keeps, the input of every layer, in pinned host memory."
+    )
     tiled_logits: bool | None = _argument(
         None,
         "Compute the loss a tile of logits at a time, and return none; by default wherever the architecture allows it.",
@@ -91,6 +94,11 @@ class TrainArguments:
                 self._require(name, is_line or name == "sample_prompt", "one line of text without NUL bytes")
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 were both asked for, and weights have one precision; keep one of them")
+        if self.activation_offload and not self.gradient_checkpointing:
+            raise ConfigError(
+                "--activation_offload moves the activations that --gradient_checkpointing keeps, and that was not "
+                "asked for; give both"
+            )
         for name in ("save_steps", "resume_from_checkpoint", "load_best_model_at_end"):
             if self.optim != "lomo" and getattr(self, name):
                 raise ConfigError(

@@ -41,6 +41,7 @@ from lomo_ds.models import (
     load_model,
     load_tokenizer,
     meta_model,
+    recompute_activations,
     save_settings,
     saved_tensors,
     tile_logits,
@@ -89,7 +90,7 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     together(lambda: load_generation_config(model, str(found.folder / MODEL) if found else name))
     together(lambda: _tile_logits(model, arguments.tiled_logits))
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        together(lambda: recompute_activations(model, arguments.activation_offload))
     scheduler = None if "scheduler" in filled else _scheduler(arguments, steps.total)
     resolved = dataclasses.replace(arguments, max_seq_length=length)
 

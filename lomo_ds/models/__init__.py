@@ -11,6 +11,7 @@ from lomo_ds.models.load import (
     load_tokenizer,
     verify_export,
 )
+from lomo_ds.models.recompute import recompute_activations
 from lomo_ds.models.tiled_logits import can_tile_logits, tile_logits
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "meta_model",
+    "recompute_activations",
     "save_pretrained",
     "save_settings",
     "saved_tensors",
