@@ -1,4 +1,4 @@
-"""Activations computed again in backward: of each decoder layer only its input is kept, on the device or in host memory."""
+"""Activations computed again in backward: only the input of each layer is kept, on the device or in host memory."""
 
 from collections.abc import Callable
 from typing import Any
