@@ -28,12 +28,13 @@ def add_workload(parser: argparse.ArgumentParser, models: list[str] | None, sequ
     parser.add_argument("--precision", choices=sorted(DTYPES), help="bf16 on CUDA and fp32 on the CPU by default")
     parser.add_argument("--tiled_logits", action="store_true", help="let lomo_ds compute the logits a tile at a time")
     parser.add_argument(
-        "--lomo", type=_settings, default={}, metavar="JSON",
+        "--lomo", type=settings, default={}, metavar="JSON",
         help='further parameters of LOMO in the DeepSpeed config, for example \'{"gather_granularity": "layer"}\'',
     )  # fmt: skip
 
 
-def _settings(text: str) -> dict[str, Any]:
+def settings(text: str) -> dict[str, Any]:
+    """A JSON object from the command line."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -64,7 +65,13 @@ def settle(given: argparse.Namespace, parser: argparse.ArgumentParser, most_rank
 def workload(given: argparse.Namespace, model: str, checkpointing: bool) -> Workload:
     """The workload of the options for one model."""
     return Workload(
-        model, given.sequence, given.batch, given.precision, checkpointing, given.tiled_logits, dict(given.lomo)
+        model,
+        given.sequence,
+        given.batch,
+        given.precision,
+        checkpointing,
+        given.tiled_logits,
+        lomo=dict(given.lomo),
     )
 
 

@@ -36,6 +36,7 @@ class Workload:
         batch: rows for each rank.
         precision: one of ``DTYPES``.
         checkpointing: whether activations are computed again in backward.
+        activation_offload: whether what is kept of them then lies in host memory.
         tiled_logits: whether the logits are computed a tile at a time, where lomo_ds trains.
         lomo: further parameters of LOMO in the DeepSpeed config.
         zero: further fields of its zero_optimization, for every method that has ZeRO-3.
@@ -47,6 +48,7 @@ class Workload:
     precision: str = "fp32"
     checkpointing: bool = False
     tiled_logits: bool = False
+    activation_offload: bool = False
     lomo: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
 
@@ -108,12 +110,14 @@ class Workload:
 
     def _prepared(self, model: Any) -> Any:
         if self.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            from lomo_ds.models import recompute_activations
+
+            recompute_activations(model, self.activation_offload)
         return model.train()
 
 
 def fill(parameters: Iterable[tuple[str, int, Tensor]]) -> None:
-    """Random values as LLaMA begins with, drawn where they lie: 7B of them take a GPU no time.
+    """Random values as LLaMA begins with, drawn on the device that computes: 30B of them take a GPU no time.
 
     Args:
         parameters: name, dimensions of the whole, and the tensor to fill.
@@ -124,7 +128,19 @@ def fill(parameters: Iterable[tuple[str, int, Tensor]]) -> None:
             if dimensions < 2:
                 tensor.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                tensor.normal_(0.0, 0.02)
+                _draw(tensor)
+
+
+def _draw(tensor: Tensor) -> None:
+    """A tensor in host memory is drawn on the GPU, if there is one, a part at a time."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = torch.device(get_accelerator().current_device_name())
+    if tensor.device.type == device.type:
+        tensor.normal_(0.0, 0.02)
+        return
+    for part in tensor.view(-1).split(2**26):
+        part.copy_(torch.empty_like(part, device=device, pin_memory=False).normal_(0.0, 0.02))
 
 
 def tile_logits(model: Any) -> None:

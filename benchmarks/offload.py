@@ -1,0 +1,300 @@
+"""Models larger than the GPU: parameters in host memory, one GPU of 24 GiB, and how much of the link to it is used.
+
+    python benchmarks/offload.py                                    # 13B and 30B on a GPU capped at 24 GiB
+    python benchmarks/offload.py --models 7b --batches 1 4          # what fits into 64 GB of host memory
+
+All parameters live in pinned host memory (offload_param). A step brings them up twice, for forward and for backward,
+and takes the updated ones down beside the second time: the same bytes, however many tokens it has. Reported are
+
+- tokens a second, and the seconds of a step (the median)
+- the peak of what torch's allocator holds on the GPU, which may take no more than the cap, and pinned host memory
+- GB a step up and down the link, counted
+- the share of the link: the bytes a second that go up in a step, over those of pinned copies that do nothing else
+- what the plan says of each (launch/plan.py), told the rate of the link that was measured
+
+On a machine without CUDA the same is run with a small model on the CPU, where host memory is the only one: that shows
+that it runs and what it moves, and its times mean nothing.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import methods, options, report
+from benchmarks.memory import STAYS_GATHERED
+from benchmarks.workers import Desk, DoesNotFit, WorkerError, Workers
+from benchmarks.workload import LARGE, Workload, parameter_count
+
+GIB, GB = 2.0**30, 1e9
+GPU_MODELS, CPU_MODELS = ["13b", "30b"], ["40m"]
+GPU_BATCHES, CPU_BATCHES = [1, 2, 4, 8, 16], [1, 4]
+ASKED_SHARE = 0.80
+OFFLOAD: dict[str, Any] = {"offload_param": {"device": "cpu", "pin_memory": True}}
+# tokens a second of all GPUs together, eight RTX 3090 or four: arXiv 2306.09782, Table 2
+PAPER = {"30b": ("4 GPUs", 46.4), "65b": ("8 GPUs", 39.4)}
+# of a small model as of a large one, nothing stays gathered from forward to backward
+NOTHING_STAYS = {name: value for name, value in LARGE.items() if "prefetch" not in name}
+TRACED = 2  # steps in which DeepSpeed still finds out what a model does
+COLORS = {"up": "#1b7f79", "plan": "#e08e45"}
+
+Row = dict[str, Any]
+
+
+class Traffic:
+    """Counts the bytes of every copy between host memory and the device."""
+
+    def __init__(self) -> None:
+        self.up = self.down = 0
+
+    def watch(self) -> None:
+        """From now on, in this process."""
+        from lomo_ds.host_memory import Ferry
+        from lomo_ds.stores import FromHostMemory
+
+        pack, down, up = FromHostMemory.pack, Ferry.down, Ferry.up
+
+        def counted_pack(wire: FromHostMemory, shard: Tensor) -> Tensor:
+            self.up += shard.nbytes
+            return pack(wire, shard)
+
+        def counted_down(ferry: Ferry, tensor: Tensor, home: Tensor) -> None:
+            self.down += tensor.nbytes
+            down(ferry, tensor, home)
+
+        def counted_up(ferry: Ferry, homes: Iterable[Tensor]) -> Iterator[Tensor]:
+            for tensor in up(ferry, homes):
+                self.up += tensor.nbytes
+                yield tensor
+
+        vars_of: Any = (FromHostMemory, Ferry)
+        vars_of[0].pack, vars_of[1].down, vars_of[1].up = counted_pack, counted_down, counted_up
+
+
+def measure_link(desk: Desk, cap_gib: float) -> dict[str, float]:
+    """On a rank: bytes a second of pinned copies up, down, and of each while the other goes on too."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = torch.device(get_accelerator().current_device_name())
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_per_process_memory_fraction(cap_gib * GIB / torch.cuda.mem_get_info()[1], device)
+    size = 2**28 if on_gpu else 2**24
+    hosts = [torch.ones(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+    devices = [torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    module = torch.get_device_module(device)
+    streams = [module.Stream(device), module.Stream(device)]
+
+    def seconds(up: bool, down: bool) -> float:
+        best = float("inf")
+        for _ in range(5):
+            get_accelerator().synchronize()
+            start = time.perf_counter()
+            for _ in range(4):
+                if up:
+                    with module.stream(streams[0]):
+                        devices[0].copy_(hosts[0], non_blocking=True)
+                if down:
+                    with module.stream(streams[1]):
+                        hosts[1].copy_(devices[1], non_blocking=True)
+            get_accelerator().synchronize()
+            best = min(best, (time.perf_counter() - start) / 4)
+        return best
+
+    return {
+        "up": size / seconds(True, False),
+        "down": size / seconds(False, True),
+        "each of both": size / seconds(True, True),
+    }
+
+
+def build(desk: Desk, method: str, work: Workload) -> dict[str, Any]:
+    """On a rank: make the model in host memory; what it takes there."""
+    from lomo_ds import zero3
+    from lomo_ds.host_memory import bytes_of
+
+    desk["traffic"] = Traffic()
+    desk["traffic"].watch()
+    desk["built"] = methods.build(method, work)
+    shards = zero3.shards(desk["built"].model)
+    return {"parameters": bytes_of(shard.data for shard in shards)}
+
+
+def measure(desk: Desk, work: Workload, steps: int) -> Row:
+    """On a rank: what steps with this batch take."""
+    from deepspeed.accelerator import get_accelerator
+
+    from lomo_ds.host_memory import bytes_of
+
+    built, traffic = desk["built"], desk["traffic"]
+    built.batch = work.rows(built.device)
+    for _ in range(TRACED):
+        built.step()
+    accelerator = get_accelerator()
+    accelerator.synchronize()
+    accelerator.reset_peak_memory_stats()
+    traffic.up = traffic.down = 0
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = built.step()
+        accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    on_gpu = torch.cuda.is_available() and built.device.type == "cuda"
+    return {
+        "seconds": statistics.median(times),
+        "slowest": max(times),
+        "up": traffic.up / steps,
+        "down": traffic.down / steps,
+        "peak_allocated": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "peak_reserved": torch.cuda.max_memory_reserved() if on_gpu else None,
+        "stash": bytes_of(tensor for tensor in built.gradients() if tensor.device.type == "cpu") if on_gpu else 0,
+        "loss": float(loss),
+    }
+
+
+def measure_all(given: argparse.Namespace) -> dict[str, Any]:
+    """Every row that was asked for; what a batch cannot, a larger one cannot either."""
+    rows: list[Row] = []
+    link: dict[str, float] = {}
+    bar = tqdm(total=len(given.models) * len(given.methods) * len(given.batches), desc="measuring", unit=" rows")
+    for model in given.models:
+        for method in given.methods:
+            work = replace(options.workload(given, model, True), zero=OFFLOAD | given.zero)
+            if parameter_count(work) < STAYS_GATHERED:
+                work = replace(work, zero=NOTHING_STAYS | work.zero)
+            row: Row = {"model": model, "method": method, "workload": methods.settings(work)}
+            with Workers(1, given.device) as workers:
+                try:
+                    bar.set_postfix_str(f"making {model}, {method}")
+                    link = workers.call(measure_link, given.cap)[0]
+                    row["host"] = workers.call(build, method, work, timeout=given.timeout)[0]
+                    for batch in given.batches:
+                        bar.set_postfix_str(f"{model}, {method}, batch {batch}")
+                        found = workers.call(measure, replace(work, batch=batch), given.steps, timeout=given.timeout)[0]
+                        rows.append(row | {"outcome": "measured", "batch": batch, "link": link, **found})
+                        bar.update()
+                except DoesNotFit:
+                    rows.append(row | {"outcome": "does not fit"})
+                except WorkerError as error:
+                    rows.append(row | {"outcome": str(error)})
+    bar.close()
+    return {"environment": report.environment(), "device": given.device, "cap": given.cap, "rows": rows}
+
+
+def share_of_link(row: Row) -> float:
+    """Of what the link could bring up in the time of a step."""
+    return row["up"] / row["seconds"] / row["link"]["up"]
+
+
+def tokens_per_second(row: Row) -> float:
+    """Of the one GPU."""
+    return row["batch"] * row["workload"]["sequence"] / row["seconds"]
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The rows in Markdown."""
+    on_gpu = results["device"] == "cuda"
+    header = ["", "tokens/s", "s a step", "GB up", "GB down", "share of the link", "peak GiB on the GPU", "GiB pinned"]
+    lines = [cells(row, on_gpu) for row in results["rows"]]
+    what = f"One GPU capped at {results['cap']:g} GiB" if on_gpu else "**No GPU: times and shares mean nothing.** CPU"
+    text = f"# Parameters in host memory\n\n{what}, all parameters in host memory.\n\n{report.table(header, lines)}"
+    measured = [row for row in results["rows"] if row["outcome"] == "measured"]
+    if measured and on_gpu:
+        link = measured[-1]["link"]
+        text += (
+            f"\nThe link: {link['up'] / GB:.1f} GB/s up, {link['down'] / GB:.1f} down, {link['each of both'] / GB:.1f} "
+            f"each way when both go on. Asked: at least {ASKED_SHARE:.2f} of it.\n"
+        )
+    for model, (gpus, rate) in PAPER.items():
+        if any(row["model"] == model for row in results["rows"]):
+            text += f"\nThe paper's {model} on {gpus}: {rate:.0f} tokens/s in all, 1024 a GPU and step.\n"
+    broken = [row for row in results["rows"] if row["outcome"] not in ("measured", "does not fit")]
+    return text + "".join(f"\nFailed: {name(row)}: `{row['outcome'].strip().splitlines()[-1]}`\n" for row in broken)
+
+
+def name(row: Row) -> str:
+    """The first cell of a row."""
+    batch = f", {row['batch']} x {row['workload']['sequence']}" if "batch" in row else ""
+    return f"{row['model']}, {row['method']}{batch}"
+
+
+def cells(row: Row, on_gpu: bool) -> list[str]:
+    """A row of the table."""
+    if row["outcome"] != "measured":
+        return [name(row), "**does not fit**" if row["outcome"] == "does not fit" else "**failed**", *[""] * 6]
+    pinned = row["host"]["parameters"] + row["stash"]
+    peak = f"{row['peak_reserved'] / GIB:.1f}" if on_gpu else ""
+    return [
+        name(row),
+        f"**{tokens_per_second(row):.0f}**",
+        f"{row['seconds']:.2f}",
+        f"{row['up'] / GB:.2f}",
+        f"{row['down'] / GB:.2f}",
+        f"**{share_of_link(row):.2f}**",
+        peak,
+        f"{pinned / GIB:.1f}" if pinned >= GIB else f"{pinned / GIB:.2f}",
+    ]
+
+
+def draw(results: dict[str, Any]) -> Any:
+    """Tokens a second over tokens a step, a line for each model and method."""
+    figure, axes = report.pyplot().subplots(figsize=(7.5, 4.5), layout="constrained")
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in results["rows"]:
+        if row["outcome"] == "measured":
+            tokens = row["batch"] * row["workload"]["sequence"]
+            lines.setdefault(f"{row['model']}, {row['method']}", []).append((tokens, tokens_per_second(row)))
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    for model, (gpus, rate) in PAPER.items():
+        if any(row["model"] == model for row in results["rows"]):
+            axes.axhline(rate, linestyle=":", color="#555555")
+            axes.annotate(f"the paper's {model}, {gpus}", (0.02, rate), xycoords=("axes fraction", "data"), va="bottom")
+    axes.set_xlabel("tokens in a step")
+    axes.set_ylabel("tokens a second")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    nothing = "" if results["device"] == "cuda" else " (on a CPU: times mean nothing)"
+    axes.set_title(f"Parameters in host memory, one GPU{nothing}", loc="left", fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    if lines:
+        axes.legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    """Measure, and write what it gave."""
+    parser = report.parser(__doc__)
+    options.add_workload(parser, models=None, sequence=1024, batch=1)
+    parser.add_argument("--models", nargs="+", help="presets; 13b 30b on a GPU, 40m on the CPU by default")
+    parser.add_argument("--batches", type=int, nargs="+", help="rows in a step; 1 2 4 8 16 on a GPU by default")
+    parser.add_argument("--methods", nargs="+", default=["immediate"], help=options.methods_help(["immediate"]))
+    parser.add_argument("--cap", type=float, default=24.0, help="GiB of the GPU that may be used; 24 by default")
+    parser.add_argument("--steps", type=int, default=3, help="that are timed for each row; 3 by default")
+    parser.add_argument("--zero", type=options.settings, default={}, metavar="JSON", help="more of zero_optimization")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one call may take; 900 by default")
+    given = parser.parse_args()
+    report.require("matplotlib")
+    options.settle(given, parser, 1)
+    on_gpu = given.device == "cuda"
+    given.tiled_logits = True
+    given.models = given.models or (GPU_MODELS if on_gpu else CPU_MODELS)
+    given.batches = sorted(given.batches or (GPU_BATCHES if on_gpu else CPU_BATCHES))
+    if not on_gpu:
+        print("benchmarks/offload.py: there is no CUDA GPU here; this runs, but its times mean nothing")
+    results = measure_all(given)
+    report.write_results(given.output_dir, "offload", results, describe(results), draw(results))
+
+
+if __name__ == "__main__":
+    main()
