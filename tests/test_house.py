@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent / "lomo_ds"
 
 FLOORS = [
     ["errors", "layers", "numerics", "memory", "random_states", "signals", "training_engine"],
-    ["config", "loss", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest", "ds_parse"],
+    ["config", "loss", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest", "ds_parse", "int8"],
+    ["int8_kernel"],
     ["gathering", "reduction", "ds_config", "data.tokens", "data.packing", "rules", "lifeline", "monitor"],
     ["schedules", "data", "models", "checkpoint"],
     ["backward", "demo", "cli", "progress"],
