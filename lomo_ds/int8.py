@@ -3,9 +3,11 @@
 Pure functions over tensors. Nothing here knows of ranks, parameters or schedules.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,37 @@ SHRINK = 0.5
 HEADROOM = 1.0
 
 SMALLEST_SCALE = 2.0**-126  # the smallest normal number: codes times it are exact in fp32
+
+# Noise follows a Weyl sequence modulo 2 ** 16: odd, and nearest to 2 ** 16 over the golden ratio.
+GOLDEN = 40503
+WINDOW = 256  # steps after which it begins anew, so that no rhythm of the data falls in with it
+
+
+class Noise(NamedTuple):
+    """Which random numbers round an update: the same three give the same numbers on the same kind of device.
+
+    Where a weight begins its sequence of them is random, so those of one step are uniform and independent; but from
+    step to step a weight's numbers are spread evenly. Its rounding errors then make up for one another instead of
+    adding up like a random walk's.
+    """
+
+    seed: int  # of the run, below 2 ** 64
+    shard: int  # another for each tensor, below 2 ** 32
+    step: int  # of this tensor's updates, counted from 0
+
+    @property
+    def window(self) -> int:
+        return self.step // WINDOW
+
+    @property
+    def shift(self) -> int:
+        """What is added, modulo 2 ** 16, to where a weight began."""
+        return self.step * GOLDEN & 0xFFFF
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Draws where weights begin: at every step of a window the same."""
+        digest = hashlib.sha256(repr((self.seed, self.shard, self.window)).encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]))
 
 
 def blocks_of(numel: int) -> int:
@@ -65,7 +98,7 @@ def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None
     return out
 
 
-def requantize_(codes: Tensor, scales: Tensor, exact: Tensor, generator: torch.Generator | None) -> None:
+def requantize_(codes: Tensor, scales: Tensor, exact: Tensor, noise: Noise | None) -> None:
     """Write new values into ``codes``, each rounded up or down at random, so that the mean is the value itself.
 
     A block keeps its scale as long as its values fit and do not shrink below ``SHRINK`` of what would: on an unchanged
@@ -75,11 +108,12 @@ def requantize_(codes: Tensor, scales: Tensor, exact: Tensor, generator: torch.G
 
     Args:
         exact: the new values, 1-D, fp32, contiguous; clobbered.
-        generator: on the device of ``codes``; None rounds to nearest.
+        noise: None rounds to nearest.
     """
     assert exact.dtype == torch.float32
+    generator = noise and noise.generator(codes.device)
     for some, few, values in _rows(codes, scales, exact):
-        _requantize_rows(some, few, values, generator)
+        _requantize_rows(some, few, values, noise and _drawn(noise, values, generator))
 
 
 def update_(
@@ -88,7 +122,7 @@ def update_(
     gradient: Tensor,
     factor: float | Tensor,
     decay: float,
-    generator: torch.Generator | None,
+    noise: Noise | None,
 ) -> None:
     """Write ``decay * weight - factor * gradient``, computed in fp32, as ``requantize_`` does.
 
@@ -97,21 +131,23 @@ def update_(
     Args:
         gradient: 1-D, contiguous, of any float dtype, as long as ``codes`` and on their device.
         factor: a float, or a 0-dim fp32 tensor on the same device.
+        noise: None rounds to nearest.
     """
+    generator = noise and noise.generator(codes.device)
     for some, few, theirs in _rows(codes, scales, gradient):
         exact = some * few.float().unsqueeze(1)
         if decay != 1:
             exact.mul_(decay)
         exact.sub_(theirs.float() * factor)
-        _requantize_rows(some, few, exact, generator)
+        _requantize_rows(some, few, exact, noise and _drawn(noise, exact, generator))
 
 
-def _requantize_rows(codes: Tensor, scales: Tensor, exact: Tensor, generator: torch.Generator | None) -> None:
+def _requantize_rows(codes: Tensor, scales: Tensor, exact: Tensor, noise: Tensor | None) -> None:
     """Of blocks in rows, (blocks, their length); ``exact`` is clobbered."""
     scales.copy_(_kept_or_renewed(scales, exact.abs().amax(1)))
     exact.div_(scales.float().unsqueeze(1))
-    if generator is not None:
-        exact.add_(_noise(exact, generator)).floor_()
+    if noise is not None:
+        exact.add_(noise).floor_()
     _write_nearest(codes, scales, exact)
 
 
@@ -134,11 +170,12 @@ def _write_nearest(codes: Tensor, scales: Tensor, multiples: Tensor) -> None:
     codes.copy_(multiples.masked_fill_(scales.isnan().unsqueeze(1), 0.0))
 
 
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform over the 2 ** 16 midpoints of (0, 1), fp32: generators are as fast with 64 bits as with fewer."""
+def _drawn(noise: Noise, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One of the 2 ** 16 midpoints of (0, 1) for each, fp32. Generators are as fast with 64 bits as with fewer."""
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
-    return bits.float().add_(2**15 + 0.5).mul_(2.0**-16).view_as(like)
+    shifted = bits.add_(noise.shift - (noise.shift >> 15 << 16))  # int16 wraps around
+    return shifted.float().add_(2**15 + 0.5).mul_(2.0**-16).view_as(like)
 
 
 def _rows(codes: Tensor, scales: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -17,6 +17,7 @@ ROWS = tl.constexpr(1024 // int8.BLOCK)  # blocks of a tile
 TILE = tl.constexpr(1024)  # 8 neighbours for each thread
 TILES = tl.constexpr(8)  # of a program; one call of Philox gives a lane 4 words, 16 bits for each of 8 tiles
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al., SC 2011, table 2)
+APART = tl.constexpr(0x696E7438)  # from counters that other kernels use with the same seed
 LARGEST = tl.constexpr(int8.LARGEST)
 SHRINK = tl.constexpr(int8.SHRINK)
 GROWN = tl.constexpr(int8.HEADROOM / int8.LARGEST)
@@ -43,21 +44,20 @@ def update(
     gradient: Tensor,
     factor: float | Tensor,
     decay: float,
-    noise: tuple[int, int] | None,
+    noise: int8.Noise | None,
 ) -> None:
     """Write ``decay * weight - factor * gradient`` as ``int8.requantize_`` would, without waiting for the device.
 
     Args:
         gradient: as long as ``codes``, contiguous, on their device; any float dtype.
         factor: a float, or a 0-dim fp32 tensor on the same device.
-        noise: seed and number of this call, both below 2 ** 64, for stochastic rounding: the same two give the same
-            bits, and others independent ones, other ones than a generator's. None rounds to nearest.
+        noise: None rounds to nearest. The random numbers are other ones than those of ``int8.requantize_``.
     """
     _check(codes, scales, gradient)
     assert codes.numel() < 2**35, "32 bits number the lanes"
     if codes.numel() == 0:
         return
-    seed, call = noise or (0, 0)
+    drawn = noise or int8.Noise(0, 0, 0)
     with torch.cuda.device_of(codes):
         _update[_grid(codes)](
             codes,
@@ -66,8 +66,10 @@ def update(
             factor if isinstance(factor, Tensor) else float(factor),  # an int would be compiled in
             float(decay),
             codes.numel(),
-            seed,
-            call,
+            drawn.seed,
+            drawn.shard,
+            drawn.window,
+            drawn.shift,
             FACTOR_IN_MEMORY=isinstance(factor, Tensor),
             STOCHASTIC=noise is not None,
             **OPTIONS,
@@ -115,7 +117,7 @@ def _decode_tile(
     tl.store(out + places, _to_nearest(value, out.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["numel", "seed", "call"])
+@triton.jit(do_not_specialize=["numel", "seed", "shard", "window", "shift"])
 def _update(
     codes: tl.tensor,
     scales: tl.tensor,
@@ -124,7 +126,9 @@ def _update(
     decay: tl.tensor,
     numel: tl.tensor,
     seed: tl.tensor,
-    call: tl.tensor,
+    shard: tl.tensor,
+    window: tl.tensor,
+    shift: tl.tensor,
     FACTOR_IN_MEMORY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ) -> None:
@@ -135,9 +139,9 @@ def _update(
     left = numel - first * TILE
     codes, scales, gradients = codes + first * TILE, scales + first * ROWS, gradients + first * TILE
     if left >= TILE * TILES:
-        _tiles(codes, scales, gradients, factor, decay, left, seed, call, STOCHASTIC, False)
+        _tiles(codes, scales, gradients, factor, decay, left, seed, shard, window, shift, STOCHASTIC, False)
     else:
-        _tiles(codes, scales, gradients, factor, decay, left, seed, call, STOCHASTIC, True)
+        _tiles(codes, scales, gradients, factor, decay, left, seed, shard, window, shift, STOCHASTIC, True)
 
 
 @triton.jit
@@ -149,12 +153,14 @@ def _tiles(
     decay: tl.tensor,
     left: tl.tensor,
     seed: tl.tensor,
-    call: tl.tensor,
+    shard: tl.tensor,
+    window: tl.tensor,
+    shift: tl.tensor,
     STOCHASTIC: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
     if STOCHASTIC:
-        words = _random_words(seed, call)
+        words = _random_words(seed, shard, window)
     for tile in tl.static_range(TILES):
         places, blocks = _places(tile)
         mask = places < left if MASKED else None
@@ -167,7 +173,8 @@ def _tiles(
         scale = _kept_or_renewed(scale, exact)
         multiple = tl.div_rn(exact, tl.broadcast_to(scale[:, None], exact.shape))
         if STOCHASTIC:
-            noise = ((words[tile // 2] >> (16 * (tile % 2))) & 0xFFFF).to(tl.float32)
+            began = (words[tile // 2] >> (16 * (tile % 2))).to(tl.int32)
+            noise = ((began + shift.to(tl.int32)) & 0xFFFF).to(tl.float32)
             rounded = tl.floor(multiple + (noise + 0.5) * (2.0**-16))
         else:
             rounded = _whole_to_nearest(multiple)
@@ -185,14 +192,14 @@ def _places(tile: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def _random_words(seed: tl.tensor, call: tl.tensor) -> tuple[tl.tensor, ...]:
-    """Four uint32 for each lane of this program; the counter is (lane, 0, call)."""
+def _random_words(seed: tl.tensor, shard: tl.tensor, window: tl.tensor) -> tuple[tl.tensor, ...]:
+    """Four uint32 for each lane of this program; the counter is (lane, window, shard, ``APART``)."""
     lanes, _ = _places(0)
     lane = tl.program_id(0).to(tl.uint32) * TILE + lanes.to(tl.uint32)
     zeros = lane * 0
-    call = call.to(tl.uint64)
-    low, high = (call & 0xFFFFFFFF).to(tl.uint32), (call >> 32).to(tl.uint32)
-    return tl.philox(seed, lane, zeros, zeros + low, zeros + high, PHILOX_ROUNDS)
+    return tl.philox(
+        seed, lane, zeros + window.to(tl.uint32), zeros + shard.to(tl.uint32), zeros + APART, PHILOX_ROUNDS
+    )
 
 
 @triton.jit

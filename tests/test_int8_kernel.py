@@ -8,12 +8,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lomo_ds import int8
-from lomo_ds.int8 import BLOCK
+from lomo_ds.int8 import BLOCK, Noise
 from tests.rules import philox
 
 pytest.importorskip("triton")
@@ -38,7 +39,7 @@ def randn(numel: int, seed: int = 0) -> Tensor:
 
 
 def updated(
-    codes: Tensor, scales: Tensor, gradient: Tensor, factor: float | Tensor, decay: float, noise: Any = None
+    codes: Tensor, scales: Tensor, gradient: Tensor, factor: float | Tensor, decay: float, noise: Noise | None = None
 ) -> tuple[Tensor, Tensor]:
     from lomo_ds import int8_kernel
 
@@ -82,28 +83,41 @@ def test_nearest_equals_eager_bit_for_bit(interpreted: Interpreted, dtype: torch
     interpreted(updates_as_eager, dtype, factor)
 
 
-def equals_reference(seed: int, call: int) -> None:
+def reference_noise(numel: int, noise: Noise) -> Tensor:
+    """Philox over (lane, 256 steps, shard, a constant): half a word for each of a lane's 8 elements, then Weyl."""
+    programs = -(-numel // 8192)
+    lanes = np.arange(programs * 1024, dtype=np.uint64)
+    rest = [np.full_like(lanes, word) for word in (noise.step // 256, noise.shard, int.from_bytes(b"int8"))]
+    words = philox.philox([lanes, *rest], noise.seed, rounds=7)
+    halves = np.stack([half for word in words for half in (word & np.uint64(0xFFFF), word >> np.uint64(16))])
+    began = halves.reshape(8, programs, 1024).swapaxes(0, 1).reshape(-1)[:numel].astype(np.int64)
+    return torch.from_numpy(((began + noise.step * 40503) % 2**16 + 0.5) / 2**16).float()
+
+
+def equals_reference(noise: Noise) -> None:
     for numel in NUMELS[1:]:
         codes, scales = int8.encode(randn(numel))
         gradient = randn(numel, seed=1)
         exact = int8.decode(codes, scales, torch.float32) * 0.97 - gradient * 0.037
-        found = updated(codes, scales, gradient, 0.037, 0.97, (seed, call))
+        found = updated(codes, scales, gradient, 0.037, 0.97, noise)
         multiples = exact / found[1].float().repeat_interleave(BLOCK)[:numel]
-        noise = (philox.noise(numel, seed, call).float() + 0.5) / 2**16
-        assert torch.equal(found[0], (multiples + noise).floor().clamp(-127, 127).to(torch.int8))
-        int8.update_(codes, scales, gradient, 0.037, 0.97, torch.Generator())
+        expected = (multiples + reference_noise(numel, noise)).floor().clamp(-127, 127)
+        assert torch.equal(found[0], expected.to(torch.int8))
+        int8.update_(codes, scales, gradient, 0.037, 0.97, noise)
         assert torch.equal(found[1], scales), "of eager mode too: scales are not drawn"
 
 
-@pytest.mark.parametrize(("seed", "call"), [(0, 0), (42, 2**31), (2**32 + 5, 2**33 + 1), (2**64 - 1, 2**62 - 1)])
-def test_stochastic_rounding_adds_philox(interpreted: Interpreted, seed: int, call: int) -> None:
-    interpreted(equals_reference, seed, call)
+@pytest.mark.parametrize(
+    "noise", [Noise(0, 0, 0), Noise(42, 1, 255), Noise(2**32 + 5, 2**32 - 1, 1000), Noise(2**64 - 1, 7, 2**31)]
+)
+def test_stochastic_rounding_adds_philox_and_weyl(interpreted: Interpreted, noise: Noise) -> None:
+    interpreted(equals_reference, noise)
 
 
 def keeps_what_has_not_changed() -> None:
     for numel in NUMELS:
         codes, scales = int8.encode(randn(numel))
-        found = updated(codes, scales, torch.zeros(numel), 1.0, 1.0, (3, 4))
+        found = updated(codes, scales, torch.zeros(numel), 1.0, 1.0, Noise(3, 4, 5))
         assert torch.equal(found[0], codes)
         assert torch.equal(found[1], scales)
 
@@ -118,7 +132,7 @@ def is_unbiased() -> None:
     gradient = torch.full((numel,), -0.3)
     gradient[::BLOCK] = 0.0  # 127 keeps the scale of 1
     codes[gradient != 0] = -5
-    drawn = updated(codes, scales, gradient, 1.0, 1.0, (7, 0))[0][gradient != 0].double()
+    drawn = updated(codes, scales, gradient, 1.0, 1.0, Noise(7, 0, 3))[0][gradient != 0].double()
     assert set(drawn.tolist()) == {-5.0, -4.0}
     assert abs(float(drawn.mean()) + 4.7) < 4 * math.sqrt(0.3 * 0.7 / drawn.numel())
 
@@ -127,7 +141,7 @@ def test_stochastic_rounding_is_unbiased(interpreted: Interpreted) -> None:
     interpreted(is_unbiased)
 
 
-def shows_what_is_not_finite(noise: tuple[int, int] | None) -> None:
+def shows_what_is_not_finite(noise: Noise | None) -> None:
     every_bit = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)  # a GPU's nan
     for bad in (math.inf, -math.inf, math.nan, every_bit, -every_bit):
         codes, scales = int8.encode(randn(3 * BLOCK))
@@ -140,8 +154,8 @@ def shows_what_is_not_finite(noise: tuple[int, int] | None) -> None:
         assert again[1].isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("noise", [None, (0, 0)], ids=["nearest", "stochastic"])
-def test_a_block_that_is_not_finite_is_nan(interpreted: Interpreted, noise: tuple[int, int] | None) -> None:
+@pytest.mark.parametrize("noise", [None, Noise(0, 0, 0)], ids=["nearest", "stochastic"])
+def test_a_block_that_is_not_finite_is_nan(interpreted: Interpreted, noise: Noise | None) -> None:
     interpreted(shows_what_is_not_finite, noise)
 
 
@@ -176,7 +190,7 @@ def test_updating_compiles_to_wide_loads_and_separate_roundings(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"codes": "*i8", "scales": "*bf16", "gradients": "*bf16", "factor": "*fp32", "decay": "fp32"}
-    signature = pointers | dict.fromkeys(("numel", "seed", "call"), "i64")
+    signature = pointers | dict.fromkeys(("numel", "seed", "shard", "window", "shift"), "i64")
     code = compiled(int8_kernel._update, signature, {"FACTOR_IN_MEMORY": True, "STOCHASTIC": True})
     assert code.count("ld.global.v2.b32") == code.count("st.global.v2.b32") == 8, "8 codes"
     assert code.count("ld.global.v4.b32") == 8, "8 gradients of bfloat16"
