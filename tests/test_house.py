@@ -9,8 +9,9 @@ ROOT = Path(__file__).parent.parent / "lomo_ds"
 
 FLOORS = [
     ["errors", "layers", "numerics", "memory", "host_memory", "random_states", "signals", "training_engine"],
-    ["config", "loss", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest", "ds_parse"],
-    ["gathering", "reduction", "ds_config", "data.tokens", "data.packing", "rules", "stores", "lifeline", "monitor"],
+    ["config", "loss", "distributed", "clipping", "arguments", "data.text", "manifest", "ds_parse", "int8"],
+    ["zero3", "rules"],
+    ["gathering", "reduction", "ds_config", "data.tokens", "data.packing", "stores", "lifeline", "monitor"],
     ["schedules", "data", "models", "checkpoint"],
     ["backward", "demo", "cli", "progress"],
     ["optimizer"],

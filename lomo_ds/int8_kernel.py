@@ -1,0 +1,231 @@
+"""Weights in eight bits on CUDA, each in one pass over memory, as Triton kernels: what modules compute with, and SGD.
+
+To import this file is to import triton, which not every machine has.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lomo_ds import int8
+
+# Unfused, product and difference are rounded apart, as they are in eager mode.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+BLOCK = tl.constexpr(int8.BLOCK)
+ROWS = tl.constexpr(1024 // int8.BLOCK)  # blocks of a tile
+TILE = tl.constexpr(1024)  # 8 neighbours for each thread
+TILES = tl.constexpr(8)  # of a program; one call of Philox gives a lane 4 words, 16 bits for each of 8 tiles
+PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al., SC 2011, table 2)
+APART = tl.constexpr(0x696E7438)  # from counters that other kernels use with the same seed
+LARGEST = tl.constexpr(int8.LARGEST)
+SHRINK = tl.constexpr(int8.SHRINK)
+GROWN = tl.constexpr(int8.HEADROOM / int8.LARGEST)
+SMALLEST_SCALE = tl.constexpr(int8.SMALLEST_SCALE)
+INF_BITS = tl.constexpr(0x7F800000)
+
+
+def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Write what ``int8.decode`` returns into ``out``, bit for bit, without waiting for the device.
+
+    Args:
+        out: as long as ``codes``, contiguous, on their device; bfloat16, float16 or float32.
+    """
+    _check(codes, scales, out)
+    if codes.numel() == 0:
+        return
+    with torch.cuda.device_of(codes):
+        _decode[_grid(codes)](codes, scales, out, codes.numel(), **OPTIONS)
+
+
+def update(
+    codes: Tensor,
+    scales: Tensor,
+    gradient: Tensor,
+    factor: float | Tensor,
+    decay: float,
+    noise: int8.Noise | None,
+) -> None:
+    """Write ``decay * weight - factor * gradient`` as ``int8.requantize_`` would, without waiting for the device.
+
+    Args:
+        gradient: as long as ``codes``, contiguous, on their device; any float dtype.
+        factor: a float, or a 0-dim fp32 tensor on the same device.
+        noise: None rounds to nearest. The random numbers are other ones than those of ``int8.requantize_``.
+    """
+    _check(codes, scales, gradient)
+    assert codes.numel() < 2**35, "32 bits number the lanes"
+    if codes.numel() == 0:
+        return
+    drawn = noise or int8.Noise(0, 0, 0)
+    with torch.cuda.device_of(codes):
+        _update[_grid(codes)](
+            codes,
+            scales,
+            gradient,
+            factor if isinstance(factor, Tensor) else float(factor),  # an int would be compiled in
+            float(decay),
+            codes.numel(),
+            drawn.seed,
+            drawn.shard,
+            drawn.window,
+            drawn.shift,
+            FACTOR_IN_MEMORY=isinstance(factor, Tensor),
+            STOCHASTIC=noise is not None,
+            **OPTIONS,
+        )
+
+
+def _check(codes: Tensor, scales: Tensor, values: Tensor) -> None:
+    assert codes.shape == values.shape
+    assert scales.shape == (int8.blocks_of(codes.numel()),)
+    assert all(tensor.is_contiguous() for tensor in (codes, scales, values))
+
+
+def _grid(codes: Tensor) -> tuple[int]:
+    return (triton.cdiv(codes.numel(), TILE.value * TILES.value),)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def _decode(codes: tl.tensor, scales: tl.tensor, out: tl.tensor, numel: tl.tensor) -> None:
+    """One program writes ``TILES`` tiles of ``ROWS`` blocks."""
+    first = tl.program_id(0).to(tl.int64) * TILES
+    left = numel - first * TILE
+    codes, scales, out = codes + first * TILE, scales + first * ROWS, out + first * TILE
+    if left >= TILE * TILES:  # a mask of any length would rule out wide loads
+        for tile in tl.static_range(TILES):
+            _decode_tile(codes, scales, out, tile, left, False)
+    else:
+        for tile in tl.static_range(TILES):
+            _decode_tile(codes, scales, out, tile, left, True)
+
+
+@triton.jit
+def _decode_tile(
+    codes: tl.tensor,
+    scales: tl.tensor,
+    out: tl.tensor,
+    tile: tl.constexpr,
+    left: tl.tensor,
+    MASKED: tl.constexpr,
+) -> None:
+    places, blocks = _places(tile)
+    mask = places < left if MASKED else None
+    code = tl.load(codes + places, mask)
+    scale = tl.load(scales + blocks, blocks * BLOCK < left if MASKED else None).to(tl.float32)
+    value = code.to(tl.float32) * scale[:, None]
+    tl.store(out + places, _to_nearest(value, out.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["numel", "seed", "shard", "window", "shift"])
+def _update(
+    codes: tl.tensor,
+    scales: tl.tensor,
+    gradients: tl.tensor,
+    factor: tl.tensor,
+    decay: tl.tensor,
+    numel: tl.tensor,
+    seed: tl.tensor,
+    shard: tl.tensor,
+    window: tl.tensor,
+    shift: tl.tensor,
+    FACTOR_IN_MEMORY: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+) -> None:
+    """One program updates ``TILES`` tiles of ``ROWS`` blocks; lane i has element i of each."""
+    if FACTOR_IN_MEMORY:
+        factor = tl.load(factor)
+    first = tl.program_id(0).to(tl.int64) * TILES
+    left = numel - first * TILE
+    codes, scales, gradients = codes + first * TILE, scales + first * ROWS, gradients + first * TILE
+    if left >= TILE * TILES:
+        _tiles(codes, scales, gradients, factor, decay, left, seed, shard, window, shift, STOCHASTIC, False)
+    else:
+        _tiles(codes, scales, gradients, factor, decay, left, seed, shard, window, shift, STOCHASTIC, True)
+
+
+@triton.jit
+def _tiles(
+    codes: tl.tensor,
+    scales: tl.tensor,
+    gradients: tl.tensor,
+    factor: tl.tensor,
+    decay: tl.tensor,
+    left: tl.tensor,
+    seed: tl.tensor,
+    shard: tl.tensor,
+    window: tl.tensor,
+    shift: tl.tensor,
+    STOCHASTIC: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> None:
+    if STOCHASTIC:
+        words = _random_words(seed, shard, window)
+    for tile in tl.static_range(TILES):
+        places, blocks = _places(tile)
+        mask = places < left if MASKED else None
+        mask_of_blocks = blocks * BLOCK < left if MASKED else None
+        code = tl.load(codes + places, mask, 0 if MASKED else None)
+        scale = tl.load(scales + blocks, mask_of_blocks, 1 if MASKED else None).to(tl.float32)
+        gradient = tl.load(gradients + places, mask, 0 if MASKED else None)
+        exact = code.to(tl.float32) * scale[:, None] * decay
+        exact -= gradient.to(tl.float32) * factor
+        scale = _kept_or_renewed(scale, exact)
+        multiple = tl.div_rn(exact, tl.broadcast_to(scale[:, None], exact.shape))
+        if STOCHASTIC:
+            began = (words[tile // 2] >> (16 * (tile % 2))).to(tl.int32)
+            noise = ((began + shift.to(tl.int32)) & 0xFFFF).to(tl.float32)
+            rounded = tl.floor(multiple + (noise + 0.5) * (2.0**-16))
+        else:
+            rounded = _whole_to_nearest(multiple)
+        clamped = tl.minimum(tl.maximum(rounded, -LARGEST), LARGEST)
+        clamped = tl.where(multiple == multiple, clamped, 0.0)  # a nan has no code; the scale tells
+        tl.store(codes + places, clamped.to(tl.int8), mask)
+        tl.store(scales + blocks, scale.to(scales.dtype.element_ty), mask_of_blocks)
+
+
+@triton.jit
+def _places(tile: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Where the elements of a program's tile lie, (ROWS, BLOCK), and the scales of its blocks, (ROWS)."""
+    blocks = tile * ROWS + tl.arange(0, ROWS)
+    return blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], blocks
+
+
+@triton.jit
+def _random_words(seed: tl.tensor, shard: tl.tensor, window: tl.tensor) -> tuple[tl.tensor, ...]:
+    """Four uint32 for each lane of this program; the counter is (lane, window, shard, ``APART``)."""
+    lanes, _ = _places(0)
+    lane = tl.program_id(0).to(tl.uint32) * TILE + lanes.to(tl.uint32)
+    zeros = lane * 0
+    return tl.philox(
+        seed, lane, zeros + window.to(tl.uint32), zeros + shard.to(tl.uint32), zeros + APART, PHILOX_ROUNDS
+    )
+
+
+@triton.jit
+def _kept_or_renewed(scale: tl.tensor, exact: tl.tensor) -> tl.tensor:
+    """Of the block in each row, as a bfloat16 can hold it; nan for a block with an inf or a nan in it."""
+    bits = tl.max(exact.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # of magnitudes; a nan's are above all
+    largest = bits.to(tl.float32, bitcast=True)
+    limit = scale * LARGEST
+    keeps = (largest <= limit) & (largest >= limit * SHRINK)
+    wanted = (largest * GROWN).to(tl.int32, bitcast=True)
+    up = ((wanted + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+    renewed = tl.where(bits < INF_BITS, tl.maximum(up, SMALLEST_SCALE), float("nan"))
+    return tl.where(keeps, scale, renewed)
+
+
+@triton.jit
+def _whole_to_nearest(values: tl.tensor) -> tl.tensor:
+    """Ties to even, for magnitudes below 2 ** 22: a sum in whose binade the whole numbers are the steps."""
+    return (values + 12582912.0) - 12582912.0  # 1.5 * 2 ** 23
+
+
+@triton.jit
+def _to_nearest(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Ties to even; by hand for bfloat16, which Triton's interpreter would cut off."""
+    if dtype != tl.bfloat16:
+        return values.to(dtype)
+    bits = values.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return tl.where(values == values, rounded, values).to(dtype)
