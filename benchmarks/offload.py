@@ -59,11 +59,11 @@ class Traffic:
     def watch(self) -> None:
         """From now on, in this process."""
         from lomo_ds.host_memory import Ferry
-        from lomo_ds.stores import FromHostMemory
+        from lomo_ds.stores import AsKept
 
-        pack, down, up = FromHostMemory.pack, Ferry.down, Ferry.up
+        pack, down, up = AsKept.pack, Ferry.down, Ferry.up
 
-        def counted_pack(wire: FromHostMemory, shard: Tensor) -> Tensor:
+        def counted_pack(wire: AsKept, shard: Tensor) -> Tensor:
             self.up += shard.nbytes
             return pack(wire, shard)
 
@@ -76,7 +76,7 @@ class Traffic:
                 self.up += tensor.nbytes
                 yield tensor
 
-        vars_of: Any = (FromHostMemory, Ferry)
+        vars_of: Any = (AsKept, Ferry)
         vars_of[0].pack, vars_of[1].down, vars_of[1].up = counted_pack, counted_down, counted_up
 
 

@@ -61,6 +61,9 @@ class TrainArguments:
     seed: int = _argument(42, "Of data order, dropout and stochastic rounding.")
     bf16: bool = _argument(False, "bfloat16 weights and gradients.")
     fp16: bool = _argument(False, "float16 weights and gradients with a dynamic loss scale.")
+    weights: Literal["auto", "int8"] = _argument(
+        "auto", "int8 keeps weights in eight bits, half of bf16's memory; auto keeps them as they are computed with."
+    )
     gradient_checkpointing: bool = _argument(False, "Recompute activations in backward instead of keeping them.")
     activation_offload: bool = _argument(
         False, "Keep what gradient_checkpointing keeps, the input of every layer, in pinned host memory."

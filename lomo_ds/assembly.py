@@ -20,7 +20,7 @@ from lomo_ds.memory import free_bytes
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.rules import Rule, Sgd
 from lomo_ds.schedules import Choice, Target, build_schedule, choose_schedule
-from lomo_ds.stores import FromHostMemory, InHostMemory, OnDevice, Store
+from lomo_ds.stores import AsKept, InHostMemory, OnDevice, Quantized, Store
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +72,14 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
     prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
+    largest = largest_use(engine.module, granularity)
     if zero3.offload_device(engine.config) == "cpu":
-        largest = largest_use(engine.module, granularity)
         # the link is to have work all the time: what is used next is on its way while this is computed with
         prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", max(prefetch_numel, largest))
         live_numel = _unless_asked(engine, "max_live_parameters", max(live_numel, largest + prefetch_numel))
-        zero3.gather_by(engine.module, FromHostMemory(engine.device), ahead_numel=2 * largest + prefetch_numel)
+    wire = _wire(engine)
+    if wire is not None:
+        zero3.gather_by(engine.module, wire, ahead_numel=2 * largest + prefetch_numel)
     return OnDemand(
         engine.module,
         granularity,
@@ -96,6 +98,15 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     )
 
 
+def _wire(engine: DeepSpeedEngine) -> zero3.Wire | None:
+    """How shards travel, where that is not as DeepSpeed lets them."""
+    if engine.zero_quantized_weights() and dist.get_world_size(engine.seq_data_parallel_group) > 1:
+        return Quantized(engine.device)
+    if zero3.offload_device(engine.config) == "cpu" or zero3.keeps_eight_bits(engine.config):
+        return AsKept(engine.device)
+    return None
+
+
 def _unless_asked(engine: DeepSpeedEngine, name: str, ours: int) -> int:
     """What the ds_config says of ``name``, or ours."""
     asked = engine.config["zero_optimization"]
@@ -103,10 +114,9 @@ def _unless_asked(engine: DeepSpeedEngine, name: str, ours: int) -> int:
 
 
 def _build_store(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> Store:
-    data = [shard.data for shard in shards]
     if zero3.offload_device(engine.config) == "cpu":
-        return InHostMemory(data, [shard.start for shard in shards], engine.device)
-    return OnDevice(data)
+        return InHostMemory(shards, engine.device)
+    return OnDevice(shards)
 
 
 def _trained_parameters(model: Module, chosen: set[int]) -> dict[str, Parameter]:

@@ -11,6 +11,7 @@ UpdateSchedule = Literal["auto", "immediate", "two_pass", "stash"]
 StashDevice = Literal["auto", "cpu", "gpu"]
 Rounding = Literal["auto", "nearest", "stochastic"]
 GatherGranularity = Literal["auto", "module", "layer"]
+Weights = Literal["auto", "int8"]
 SECTIONS = (
     "optimizer", "optimizer.params", "scheduler", "scheduler.params", "zero_optimization", "bf16", "fp16",
     # what DeepSpeed takes for an object without looking
@@ -35,6 +36,8 @@ class LomoConfig:
         stash_device: where ``stash`` keeps gradient shards.
         rounding: how fp32 results become half-precision weights; ``auto`` is stochastic.
         seed: of stochastic rounding.
+        weights: ``int8`` keeps matrices in eight bits, with a scale for each block of 128; ``auto`` keeps them in the
+            precision that modules compute in.
         gather_granularity: what parameters are gathered for at once: each ``module``, or a whole decoder ``layer``;
             ``auto`` is layer wherever two layers fit. On one rank without offload nothing is gathered.
     """
@@ -48,6 +51,7 @@ class LomoConfig:
     rounding: Rounding = "auto"
     seed: int = 42
     gather_granularity: GatherGranularity = "auto"
+    weights: Weights = "auto"
 
     def __post_init__(self) -> None:
         _require_number(self.lr, "LOMO's lr", at_least=0.0)
@@ -60,6 +64,7 @@ class LomoConfig:
             ("stash_device", get_args(StashDevice)),
             ("rounding", get_args(Rounding)),
             ("gather_granularity", get_args(GatherGranularity)),
+            ("weights", get_args(Weights)),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"LOMO's {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -126,6 +131,7 @@ def refuse_what_cannot_be(ds_config: dict[str, Any]) -> None:
     _require_step(ds_config)
     _refuse_optimizer_offload(ds_config)
     _refuse_other_engines(ds_config)
+    _refuse_two_quantizations(ds_config, lomo)
     _refuse_clips_that_compete(ds_config, lomo)
     _refuse_what_the_schedule_cannot(ds_config, lomo)
 
@@ -139,6 +145,11 @@ def refuse_what_no_baseline_can(ds_config: dict[str, Any]) -> None:
     require_sections(ds_config)
     _require_step(ds_config)
     _refuse_other_engines(ds_config)
+    if (ds_config.get("zero_optimization") or {}).get("zero_quantized_weights"):
+        raise ConfigError(
+            "zero_optimization.zero_quantized_weights is for LOMO here, as DeepSpeed's own needs kernels that do not "
+            "run everywhere; remove it or set it to false"
+        )
 
 
 def _require_step(ds_config: dict[str, Any]) -> None:
@@ -168,7 +179,6 @@ def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
             )
     for name, default in (
         ("zero_hpz_partition_size", 1),
-        ("zero_quantized_weights", False),
         ("zero_quantized_gradients", False),
         ("zero_quantized_nontrainable_weights", False),
     ):
@@ -194,6 +204,22 @@ def _refuse_optimizer_offload(ds_config: dict[str, Any]) -> None:
         raise ConfigError(
             "zero_optimization.offload_optimizer was asked for, but LOMO has no optimizer state to offload; "
             "remove it, or use offload_param to keep the parameters in host memory"
+        )
+
+
+def _refuse_two_quantizations(ds_config: dict[str, Any], lomo: LomoConfig) -> None:
+    zero = ds_config.get("zero_optimization") or {}
+    if lomo.weights != "int8":
+        return
+    if zero.get("zero_quantized_weights"):
+        raise ConfigError(
+            "weights int8 travel in eight bits as they are, so zero_optimization.zero_quantized_weights has nothing "
+            "left to do; remove one of the two"
+        )
+    if _device(zero.get("offload_param")) == "nvme":
+        raise ConfigError(
+            "weights int8 cannot lie on NVMe, whose swapper knows tensors of one dtype; use offload_param.device cpu, "
+            "or leave weights out"
         )
 
 

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
@@ -22,6 +22,7 @@ SAME_MEANING = {
     "optimizer.params.seed": "seed",
     "bf16.enabled": "bf16",
     "fp16.enabled": "fp16",
+    "optimizer.params.weights": "weights",
 }
 # what --optim names, as DeepSpeed takes it from torch.optim; fused needs no memory beside gradients and states
 BASELINES: dict[str, dict[str, Any]] = {
@@ -30,7 +31,7 @@ BASELINES: dict[str, dict[str, Any]] = {
 }
 # of a ds_config's optimizer.params, what --optim adamw and sgd know, or need not: their master weights are fp32
 KNOWN = {"lr", "weight_decay", "rounding", "seed", "torch_adam", "fused"}
-KINDS = {int: "an integer", float: "a number", bool: "true or false"}
+KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a word"}
 
 
 def read_ds_config(file: str) -> dict[str, Any]:
@@ -69,7 +70,9 @@ def reconcile(
     config = copy.deepcopy(ds_config)
     disagreements: list[str] = []
     adopted: dict[str, Any] = {}
-    kinds = get_type_hints(TrainArguments)
+    kinds = {
+        name: str if get_origin(hint) is Literal else hint for name, hint in get_type_hints(TrainArguments).items()
+    }
     for path, name in SAME_MEANING.items():
         theirs = _get(config, path)
         _require_kind(theirs, path, kinds[name])
@@ -203,5 +206,6 @@ def _autos(config: Any, path: str = "") -> Any:
         "optimizer.params.stash_device",
         "optimizer.params.rounding",
         "optimizer.params.gather_granularity",
+        "optimizer.params.weights",
     ):
         yield path

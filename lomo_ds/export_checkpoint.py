@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from lomo_ds.checkpoint import MODEL, dtype_of, open_alone, refuse_other_model, tensor_record, whole_tensors
 from lomo_ds.errors import CheckpointError
 from lomo_ds.models import Export, load_config, load_generation_config, load_tokenizer, meta_model, saved_tensors
+from lomo_ds.zero3 import kept_tensors
 
 
 def export_checkpoint(
@@ -37,10 +39,11 @@ def export_checkpoint(
     model = meta_model(load_config(folder, trust_remote_code), dtype, trust_remote_code)
     load_generation_config(model, folder)
     tensors = saved_tensors(model)
-    refuse_other_model(checkpoint, found.record, tensor_record(tensors))
+    parts = found.record["world_size"] if any(dtype == torch.int8 for dtype in dtypes.values()) else None
+    refuse_other_model(checkpoint, found.record, tensor_record(kept_tensors(tensors, parts) if parts else tensors))
     tokenizer = load_tokenizer(folder, trust_remote_code)
     export = Export(output_dir, tensors, max_shard_size)
     export.start()
     for file, names in tqdm(export.files.items(), desc="exporting", unit=" files", disable=None):
-        export.write(file, whole_tensors({name: tensors[name] for name in names}, found.weights))
+        export.write(file, whole_tensors({name: tensors[name] for name in names}, found.weights, parts))
     export.finish(model, tokenizer)

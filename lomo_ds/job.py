@@ -10,8 +10,10 @@ from typing import Any
 
 import deepspeed.comm as dist
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from lomo_ds import zero3
 from lomo_ds.arguments import TrainArguments
 from lomo_ds.baseline import initialize_baseline
 from lomo_ds.checkpoint import (
@@ -163,9 +165,7 @@ def _is_done(output_dir: Path, run_id: dict[str, Any]) -> bool:
 def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, data: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint to go on from, verified; None to start from the beginning."""
     output_dir = Path(arguments.output_dir)
-    tensors = together(
-        lambda: tensor_record(saved_tensors(meta_model(config, _dtype(arguments), arguments.trust_remote_code)))
-    )
+    tensors = together(lambda: tensor_record(_kept_tensors(config, arguments)))
 
     def check(folder: Path, record: dict[str, Any]) -> None:
         theirs = record["client_state"].get("data")
@@ -181,6 +181,12 @@ def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, data: 
     folder = None if arguments.resume_from_checkpoint is None else Path(arguments.resume_from_checkpoint)
     together(lambda: _refuse_checkpoints_of_another_run(output_dir, folder))
     return None if folder is None else open_checkpoint(folder, tensors, check=check)
+
+
+def _kept_tensors(config: PretrainedConfig, arguments: TrainArguments) -> dict[str, Tensor]:
+    """What a checkpoint of this run holds of the model, on the meta device."""
+    whole = saved_tensors(meta_model(config, _dtype(arguments), arguments.trust_remote_code))
+    return zero3.kept_tensors(whole, dist.get_world_size()) if arguments.weights == "int8" else whole
 
 
 def _refuse_checkpoints_of_another_run(output_dir: Path, resumed: Path | None) -> None:

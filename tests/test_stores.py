@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lomo_ds.host_memory import FIRST_SLAB_BYTES, Ferry, PinnedMemory, bytes_of
 from lomo_ds.stores import InHostMemory
+from lomo_ds.zero3 import Shard
 from tests.engines import make_engine
 from tests.ranks import Ranks
 from tests.reference import part, tiny_model, whole_batch
@@ -41,7 +42,7 @@ def bytes_carried(schedule: str, granularity: str) -> tuple[float, float]:
     engine = make_engine(tiny_model(), schedule, params={"gather_granularity": granularity}, zero_optimization=zero)
     store: Any = engine.schedule.store
     names = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
-    shards = sum(s.nbytes for name, s in zip(names, store.shards, strict=True) if name != "unused")
+    shards = sum(s.data.nbytes for name, s in zip(names, store.shards, strict=True) if name != "unused")
     engine.train_batch(part(whole_batch(0, rows=2), dist.get_rank(), dist.get_world_size()))
     store.ferry = Watched()
     engine.train_batch(part(whole_batch(1, rows=2), dist.get_rank(), dist.get_world_size()))
@@ -67,19 +68,21 @@ def test_an_update_in_backward_reads_nothing_back(
 
 
 def test_a_shard_is_lent_from_the_gathered_copy_or_from_its_home() -> None:
-    home = torch.arange(10.0)
-    store = InHostMemory([home, home.clone()], [10, 10], CPU)
+    homes = [torch.arange(10.0), torch.arange(10.0)]
+    group: Any = None
+    store = InHostMemory([Shard("", home, 10, torch.Size([5, 6]), group, home) for home in homes], CPU)
     whole = torch.arange(30.0) + 100
     store.note_whole(0, whole.view(5, 6))
     gradients = [torch.ones(10), torch.ones(10)]
     lent = []
     for (values,), (gradient,) in store.lend([0, 1], gradients):
+        assert isinstance(values, Tensor)
         lent.append(values.clone())
         values -= gradient
     store.flush()
     assert [values.tolist() for values in lent] == [list(range(110, 120)), list(range(10))]
-    assert home.tolist() == list(range(109, 119))
-    assert store.shards[1].tolist() == list(range(-1, 9))
+    assert homes[0].tolist() == list(range(109, 119))
+    assert homes[1].tolist() == list(range(-1, 9))
     assert torch.equal(whole, torch.arange(30.0) + 100), "of a copy that others read too, a part is copied"
 
 

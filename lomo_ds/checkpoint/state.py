@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lomo_ds.errors import CheckpointError, DamagedError
-from lomo_ds.zero3 import Shard
+from lomo_ds.zero3 import SCALES, Shard
 
 WEIGHTS = "weights"  # folder of every rank's shards
 RECORD = "state.json"
@@ -104,6 +104,12 @@ def refuse_other_model(folder: Path, record: dict[str, Any], tensors: dict[str, 
     theirs = record["tensors"]
     for name in sorted(theirs.keys() | tensors.keys()):
         if theirs.get(name) != tensors.get(name):
+            if name.endswith(SCALES) and name in theirs and name in tensors:
+                raise CheckpointError(
+                    f"{folder} holds weights in eight bits as {record['world_size']} ranks cut them into blocks, and "
+                    f"those of {name.removesuffix(SCALES)} begin elsewhere on another number of ranks; resume on "
+                    f"{record['world_size']}"
+                )
             have, want = (_describe(found.get(name)) for found in (theirs, tensors))
             raise CheckpointError(
                 f"{folder} is of another model: its {name} is {have}, and this model's is {want}; resume with the "

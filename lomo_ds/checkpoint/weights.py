@@ -48,22 +48,28 @@ def load_weights(shards: list[zero3.Shard], buffers: dict[str, Tensor], folder: 
         raise DamagedError(f"{folder} cannot be read: {_first_failure(error)}") from None
 
 
-def whole_tensors(like: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def whole_tensors(like: dict[str, Tensor], folder: Path, parts: int | None = None) -> dict[str, Tensor]:
     """Whole tensors, in one process, without the ranks that wrote them.
 
     Args:
         like: the shape and dtype of each, on the meta device.
+        parts: how many ranks have written weights in eight bits, which come back as floats; None: there are none.
 
     Raises:
         DamagedError: the files do not hold them.
     """
-    flat = {name: torch.empty(tensor.numel(), dtype=tensor.dtype) for name, tensor in like.items()}
+    kept = like if parts is None else zero3.kept_tensors(like, parts)
+    flat = {name: torch.empty(tensor.numel(), dtype=tensor.dtype) for name, tensor in kept.items()}
     try:
         with warnings.catch_warnings(action="ignore"):  # that torch.distributed is off, which is what no_dist asks for
             checkpoint.load(flat, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
         raise DamagedError(f"{folder} cannot be read: {_first_failure(error)}") from None
-    return {name: tensor.view(like[name].shape) for name, tensor in flat.items()}
+    for name, tensor in like.items():
+        if kept[name].dtype != tensor.dtype:
+            assert parts is not None
+            flat[name] = zero3.as_floats(flat[name], flat[name + zero3.SCALES], parts, tensor.dtype)
+    return {name: flat[name].view(tensor.shape) for name, tensor in like.items()}
 
 
 def files_of_rank(folder: Path, rank: int) -> list[Path]:

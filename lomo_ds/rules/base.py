@@ -5,13 +5,17 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lomo_ds.int8 import Blocks
+
+Values = Tensor | Blocks  # of a shard: 1-D and contiguous of any float dtype, or eight-bit weights
+
 
 class Rule(Protocol):
     """Turns parameter shards and their gradients into the new shards."""
 
     def update(
         self,
-        shards: Sequence[Tensor],
+        shards: Sequence[Values],
         gradients: Sequence[Tensor],
         coefficient: float | Tensor,
         lr: float,
@@ -20,7 +24,7 @@ class Rule(Protocol):
         """Write the updated parameters into ``shards``. The host does not wait for the device.
 
         Args:
-            shards: 1-D and contiguous, on the device that computes; any float dtype.
+            shards: on the device that computes.
             gradients: each as long as its shard, on the same device; any float dtype. Clobbered.
             coefficient: what gradients are multiplied by first (averaging, unscaling, clipping); a float or
                 a 0-dim tensor.

@@ -1,7 +1,8 @@
-"""Stores: where this rank's shards are kept between their uses, and in what form."""
+"""Stores: where this rank's shards are kept between their uses, and how they travel from there."""
 
 from lomo_ds.stores.base import Store
-from lomo_ds.stores.in_host_memory import FromHostMemory, InHostMemory
+from lomo_ds.stores.in_host_memory import InHostMemory
 from lomo_ds.stores.on_device import OnDevice
+from lomo_ds.stores.wire import AsKept, Quantized
 
-__all__ = ["FromHostMemory", "InHostMemory", "OnDevice", "Store"]
+__all__ = ["AsKept", "InHostMemory", "OnDevice", "Quantized", "Store"]

@@ -5,6 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lomo_ds.rules import Values
+
 
 class Store(Protocol):
     """Keeps the shards of the parameters that train, by their index in the model's order.
@@ -20,11 +22,11 @@ class Store(Protocol):
         """
         ...
 
-    def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[tuple[list[Values], list[Tensor]]]:
         """Shards, or parts of them, to be changed in place, with their part of ``gradients``.
 
-        What is lent is 1-D and on the device that computes; it is kept when the next one is asked for. The host waits
-        for nothing.
+        What is lent is on the device that computes; it is kept when the next one is asked for. The host waits for
+        nothing.
 
         Args:
             gradients: each as long as its shard, on the device that computes.

@@ -7,62 +7,57 @@ from torch import Tensor
 
 from lomo_ds.host_memory import Ferry
 from lomo_ds.numerics import GPU_PIECE_NUMEL
+from lomo_ds.rules import Values
+from lomo_ds.zero3 import Shard
 
 
 class InHostMemory:
     """Lends this rank's part of a gathered copy where one was noted, else a copy of the shard, a piece at a time.
 
+    A gathered copy of eight-bit weights has been rounded, so that they are always lent as a copy of the shard.
+
     Args:
-        shards: 1-D, in host memory; pinned, copies run beside what is computed.
-        starts: where each begins in its flattened parameter.
+        shards: in host memory; where it is pinned, copies run beside what is computed.
         device: the one that computes.
     """
 
-    def __init__(self, shards: Sequence[Tensor], starts: Sequence[int], device: torch.device) -> None:
+    def __init__(self, shards: Sequence[Shard], device: torch.device) -> None:
         self.shards = shards
-        self.starts = starts
         self.ferry = Ferry(device)
         self.at_hand: dict[int, Tensor] = {}
 
     def note_whole(self, index: int, whole: Tensor) -> None:
         """See ``Store.note_whole``."""
-        numel = self.shards[index].numel()
-        part = whole.detach().reshape(-1).narrow(0, min(self.starts[index], whole.numel() - numel), numel)
-        # a view would keep all of it; and where nothing is left for this rank it would keep it for nothing
-        self.at_hand[index] = part if numel == whole.numel() else part.clone()
+        shard = self.shards[index]
+        if shard.data.dtype != whole.dtype:
+            return
+        part = whole.detach().reshape(-1)[shard.start : shard.stop]
+        # a view would keep all of it
+        self.at_hand[index] = part if part.numel() == whole.numel() else part.clone()
 
-    def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[tuple[list[Values], list[Tensor]]]:
         """See ``Store.lend``."""
-        away: list[tuple[Tensor, Tensor]] = []
+        away: list[tuple[int, Tensor, Tensor]] = []
         for index, gradient in zip(indices, gradients, strict=True):
             if index in self.at_hand:
                 part = self.at_hand.pop(index)
                 yield [part], [gradient]
-                self.ferry.down(part, self.shards[index])
+                self.ferry.down(part, self.shards[index].data)
             else:
-                homes = self.shards[index].split(GPU_PIECE_NUMEL)
-                away += zip(homes, gradient.split(GPU_PIECE_NUMEL), strict=True)
-        arriving = self.ferry.up(home for home, _ in away)
-        for (home, gradient), part in zip(away, arriving, strict=True):
-            yield [part], [gradient]
-            self.ferry.down(part, home)
+                away += [(index, *of_piece) for of_piece in self._pieces(index, gradient)]
+        arriving = self.ferry.up(home for _, home, _ in away)
+        for (index, home, gradient), copy in zip(away, arriving, strict=True):
+            yield [self.shards[index].values(index, copy) if copy.dtype == torch.int8 else copy], [gradient]
+            self.ferry.down(copy, home)
 
     def flush(self) -> None:
         """See ``Store.flush``."""
         self.at_hand.clear()
         self.ferry.flush()
 
-
-class FromHostMemory:
-    """The ``zero3.Wire`` of shards in host memory: as they are, over the link and then from rank to rank."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def pack(self, shard: Tensor) -> Tensor:
-        """See ``Wire.pack``."""
-        return torch.empty_like(shard, device=self.device, pin_memory=False).copy_(shard, non_blocking=True)
-
-    def unpack(self, packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-        """See ``Wire.unpack``."""
-        return packed.view(-1)
+    def _pieces(self, index: int, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """A shard and its gradient in parts of bounded length; eight-bit weights in one, half as long."""
+        shard = self.shards[index]
+        if shard.data.dtype == torch.int8:
+            return iter([(shard.kept, gradient)])
+        return zip(shard.data.split(GPU_PIECE_NUMEL), gradient.split(GPU_PIECE_NUMEL), strict=True)

@@ -4,23 +4,26 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from lomo_ds.rules import Values
+from lomo_ds.zero3 import Shard
+
 
 class OnDevice:
     """Lends the shards themselves.
 
     Args:
-        shards: 1-D, on the device that computes.
+        shards: on the device that computes.
     """
 
-    def __init__(self, shards: Sequence[Tensor]) -> None:
-        self.shards = shards
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.values: list[Values] = [shard.values(number) for number, shard in enumerate(shards)]
 
     def note_whole(self, index: int, whole: Tensor) -> None:
         """See ``Store.note_whole``; the shard is at hand anyway."""
 
-    def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[tuple[list[Values], list[Tensor]]]:
         """See ``Store.lend``."""
-        yield [self.shards[index] for index in indices], list(gradients)
+        yield [self.values[index] for index in indices], list(gradients)
 
     def flush(self) -> None:
         """See ``Store.flush``."""

@@ -2,18 +2,33 @@
 
 ZeRO-3 keeps each parameter as ``world size`` partitions of ceil(numel / world size) elements, one on each
 rank, and gathers the whole of it around the modules that use it. A ``Shard`` is this rank's partition without
-its padding. Writing to it changes the model; a gathered copy made before the write is stale from then on, so
+its padding, of floats or, where the DeepSpeed config says ``weights: int8``, of eight-bit weights. Writing to it
+changes the model; a gathered copy made before the write is stale from then on, so
 ``Gathering.refresh`` ends every step.
 """
 
-from lomo_ds.zero3.shard import Shard, shards, whole_shape
-from lomo_ds.zero3.split import gathered, lie_here, make_whole, offload_device, partition, split, stay_whole
-from lomo_ds.zero3.transport import gather_by
+from lomo_ds.zero3.shard import SCALES, Shard, as_floats, kept_tensors, shards, whole_shape
+from lomo_ds.zero3.split import (
+    gathered,
+    keeps_eight_bits,
+    lie_here,
+    make_whole,
+    offload_device,
+    partition,
+    split,
+    stay_whole,
+)
+from lomo_ds.zero3.transport import Wire, gather_by
 
 __all__ = [
+    "SCALES",
     "Shard",
+    "Wire",
+    "as_floats",
     "gather_by",
     "gathered",
+    "keeps_eight_bits",
+    "kept_tensors",
     "lie_here",
     "make_whole",
     "offload_device",

@@ -1,5 +1,6 @@
 """This rank's part of a parameter."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 
+from lomo_ds import int8
+
 Partitioned = Any  # a Parameter to which DeepSpeed has given its ds_ attributes
+SCALES = ".int8_scales"  # behind the name of a parameter in eight bits
 
 
 @dataclass(frozen=True)
@@ -17,18 +21,42 @@ class Shard:
     """This rank's part of one parameter: the rank-th piece of the flattened whole, as ``torch.chunk`` cuts it."""
 
     name: str
-    data: Tensor  # 1-D view of the partition, padding left out; empty on ranks behind a tiny tensor's end
+    data: Tensor  # 1-D view of the partition, or int8 codes, padding left out; empty on ranks behind a tensor's end
     start: int  # where it begins in the flattened whole
     shape: torch.Size  # of the whole
     group: ProcessGroup  # the ranks that hold the other parts
+    kept: Tensor  # all that this rank keeps of it, 1-D: padding too; of eight-bit weights the buffer they lie in
 
     @classmethod
     def of(cls, name: str, parameter: Partitioned) -> "Shard":
         """The shard of a parameter that ZeRO-3 has partitioned."""
         start = min(parameter.ds_tensor.ds_numel * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
         valid = min(parameter.ds_numel - start, parameter.ds_tensor.ds_numel)
-        data = parameter.ds_tensor.data.narrow(0, 0, valid)
-        return cls(name, data, start, parameter.ds_shape, parameter.ds_process_group)
+        kept = parameter.ds_tensor.data
+        data = kept if kept.dtype != torch.int8 else int8.blocks_in(kept, parameter.ds_tensor.ds_numel).codes
+        return cls(name, data.narrow(0, 0, valid), start, parameter.ds_shape, parameter.ds_process_group, kept)
+
+    @classmethod
+    def of_scales(cls, name: str, parameter: Partitioned) -> "Shard":
+        """The scales of a parameter's eight-bit weights: of as many blocks on each rank, those of padding included."""
+        scales = int8.blocks_in(parameter.ds_tensor.data, parameter.ds_tensor.ds_numel).scales
+        group = parameter.ds_process_group
+        whole = torch.Size([dist.get_world_size(group) * scales.numel()])
+        return cls(name + SCALES, scales, dist.get_rank(group) * scales.numel(), whole, group, scales)
+
+    def values(self, number: int, kept: Tensor | None = None) -> Tensor | int8.Blocks:
+        """What an update writes to.
+
+        Args:
+            number: another for each shard of a model.
+            kept: a copy of it, to be written to instead.
+        """
+        kept = self.kept if kept is None else kept
+        start = self.data.storage_offset() - self.kept.storage_offset()
+        data = kept[start : start + self.data.numel()]
+        if data.dtype != torch.int8:
+            return data
+        return int8.Blocks(data, kept[: int8.bytes_of_scales(data.numel())].view(torch.bfloat16), number)
 
     @property
     def stop(self) -> int:
@@ -37,8 +65,45 @@ class Shard:
 
 
 def shards(model: Module) -> list[Shard]:
-    """This rank's shard of every parameter, in the model's order."""
-    return [Shard.of(name, parameter) for name, parameter in model.named_parameters()]
+    """This rank's shard of every parameter, in the model's order; of eight-bit weights two, codes and scales."""
+    return list(_shards(model))
+
+
+def _shards(model: Module) -> Iterator[Shard]:
+    for name, parameter in model.named_parameters():
+        shard = Shard.of(name, parameter)
+        yield shard
+        if shard.data.dtype == torch.int8:
+            yield Shard.of_scales(name, parameter)
+
+
+def kept_tensors(whole: dict[str, Tensor], parts: int) -> dict[str, Tensor]:
+    """What ranks keep of a model in eight bits, as ``shards`` gives it, put together; on the meta device.
+
+    Args:
+        whole: its parameters and buffers, on the meta device, by name.
+        parts: ranks.
+    """
+    kept: dict[str, Tensor] = {}
+    for name, tensor in whole.items():
+        if int8.fits(tensor.shape) and tensor.is_floating_point():
+            blocks = parts * int8.blocks_of(-(-tensor.numel() // parts))
+            kept[name] = tensor.to(torch.int8)
+            kept[name + SCALES] = torch.empty(blocks, dtype=torch.bfloat16, device="meta")
+        else:
+            kept[name] = tensor
+    return kept
+
+
+def as_floats(codes: Tensor, scales: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+    """A whole parameter from what ``parts`` ranks have kept of it in eight bits; 1-D, without padding."""
+    whole = torch.empty_like(codes, dtype=dtype)
+    shard_numel = -(-codes.numel() // parts)
+    for some, theirs, part in zip(
+        codes.split(shard_numel), scales.chunk(parts), whole.split(shard_numel), strict=False
+    ):
+        int8.read(int8.Blocks(some, theirs[: int8.blocks_of(some.numel())], 0), part)
+    return whole
 
 
 def whole_shape(parameter: Partitioned) -> torch.Size:

@@ -10,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init, ZeroParamStatus
 from torch.nn import Module, Parameter
 
+from lomo_ds import int8
 from lomo_ds.host_memory import PinnedMemory
 from lomo_ds.zero3.shard import Partitioned, Shard
 
@@ -31,9 +32,11 @@ def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> I
         converter._convert_to_deepspeed_param(parameter)
         partitioned: Partitioned = parameter
         partitioned.partition()
-        if pinned is not None:
+        if pinned is not None and not _in_eight_bits(ds_config, partitioned):
             partitioned.ds_tensor.data = pinned.like(partitioned.ds_tensor)
         yield Shard.of(name, partitioned)
+        if _in_eight_bits(ds_config, partitioned):
+            _put_into_eight_bits(partitioned, pinned)
 
 
 def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
@@ -42,8 +45,10 @@ def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
     if whole:
         _converter(whole, ds_config, dtype)
     pinned = _pinned_memory(ds_config)
-    if pinned is not None:
-        for parameter in whole:
+    for parameter in whole:
+        if _in_eight_bits(ds_config, parameter):
+            _put_into_eight_bits(parameter, pinned)
+        elif pinned is not None:
             parameter.ds_tensor.data = pinned.like(parameter.ds_tensor).copy_(parameter.ds_tensor)
 
 
@@ -54,8 +59,14 @@ def offload_device(ds_config: dict[str, Any]) -> str:
 
 
 def stay_whole(ds_config: dict[str, Any]) -> bool:
-    """Whether nothing is ever to be gathered: one rank, which holds its shards where it computes."""
-    return dist.get_world_size() == 1 and offload_device(ds_config) == "none"
+    """Whether nothing is ever to be gathered: one rank, which holds its shards as it computes with them."""
+    return dist.get_world_size() == 1 and offload_device(ds_config) == "none" and not keeps_eight_bits(ds_config)
+
+
+def keeps_eight_bits(ds_config: dict[str, Any]) -> bool:
+    """Whether matrices are kept as eight-bit weights."""
+    optimizer = ds_config.get("optimizer") or {}
+    return (optimizer.get("params") or {}).get("weights") == "int8"
 
 
 def lie_here(model: Module) -> bool:
@@ -79,6 +90,17 @@ def gathered(parameters: list[Parameter]) -> Iterator[None]:
         yield
 
 
+def _in_eight_bits(ds_config: dict[str, Any], parameter: Partitioned) -> bool:
+    return keeps_eight_bits(ds_config) and int8.fits(parameter.ds_shape)
+
+
+def _put_into_eight_bits(parameter: Partitioned, pinned: PinnedMemory | None) -> None:
+    buffer = int8.buffer_of(parameter.ds_tensor.data.to(_device()))
+    if pinned is not None:
+        buffer = pinned.like(buffer).copy_(buffer)
+    parameter.ds_tensor.data = buffer.to(parameter.ds_tensor.device)
+
+
 def _device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
@@ -97,6 +119,7 @@ def _converter(parameters: list[Parameter], ds_config: dict[str, Any], dtype: to
     freed after forward, at several times the Python; not where weights are never freed.
     """
     zero = dict(ds_config["zero_optimization"])
+    zero.pop("zero_quantized_weights", None)  # for which it would load kernels of its own
     if stay_whole(ds_config):
         zero["memory_efficient_linear"] = False
     if offload_device(ds_config) == "cpu":

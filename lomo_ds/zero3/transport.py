@@ -7,6 +7,7 @@ copy from host memory, and quantizes with kernels of its own; here a shard trave
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import deepspeed.comm as dist
@@ -16,7 +17,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from torch.nn import Module
 
-from lomo_ds.zero3.shard import Partitioned
+from lomo_ds import int8
+from lomo_ds.zero3.shard import Partitioned, Shard
 
 
 class Wire(Protocol):
@@ -64,6 +66,28 @@ def gather_by(model: Module, wire: Wire, ahead_numel: int) -> None:
     for parameter in partitioned:
         parameter.all_gather_coalesced = gather
         parameter.all_gather = gather_now(parameter)
+        parameter.partition = partial(_partition, parameter, parameter.partition)
+
+
+def _partition(
+    parameter: Partitioned,
+    release: Callable[..., None],
+    param_list: Any = None,
+    hierarchy: int = 0,
+    has_been_updated: bool = False,
+    free_data: bool = True,
+) -> None:
+    """DeepSpeed's ``partition``, which cannot put into eight bits what a user has written to a gathered parameter."""
+    some = [parameter] if param_list is None else param_list
+    for one in some if has_been_updated else ():
+        shard = Shard.of("", one)
+        values = one.data.reshape(-1)[shard.start : shard.stop]
+        if shard.data.dtype == torch.int8:
+            padded = torch.nn.functional.pad(values, (0, one.ds_tensor.ds_numel - values.numel()))
+            shard.kept.copy_(int8.buffer_of(padded))
+        else:
+            shard.data.copy_(values)
+    release(some, hierarchy, False, free_data)
 
 
 class _Backlog:

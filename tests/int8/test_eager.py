@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lomo_ds import int8, numerics
-from lomo_ds.int8 import BLOCK, Noise, blocks_of, bytes_of, decode, encode, requantize_
+from lomo_ds import numerics
+from lomo_ds.int8 import eager as int8
+from lomo_ds.int8.eager import BLOCK, Noise, blocks_of, bytes_of, decode, encode, requantize_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUMELS = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 10 * BLOCK + 3]

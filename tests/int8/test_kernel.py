@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lomo_ds import int8
-from lomo_ds.int8 import BLOCK, Noise
+from lomo_ds.int8 import eager as int8
+from lomo_ds.int8.eager import BLOCK, Noise
 from tests.rules import philox
 
 pytest.importorskip("triton")
@@ -41,7 +41,7 @@ def randn(numel: int, seed: int = 0) -> Tensor:
 def updated(
     codes: Tensor, scales: Tensor, gradient: Tensor, factor: float | Tensor, decay: float, noise: Noise | None = None
 ) -> tuple[Tensor, Tensor]:
-    from lomo_ds import int8_kernel
+    from lomo_ds.int8 import kernel as int8_kernel
 
     written = codes.clone(), scales.clone()
     int8_kernel.update(*written, gradient, factor, decay, noise)
@@ -49,7 +49,7 @@ def updated(
 
 
 def decodes_as_eager(dtype: torch.dtype) -> None:
-    from lomo_ds import int8_kernel
+    from lomo_ds.int8 import kernel as int8_kernel
 
     for numel in NUMELS:
         codes, scales = int8.encode(randn(numel))
@@ -165,7 +165,7 @@ def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, bool])
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lomo_ds import int8_kernel
+    from lomo_ds.int8 import kernel as int8_kernel
 
     attributes = {(place,): [["tt.divisibility", 16]] for place in range(3)}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -173,7 +173,7 @@ def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, bool])
 
 
 def test_decoding_compiles_to_wide_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lomo_ds import int8_kernel
+    from lomo_ds.int8 import kernel as int8_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     signature = {"codes": "*i8", "scales": "*bf16", "out": "*bf16", "numel": "i64"}
@@ -186,7 +186,7 @@ def test_decoding_compiles_to_wide_loads(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_updating_compiles_to_wide_loads_and_separate_roundings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from lomo_ds import int8_kernel
+    from lomo_ds.int8 import kernel as int8_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"codes": "*i8", "scales": "*bf16", "gradients": "*bf16", "factor": "*fp32", "decay": "fp32"}

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lomo_ds import int8
+from lomo_ds.int8 import eager as int8
 
 # Unfused, product and difference are rounded apart, as they are in eager mode.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}

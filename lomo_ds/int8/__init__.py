@@ -1,0 +1,18 @@
+"""Weights in eight bits: blocks of neighbours, each with codes from -127 to 127 and a scale that they are times of."""
+
+from lomo_ds.int8.blocks import Blocks, blocks_in, buffer_of, bytes_of_buffer, bytes_of_scales, fits, read, update
+from lomo_ds.int8.eager import BLOCK, Noise, blocks_of
+
+__all__ = [
+    "BLOCK",
+    "Blocks",
+    "Noise",
+    "blocks_in",
+    "blocks_of",
+    "buffer_of",
+    "bytes_of_buffer",
+    "bytes_of_scales",
+    "fits",
+    "read",
+    "update",
+]

@@ -1,0 +1,90 @@
+"""Eight-bit weights as they lie in memory, read and updated there by the fastest way that the device has.
+
+Codes and scales of a tensor share one buffer, scales first, so that one copy or collective moves both.
+"""
+
+import functools
+import logging
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lomo_ds.int8 import eager
+from lomo_ds.int8.eager import Noise, blocks_of
+
+logger = logging.getLogger(__name__)
+
+SCALE_BYTES = torch.bfloat16.itemsize
+
+
+class Blocks(NamedTuple):
+    """Weights in eight bits, to be changed in place."""
+
+    codes: Tensor  # int8, 1-D
+    scales: Tensor  # bfloat16, one for each block of codes
+    number: int  # another for each tensor of a model, so that no two are rounded with the same noise
+
+
+def fits(shape: torch.Size) -> bool:
+    """Whether a parameter of this shape is kept in eight bits: matrices are, the few numbers of norms are not."""
+    return len(shape) >= 2
+
+
+def bytes_of_scales(numel: int) -> int:
+    """Bytes at the beginning of a buffer, which may be of more weights than these ``numel``."""
+    return SCALE_BYTES * blocks_of(numel)
+
+
+def bytes_of_buffer(numel: int) -> int:
+    """Bytes of the codes and scales of ``numel`` weights; even, as scales want to begin at even addresses."""
+    return bytes_of_scales(numel) + numel + numel % 2
+
+
+def buffer_of(values: Tensor) -> Tensor:
+    """The nearest eight-bit weights to 1-D ``values`` of any float dtype, as a new int8 buffer on their device."""
+    buffer = torch.empty(bytes_of_buffer(values.numel()), dtype=torch.int8, device=values.device)
+    codes, scales, _ = blocks_in(buffer, values.numel())
+    nearest, theirs = eager.encode(values)
+    codes.copy_(nearest)
+    scales.copy_(theirs)
+    return buffer
+
+
+def blocks_in(buffer: Tensor, numel: int, number: int = 0) -> Blocks:
+    """What lies in the buffer of ``numel`` weights; the same memory."""
+    start = bytes_of_scales(numel)
+    return Blocks(buffer[start : start + numel], buffer[:start].view(torch.bfloat16), number)
+
+
+def read(blocks: Blocks, out: Tensor) -> None:
+    """Write the weights, each rounded once from fp32, into ``out``: 1-D, contiguous, of any float dtype."""
+    kernel = kernel_for(out.device)
+    if kernel is None:
+        eager.decode(blocks.codes, blocks.scales, out.dtype, out)
+    else:
+        kernel.decode(blocks.codes, blocks.scales, out)
+
+
+def update(blocks: Blocks, gradient: Tensor, factor: float | Tensor, decay: float, noise: Noise | None) -> None:
+    """See ``eager.update_``."""
+    kernel = kernel_for(gradient.device)
+    (kernel.update if kernel else eager.update_)(blocks.codes, blocks.scales, gradient, factor, decay, noise)
+
+
+@functools.cache
+def kernel_for(device: torch.device) -> ModuleType | None:
+    """The Triton kernels, tried once; None off the GPU, and, with a warning, where Triton does not work."""
+    if device.type != "cuda":
+        return None
+    try:
+        from lomo_ds.int8 import kernel
+
+        buffer = buffer_of(torch.ones(1, device=device))
+        kernel.update(*blocks_in(buffer, 1)[:2], torch.ones(1, device=device), 1.0, 1.0, Noise(0, 0, 0))
+        kernel.decode(*blocks_in(buffer, 1)[:2], torch.empty(1, device=device))
+    except Exception as error:  # no Triton, no C compiler, a GPU it does not know: each has an exception of its own
+        logger.warning("eight-bit weights take several passes over memory, for Triton fails: %s", error)
+        return None
+    return kernel
