@@ -115,7 +115,7 @@ def _unless_asked(engine: DeepSpeedEngine, name: str, ours: int) -> int:
 
 def _build_store(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> Store:
     if zero3.offload_device(engine.config) == "cpu":
-        return InHostMemory(shards, engine.device)
+        return InHostMemory(shards, engine.device, rounded=engine.zero_quantized_weights())
     return OnDevice(shards)
 
 

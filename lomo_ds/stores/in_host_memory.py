@@ -14,22 +14,23 @@ from lomo_ds.zero3 import Shard
 class InHostMemory:
     """Lends this rank's part of a gathered copy where one was noted, else a copy of the shard, a piece at a time.
 
-    A gathered copy of eight-bit weights has been rounded, so that they are always lent as a copy of the shard.
-
     Args:
         shards: in host memory; where it is pinned, copies run beside what is computed.
         device: the one that computes.
+        rounded: whether gathered copies have lost something on their way, and are no good to be updated. Those of
+            eight-bit weights have in any case.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device) -> None:
+    def __init__(self, shards: Sequence[Shard], device: torch.device, rounded: bool = False) -> None:
         self.shards = shards
+        self.rounded = rounded
         self.ferry = Ferry(device)
         self.at_hand: dict[int, Tensor] = {}
 
     def note_whole(self, index: int, whole: Tensor) -> None:
         """See ``Store.note_whole``."""
         shard = self.shards[index]
-        if shard.data.dtype != whole.dtype:
+        if self.rounded or shard.data.dtype != whole.dtype:
             return
         part = whole.detach().reshape(-1)[shard.start : shard.stop]
         # a view would keep all of it

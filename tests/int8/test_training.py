@@ -156,6 +156,20 @@ def test_what_a_user_writes_is_put_into_eight_bits(ranks: GroupOf) -> None:
     ranks(2).run(written_by_a_user)
 
 
+def untouched_by_a_step(offload: str) -> None:
+    """With a learning rate of 0 nothing changes, though modules have seen rounded copies."""
+    zero = {"stage": 3, "zero_quantized_weights": True, "offload_param": {"device": offload}}
+    engine = make_engine(tiny_model(), "immediate", lr=0.0, zero_optimization=zero)
+    before = {shard.name: shard.data.clone() for shard in zero3.shards(engine.module)}
+    engine.train_batch(part(whole_batch(0, rows=2), dist.get_rank(), dist.get_world_size()))
+    assert identical({shard.name: shard.data for shard in zero3.shards(engine.module)}, before)
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_rounding_on_the_wire_stays_there(ranks: GroupOf, offload: str) -> None:
+    ranks(2).run(untouched_by_a_step, offload)
+
+
 def gathered_in_eight_bits() -> float:
     """The error of what is gathered, over what rounding to the nearest of 127 steps allows."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 25, "zero_quantized_weights": True}
