@@ -77,9 +77,10 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
         # the link is to have work all the time: what is used next is on its way while this is computed with
         prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", max(prefetch_numel, largest))
         live_numel = _unless_asked(engine, "max_live_parameters", max(live_numel, largest + prefetch_numel))
-    wire = _wire(engine)
-    if wire is not None:
-        zero3.gather_by(engine.module, wire, ahead_numel=2 * largest + prefetch_numel)
+    exact, quantized = AsKept(engine.device), _travels_in_eight_bits(engine)
+    if quantized or zero3.offload_device(engine.config) == "cpu" or zero3.keeps_eight_bits(engine.config):
+        wire = Quantized(engine.device) if quantized else exact
+        zero3.gather_by(engine.module, wire, exact, ahead_numel=2 * largest + prefetch_numel)
     return OnDemand(
         engine.module,
         granularity,
@@ -98,13 +99,9 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     )
 
 
-def _wire(engine: DeepSpeedEngine) -> zero3.Wire | None:
-    """How shards travel, where that is not as DeepSpeed lets them."""
-    if engine.zero_quantized_weights() and dist.get_world_size(engine.seq_data_parallel_group) > 1:
-        return Quantized(engine.device)
-    if zero3.offload_device(engine.config) == "cpu" or zero3.keeps_eight_bits(engine.config):
-        return AsKept(engine.device)
-    return None
+def _travels_in_eight_bits(engine: DeepSpeedEngine) -> bool:
+    """Whether gathers round shards to eight bits; one rank sends nothing, so it has nothing to gain."""
+    return engine.zero_quantized_weights() and dist.get_world_size(engine.seq_data_parallel_group) > 1
 
 
 def _unless_asked(engine: DeepSpeedEngine, name: str, ours: int) -> int:
@@ -115,7 +112,7 @@ def _unless_asked(engine: DeepSpeedEngine, name: str, ours: int) -> int:
 
 def _build_store(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> Store:
     if zero3.offload_device(engine.config) == "cpu":
-        return InHostMemory(shards, engine.device, rounded=engine.zero_quantized_weights())
+        return InHostMemory(shards, engine.device, rounded=_travels_in_eight_bits(engine))
     return OnDevice(shards)
 
 

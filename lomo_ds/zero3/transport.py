@@ -42,10 +42,11 @@ class Wire(Protocol):
         ...
 
 
-def gather_by(model: Module, wire: Wire, ahead_numel: int) -> None:
+def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int) -> None:
     """Let the parameters of ``model``, which have been split, be gathered by ``wire``.
 
     Args:
+        exact: what brings them to ``gathered`` and ``GatheredParameters``, which read or write the model itself.
         ahead_numel: elements of whole parameters that may be asked for before they are computed with.
     """
     backlog = _Backlog(ahead_numel)
@@ -54,18 +55,19 @@ def gather_by(model: Module, wire: Wire, ahead_numel: int) -> None:
         backlog.add(sum(parameter.ds_numel for parameter in parameters))
         return _Arrival([_Parcel(parameter, wire) for parameter in sorted(parameters, key=lambda p: p.ds_id)])
 
-    def gather_now(parameter: Partitioned) -> Callable[..., None]:
-        def all_gather(param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> None:
-            assert not async_op
-            some = [parameter] if param_list is None else param_list
-            gather([one for one in some if one.ds_status is ZeroParamStatus.NOT_AVAILABLE]).wait()
-
-        return all_gather
+    def gather_now(parameter: Partitioned, param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> None:
+        assert not async_op
+        some = [parameter] if param_list is None else param_list
+        for one in some:
+            if wire is not exact and one.ds_status is ZeroParamStatus.AVAILABLE:
+                one.partition()
+        missing = [one for one in some if one.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        _Arrival([_Parcel(parameter, exact) for parameter in missing]).wait()
 
     partitioned: list[Partitioned] = list(model.parameters())
     for parameter in partitioned:
         parameter.all_gather_coalesced = gather
-        parameter.all_gather = gather_now(parameter)
+        parameter.all_gather = partial(gather_now, parameter)
         parameter.partition = partial(_partition, parameter, parameter.partition)
 
 
