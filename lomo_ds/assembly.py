@@ -16,6 +16,8 @@ from lomo_ds.config import LomoConfig
 from lomo_ds.distributed import all_reduce_min
 from lomo_ds.errors import ConfigError
 from lomo_ds.gathering import Gathering, OnDemand, Resident, choose_granularity, largest_use
+from lomo_ds.host_budget import told
+from lomo_ds.host_memory import bytes_of
 from lomo_ds.memory import free_bytes
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.rules import Rule, Sgd
@@ -40,7 +42,9 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
     ]
     clipping = Clipping(lomo.clip_grad_value, lomo.clip_group_norm, engine.gradient_clipping() or None)
     stash_dtype = torch.float32 if engine.gradient_accumulation_steps() > 1 else _communication_dtype(engine)
-    choice = _choose_schedule(engine, lomo, targets, stash_dtype)
+    stash_bytes = sum(t.numel for t in targets) * (stash_dtype or engine.get_data_types()[0]).itemsize
+    choice = _choose_schedule(engine, lomo, stash_bytes)
+    _announce_host_memory(engine, shards, choice, stash_bytes)
     schedule = build_schedule(
         choice,
         targets,
@@ -135,22 +139,32 @@ def _build_rule(engine: DeepSpeedEngine, lomo: LomoConfig) -> Rule:
     return Sgd(generator=torch.Generator(engine.device).manual_seed(lomo.seed + rank))
 
 
-def _choose_schedule(
-    engine: DeepSpeedEngine, lomo: LomoConfig, targets: list[Target], stash_dtype: torch.dtype | None
-) -> Choice:
+def _choose_schedule(engine: DeepSpeedEngine, lomo: LomoConfig, stash_bytes: int) -> Choice:
     free_device, free_host = _free_bytes(engine)
     choice = choose_schedule(
         lomo,
         gradient_clipping=engine.gradient_clipping(),
         fp16=engine.fp16_enabled(),
         accumulation_steps=engine.gradient_accumulation_steps(),
-        stash_bytes=sum(target.numel for target in targets) * (stash_dtype or engine.get_data_types()[0]).itemsize,
+        stash_bytes=stash_bytes,
         free_device_bytes=free_device,
         free_host_bytes=free_host,
     )
     if engine.global_rank == 0:
         logger.info("update_schedule %s: %s", lomo.update_schedule, choice)
     return choice
+
+
+def _announce_host_memory(engine: DeepSpeedEngine, shards: list[zero3.Shard], choice: Choice, stash_bytes: int) -> None:
+    """Say, once, what of host memory a rank pins."""
+    pinned = {}
+    if zero3.offload_device(engine.config) == "cpu":
+        pinned["parameters"] = bytes_of(shard.kept for shard in shards)
+    if choice.settings == {"update_schedule": "stash", "stash_device": "cpu"}:
+        pinned["gradient shards"] = stash_bytes
+    if pinned and engine.global_rank == 0:
+        parts = ", ".join(f"{told(size)} of {what}" for what, size in pinned.items())
+        logger.info("pinned host memory of a rank: %s; %s stay free for each rank", parts, told(free_bytes()[1]))
 
 
 def _free_bytes(engine: DeepSpeedEngine) -> list[int]:

@@ -130,7 +130,7 @@ def layers(model: Module) -> list[Module]:
 def largest_use(model: Module, granularity: str) -> int:
     """Elements of the whole parameters that are gathered for at once: of the largest layer, or of any module."""
     of_layers = [_numel(layer.parameters()) for layer in layers(model)] if granularity == "layer" else []
-    return max(*of_layers, *(_numel(module.parameters(recurse=False)) for module in model.modules()))
+    return max([*of_layers, *(_numel(module.parameters(recurse=False)) for module in model.modules())])
 
 
 def choose_granularity(asked: str, model: Module, free_device_bytes: int) -> str:

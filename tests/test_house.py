@@ -9,7 +9,18 @@ ROOT = Path(__file__).parent.parent / "lomo_ds"
 
 FLOORS = [
     ["errors", "layers", "numerics", "memory", "host_memory", "random_states", "signals", "training_engine"],
-    ["config", "loss", "distributed", "clipping", "arguments", "data.text", "manifest", "ds_parse", "int8"],
+    [
+        "config",
+        "loss",
+        "distributed",
+        "clipping",
+        "arguments",
+        "data.text",
+        "manifest",
+        "ds_parse",
+        "int8",
+        "host_budget",
+    ],
     ["zero3", "rules"],
     ["gathering", "reduction", "ds_config", "data.tokens", "data.packing", "stores", "lifeline", "monitor"],
     ["schedules", "data", "models", "checkpoint"],

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lomo_ds import memory
+from lomo_ds.errors import ConfigError
 from lomo_ds.host_memory import FIRST_SLAB_BYTES, Ferry, PinnedMemory, bytes_of
 from lomo_ds.stores import InHostMemory
 from lomo_ds.zero3 import Shard
@@ -96,3 +98,31 @@ def test_memory_is_pinned_in_slabs_that_grow() -> None:
     large = memory.like(torch.empty(FIRST_SLAB_BYTES, dtype=torch.bfloat16))
     assert bytes_of([large]) == 2 * FIRST_SLAB_BYTES
     assert bytes_of([*small, large]) == 3 * FIRST_SLAB_BYTES
+
+
+def refused_before_anything_is_allocated(weights: str) -> str:
+    """A host with 100 KB for each rank, of which 80 may be pinned."""
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+    system: Any = memory.psutil
+    measured, system.virtual_memory = system.virtual_memory, lambda: Available
+    model = torch.nn.Linear(400, 100)
+    try:
+        make_engine(model, params={"weights": weights}, zero_optimization=zero)
+    except ConfigError as error:
+        assert not hasattr(model.weight, "ds_tensor")
+        return str(error)
+    finally:
+        system.virtual_memory = measured
+    return "fits"
+
+
+class Available:
+    available = 100_000
+
+
+def test_host_memory_is_a_budget(ranks: GroupOf) -> None:
+    for told in ranks(1).run(refused_before_anything_is_allocated, "auto"):
+        assert "offload_param.device cpu needs 0.2 MiB of pinned host memory a rank, and of 0.1 MiB" in told
+        assert "weights int8 need about half of it" in told
+    for told in ranks(1).run(refused_before_anything_is_allocated, "int8"):
+        assert told == "fits"

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 from lomo_ds.config import LomoConfig
 from lomo_ds.errors import ConfigError
+from lomo_ds.host_budget import HOST_SHARE, require_host_bytes, told
 
 # The stash is full when backward has consumed the activations, which nobody has seen yet at start.
 DEVICE_SHARE = 0.5
-# What the ranks of a host may pin together; the rest stays with the operating system and the data loader.
-HOST_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def choose_schedule(
         free_host_bytes: a rank's share of the host's available memory, the smallest over all ranks.
 
     Raises:
-        ConfigError: accumulation needs the stash, and it fits nowhere.
+        ConfigError: accumulation needs the stash, and it fits nowhere; or not where it was asked to be.
     """
     needs_whole_gradient = _need(gradient_clipping, fp16, accumulation_steps)
     if lomo.update_schedule in ("immediate", "two_pass"):
@@ -56,16 +55,20 @@ def choose_schedule(
     if lomo.update_schedule == "auto" and needs_whole_gradient is None:
         return Choice("immediate", "gpu", "nothing needs the whole gradient")
     why = needs_whole_gradient if lomo.update_schedule == "auto" else "as asked"
-    need = f"{_bytes(stash_bytes)} of gradient shards a rank"
+    need = f"{told(stash_bytes)} of gradient shards a rank"
+    if lomo.stash_device == "cpu":
+        require_host_bytes(
+            stash_bytes, free_host_bytes, "stash_device cpu", "use update_schedule two_pass, or stash_device gpu"
+        )
     if lomo.stash_device != "auto":
         return Choice("stash", lomo.stash_device, f"{why}; {need}")
     if stash_bytes <= DEVICE_SHARE * free_device_bytes:
-        return Choice("stash", "gpu", f"{why}; {need}, {_bytes(free_device_bytes)} free on the device")
+        return Choice("stash", "gpu", f"{why}; {need}, {told(free_device_bytes)} free on the device")
     if stash_bytes <= HOST_SHARE * free_host_bytes:
-        return Choice("stash", "cpu", f"{why}; {need}, {_bytes(free_host_bytes)} free in host memory")
+        return Choice("stash", "cpu", f"{why}; {need}, {told(free_host_bytes)} free in host memory")
     nowhere = (
-        f"{need} fit neither the device ({_bytes(free_device_bytes)} free) nor host memory "
-        f"({_bytes(free_host_bytes)} free a rank)"
+        f"{need} fit neither the device ({told(free_device_bytes)} free) nor host memory "
+        f"({told(free_host_bytes)} free a rank)"
     )
     if lomo.update_schedule == "auto" and accumulation_steps == 1:
         return Choice("two_pass", "gpu", f"{why}; {nowhere}")
@@ -84,7 +87,3 @@ def _need(gradient_clipping: float, fp16: bool, accumulation_steps: int) -> str 
     if accumulation_steps > 1:
         return f"gradient_accumulation_steps {accumulation_steps} needs gradients added up"
     return None
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

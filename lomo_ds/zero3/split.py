@@ -11,7 +11,9 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
 from torch.nn import Module, Parameter
 
 from lomo_ds import int8
+from lomo_ds.host_budget import require_host_bytes
 from lomo_ds.host_memory import PinnedMemory
+from lomo_ds.memory import free_bytes
 from lomo_ds.zero3.shard import Partitioned, Shard
 
 
@@ -22,6 +24,7 @@ def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> I
     shards, one parameter at a time takes memory as a whole, which nobody touches.
     """
     device = _device()
+    _require_room(list(model.parameters()), ds_config, dtype)
     converter = _converter([], ds_config, dtype)
     pinned = _pinned_memory(ds_config)
     for name, parameter in model.named_parameters():
@@ -43,6 +46,7 @@ def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
     """Give shards to those parameters that have none yet; their values stay."""
     whole: list[Partitioned] = [parameter for parameter in model.parameters() if not hasattr(parameter, "ds_tensor")]
     if whole:
+        _require_room(whole, ds_config, dtype)
         _converter(whole, ds_config, dtype)
     pinned = _pinned_memory(ds_config)
     for parameter in whole:
@@ -88,6 +92,20 @@ def gathered(parameters: list[Parameter]) -> Iterator[None]:
     """The whole ``parameters`` on every rank, to read."""
     with GatheredParameters(parameters):
         yield
+
+
+def _require_room(parameters: list[Parameter], ds_config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Refuse, before anything is allocated, shards that host memory cannot hold."""
+    if offload_device(ds_config) != "cpu":
+        return
+    numels = [-(-parameter.numel() // dist.get_world_size()) for parameter in parameters]
+    if keeps_eight_bits(ds_config):
+        need = sum(map(int8.bytes_of_buffer, numels))
+        way_out = "use offload_param.device nvme without weights int8, or a host with more memory"
+    else:
+        need = sum(numels) * dtype.itemsize
+        way_out = "weights int8 need about half of it, offload_param.device nvme next to nothing"
+    require_host_bytes(need, free_bytes()[1], "offload_param.device cpu", way_out)
 
 
 def _in_eight_bits(ds_config: dict[str, Any], parameter: Partitioned) -> bool:

@@ -61,5 +61,12 @@ def test_what_is_asked_for_is_done(schedule: str) -> None:
     assert choose(schedule, clipping=0.0) == Choice(schedule, "gpu", "as asked")
 
 
+def test_a_stash_in_host_memory_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="stash_device cpu needs 9.0 GiB .* of 10.0 GiB .* 8.0 GiB may be pinned; use"
+    ):
+        choose("stash", "cpu", stash=9 * GIB, host=10 * GIB)
+
+
 def test_the_stash_device_asked_for_is_taken() -> None:
     assert choose("stash", "cpu").stash_device == "cpu"
