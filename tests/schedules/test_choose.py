@@ -63,7 +63,7 @@ def test_what_is_asked_for_is_done(schedule: str) -> None:
 
 def test_a_stash_in_host_memory_that_does_not_fit_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match="stash_device cpu needs 9.0 GiB .* of 10.0 GiB .* 8.0 GiB may be pinned; use"
+        ConfigError, match=r"stash_device cpu needs 9.0 GiB .* of 10.0 GiB .* 8.0 GiB may be pinned; use"
     ):
         choose("stash", "cpu", stash=9 * GIB, host=10 * GIB)
 
