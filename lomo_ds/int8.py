@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lomo_ds import numerics
 
-BLOCK = 128
+BLOCK = 64
 LARGEST = 127  # the largest code, as symmetric as the smallest
 # A block's scale is renewed where its largest value does not fit, or has become less than this share of what would.
 SHRINK = 0.5
