@@ -20,7 +20,7 @@ PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al.,
 APART = tl.constexpr(0x696E7438)  # from counters that other kernels use with the same seed
 LARGEST = tl.constexpr(int8.LARGEST)
 SHRINK = tl.constexpr(int8.SHRINK)
-GROWN = tl.constexpr(int8.HEADROOM / int8.LARGEST)
+SHARE = tl.constexpr(1 / int8.LARGEST)
 SMALLEST_SCALE = tl.constexpr(int8.SMALLEST_SCALE)
 INF_BITS = tl.constexpr(0x7F800000)
 
@@ -209,7 +209,7 @@ def _kept_or_renewed(scale: tl.tensor, exact: tl.tensor) -> tl.tensor:
     largest = bits.to(tl.float32, bitcast=True)
     limit = scale * LARGEST
     keeps = (largest <= limit) & (largest >= limit * SHRINK)
-    wanted = (largest * GROWN).to(tl.int32, bitcast=True)
+    wanted = (largest * SHARE).to(tl.int32, bitcast=True)
     up = ((wanted + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
     renewed = tl.where(bits < INF_BITS, tl.maximum(up, SMALLEST_SCALE), float("nan"))
     return tl.where(keeps, scale, renewed)

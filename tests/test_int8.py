@@ -191,7 +191,7 @@ def test_a_scale_is_renewed_where_it_must_and_no_value_passes_a_neighbour(
         if before * 127 * int8.SHRINK <= largest <= before * 127:
             assert scale == before
         else:
-            wanted = max(bfloat16_up(largest * int8.HEADROOM / 127), 2.0**-126)
+            wanted = max(bfloat16_up(largest / 127), 2.0**-126)
             assert scale == pytest.approx(wanted, rel=2.0**-7)
             assert scale * 127 >= largest * (1 - 2.0**-22)
         assert np.abs(block - found).max() <= scale
