@@ -28,6 +28,7 @@ def test_codes_and_what_they_decode_to_equal_the_cpu_bit_for_bit(numel: int, dty
     values = randn(numel).to(dtype)
     expected, found = int8.encode(values), int8.encode(values.cuda())
     assert_same(found, expected)
+    assert_same(int8_kernel.encode(values.cuda()), expected)
     by_kernel = torch.empty(numel, dtype=dtype, device="cuda")
     int8_kernel.decode(*found, by_kernel)
     decoded = int8.decode(*expected, dtype)
