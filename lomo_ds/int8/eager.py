@@ -14,13 +14,11 @@ from torch import Tensor
 
 from lomo_ds import numerics
 
-BLOCK = 128
-LARGEST = 127  # the largest code, as symmetric as the smallest
+BLOCK = 64  # rounding adds noise in proportion to scales, and the fewer values share one, the smaller it is
+LARGEST = 127  # the largest code; the smallest is -127
 # A block's scale is renewed where its largest value does not fit, or has become less than this share of what would.
+# A renewed one is rounded up to bfloat16: enough room, up to 1 / 128, for most blocks to keep theirs for many steps.
 SHRINK = 0.5
-# A renewed scale leaves this much room, so that a block whose largest value grows is not renewed at every step.
-HEADROOM = 1.0
-
 SMALLEST_SCALE = 2.0**-126  # the smallest normal number: codes times it are exact in fp32
 
 # Noise follows a Weyl sequence modulo 2 ** 16: odd, and nearest to 2 ** 16 over the golden ratio.
@@ -69,8 +67,9 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest codes of 1-D ``values`` of any float dtype; the largest magnitude of a block gets code 127.
 
     No finite value moves by more than half its block's scale, which is the largest magnitude over 127, rounded to
-    bfloat16. What ``decode`` returns in fp32 is encoded as it was. A block with an inf or a nan in it decodes to nan
-    as a whole.
+    bfloat16, and at least 2 ** -126. What ``decode`` returns in fp32 is encoded as it was. A block with an inf or a
+    nan in it decodes to nan as a whole; and 127 scales may be 1 / 512 above the largest magnitude, so that what is as
+    near as that to the largest number of a dtype decodes to inf.
 
     Returns:
         int8 codes, as many as values, and bfloat16 scales, one for each block; both on the device of ``values``.
@@ -80,7 +79,7 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     for some, few, exact in _rows(codes, scales, values):
         exact = exact.float()
         largest = exact.abs().amax(1)
-        few.copy_(_scales_or_nan(largest / LARGEST, largest))
+        few.copy_(_scales_or_nan(largest * (1 / LARGEST), largest))
         _write_nearest(some, few, exact / few.float().unsqueeze(1))
     return codes, scales
 
@@ -155,7 +154,7 @@ def _kept_or_renewed(scales: Tensor, largest: Tensor) -> Tensor:
     """The bfloat16 scales of blocks whose largest magnitudes have become ``largest``, fp32."""
     limit = scales.float() * LARGEST
     keeps = (largest <= limit) & (largest >= limit * SHRINK)
-    up = ((largest * (HEADROOM / LARGEST)).view(torch.int32) + 0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
+    up = ((largest * (1 / LARGEST)).view(torch.int32) + 0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
     return torch.where(keeps, scales, _scales_or_nan(up, largest))
 
 

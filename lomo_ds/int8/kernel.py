@@ -20,9 +20,20 @@ PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al.,
 APART = tl.constexpr(0x696E7438)  # from counters that other kernels use with the same seed
 LARGEST = tl.constexpr(int8.LARGEST)
 SHRINK = tl.constexpr(int8.SHRINK)
-GROWN = tl.constexpr(int8.HEADROOM / int8.LARGEST)
+SHARE = tl.constexpr(1 / int8.LARGEST)
 SMALLEST_SCALE = tl.constexpr(int8.SMALLEST_SCALE)
 INF_BITS = tl.constexpr(0x7F800000)
+
+
+def encode(values: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``int8.encode`` returns, bit for bit, of contiguous ``values``, without waiting for the device."""
+    codes = torch.empty_like(values, dtype=torch.int8)
+    scales = torch.empty(int8.blocks_of(values.numel()), dtype=torch.bfloat16, device=values.device)
+    _check(codes, scales, values)
+    if codes.numel() > 0:
+        with torch.cuda.device_of(codes):
+            _encode[_grid(codes)](values, codes, scales, codes.numel(), **OPTIONS)
+    return codes, scales
 
 
 def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
@@ -84,6 +95,40 @@ def _check(codes: Tensor, scales: Tensor, values: Tensor) -> None:
 
 def _grid(codes: Tensor) -> tuple[int]:
     return (triton.cdiv(codes.numel(), TILE.value * TILES.value),)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def _encode(values: tl.tensor, codes: tl.tensor, scales: tl.tensor, numel: tl.tensor) -> None:
+    """One program reads ``TILES`` tiles of ``ROWS`` blocks."""
+    first = tl.program_id(0).to(tl.int64) * TILES
+    left = numel - first * TILE
+    values, codes, scales = values + first * TILE, codes + first * TILE, scales + first * ROWS
+    if left >= TILE * TILES:  # a mask of any length would rule out wide loads
+        for tile in tl.static_range(TILES):
+            _encode_tile(values, codes, scales, tile, left, False)
+    else:
+        for tile in tl.static_range(TILES):
+            _encode_tile(values, codes, scales, tile, left, True)
+
+
+@triton.jit
+def _encode_tile(
+    values: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    tile: tl.constexpr,
+    left: tl.tensor,
+    MASKED: tl.constexpr,
+) -> None:
+    places, blocks = _places(tile)
+    mask = places < left if MASKED else None
+    exact = tl.load(values + places, mask, 0 if MASKED else None).to(tl.float32)
+    bits, largest = _largest(exact)
+    wanted = _to_nearest(tl.maximum(largest * SHARE, SMALLEST_SCALE), tl.bfloat16).to(tl.float32)
+    scale = tl.where(bits < INF_BITS, wanted, float("nan"))
+    multiple = tl.div_rn(exact, tl.broadcast_to(scale[:, None], exact.shape))
+    tl.store(codes + places, _codes(_whole_to_nearest(multiple)), mask)
+    tl.store(scales + blocks, scale.to(scales.dtype.element_ty), blocks * BLOCK < left if MASKED else None)
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -178,9 +223,7 @@ def _tiles(
             rounded = tl.floor(multiple + (noise + 0.5) * (2.0**-16))
         else:
             rounded = _whole_to_nearest(multiple)
-        clamped = tl.minimum(tl.maximum(rounded, -LARGEST), LARGEST)
-        clamped = tl.where(multiple == multiple, clamped, 0.0)  # a nan has no code; the scale tells
-        tl.store(codes + places, clamped.to(tl.int8), mask)
+        tl.store(codes + places, _codes(rounded), mask)
         tl.store(scales + blocks, scale.to(scales.dtype.element_ty), mask_of_blocks)
 
 
@@ -205,14 +248,27 @@ def _random_words(seed: tl.tensor, shard: tl.tensor, window: tl.tensor) -> tuple
 @triton.jit
 def _kept_or_renewed(scale: tl.tensor, exact: tl.tensor) -> tl.tensor:
     """Of the block in each row, as a bfloat16 can hold it; nan for a block with an inf or a nan in it."""
-    bits = tl.max(exact.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # of magnitudes; a nan's are above all
-    largest = bits.to(tl.float32, bitcast=True)
+    bits, largest = _largest(exact)
     limit = scale * LARGEST
     keeps = (largest <= limit) & (largest >= limit * SHRINK)
-    wanted = (largest * GROWN).to(tl.int32, bitcast=True)
+    wanted = (largest * SHARE).to(tl.int32, bitcast=True)
     up = ((wanted + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
     renewed = tl.where(bits < INF_BITS, tl.maximum(up, SMALLEST_SCALE), float("nan"))
     return tl.where(keeps, scale, renewed)
+
+
+@triton.jit
+def _largest(exact: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The largest magnitude of each row and its bits; those of a nan are above all."""
+    bits = tl.max(exact.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    return bits, bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _codes(rounded: tl.tensor) -> tl.tensor:
+    """Whole numbers as codes. A nan has none, so it gets 0; the scale tells."""
+    clamped = tl.minimum(tl.maximum(rounded, -LARGEST), LARGEST)
+    return tl.where(rounded == rounded, clamped, 0.0).to(tl.int8)
 
 
 @triton.jit

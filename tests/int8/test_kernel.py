@@ -48,6 +48,24 @@ def updated(
     return written
 
 
+def encodes_as_eager(dtype: torch.dtype) -> None:
+    from lomo_ds import int8_kernel
+
+    for numel in NUMELS:
+        values = randn(numel).mul(torch.linspace(-9, 9, numel).exp()).to(dtype)
+        values[5 * BLOCK : 6 * BLOCK] = 0.0
+        for bad, place in ((math.inf, 1), (-math.inf, 2), (math.nan, 4)):
+            values[place * BLOCK + 7 : place * BLOCK + 8] = bad
+        found, expected = int8_kernel.encode(values), int8.encode(values)
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_encoding_equals_eager_bit_for_bit(interpreted: Interpreted, dtype: torch.dtype) -> None:
+    interpreted(encodes_as_eager, dtype)
+
+
 def decodes_as_eager(dtype: torch.dtype) -> None:
     from lomo_ds.int8 import kernel as int8_kernel
 
@@ -181,6 +199,17 @@ def test_decoding_compiles_to_wide_loads(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert code.count("ld.global.v2.b32") == 8, "8 codes"
     assert code.count("st.global.v4.b32") == 8, "8 values of bfloat16"
     assert "shared" not in code
+
+
+def test_encoding_compiles_to_wide_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lomo_ds import int8_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    signature = {"values": "*bf16", "codes": "*i8", "scales": "*bf16", "numel": "i64"}
+    code = compiled(int8_kernel._encode, signature, {})
+    assert code.count("ld.global.v4.b32") == 8, "8 values of bfloat16"
+    assert code.count("st.global.v2.b32") == 8, "8 codes"
+    assert set(re.findall(r"div\.[.\w]*", code)) == {"div.rn.f32"}, "correctly rounded, as in eager mode"
 
 
 def test_updating_compiles_to_wide_loads_and_separate_roundings(
