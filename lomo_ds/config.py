@@ -36,7 +36,7 @@ class LomoConfig:
         stash_device: where ``stash`` keeps gradient shards.
         rounding: how fp32 results become half-precision weights; ``auto`` is stochastic.
         seed: of stochastic rounding.
-        weights: ``int8`` keeps matrices in eight bits, with a scale for each block of 128; ``auto`` keeps them in the
+        weights: ``int8`` keeps matrices in eight bits, with a scale for each block of 64; ``auto`` keeps them in the
             precision that modules compute in.
         gather_granularity: what parameters are gathered for at once: each ``module``, or a whole decoder ``layer``;
             ``auto`` is layer wherever two layers fit. On one rank without offload nothing is gathered.

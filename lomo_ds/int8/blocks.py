@@ -17,6 +17,7 @@ from lomo_ds.int8.eager import Noise, blocks_of
 logger = logging.getLogger(__name__)
 
 SCALE_BYTES = torch.bfloat16.itemsize
+ALIGNMENT = 16  # of codes, and of one buffer behind another: the widest load of a GPU
 
 
 class Blocks(NamedTuple):
@@ -38,15 +39,15 @@ def bytes_of_scales(numel: int) -> int:
 
 
 def bytes_of_buffer(numel: int) -> int:
-    """Bytes of the codes and scales of ``numel`` weights; even, as scales want to begin at even addresses."""
-    return bytes_of_scales(numel) + numel + numel % 2
+    """Bytes of the codes and scales of ``numel`` weights."""
+    return _start_of_codes(numel) + -(-numel // ALIGNMENT) * ALIGNMENT
 
 
 def buffer_of(values: Tensor) -> Tensor:
     """The nearest eight-bit weights to 1-D ``values`` of any float dtype, as a new int8 buffer on their device."""
     buffer = torch.empty(bytes_of_buffer(values.numel()), dtype=torch.int8, device=values.device)
     codes, scales, _ = blocks_in(buffer, values.numel())
-    nearest, theirs = eager.encode(values)
+    nearest, theirs = (kernel_for(values.device) or eager).encode(values)
     codes.copy_(nearest)
     scales.copy_(theirs)
     return buffer
@@ -54,8 +55,8 @@ def buffer_of(values: Tensor) -> Tensor:
 
 def blocks_in(buffer: Tensor, numel: int, number: int = 0) -> Blocks:
     """What lies in the buffer of ``numel`` weights; the same memory."""
-    start = bytes_of_scales(numel)
-    return Blocks(buffer[start : start + numel], buffer[:start].view(torch.bfloat16), number)
+    start = _start_of_codes(numel)
+    return Blocks(buffer[start : start + numel], buffer[: bytes_of_scales(numel)].view(torch.bfloat16), number)
 
 
 def read(blocks: Blocks, out: Tensor) -> None:
@@ -73,17 +74,22 @@ def update(blocks: Blocks, gradient: Tensor, factor: float | Tensor, decay: floa
     (kernel.update if kernel else eager.update_)(blocks.codes, blocks.scales, gradient, factor, decay, noise)
 
 
+def _start_of_codes(numel: int) -> int:
+    return -(-bytes_of_scales(numel) // ALIGNMENT) * ALIGNMENT
+
+
 @functools.cache
 def kernel_for(device: torch.device) -> ModuleType | None:
-    """The Triton kernels, tried once; None off the GPU, and, with a warning, where Triton does not work."""
+    """Triton's kernels, tried once; None off the GPU, and, with a warning, where Triton does not work."""
     if device.type != "cuda":
         return None
     try:
         from lomo_ds.int8 import kernel
 
-        buffer = buffer_of(torch.ones(1, device=device))
-        kernel.update(*blocks_in(buffer, 1)[:2], torch.ones(1, device=device), 1.0, 1.0, Noise(0, 0, 0))
-        kernel.decode(*blocks_in(buffer, 1)[:2], torch.empty(1, device=device))
+        ones = torch.ones(1, dtype=torch.bfloat16, device=device)
+        codes, scales = kernel.encode(ones)
+        kernel.update(codes, scales, ones, 1.0, 1.0, Noise(0, 0, 0))
+        kernel.decode(codes, scales, ones)
     except Exception as error:  # no Triton, no C compiler, a GPU it does not know: each has an exception of its own
         logger.warning("eight-bit weights take several passes over memory, for Triton fails: %s", error)
         return None

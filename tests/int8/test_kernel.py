@@ -49,7 +49,7 @@ def updated(
 
 
 def encodes_as_eager(dtype: torch.dtype) -> None:
-    from lomo_ds import int8_kernel
+    from lomo_ds.int8 import kernel as int8_kernel
 
     for numel in NUMELS:
         values = randn(numel).mul(torch.linspace(-9, 9, numel).exp()).to(dtype)
@@ -202,7 +202,7 @@ def test_decoding_compiles_to_wide_loads(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_encoding_compiles_to_wide_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lomo_ds import int8_kernel
+    from lomo_ds.int8 import kernel as int8_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     signature = {"values": "*bf16", "codes": "*i8", "scales": "*bf16", "numel": "i64"}

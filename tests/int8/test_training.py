@@ -100,7 +100,7 @@ def test_equals_plain_pytorch(ranks: GroupOf, world_size: int, offload: str, sch
 
 def bytes_kept(offload: str) -> tuple[int, int]:
     """Of this rank's matrices, and as many as they would be in bf16."""
-    engine = int8_engine(tiny_model(), "immediate", offload, bf16={"enabled": True})
+    engine = int8_engine(torch.nn.Linear(300, 200), "immediate", offload, bf16={"enabled": True})
     matrices = [s for s in zero3.shards(engine.module) if s.data.dtype == torch.int8]
     return sum(shard.kept.nbytes for shard in matrices), 2 * sum(shard.data.numel() for shard in matrices)
 
@@ -108,7 +108,7 @@ def bytes_kept(offload: str) -> tuple[int, int]:
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_shards_take_half_of_the_bytes(ranks: GroupOf, offload: str) -> None:
     for kept, of_bf16 in ranks(2).run(bytes_kept, offload):
-        assert kept < 0.53 * of_bf16
+        assert 0.5 * of_bf16 < kept < 0.52 * of_bf16
 
 
 def resumed_and_not(folder: str, offload: str) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lomo_ds import int8
-from lomo_ds.int8 import BLOCK, Noise
+from lomo_ds.int8 import eager as int8
+from lomo_ds.int8.eager import BLOCK, Noise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,7 +24,7 @@ def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", NUMELS)
 def test_codes_and_what_they_decode_to_equal_the_cpu_bit_for_bit(numel: int, dtype: torch.dtype) -> None:
-    int8_kernel = pytest.importorskip("lomo_ds.int8_kernel")
+    int8_kernel = pytest.importorskip("lomo_ds.int8.kernel")
     values = randn(numel).to(dtype)
     expected, found = int8.encode(values), int8.encode(values.cuda())
     assert_same(found, expected)
@@ -38,7 +38,7 @@ def test_codes_and_what_they_decode_to_equal_the_cpu_bit_for_bit(numel: int, dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", NUMELS)
 def test_an_update_equals_the_cpu_bit_for_bit(numel: int, dtype: torch.dtype) -> None:
-    int8_kernel = pytest.importorskip("lomo_ds.int8_kernel")
+    int8_kernel = pytest.importorskip("lomo_ds.int8.kernel")
     expected = int8.encode(randn(numel))
     codes, scales = expected
     eager, by_kernel = ((codes.cuda(), scales.cuda()) for _ in range(2))
@@ -51,7 +51,7 @@ def test_an_update_equals_the_cpu_bit_for_bit(numel: int, dtype: torch.dtype) ->
 
 
 def test_the_host_waits_for_nothing() -> None:
-    int8_kernel = pytest.importorskip("lomo_ds.int8_kernel")
+    int8_kernel = pytest.importorskip("lomo_ds.int8.kernel")
     values, gradient = randn(100_003).cuda(), randn(100_003, seed=1).cuda()
     factor, out = torch.tensor(0.2, device="cuda"), torch.empty_like(values)
     int8_kernel.update(*int8.encode(values), gradient, factor, 0.97, Noise(0, 0, 0))  # compiled before
