@@ -1,6 +1,5 @@
 """What every method trains: a random LLaMA of some size and precision, on random rows of one length."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,9 +86,11 @@ class Workload:
         """The model split over the ranks; no rank holds the whole."""
         from lomo_ds import models, zero3
 
-        model = models.empty_model(self.config(), ds_config, self.dtype)
-        fill((shard.name, len(shard.shape), shard.data) for shard in zero3.shards(model))
-        return self._prepared(model)
+        def fill(shard: zero3.Shard) -> None:
+            draw(shard.name, len(shard.shape), shard.data)
+
+        torch.manual_seed(torch.distributed.get_rank())
+        return self._prepared(models.empty_model(self.config(), ds_config, self.dtype, fill=fill))
 
     def whole_model(self) -> Any:
         """The model in this process alone."""
@@ -99,7 +100,9 @@ class Workload:
 
         with no_init_weights(), torch.device(get_accelerator().current_device_name()):
             model = AutoModelForCausalLM.from_config(self.config(), dtype=self.dtype)
-        fill((name, parameter.dim(), parameter.data) for name, parameter in model.named_parameters())
+        torch.manual_seed(torch.distributed.get_rank())
+        for name, parameter in model.named_parameters():
+            draw(name, parameter.dim(), parameter.data)
         return self._prepared(model)
 
     def rows(self, device: torch.device) -> dict[str, Tensor]:
@@ -116,31 +119,24 @@ class Workload:
         return model.train()
 
 
-def fill(parameters: Iterable[tuple[str, int, Tensor]]) -> None:
-    """Random values as LLaMA begins with, drawn on the device that computes: 30B of them take a GPU no time.
+@torch.no_grad()
+def draw(name: str, dimensions: int, tensor: Tensor) -> None:
+    """Random values as LLaMA begins with, on the device that computes: 30B of them take a GPU no time.
 
     Args:
-        parameters: name, dimensions of the whole, and the tensor to fill.
+        dimensions: of the whole parameter.
+        tensor: on a GPU, or in host memory, for which it is drawn on the GPU, if there is one, a part at a time.
     """
-    torch.manual_seed(torch.distributed.get_rank())
-    with torch.no_grad():
-        for name, dimensions, tensor in parameters:
-            if dimensions < 2:
-                tensor.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                _draw(tensor)
-
-
-def _draw(tensor: Tensor) -> None:
-    """A tensor in host memory is drawn on the GPU, if there is one, a part at a time."""
     from deepspeed.accelerator import get_accelerator
 
     device = torch.device(get_accelerator().current_device_name())
-    if tensor.device.type == device.type:
+    if dimensions < 2:
+        tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+    elif tensor.device.type == device.type:
         tensor.normal_(0.0, 0.02)
-        return
-    for part in tensor.view(-1).split(2**26):
-        part.copy_(torch.empty_like(part, device=device, pin_memory=False).normal_(0.0, 0.02))
+    else:
+        for part in tensor.view(-1).split(2**26):
+            part.copy_(torch.empty_like(part, device=device, pin_memory=False).normal_(0.0, 0.02))
 
 
 def tile_logits(model: Any) -> None:

@@ -161,13 +161,21 @@ def load_model(
 
 
 def empty_model(
-    config: PretrainedConfig, ds_config: dict[str, Any], dtype: torch.dtype, trust_remote_code: bool = False
+    config: PretrainedConfig,
+    ds_config: dict[str, Any],
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    fill: Callable[[Shard], Any] = lambda shard: None,
 ) -> PreTrainedModel:
-    """The model split over the ranks, its shards and buffers holding anything, for a checkpoint to fill."""
+    """The model split over the ranks, its shards and buffers holding anything, for a checkpoint to fill.
+
+    Args:
+        fill: writes to each shard, still of ``dtype``, however it will be kept.
+    """
     model = meta_model(config, dtype, trust_remote_code)
     for name, buffer in saved_buffers(model).items():
         _set_buffer(model, name, torch.empty_like(buffer, device="cpu"))
-    return _fill(model, ds_config, dtype, lambda shard: None)
+    return _fill(model, ds_config, dtype, fill)
 
 
 def _set_buffer(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
