@@ -9,10 +9,42 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-# Pinned at once, the second for a large model: torch pins powers of two, for each tensor by itself up to twice as much.
-FIRST_SLAB_BYTES, SLAB_BYTES = 2**20, 2**28
-IN_FLIGHT_BYTES = 128 * 2**20  # device memory that copies under way may hold, in either direction
+# torch pins powers of two: a tensor by itself could take twice its size, many in one slab take little more than theirs
+LARGEST_SLAB = 2**31
+SMALLEST_SLAB = 2**20
 ALIGNMENT = 64
+IN_FLIGHT_BYTES = 128 * 2**20  # device memory that copies under way may hold, in either direction
+
+
+class Slabs:
+    """Places tensors in slabs of powers of two; of memory it knows nothing.
+
+    Args:
+        total: bytes of all tensors to come, as far as that is known; of a last slab little stays empty then.
+
+    Attributes:
+        sizes: bytes of the slabs so far.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.expected = total
+        self.sizes: list[int] = []
+        self.taken: list[int] = []
+
+    def place(self, nbytes: int) -> tuple[int, int]:
+        """The slab for so many bytes, and where in it they begin; the first one with room, or a new one."""
+        needed = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        slab = next((n for n, size in enumerate(self.sizes) if self.taken[n] + needed <= size), len(self.sizes))
+        if slab == len(self.sizes):
+            fitting = max(needed, SMALLEST_SLAB)
+            wanted = max(min(self.expected, LARGEST_SLAB), fitting)
+            size = 1 << (wanted.bit_length() - 1)  # what is left over goes into smaller ones
+            self.sizes.append(size if size >= fitting else 2 * size)
+            self.taken.append(0)
+        self.expected -= needed
+        start = self.taken[slab]
+        self.taken[slab] += needed
+        return slab, start
 
 
 class PinnedMemory:
@@ -20,21 +52,20 @@ class PinnedMemory:
 
     Args:
         device: the one whose copies it is for; on the CPU memory is ordinary.
+        total: see ``Slabs``.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, total: int) -> None:
         self.pinned = device.type != "cpu"
-        self.slab = torch.empty(0, dtype=torch.uint8)  # what is left of the newest one
-        self.next_bytes = FIRST_SLAB_BYTES
+        self.slabs = Slabs(total)
+        self.memory: list[Tensor] = []
 
     def like(self, tensor: Tensor) -> Tensor:
         """Memory for a 1-D tensor as ``tensor``, its contents anything."""
-        taken = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        if len(self.slab) < taken:
-            self.slab = torch.empty(max(self.next_bytes, taken), dtype=torch.uint8, pin_memory=self.pinned)
-            self.next_bytes = min(2 * self.next_bytes, SLAB_BYTES)
-        piece, self.slab = self.slab[: tensor.nbytes], self.slab[taken:]
-        return piece.view(tensor.dtype)
+        slab, start = self.slabs.place(tensor.nbytes)
+        if slab == len(self.memory):
+            self.memory.append(torch.empty(self.slabs.sizes[slab], dtype=torch.uint8, pin_memory=self.pinned))
+        return self.memory[slab][start : start + tensor.nbytes].view(tensor.dtype)
 
 
 class Ferry:

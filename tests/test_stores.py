@@ -1,16 +1,21 @@
 """Shards that are kept elsewhere: what crosses the link to them, and what is lent in their place."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import deepspeed.comm as dist
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lomo_ds import memory
 from lomo_ds.errors import ConfigError
-from lomo_ds.host_memory import FIRST_SLAB_BYTES, Ferry, PinnedMemory, bytes_of
+from lomo_ds.host_memory import SMALLEST_SLAB, Ferry, PinnedMemory, Slabs, bytes_of
+from lomo_ds.models import meta_model
+from lomo_ds.models.presets import preset_config
 from lomo_ds.stores import InHostMemory
 from lomo_ds.zero3 import Shard
 from tests.engines import make_engine
@@ -88,16 +93,39 @@ def test_a_shard_is_lent_from_the_gathered_copy_or_from_its_home() -> None:
     assert torch.equal(whole, torch.arange(30.0) + 100), "of a copy that others read too, a part is copied"
 
 
-def test_memory_is_pinned_in_slabs_that_grow() -> None:
-    memory = PinnedMemory(CPU)
-    small = [memory.like(torch.empty(3, dtype=torch.bfloat16)) for _ in range(100)]
-    assert bytes_of(small) == FIRST_SLAB_BYTES
-    small[0].fill_(1.0)
-    small[1].fill_(2.0)
-    assert small[0].tolist() == [1.0] * 3, "no two overlap"
-    large = memory.like(torch.empty(FIRST_SLAB_BYTES, dtype=torch.bfloat16))
-    assert bytes_of([large]) == 2 * FIRST_SLAB_BYTES
-    assert bytes_of([*small, large]) == 3 * FIRST_SLAB_BYTES
+def test_tensors_share_slabs_and_never_overlap() -> None:
+    memory = PinnedMemory(CPU, total=300 * 64)
+    small = [memory.like(torch.empty(3, dtype=torch.bfloat16)) for _ in range(300)]
+    for number, tensor in enumerate(small):
+        tensor.fill_(float(number % 7))
+    assert [tensor.tolist() for tensor in small] == [[float(number % 7)] * 3 for number in range(300)]
+    assert bytes_of(small) == SMALLEST_SLAB
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(0, 2**29), min_size=1, max_size=200))
+def test_slabs_are_powers_of_two_and_hold_what_is_placed_in_them(sizes: list[int]) -> None:
+    slabs = Slabs(sum(sizes))
+    places = [slabs.place(size) for size in sizes]
+    assert all(size == 1 << (size.bit_length() - 1) for size in slabs.sizes)
+    for slab, of_slab in enumerate(slabs.sizes):
+        parts = sorted(
+            (start, start + size) for (where, start), size in zip(places, sizes, strict=True) if where == slab
+        )
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(parts))
+        assert parts[-1][1] <= of_slab
+    # the worst order: next to nothing opens a slab for all that is expected, which the rest does not fit into
+    assert sum(slabs.sizes) <= 4 * (sum(sizes) + 64 * len(sizes)) + SMALLEST_SLAB
+
+
+@pytest.mark.parametrize("model", ["7b", "13b", "65b"])
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_shards_of_llamas_fill_their_slabs(model: str, ranks: int) -> None:
+    sizes = [2 * -(-p.numel() // ranks) for p in meta_model(preset_config(model), torch.bfloat16).parameters()]
+    slabs = Slabs(sum(sizes))
+    for size in sizes:
+        slabs.place(size)
+    assert sum(slabs.sizes) < 1.04 * sum(sizes), "pinned one by one they would take up to twice as much"
 
 
 def refused_before_anything_is_allocated(weights: str) -> str:

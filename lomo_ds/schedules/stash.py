@@ -69,7 +69,8 @@ class HostStash(Schedule):
         dtype: torch.dtype | None = None,
     ) -> None:
         self.dtype = dtype
-        self.pinned = PinnedMemory(device)
+        numel = sum(target.numel for target in targets)
+        self.pinned = PinnedMemory(device, numel * (dtype or torch.bfloat16).itemsize)
         self.ferry = Ferry(device)
         self.buffers: dict[int, Tensor] = {}  # each cut when its target's gradient first comes
         self.held: set[int] = set()

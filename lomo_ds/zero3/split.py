@@ -24,9 +24,8 @@ def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> I
     shards, one parameter at a time takes memory as a whole, which nobody touches.
     """
     device = _device()
-    _require_room(list(model.parameters()), ds_config, dtype)
+    pinned = _pinned_memory(list(model.parameters()), ds_config, dtype)
     converter = _converter([], ds_config, dtype)
-    pinned = _pinned_memory(ds_config)
     for name, parameter in model.named_parameters():
         # DeepSpeed splits what is there; on the meta device there is nothing
         torch.utils.swap_tensors(
@@ -45,10 +44,10 @@ def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> I
 def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
     """Give shards to those parameters that have none yet; their values stay."""
     whole: list[Partitioned] = [parameter for parameter in model.parameters() if not hasattr(parameter, "ds_tensor")]
-    if whole:
-        _require_room(whole, ds_config, dtype)
-        _converter(whole, ds_config, dtype)
-    pinned = _pinned_memory(ds_config)
+    if not whole:
+        return
+    pinned = _pinned_memory(whole, ds_config, dtype)
+    _converter(whole, ds_config, dtype)
     for parameter in whole:
         if _in_eight_bits(ds_config, parameter):
             _put_into_eight_bits(parameter, pinned)
@@ -94,10 +93,14 @@ def gathered(parameters: list[Parameter]) -> Iterator[None]:
         yield
 
 
-def _require_room(parameters: list[Parameter], ds_config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Refuse, before anything is allocated, shards that host memory cannot hold."""
+def _pinned_memory(parameters: list[Parameter], ds_config: dict[str, Any], dtype: torch.dtype) -> PinnedMemory | None:
+    """Where offloaded shards go, if they are to be pinned: in slabs, for DeepSpeed pins each one by itself.
+
+    Raises:
+        ConfigError: host memory cannot hold them; nothing has been allocated yet.
+    """
     if offload_device(ds_config) != "cpu":
-        return
+        return None
     numels = [-(-parameter.numel() // dist.get_world_size()) for parameter in parameters]
     if keeps_eight_bits(ds_config):
         need = sum(map(int8.bytes_of_buffer, numels))
@@ -106,6 +109,8 @@ def _require_room(parameters: list[Parameter], ds_config: dict[str, Any], dtype:
         need = sum(numels) * dtype.itemsize
         way_out = "weights int8 need about half of it, offload_param.device nvme next to nothing"
     require_host_bytes(need, free_bytes()[1], "offload_param.device cpu", way_out)
+    pinned = ds_config["zero_optimization"]["offload_param"].get("pin_memory", True)
+    return PinnedMemory(_device(), need) if pinned else None
 
 
 def _in_eight_bits(ds_config: dict[str, Any], parameter: Partitioned) -> bool:
@@ -121,13 +126,6 @@ def _put_into_eight_bits(parameter: Partitioned, pinned: PinnedMemory | None) ->
 
 def _device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
-
-
-def _pinned_memory(ds_config: dict[str, Any]) -> PinnedMemory | None:
-    """Where offloaded shards go, if they are to be pinned: in slabs, for DeepSpeed pins each one by itself."""
-    offload = ds_config["zero_optimization"].get("offload_param") or {}
-    wanted = offload_device(ds_config) == "cpu" and offload.get("pin_memory", True)
-    return PinnedMemory(_device()) if wanted else None
 
 
 def _converter(parameters: list[Parameter], ds_config: dict[str, Any], dtype: torch.dtype) -> Init:
