@@ -1,6 +1,8 @@
 """What is compared: ways to take a training step, each built once and stepped many times.
 
-A method is named by one of ``METHODS``, with ``+clip`` behind it where the global gradient norm is clipped to 1.
+A method is named by one of ``METHODS``, with what is added behind it: ``+clip`` where the global gradient norm is
+clipped to 1; and, to a method of lomo_ds, ``+int8`` where weights are kept in eight bits, ``+qgather`` where they only
+travel so.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from torch.nn import Module, Parameter
 
 from benchmarks.workload import Workload, tile_logits
 
-CLIP = "+clip"
+CLIP, INT8, QUANTIZED_GATHER = "+clip", "+int8", "+qgather"
 MAX_NORM = 1.0
 LR = 1e-3
 
@@ -87,9 +89,23 @@ class Method:
             yield getattr(parameter, "ds_tensor", None)
 
 
+def base_of(name: str) -> str:
+    """The one of ``METHODS``, or something else that is none."""
+    return name.partition("+")[0]
+
+
 def clips(name: str) -> bool:
     """Whether the method clips."""
-    return name.endswith(CLIP)
+    return CLIP in name
+
+
+def settled(name: str, work: Workload) -> Workload:
+    """The workload with what a method's name adds to it."""
+    if INT8 in name:
+        work = dataclasses.replace(work, lomo={**work.lomo, "weights": "int8"})
+    if QUANTIZED_GATHER in name:
+        work = dataclasses.replace(work, zero={**work.zero, "zero_quantized_weights": True})
+    return work
 
 
 def objection(name: str, ranks: int) -> str | None:
@@ -98,9 +114,14 @@ def objection(name: str, ranks: int) -> str | None:
     Raises:
         ValueError: there is no such method, or it cannot clip.
     """
-    base = name.removesuffix(CLIP)
-    if base not in METHODS:
-        raise ValueError(f"a method is one of {', '.join(METHODS)}, with {CLIP} behind it to clip, got {name}")
+    base, *added = name.split("+")
+    if base not in METHODS or not {f"+{word}" for word in added} <= {CLIP, INT8, QUANTIZED_GATHER}:
+        raise ValueError(
+            f"a method is one of {', '.join(METHODS)}, with {CLIP} behind it to clip, and behind lomo_ds's own with "
+            f"{INT8} or {QUANTIZED_GATHER}, got {name}"
+        )
+    if base not in OURS and (INT8 in name or QUANTIZED_GATHER in name):
+        raise ValueError(f"{base} knows no weights in eight bits, so there is no {name}")
     if clips(name) and base in CANNOT_CLIP:
         raise ValueError(f"{base} {CANNOT_CLIP[base]}, so there is no {name}")
     if base in ALONE and ranks > 1:
@@ -112,9 +133,9 @@ def objection(name: str, ranks: int) -> str | None:
 
 def build(name: str, work: Workload) -> Method:
     """The method, ready for its first step; on every rank."""
-    base, max_norm = name.removesuffix(CLIP), MAX_NORM if clips(name) else None
+    base, max_norm = base_of(name), MAX_NORM if clips(name) else None
     if base in OURS:
-        return _lomo_ds(base, work, max_norm)
+        return _lomo_ds(base, settled(name, work), max_norm)
     if base in DEEPSPEED:
         return _deepspeed(base, work, max_norm)
     return {"plain": _plain, "lomo-optim": _lomo_optim, "torchtune": _torchtune}[base](work, max_norm)

@@ -78,7 +78,10 @@ def workload(given: argparse.Namespace, model: str, checkpointing: bool) -> Work
 def methods_help(default: list[str]) -> str:
     """What methods there are."""
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in methods.MEANINGS.items())
-    return f"any of {meanings}. {methods.CLIP} behind a name clips the global norm. {' '.join(default)} by default"
+    return (
+        f"any of {meanings}. {methods.CLIP} behind a name clips the global norm, {methods.INT8} behind lomo_ds's own "
+        f"keeps weights in eight bits, {methods.QUANTIZED_GATHER} gathers them so. {' '.join(default)} by default"
+    )
 
 
 def told(count: int, what: str) -> str:

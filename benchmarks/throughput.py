@@ -247,7 +247,7 @@ def _panel(axes: Any, group: Row) -> None:
 
 
 def _color(method: str) -> str:
-    base = method.removesuffix(methods.CLIP)
+    base = methods.base_of(method)
     return COLORS[OURS if base in methods.OURS else DEEPSPEED if base in methods.DEEPSPEED else ALONE]
 
 

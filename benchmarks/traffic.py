@@ -4,6 +4,7 @@ Counted are the arguments of every collective of one step on real ranks: the who
 and twice the whole of what is all-reduced, as an all-reduce is a reduce-scatter and a gather. A ring moves
 (ranks - 1) / ranks of that over each link. The unit is P, the bytes of all parameters as they are kept.
 
+Weights that travel in eight bits (+qgather, zero_quantized_weights; +int8, which are kept so too) halve the gathers.
 DeepSpeed keeps what forward has gathered for backward as long as the model has less than a billion parameters; so each
 method is counted as in a large model (nothing is kept), and as it runs on this small one.
 
@@ -28,7 +29,7 @@ from benchmarks import methods, options, report
 from benchmarks.workers import Desk, Workers
 from benchmarks.workload import LARGE, Workload
 
-METHODS = ["immediate", "stash+clip", "two_pass+clip", "deepspeed-sgd+clip"]
+METHODS = ["immediate", "stash+clip", "two_pass+clip", "immediate+qgather", "immediate+int8", "deepspeed-sgd+clip"]
 TRACED = 3  # steps in which DeepSpeed still finds out what a model does
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "other")
 COLORS = dict(zip(KINDS, ("#1b7f79", "#e08e45", "#c0392b", "#b9c4c9"), strict=True))
