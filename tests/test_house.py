@@ -12,7 +12,7 @@ FLOORS = [
     ["config", "loss", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest", "ds_parse"],
     ["gathering", "reduction", "ds_config", "data.tokens", "data.packing", "rules", "stores", "lifeline", "monitor"],
     ["schedules", "data", "models", "checkpoint"],
-    ["backward", "demo", "cli", "progress"],
+    ["backward", "demo", "cli", "progress", "planner"],
     ["optimizer"],
     ["assembly", "engine_state"],
     ["engine", "baseline"],

@@ -1,0 +1,193 @@
+"""The smallest change that makes a plan fit: cheap changes first, one alone before several together."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lomo_ds.errors import ConfigError
+from lomo_ds.planner.machine import Machine
+from lomo_ds.planner.plan import Plan, PlannedModel, plan
+from lomo_ds.planner.settings import Settings
+from lomo_ds.planner.suggest import cannot_be_asked_for
+
+MOST_GPUS = 64
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Changes that make a plan fit, and the plan with them.
+
+    Attributes:
+        changes: in words.
+        plan: that fits.
+    """
+
+    changes: tuple[str, ...]
+    plan: Plan
+
+    def __str__(self) -> str:
+        """In one sentence, without its end."""
+        *some, last = self.changes
+        told = f"{', '.join(some)} and {last}" if some else last
+        return f"it fits with {told}: {self.plan}"
+
+
+@dataclass(frozen=True)
+class _Variant:
+    words: str
+    settings: Settings
+
+
+Change = Callable[[Settings], Iterator[_Variant]]
+
+
+def advise(found: Plan, model: PlannedModel) -> Advice | None:
+    """The smallest change with which ``found`` fits; None if it fits as it is, or with nothing known here."""
+    if found.fits:
+        return None
+    changes = _changes(found, model)
+    for change in changes:
+        for variant in change(found.settings):
+            tried = _try(model, variant.settings, found.machine)
+            if tried is not None and tried.fits:
+                return Advice((variant.words,), tried)
+    return _several(found, model, changes)
+
+
+def _several(found: Plan, model: PlannedModel, changes: list[Change]) -> Advice | None:
+    """One after another, each as little as helps, until it fits; then without those that were not needed."""
+    chosen: list[Change] = []
+    for change in changes:
+        fitting = _mildest(found, model, [*chosen, change])
+        if fitting is None:
+            chosen.append(change)
+            continue
+        for superfluous in reversed(chosen):
+            fewer = [other for other in (*chosen, change) if other is not superfluous]
+            without = _mildest(found, model, fewer)
+            if without is not None:
+                chosen.remove(superfluous)
+                fitting = without
+        return fitting
+    return None
+
+
+def _mildest(found: Plan, model: PlannedModel, changes: list[Change]) -> Advice | None:
+    """All of ``changes``, the last as mild as fits, those before it as far as they go."""
+    words, settings = [], found.settings
+    *before, last = changes
+    for change in before:
+        variants = list(change(settings))
+        if variants:
+            settings = variants[-1].settings
+            words.append(variants[-1].words)
+    for variant in last(settings):
+        tried = _try(model, variant.settings, found.machine)
+        if tried is not None and tried.fits:
+            return Advice((*words, variant.words), tried)
+    return None
+
+
+def _try(model: PlannedModel, settings: Settings, machine: Machine) -> Plan | None:
+    if cannot_be_asked_for(settings) is not None:
+        return None
+    try:
+        return plan(model, settings, machine)
+    except ConfigError:
+        return None
+
+
+def _changes(found: Plan, model: PlannedModel) -> list[Change]:
+    """In the order of what they cost."""
+    changes: list[Change] = [
+        _checkpointing,
+        _finer_gathering,
+        _leaner_gathering,
+        _schedule,
+        _offloaded_activations,
+        _offload,
+    ]
+    if model.can_tile and not found.tiled and found.settings.optimizer == "lomo":
+        changes.insert(1, _tiled_logits)
+    changes += [_int8, _smaller_batch, _shorter, _more_gpus]
+    if found.machine.nvme:
+        changes.append(_nvme)
+    return changes
+
+
+def _checkpointing(settings: Settings) -> Iterator[_Variant]:
+    if not settings.gradient_checkpointing:
+        yield _Variant("--gradient_checkpointing", settings.but(gradient_checkpointing=True))
+
+
+def _tiled_logits(settings: Settings) -> Iterator[_Variant]:
+    yield _Variant("--tiled_logits", settings.but(tiled_logits=True))
+
+
+def _finer_gathering(settings: Settings) -> Iterator[_Variant]:
+    if settings.optimizer == "lomo" and not settings.resident and settings.gather_granularity != "module":
+        yield _Variant("gather_granularity module", settings.but(gather_granularity="module"))
+
+
+def _leaner_gathering(settings: Settings) -> Iterator[_Variant]:
+    if not settings.resident and settings.max_live_parameters:
+        lean = {"max_live_parameters": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 0}
+        yield _Variant(
+            "stage3_max_live_parameters, stage3_max_reuse_distance and stage3_prefetch_bucket_size 0",
+            settings.but(**lean),
+        )
+
+
+def _schedule(settings: Settings) -> Iterator[_Variant]:
+    if settings.optimizer != "lomo":
+        return
+    if settings.accumulation == 1 and not settings.gradient_clipping and settings.precision != "fp16":
+        if settings.update_schedule not in ("immediate", "auto"):
+            yield _Variant("update_schedule immediate", settings.but(update_schedule="immediate"))
+        return
+    if settings.stash_device != "cpu" and settings.update_schedule != "two_pass":
+        stash = {"update_schedule": "stash", "stash_device": "cpu"}
+        yield _Variant("update_schedule stash with stash_device cpu", settings.but(**stash))
+    if settings.accumulation == 1 and settings.update_schedule != "two_pass":
+        yield _Variant("update_schedule two_pass", settings.but(update_schedule="two_pass", stash_device="auto"))
+
+
+def _offloaded_activations(settings: Settings) -> Iterator[_Variant]:
+    if settings.optimizer == "lomo" and settings.gradient_checkpointing and not settings.activation_offload:
+        yield _Variant("activation checkpoints in host memory", settings.but(activation_offload=True))
+
+
+def _offload(settings: Settings) -> Iterator[_Variant]:
+    if settings.offload_param == "none":
+        yield _Variant("parameters in host memory (offload_param cpu)", settings.but(offload_param="cpu"))
+
+
+def _int8(settings: Settings) -> Iterator[_Variant]:
+    if settings.optimizer == "lomo" and not settings.int8_weights:
+        yield _Variant("weights of 8 bits", settings.but(int8_weights=True))
+
+
+def _smaller_batch(settings: Settings) -> Iterator[_Variant]:
+    batch = settings.batch
+    while batch > 1:
+        batch //= 2
+        yield _Variant(f"--per_device_train_batch_size {batch}", settings.but(batch=batch))
+
+
+def _shorter(settings: Settings) -> Iterator[_Variant]:
+    length = settings.sequence
+    while length >= 256:
+        length //= 2
+        yield _Variant(f"--max_seq_length {length}", settings.but(sequence=length))
+
+
+def _more_gpus(settings: Settings) -> Iterator[_Variant]:
+    gpus = settings.gpus
+    while 2 * gpus <= MOST_GPUS:
+        gpus *= 2
+        hosts = settings.hosts * gpus // settings.gpus if settings.gpus_of_a_host >= 8 else settings.hosts
+        yield _Variant(f"{gpus} GPUs", settings.but(gpus=gpus, hosts=hosts))
+
+
+def _nvme(settings: Settings) -> Iterator[_Variant]:
+    if settings.offload_param != "nvme":
+        yield _Variant("parameters on the disk (offload_param nvme)", settings.but(offload_param="nvme"))

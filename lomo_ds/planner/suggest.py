@@ -1,0 +1,86 @@
+"""The DeepSpeed config of a plan, and the arguments of ``launch/train.py`` that go with it."""
+
+import shlex
+from typing import Any
+
+from lomo_ds.errors import ConfigError
+from lomo_ds.planner.plan import Plan
+from lomo_ds.planner.settings import Settings
+
+# of Settings, what DeepSpeed's zero_optimization calls otherwise
+ZERO = {
+    "persistence_threshold": "stage3_param_persistence_threshold",
+    "prefetch_bucket_size": "stage3_prefetch_bucket_size",
+    "max_live_parameters": "stage3_max_live_parameters",
+    "max_reuse_distance": "stage3_max_reuse_distance",
+    "reduce_bucket_size": "reduce_bucket_size",
+}
+
+
+def cannot_be_asked_for(settings: Settings) -> str | None:
+    """What of ``settings`` no DeepSpeed config of lomo_ds can ask for, so that it may be planned, but not advised."""
+    unasked = {
+        "weights of 8 bits": settings.int8_weights,
+        "activation_offload": settings.activation_offload,
+        "offload_param nvme": settings.offload_param == "nvme",
+    }
+    return next((what for what, wanted in unasked.items() if wanted), None)
+
+
+def suggested_ds_config(found: Plan) -> dict[str, Any]:
+    """What ``--suggest`` writes: ``auto`` wherever an argument of ``launch/train.py`` decides.
+
+    Raises:
+        ConfigError: the plan has what no DeepSpeed config asks for yet.
+    """
+    settings = found.settings
+    refusal = cannot_be_asked_for(settings)
+    if refusal is not None:
+        raise ConfigError(f"no DeepSpeed config of lomo_ds can ask for {refusal}; plan without it")
+    zero: dict[str, Any] = {"stage": 3}
+    zero |= {name: getattr(settings, ours) for ours, name in ZERO.items() if getattr(settings, ours) != _default(ours)}
+    if settings.offload_param != "none":
+        zero["offload_param"] = {"device": settings.offload_param, "pin_memory": True}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": zero,
+    }
+    if settings.precision != "fp32":
+        config[settings.precision] = {"enabled": True}
+    config["optimizer"] = {"type": "LOMO", "params": _params(found)}
+    return config
+
+
+def command_line(found: Plan) -> str:
+    """How ``launch/train.py`` is to be started for it, the text and folders left to the user."""
+    settings = found.settings
+    words = ["deepspeed", "--num_gpus", str(settings.gpus_of_a_host), "launch/train.py"]
+    words += ["--model_name_or_path", found.model, "--max_seq_length", str(settings.sequence)]
+    words += ["--per_device_train_batch_size", str(settings.batch)]
+    if settings.accumulation > 1:
+        words += ["--gradient_accumulation_steps", str(settings.accumulation)]
+    if settings.clip_group_norm is None:
+        words += ["--max_grad_norm", f"{settings.gradient_clipping:g}"]
+    if settings.optimizer != "lomo":
+        words += ["--optim", settings.optimizer]
+    if settings.gradient_checkpointing:
+        words.append("--gradient_checkpointing")
+    if settings.tiled_logits is not None:
+        words += ["--tiled_logits", str(settings.tiled_logits).lower()]
+    return shlex.join([*words, "--deepspeed", "FILE", "..."])
+
+
+def _params(found: Plan) -> dict[str, Any]:
+    settings = found.settings
+    params: dict[str, Any] = {"lr": "auto", "weight_decay": "auto", "seed": "auto", "rounding": "auto"}
+    params |= {"update_schedule": settings.update_schedule, "stash_device": settings.stash_device}
+    params["gather_granularity"] = settings.gather_granularity
+    if settings.clip_group_norm is not None:
+        params["clip_group_norm"] = settings.clip_group_norm
+    return params
+
+
+def _default(name: str) -> Any:
+    return Settings.__dataclass_fields__[name].default
