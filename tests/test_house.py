@@ -13,7 +13,7 @@ FLOORS = [
     ["gathering", "reduction", "ds_config", "data.tokens", "data.packing", "rules", "stores", "lifeline", "monitor"],
     ["schedules", "data", "models", "checkpoint"],
     ["backward", "demo", "cli", "progress", "planner"],
-    ["optimizer"],
+    ["optimizer", "outlook"],
     ["assembly", "engine_state"],
     ["engine", "baseline"],
     ["evaluate", "keeper"],

@@ -1,7 +1,8 @@
-"""The smallest change that makes a plan fit: cheap changes first, one alone before several together."""
+"""The smallest change that makes a plan fit: one alone before several together, cheap ones before dear ones."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import combinations, islice
 
 from lomo_ds.errors import ConfigError
 from lomo_ds.planner.machine import Machine
@@ -44,31 +45,38 @@ def advise(found: Plan, model: PlannedModel) -> Advice | None:
     """The smallest change with which ``found`` fits; None if it fits as it is, or with nothing known here."""
     if found.fits:
         return None
-    changes = _changes(found, model)
-    for change in changes:
-        for variant in change(found.settings):
-            tried = _try(model, variant.settings, found.machine)
-            if tried is not None and tried.fits:
-                return Advice((variant.words,), tried)
-    return _several(found, model, changes)
+    free, dear = _free_changes(found, model), _dear_changes(found)
+    pairs = sorted(combinations(range(len(free)), 2), key=sum)
+    for change in (*free, *dear):
+        fitting = _mildest(found, model, [_first_variant(change)])
+        if fitting is not None:
+            return fitting
+    for one, other in pairs:
+        fitting = _mildest(found, model, [free[one], free[other]])
+        if fitting is not None:
+            return fitting
+    return _several(found, model, [*free, *dear])
 
 
 def _several(found: Plan, model: PlannedModel, changes: list[Change]) -> Advice | None:
-    """One after another, each as little as helps, until it fits; then without those that were not needed."""
-    chosen: list[Change] = []
-    for change in changes:
-        fitting = _mildest(found, model, [*chosen, change])
+    """One after another until it fits; then without those that were not needed, the dearest first."""
+    for count in range(1, len(changes) + 1):
+        fitting = _mildest(found, model, changes[:count])
         if fitting is None:
-            chosen.append(change)
             continue
-        for superfluous in reversed(chosen):
-            fewer = [other for other in (*chosen, change) if other is not superfluous]
+        chosen = changes[:count]
+        for superfluous in reversed(changes[: count - 1]):
+            fewer = [change for change in chosen if change is not superfluous]
             without = _mildest(found, model, fewer)
             if without is not None:
-                chosen.remove(superfluous)
-                fitting = without
+                chosen, fitting = fewer, without
         return fitting
     return None
+
+
+def _first_variant(change: Change) -> Change:
+    """The mildest form of a change alone: half a batch, not a sixteenth of it."""
+    return lambda settings: islice(change(settings), 1)
 
 
 def _mildest(found: Plan, model: PlannedModel, changes: list[Change]) -> Advice | None:
@@ -76,42 +84,39 @@ def _mildest(found: Plan, model: PlannedModel, changes: list[Change]) -> Advice 
     words, settings = [], found.settings
     *before, last = changes
     for change in before:
-        variants = list(change(settings))
+        variants = _possible(change, settings)
         if variants:
             settings = variants[-1].settings
             words.append(variants[-1].words)
-    for variant in last(settings):
+    for variant in _possible(last, settings):
         tried = _try(model, variant.settings, found.machine)
         if tried is not None and tried.fits:
             return Advice((*words, variant.words), tried)
     return None
 
 
+def _possible(change: Change, settings: Settings) -> list[_Variant]:
+    return [variant for variant in change(settings) if cannot_be_asked_for(variant.settings) is None]
+
+
 def _try(model: PlannedModel, settings: Settings, machine: Machine) -> Plan | None:
-    if cannot_be_asked_for(settings) is not None:
-        return None
     try:
         return plan(model, settings, machine)
     except ConfigError:
         return None
 
 
-def _changes(found: Plan, model: PlannedModel) -> list[Change]:
-    """In the order of what they cost."""
-    changes: list[Change] = [
-        _checkpointing,
-        _finer_gathering,
-        _leaner_gathering,
-        _schedule,
-        _offloaded_activations,
-        _offload,
-    ]
+def _free_changes(found: Plan, model: PlannedModel) -> list[Change]:
+    """Those that cost time at most, in the order of how much."""
+    changes: list[Change] = [_checkpointing]
     if model.can_tile and not found.tiled and found.settings.optimizer == "lomo":
-        changes.insert(1, _tiled_logits)
-    changes += [_int8, _smaller_batch, _shorter, _more_gpus]
-    if found.machine.nvme:
-        changes.append(_nvme)
-    return changes
+        changes.append(_tiled_logits)
+    return [*changes, _finer_gathering, _leaner_gathering, _schedule, _offloaded_activations, _offload, _int8]
+
+
+def _dear_changes(found: Plan) -> list[Change]:
+    """Those that make another run of it, or need other machines."""
+    return [_smaller_batch, _shorter, _more_gpus, *([_nvme] if found.machine.nvme else [])]
 
 
 def _checkpointing(settings: Settings) -> Iterator[_Variant]:

@@ -62,13 +62,13 @@ class _Ledger:
         self.checkpoints: dict[int, int] = {}  # alive, by layer
         self.away = 0  # of them, in host memory
         self.shard_numel = sum(settings.shard_numel(numel) for numel in rehearsal.numels)
+        self.on_host = machine.device == "cpu"  # where no memory but the host's is
         self.base = self._base(machine)
         self.gathered: Gathered = NothingGathered() if settings.resident else OnDemand(rehearsal, settings)
         self.gradients: Gradients
         if settings.optimizer == "lomo":
             temporaries = sgd_temporaries(settings.dtype, machine.device)
-            on_cpu = machine.device == "cpu"
-            self.gradients = Reduced(rehearsal, settings, keeps, temporaries, self._see_gradients, on_cpu)
+            self.gradients = Reduced(rehearsal, settings, keeps, temporaries, self._see_gradients, self.on_host)
         else:
             self.gradients = Partitioned(rehearsal, settings, self._see_gradients)
 
@@ -90,7 +90,7 @@ class _Ledger:
         """What is there all the time."""
         settings, found = self.settings, Counter({CONTEXT: machine.context, ACTIVATIONS: self.rehearsal.buffers})
         stored = settings.stored_bytes(self.shard_numel)
-        if settings.offload_param == "none":
+        if settings.offload_param == "none" or self.on_host:
             found[SHARDS] = stored
         elif settings.optimizer == "lomo":
             largest = settings.shard_numel(max(self.rehearsal.numels))  # a copy on its way may be of that one alone
@@ -108,7 +108,7 @@ class _Ledger:
     def _place_on_host(self) -> None:
         settings, host = self.settings, self.memory.host
         stored = settings.stored_bytes(self.shard_numel)
-        if settings.offload_param == "cpu":
+        if settings.offload_param == "cpu" and not self.on_host:
             host[SHARDS] = stored
         if settings.offload_param == "nvme":
             self.memory.nvme[SHARDS] = stored

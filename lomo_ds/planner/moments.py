@@ -9,9 +9,9 @@ class Event(Enum):
     """What happens between two stretches of computation."""
 
     FETCH_FORWARD = "a module is about to run forward"
-    FREE_FORWARD = "it has run"
+    FREE_FORWARD = "it has run forward"
     FETCH_BACKWARD = "a module is about to run backward"
-    FREE_BACKWARD = "it has run"
+    FREE_BACKWARD = "it has run backward"
     GRADIENT = "a parameter's gradient is whole"
     LOSS = "forward has ended"
     END = "backward has ended"
@@ -26,6 +26,7 @@ class Moment:
         peak: the most bytes alive since the moment before.
         level: bytes alive now; a gradient that has just arrived is not among them.
         logits: of ``peak``, tensors as wide as the vocabulary; ``logits_level``, of ``level``.
+        flops: so far.
     """
 
     event: Event
@@ -34,6 +35,7 @@ class Moment:
     level: int
     logits: int = 0
     logits_level: int = 0
+    flops: int = 0
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Rehearsal:
 
     Attributes:
         names: of the parameters, in the model's order; ``numels``, theirs.
-        modules: the parameters of each module, those of modules below it left out.
+        modules: the parameters of each module, those of modules below it left out; ``module_names``, their names.
         layers: of ``modules``, the decoder layers.
         checkpoints: bytes of each decoder layer's input, by its number in ``modules``.
         moments: in their order.
@@ -56,6 +58,7 @@ class Rehearsal:
     names: list[str]
     numels: list[int]
     modules: list[list[int]] = field(default_factory=list)
+    module_names: list[str] = field(default_factory=list)
     layers: set[int] = field(default_factory=set)
     checkpoints: dict[int, int] = field(default_factory=dict)
     moments: list[Moment] = field(default_factory=list)

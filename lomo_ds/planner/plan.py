@@ -1,5 +1,6 @@
 """A plan: one run on one machine, its bytes, its seconds, and whether it fits."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -131,10 +132,11 @@ class Plan:
         """In one line."""
         host = f" and {gib(self.host_bytes)} GiB of host memory" if self.host_bytes else ""
         rate = f"bound by {self.seconds.bound_in_words}, about {rounded(self.tokens_per_second)} tokens/s"
-        gpu = f"{gib(self.gpu_bytes)} of {gib(self.machine.gpu_memory)} GiB a GPU{host}"
-        if self.fits:
-            return f"{gpu}, {rate}"
-        return f"does not fit: {self.lack}"
+        if not self.fits:
+            return f"does not fit: {self.lack}"
+        if self.machine.device == "cpu":  # whose speed nobody has stated
+            return f"{gib(self.gpu_bytes)} of {gib(self.machine.gpu_memory)} GiB a rank"
+        return f"{gib(self.gpu_bytes)} of {gib(self.machine.gpu_memory)} GiB a GPU{host}, {rate}"
 
     @property
     def lack(self) -> str:
@@ -167,6 +169,8 @@ def plan(model: PlannedModel, settings: Settings, machine: Machine) -> Plan:
     free_host = max(0, machine.host_memory // settings.gpus_of_a_host - on_host)
     granularity = _granularity(model, settings, free_gpu)
     choice = _choice(settings, shards, free_gpu, free_host)
+    if machine.device == "cpu":
+        choice = dataclasses.replace(choice, stash_device="gpu")  # the one memory there is; see build_schedule
     kept = keeps(choice, settings.clip_group_norm is not None, _stash_dtype(settings))
     rehearsal = model.rehearse(settings, granularity)
     memory = count_memory(rehearsal, settings, machine, kept)

@@ -1,4 +1,4 @@
-"""The DeepSpeed config of a plan, and the arguments of ``launch/train.py`` that go with it."""
+"""From a plan to the DeepSpeed config and the arguments of ``launch/train.py`` that run it, and back."""
 
 import shlex
 from typing import Any
@@ -15,6 +15,8 @@ ZERO = {
     "max_reuse_distance": "stage3_max_reuse_distance",
     "reduce_bucket_size": "reduce_bucket_size",
 }
+
+LOMO = ("update_schedule", "stash_device", "gather_granularity", "clip_group_norm")  # named alike in its parameters
 
 
 def cannot_be_asked_for(settings: Settings) -> str | None:
@@ -53,6 +55,30 @@ def suggested_ds_config(found: Plan) -> dict[str, Any]:
     return config
 
 
+def settings_of(ds_config: dict[str, Any], **others: Any) -> Settings:
+    """The settings that a DeepSpeed config without ``auto`` asks for.
+
+    Args:
+        others: the settings that are no part of it, ``sequence`` for one.
+    """
+    zero, optimizer = ds_config["zero_optimization"], ds_config["optimizer"]
+    kind = str(optimizer["type"]).lower()
+    lomo = optimizer["params"] if kind == "lomo" else {}
+    found: dict[str, Any] = {name: int(zero[theirs]) for name, theirs in ZERO.items() if theirs in zero}
+    found |= {name: lomo[name] for name in LOMO if lomo.get(name) is not None}
+    precision = next((name for name in ("bf16", "fp16") if (ds_config.get(name) or {}).get("enabled")), "fp32")
+    return Settings(
+        batch=ds_config["train_micro_batch_size_per_gpu"],
+        accumulation=ds_config.get("gradient_accumulation_steps") or 1,
+        gradient_clipping=ds_config.get("gradient_clipping") or 0.0,
+        precision=precision,  # type: ignore[arg-type]
+        optimizer=kind,  # type: ignore[arg-type]
+        offload_param=(zero.get("offload_param") or {}).get("device", "none"),
+        **found,
+        **others,
+    )
+
+
 def command_line(found: Plan) -> str:
     """How ``launch/train.py`` is to be started for it, the text and folders left to the user."""
     settings = found.settings
@@ -75,11 +101,7 @@ def command_line(found: Plan) -> str:
 def _params(found: Plan) -> dict[str, Any]:
     settings = found.settings
     params: dict[str, Any] = {"lr": "auto", "weight_decay": "auto", "seed": "auto", "rounding": "auto"}
-    params |= {"update_schedule": settings.update_schedule, "stash_device": settings.stash_device}
-    params["gather_granularity"] = settings.gather_granularity
-    if settings.clip_group_norm is not None:
-        params["clip_group_norm"] = settings.clip_group_norm
-    return params
+    return params | {name: getattr(settings, name) for name in LOMO if getattr(settings, name) is not None}
 
 
 def _default(name: str) -> Any:
