@@ -10,7 +10,7 @@ from lomo_ds.planner.plan import Plan, PlannedModel, plan
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.suggest import cannot_be_asked_for
 
-MOST_GPUS = 64
+MOST_GPUS, GPUS_OF_A_HOST = 64, 8
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,30 @@ def advise(found: Plan, model: PlannedModel) -> Advice | None:
 
 
 def _several(found: Plan, model: PlannedModel, changes: list[Change]) -> Advice | None:
-    """One after another until it fits; then without those that were not needed, the dearest first."""
-    for count in range(1, len(changes) + 1):
-        fitting = _mildest(found, model, changes[:count])
+    """One after another, as far as they help, until it fits; then without those not needed, the dearest first."""
+    chosen: list[Change] = []
+    least = _lack(found)
+    for change in changes:
+        fitting = _mildest(found, model, [*chosen, change])
         if fitting is None:
+            tried = _try(model, _apply(found.settings, [*chosen, change])[1], found.machine)
+            if tried is not None and _lack(tried) < least:
+                chosen, least = [*chosen, change], _lack(tried)
             continue
-        chosen = changes[:count]
-        for superfluous in reversed(changes[: count - 1]):
-            fewer = [change for change in chosen if change is not superfluous]
+        needed = [*chosen, change]
+        for superfluous in reversed(chosen):
+            fewer = [other for other in needed if other is not superfluous]
             without = _mildest(found, model, fewer)
             if without is not None:
-                chosen, fitting = fewer, without
+                needed, fitting = fewer, without
         return fitting
     return None
+
+
+def _lack(found: Plan) -> int:
+    """Bytes that are missing, on a GPU and on a host."""
+    on_gpu = found.gpu_bytes - found.machine.gpu_memory
+    return max(0, on_gpu) + max(0, found.host_bytes - found.usable_host_bytes)
 
 
 def _first_variant(change: Change) -> Change:
@@ -81,18 +92,24 @@ def _first_variant(change: Change) -> Change:
 
 def _mildest(found: Plan, model: PlannedModel, changes: list[Change]) -> Advice | None:
     """All of ``changes``, the last as mild as fits, those before it as far as they go."""
-    words, settings = [], found.settings
     *before, last = changes
-    for change in before:
-        variants = _possible(change, settings)
-        if variants:
-            settings = variants[-1].settings
-            words.append(variants[-1].words)
+    words, settings = _apply(found.settings, before)
     for variant in _possible(last, settings):
         tried = _try(model, variant.settings, found.machine)
         if tried is not None and tried.fits:
             return Advice((*words, variant.words), tried)
     return None
+
+
+def _apply(settings: Settings, changes: list[Change]) -> tuple[list[str], Settings]:
+    """Changes as far as they go, in words and done."""
+    words = []
+    for change in changes:
+        variants = _possible(change, settings)
+        if variants:
+            settings = variants[-1].settings
+            words.append(variants[-1].words)
+    return words, settings
 
 
 def _possible(change: Change, settings: Settings) -> list[_Variant]:
@@ -189,7 +206,7 @@ def _more_gpus(settings: Settings) -> Iterator[_Variant]:
     gpus = settings.gpus
     while 2 * gpus <= MOST_GPUS:
         gpus *= 2
-        hosts = settings.hosts * gpus // settings.gpus if settings.gpus_of_a_host >= 8 else settings.hosts
+        hosts = max(settings.hosts, gpus // GPUS_OF_A_HOST)
         yield _Variant(f"{gpus} GPUs", settings.but(gpus=gpus, hosts=hosts))
 
 

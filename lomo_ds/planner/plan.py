@@ -20,6 +20,8 @@ from lomo_ds.schedules import Choice, choose_schedule
 from lomo_ds.schedules.choose import HOST_SHARE
 from lomo_ds.schedules.declared import keeps
 
+GIB = 2**30
+
 
 class PlannedModel:
     """A model's configuration, and every rehearsal of it so far: plans that differ elsewhere share them.
@@ -134,9 +136,11 @@ class Plan:
         rate = f"bound by {self.seconds.bound_in_words}, about {rounded(self.tokens_per_second)} tokens/s"
         if not self.fits:
             return f"does not fit: {self.lack}"
+        need = gib(self.gpu_bytes) if self.gpu_bytes >= GIB / 10 else f"{self.gpu_bytes / 2**20:.1f} MiB"
+        memory = f"{need} of {gib(self.machine.gpu_memory)} GiB a"
         if self.machine.device == "cpu":  # whose speed nobody has stated
-            return f"{gib(self.gpu_bytes)} of {gib(self.machine.gpu_memory)} GiB a rank"
-        return f"{gib(self.gpu_bytes)} of {gib(self.machine.gpu_memory)} GiB a GPU{host}, {rate}"
+            return f"{memory} rank"
+        return f"{memory} GPU{host}, {rate}"
 
     @property
     def lack(self) -> str:
@@ -199,7 +203,7 @@ def refuse_what_does_not_fit_host(found: Plan, way_out: str | None) -> None:
 
 def gib(size: int) -> str:
     """In GiB, with a digit behind the point."""
-    return f"{size / 2**30:.1f}"
+    return f"{size / GIB:.1f}"
 
 
 def rounded(value: float) -> str:

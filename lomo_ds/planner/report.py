@@ -21,15 +21,15 @@ def as_text(found: Plan, advice: Advice | None) -> str:
         f"activations {'computed again' if settings.gradient_checkpointing else 'kept'}",
         "",
         f"GiB on each GPU at the peak ({found.memory.when})",
-        *_rows({kind: gib(size) for kind, size in found.memory.at_peak.items() if size}),
-        *_rows({"in all": gib(found.gpu_bytes), "there is": gib(machine.gpu_memory)}),
+        *_sizes(found.memory.at_peak),
+        *_sizes({"in all": found.gpu_bytes, "there is": machine.gpu_memory}),
     ]
     if found.host_bytes:
         lines += [
             "",
             "GiB pinned in the memory of each host",
-            *_rows({kind: gib(size) for kind, size in found.pinned_host_bytes.items()}),
-            *_rows({"in all": gib(found.host_bytes), "may be": gib(found.usable_host_bytes)}),
+            *_sizes(found.pinned_host_bytes),
+            *_sizes({"in all": found.host_bytes, "may be": found.usable_host_bytes}),
         ]
     lines += [
         "",
@@ -71,6 +71,10 @@ def as_json(found: Plan, advice: Advice | None) -> dict[str, Any]:
         "verdict": str(found),
         "advice": None if advice is None else {"changes": list(advice.changes), "plan": as_json(advice.plan, None)},
     }
+
+
+def _sizes(found: dict[str, int]) -> list[str]:
+    return _rows({kind: f"{size / 2**30:.2f}" for kind, size in found.items() if size})
 
 
 def _rows(values: dict[str, str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a run is, as far as its memory and its time depend on it."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,6 +71,8 @@ class Settings:
         for name in ("gpus", "hosts", "batch", "accumulation"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.sequence >= 2, "seq", "at least 2", self.sequence)
+        limit = self.gradient_clipping
+        _require(0 <= limit < math.inf, "gradient_clipping", "at least 0, and finite", limit)
         if self.gpus % self.hosts:
             raise ConfigError(
                 f"hosts have as many GPUs each, got {self.gpus} on {self.hosts} hosts; give a divisor of {self.gpus}"
