@@ -34,6 +34,7 @@ def plan_of(method: str, work: Workload, ranks: int, device: str) -> Plan | None
         gradient_clipping=methods.MAX_NORM if methods.clips(method) else 0.0,
         gradient_checkpointing=work.checkpointing,
         tiled_logits=work.tiled_logits and ours,
+        offload_param=work.zero.get("offload_param", {}).get("device", "none"),
         **{"stash_device": "gpu", **lomo},
         **zero,
     )

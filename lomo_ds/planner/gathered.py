@@ -18,23 +18,37 @@ class Gathered(Protocol):
     Attributes:
         level: now; ``peak``, the most since it was last asked for.
         moved: elements of parameters that were gathered so far.
+        refreshed: bytes while those that are never let go of are gathered anew, when a step has ended.
     """
 
     level: int
     peak: int
     moved: int
+    refreshed: int
 
     def see(self, event: Event, index: int) -> None:
         """A module begins or ends."""
+
+    def hold(self, p: int) -> None:
+        """A parameter's whole copy lives until ``let_go``, whoever frees it before."""
+
+    def let_go(self, p: int) -> None:
+        """See ``hold``."""
 
 
 class NothingGathered:
     """One rank whose shards are the parameters."""
 
-    level = peak = moved = 0
+    level = peak = moved = refreshed = 0
 
     def see(self, event: Event, index: int) -> None:
         """Nothing."""
+
+    def hold(self, p: int) -> None:
+        """Nothing: there is no copy."""
+
+    def let_go(self, p: int) -> None:
+        """Nothing: there is no copy."""
 
 
 class _Lot:
@@ -62,11 +76,14 @@ class OnDemand:
         self.lots: dict[int, _Lot] = {}  # in flight, by parameter
         self.active: dict[int, set[int]] = {}
         self.in_backward: dict[int, None] = {}
+        self.held: set[int] = set()
+        self.kept: dict[int, int] = {}  # bytes of those held that would be free
         self.moved = self.level = self.peak = 0
         self._begin()
         for p in sorted(self.persistent):  # gathered together after the last step, and let go of by nobody
             self.available[p] = self._whole(p)
         self._add(sum(self.available.values()))
+        self.refreshed = self.level if len(self.persistent) < 2 or self.wired else 2 * self.level  # received, then cut
 
     def _begin(self) -> None:
         """A forward pass begins; see ``reset_step``."""
@@ -92,6 +109,15 @@ class OnDemand:
                         self._release(p)
             self.in_backward.clear()
             self._begin()
+
+    def hold(self, p: int) -> None:
+        """See ``Gathered.hold``."""
+        self.held.add(p)
+
+    def let_go(self, p: int) -> None:
+        """See ``Gathered.hold``."""
+        self.held.discard(p)
+        self._add(-self.kept.pop(p, 0))
 
     def _fetch(self, module: int) -> None:
         wanted = sorted(self.modules[module])
@@ -173,8 +199,12 @@ class OnDemand:
 
     def _release(self, p: int) -> None:
         if p in self.available and not self.active.get(p) and p not in self.lots:
-            self._add(-self.available.pop(p))
+            size = self.available.pop(p)
             self.live_numel -= self.numels[p]
+            if p in self.held:
+                self.kept[p] = size
+            else:
+                self._add(-size)
 
     def _whole(self, p: int) -> int:
         """Bytes of the buffer that all ranks' partitions are received in."""

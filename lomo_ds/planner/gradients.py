@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from lomo_ds.clipping import clipping_groups
+from lomo_ds.host_memory import IN_FLIGHT_BYTES
+from lomo_ds.planner.gathered import Gathered
 from lomo_ds.planner.moments import Rehearsal
 from lomo_ds.planner.settings import Settings
 from lomo_ds.reduction import MAX_BUCKET_NUMEL, MIN_BUCKET_NUMEL
@@ -17,17 +19,21 @@ class Gradients(Protocol):
 
     Attributes:
         level: in flight now; ``stashed``, kept on the device until the step ends.
-        observe: called at every change.
+        parts: of updated shards on their way to host memory, and of those that wait to be updated.
     """
 
     level: int
     stashed: int
+    parts: int
 
     def add(self, index: int) -> None:
         """A parameter's gradient is whole."""
 
     def flush(self) -> None:
         """Backward has ended."""
+
+    def finish(self) -> None:
+        """The step ends, with the updates that have waited for it."""
 
 
 class Reduced:
@@ -38,6 +44,7 @@ class Reduced:
         temporaries: what the rule's update of so many shard elements takes in passing, bytes.
         observe: is called at every change.
         on_cpu: whether ranks compute on the host.
+        gathered: the whole parameters, of which shards in host memory are updated in backward.
     """
 
     def __init__(
@@ -46,9 +53,14 @@ class Reduced:
         settings: Settings,
         keeps: Keeps,
         temporaries: Temporaries,
-        observe: Callable[[int], None],
+        observe: Callable[[], None],
         on_cpu: bool,
+        gathered: Gathered,
     ) -> None:
+        self.gathered = gathered
+        self.notes_whole = settings.offload_param != "none" and not (keeps.on_device or keeps.on_host)
+        self.sent: deque[int] = deque()  # parameters whose new shards are on their way to host memory
+        self.parts = 0
         self.copied_by_gloo = int(on_cpu)  # which reduces a copy of a bucket, and scatters that
         self.settings, self.keeps, self.temporaries, self.observe = settings, keeps, temporaries, observe
         self.numels = rehearsal.numels
@@ -67,6 +79,8 @@ class Reduced:
     def add(self, index: int) -> None:
         """See ``Reduction.add``."""
         numel = self.numels[index]
+        if self.notes_whole:
+            self._note_whole(index)
         self._change(numel * self.itemsize)
         if self.waiting and numel >= self.bucket_numel:
             self._launch()
@@ -85,6 +99,13 @@ class Reduced:
             self._change(-self.grouped.pop(group))
         self._change(-self.leaving)
         self.leaving = 0
+        self._send_home(0)
+
+    def finish(self) -> None:
+        """See ``Gradients.finish``."""
+        if self.keeps.on_device or self.keeps.on_host:
+            self._update(sum(self._part(p) for p in range(len(self.numels))))
+        self.stashed = 0
 
     def _launch(self) -> None:
         members, self.waiting, self.waiting_numel = self.waiting, [], 0
@@ -129,6 +150,28 @@ class Reduced:
         else:
             self._update(size)
             self._change(-size)
+            if self.notes_whole:
+                self.sent += members
+                self._send_home(IN_FLIGHT_BYTES)
+
+    def _note_whole(self, index: int) -> None:
+        """See ``InHostMemory.note_whole``: one rank's part is a view of all, another's a copy."""
+        if self.settings.gpus == 1:
+            self.gathered.hold(index)
+        else:
+            self.parts += self._part(index)
+
+    def _send_home(self, until: int) -> None:
+        """See ``Ferry``."""
+        while self.sent and sum(self._part(p) for p in self.sent) > until:
+            p = self.sent.popleft()
+            if self.settings.gpus == 1:
+                self.gathered.let_go(p)
+            else:
+                self.parts -= self._part(p)
+
+    def _part(self, p: int) -> int:
+        return self.settings.shard_numel(self.numels[p]) * self.itemsize
 
     def _wait_for_group(self, members: list[int], size: int) -> None:
         for p in members:
@@ -146,18 +189,18 @@ class Reduced:
 
     def _change(self, by: int) -> None:
         self.level += by
-        self.observe(self.stashed)
+        self.observe()
 
 
 class Partitioned:
     """DeepSpeed's own ZeRO-3: gradients are copied into one bucket, reduced from there, and added to partitions."""
 
-    def __init__(self, rehearsal: Rehearsal, settings: Settings, observe: Callable[[int], None]) -> None:
+    def __init__(self, rehearsal: Rehearsal, settings: Settings, observe: Callable[[], None]) -> None:
         self.settings, self.observe = settings, observe
         self.numels = rehearsal.numels
         self.itemsize = settings.dtype.itemsize
         self.filled = 0
-        self.level = self.stashed = 0
+        self.level = self.stashed = self.parts = 0
 
     def add(self, index: int) -> None:
         """A whole gradient, until it is copied into the bucket."""
@@ -172,6 +215,9 @@ class Partitioned:
         """See ``Gradients.flush``."""
         self._reduce()
 
+    def finish(self) -> None:
+        """Nothing: the optimizer's step is counted as a whole."""
+
     def _reduce(self) -> None:
         shards = -(-self.filled // self.settings.gpus) * self.itemsize if self.settings.gpus > 1 else 0
         self._change(shards)
@@ -180,4 +226,4 @@ class Partitioned:
 
     def _change(self, by: int) -> None:
         self.level += by
-        self.observe(self.stashed)
+        self.observe()

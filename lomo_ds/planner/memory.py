@@ -3,11 +3,12 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from lomo_ds.host_memory import IN_FLIGHT_BYTES, SLAB_BYTES
+from lomo_ds.host_memory import IN_FLIGHT_BYTES
 from lomo_ds.planner.gathered import Gathered, NothingGathered, OnDemand
 from lomo_ds.planner.gradients import Gradients, Partitioned, Reduced
 from lomo_ds.planner.machine import Machine
 from lomo_ds.planner.moments import Event, Moment, Rehearsal
+from lomo_ds.planner.pinned import pinned_bytes
 from lomo_ds.planner.settings import Settings
 from lomo_ds.rules.declared import sgd_state_bytes, sgd_temporaries
 from lomo_ds.schedules.declared import Keeps
@@ -68,7 +69,9 @@ class _Ledger:
         self.gradients: Gradients
         if settings.optimizer == "lomo":
             temporaries = sgd_temporaries(settings.dtype, machine.device)
-            self.gradients = Reduced(rehearsal, settings, keeps, temporaries, self._see_gradients, self.on_host)
+            self.gradients = Reduced(
+                rehearsal, settings, keeps, temporaries, self._see_gradients, self.on_host, self.gathered
+            )
         else:
             self.gradients = Partitioned(rehearsal, settings, self._see_gradients)
 
@@ -82,20 +85,19 @@ class _Ledger:
                 if moment.event is Event.LOSS:
                     self.memory.gathered_forward = self.gathered.moved - before
             self.memory.gathered_backward = self.gathered.moved - before - self.memory.gathered_forward
+        self.gradients.finish()
         if self.settings.optimizer != "lomo":
             self._step_of_baseline()
+        self._see(self.moment.level, self.moment.logits_level, self.gathered.refreshed)
         return self.memory
 
     def _base(self, machine: Machine) -> Counter[str]:
         """What is there all the time."""
         settings, found = self.settings, Counter({CONTEXT: machine.context, ACTIVATIONS: self.rehearsal.buffers})
-        stored = settings.stored_bytes(self.shard_numel)
-        if settings.offload_param == "none" or self.on_host:
-            found[SHARDS] = stored
-        elif settings.optimizer == "lomo":
-            largest = settings.shard_numel(max(self.rehearsal.numels))  # a copy on its way may be of that one alone
-            most = max(IN_FLIGHT_BYTES, largest * settings.dtype.itemsize)
-            found[LEAVING] = min(most, self.shard_numel * settings.dtype.itemsize)
+        if settings.offload_param == "none":
+            found[SHARDS] = settings.stored_bytes(self.shard_numel)
+        elif self.on_host:
+            found[SHARDS] = self._pinned_shards()
         if settings.optimizer == "lomo":
             found[STATE] = sgd_state_bytes(self.shard_numel)
         else:
@@ -109,16 +111,20 @@ class _Ledger:
         settings, host = self.settings, self.memory.host
         stored = settings.stored_bytes(self.shard_numel)
         if settings.offload_param == "cpu" and not self.on_host:
-            host[SHARDS] = stored
+            host[SHARDS] = self._pinned_shards()
         if settings.offload_param == "nvme":
             self.memory.nvme[SHARDS] = stored
             host[SHARDS] = min(stored, 4 * IN_FLIGHT_BYTES)  # buffers between the disk and the GPU
         if self.keeps.on_host:
             itemsize = settings.dtype.itemsize
-            kept = self.keeps.bytes_of(self.shard_numel * itemsize, itemsize)
-            host[STASH] = -(-kept // SLAB_BYTES) * SLAB_BYTES
+            sizes = [settings.shard_numel(numel) * itemsize for numel in reversed(self.rehearsal.numels)]
+            host[STASH] = pinned_bytes([self.keeps.bytes_of(size, itemsize) for size in sizes], pinned=True)
         if settings.activation_offload:
             host[CHECKPOINTS] = sum(self.rehearsal.checkpoints.values())
+
+    def _pinned_shards(self) -> int:
+        sizes = [self.settings.stored_bytes(self.settings.shard_numel(numel)) for numel in self.rehearsal.numels]
+        return pinned_bytes(sizes, pinned=not self.on_host)
 
     def _pass(self, moment: Moment) -> None:
         self.moment = moment
@@ -146,18 +152,20 @@ class _Ledger:
             alive = list(self.checkpoints.values())
             self.away = sum(alive[:-2])
 
-    def _see_gradients(self, stashed: int) -> None:
+    def _see_gradients(self) -> None:
         self._see(self.moment.level, self.moment.logits_level, self.gathered.level)
 
     def _see(self, activations: int, logits: int, gathered: int) -> None:
-        total = activations - self.away + gathered + self.gradients.level + self.gradients.stashed
+        gradients = self.gradients
+        total = activations - self.away + gathered + gradients.level + gradients.stashed + gradients.parts
         if total < self.peak:
             return
         self.peak = total
         checkpoints = sum(self.checkpoints.values())
         found = self.base + Counter({GATHERED: gathered, LOGITS: logits, CHECKPOINTS: checkpoints - self.away})
-        found[IN_FLIGHT] += self.gradients.level
-        found[STASH] += self.gradients.stashed
+        found[IN_FLIGHT] += gradients.level
+        found[STASH] += gradients.stashed
+        found[LEAVING] += gradients.parts
         found[ACTIVATIONS] += activations - logits - checkpoints
         self.memory.at_peak = {kind: found[kind] for kind in KINDS}
         self.memory.when = self._when()
@@ -169,7 +177,7 @@ class _Ledger:
         if event is Event.LOSS:
             return "in the loss"
         if event is Event.END:
-            return "at the end of backward"
+            return "when backward has ended"
         names = [self.rehearsal.names[p] for p in self.rehearsal.modules[index][:1]]
         way = "forward" if event in (Event.FETCH_FORWARD, Event.FREE_FORWARD) else "backward"
         side = "before" if event in (Event.FETCH_FORWARD, Event.FETCH_BACKWARD) else "at"

@@ -8,8 +8,8 @@ from lomo_ds.numerics import CPU_PIECE_NUMEL
 
 Temporaries = Callable[[int], int]  # bytes in passing of an update of so many elements
 
-# update_half on a piece: shard, gradient and result in fp32, and the random bits, as int16 and int32
-HALF_BYTES_PER_ELEMENT = 4 + 4 + 2 + 4 + 4
+# update_half on a piece, when it rounds: exact values, their bits with noise added, the noise, and the result
+HALF_BYTES_PER_ELEMENT = 4 + 4 + 2 + 2
 
 
 def sgd_state_bytes(numel: int) -> int:
