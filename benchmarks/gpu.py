@@ -27,6 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import memory, report, throughput
 from benchmarks.contest import Entrant
+from benchmarks.planned import planned_peak
 from benchmarks.workers import Workers
 from benchmarks.workload import TOY, Workload
 
@@ -68,7 +69,8 @@ class MemoryRow:
         """The measured row."""
         row = memory.measure_row(workers, self.method, self.work, min(self.timeout, seconds))
         compared = {"at most": self.at_most, "the paper's": self.papers}
-        return row | {"ranks": self.world, "simulated": self.world > 1, **compared}
+        planned = planned_peak(self.method, self.work, self.world, "cuda")
+        return row | {"ranks": self.world, "simulated": self.world > 1, "planned": planned, **compared}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ it is found out in the last step, in which every tensor is followed from the ope
   what the allocator rounds up
 
 All four are those at the moment of the peak, and add up to it. As hardly a gradient may be alive then, the most bytes
-of gradients at any one moment are given beside them. Host memory is the peak of a process's resident memory less what
-it was before the model was built. Of several ranks the one with the highest peak is reported.
+of gradients at any one moment are given beside them, and so is the peak that ``lomo_ds.planner`` predicts. Host memory
+is the peak of a process's resident memory less what it was before the model was built. Of several ranks the one with
+the highest peak is reported.
 
 --simulate_world N runs rank 0 of N in one process, in torch's fake process group: true memory of one GPU among N, with
 the real allocator, on one GPU. Nothing is communicated, so times mean nothing there, and none are reported.
@@ -34,6 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import methods, options, report
 from benchmarks.footprint import ACTIVATIONS, GRADIENTS, KINDS, OPTIMIZER, PARAMETERS, measure, resident_bytes
+from benchmarks.planned import planned_peak
 from benchmarks.workers import Desk, DoesNotFit, WorkerError, Workers
 from benchmarks.workload import LARGE, Workload, parameter_count
 
@@ -92,7 +94,8 @@ def measure_all(given: argparse.Namespace) -> dict[str, Any]:
             else:
                 workers = Workers(1 if given.simulate_world else world, given.device, given.simulate_world)
                 row = measure_row(workers, method, work, given.timeout)
-                rows.append(row | {"ranks": world, "simulated": given.simulate_world is not None})
+                planned = planned_peak(method, work, world, given.device)
+                rows.append(row | {"ranks": world, "simulated": given.simulate_world is not None, "planned": planned})
             bar.update()
     bar.close()
     return {"environment": report.environment(), "device": given.device, "rows": rows, "skipped": skipped}
@@ -113,7 +116,7 @@ def describe(results: dict[str, Any]) -> str:
     unit, divisor = unit_of(rows)
     what = "as torch's allocator counts" if results["device"] == "cuda" else "the bytes of all tensors"
     compared = [name for name in ("at most", "the paper's") if any(row.get(name) for row in rows)]
-    header = ["", "recomputes", *KINDS, "**peak**", *compared, "most gradients", "host memory"]
+    header = ["", "recomputes", *KINDS, "**peak**", "planned", *compared, "most gradients", "host memory"]
     lines = [[*named(row), *figures(row, divisor, compared)] for row in rows]
     text = (
         f"# Memory of a training step, by kind\n\nIn {unit}, at the peak, {what}; of several ranks the highest one's. "
@@ -148,13 +151,14 @@ def named(row: Row) -> list[str]:
 
 def figures(row: Row, divisor: float, compared: list[str]) -> list[str]:
     """The other cells of a row; what its peak is compared with is in GiB."""
+    planned = f"{row['planned'] / divisor:.2f}" if row.get("planned") else ""
     others = [f"{row[name] * 2**30 / divisor:.2f}" if row.get(name) else "" for name in compared]
     if row["outcome"] != "measured":
         outcome = DOES_NOT_FIT if row["outcome"] == DOES_NOT_FIT else "failed"
-        return [*["" for _ in KINDS], f"**{outcome}**", *others, "", ""]
+        return [*["" for _ in KINDS], f"**{outcome}**", planned, *others, "", ""]
     at_peak = [_told(row["at_peak"] and row["at_peak"][kind], divisor) for kind in KINDS]
     rest = (_told(row[name], divisor) for name in ("most_gradients", "resident"))
-    return [*at_peak, f"**{row['peak'] / divisor:.2f}**", *others, *rest]
+    return [*at_peak, f"**{row['peak'] / divisor:.2f}**", planned, *others, *rest]
 
 
 def _told(value: float | None, divisor: float) -> str:

@@ -15,7 +15,7 @@ from lomo_ds.clipping import Clipping, clipping_groups
 from lomo_ds.config import LomoConfig
 from lomo_ds.distributed import all_reduce_min
 from lomo_ds.errors import ConfigError
-from lomo_ds.gathering import Gathering, OnDemand, Resident, choose_granularity, largest_use
+from lomo_ds.gathering import Gathering, OnDemand, Resident, choose_granularity, largest_use, reach_of_offload
 from lomo_ds.host_budget import told
 from lomo_ds.host_memory import bytes_of
 from lomo_ds.memory import free_bytes
@@ -78,9 +78,9 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
     largest = largest_use(engine.module, granularity)
     if zero3.offload_device(engine.config) == "cpu":
-        # the link is to have work all the time: what is used next is on its way while this is computed with
-        prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", max(prefetch_numel, largest))
-        live_numel = _unless_asked(engine, "max_live_parameters", max(live_numel, largest + prefetch_numel))
+        prefetch_numel, live_numel = reach_of_offload(prefetch_numel, live_numel, largest)
+        prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", prefetch_numel)
+        live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
     exact, quantized = AsKept(engine.device), _travels_in_eight_bits(engine)
     if quantized or zero3.offload_device(engine.config) == "cpu" or zero3.keeps_eight_bits(engine.config):
         wire = Quantized(engine.device) if quantized else exact

@@ -36,6 +36,9 @@ def run_on_all_ranks(main: Callable[[], None]) -> int:
         status = 0
     except LomoError as error:
         status = USER_ERROR
+        if error.of_some_ranks and lifeline is not None and not is_main_process():
+            lifeline.wait_for_verdict()  # which ends this process, if rank 0 has the same to say
+            error.only_here = True
         tell(error)
     except Exception:
         if lifeline is not None:

@@ -23,9 +23,11 @@ class LomoError(Exception):
 
     Attributes:
         only_here: no other rank raises this error, so this one must tell it.
+        of_some_ranks: any number of ranks may raise it, and one of them must tell it.
     """
 
     only_here = False
+    of_some_ranks = False
 
 
 class ConfigError(LomoError, ValueError):
@@ -50,6 +52,12 @@ class CheckpointError(LomoError, ValueError):
 
 class NonFiniteGradientError(LomoError, ArithmeticError):
     """A gradient was inf or nan and the schedule in force had already used it."""
+
+
+class DoesNotFitError(LomoError, MemoryError):
+    """A GPU ran out of memory."""
+
+    of_some_ranks = True
 
 
 class PeerError(LomoError, RuntimeError):

@@ -133,6 +133,18 @@ def largest_use(model: Module, granularity: str) -> int:
     return max([*of_layers, *(_numel(module.parameters(recurse=False)) for module in model.modules())])
 
 
+def reach_of_offload(prefetch_numel: int, live_numel: int, largest: int) -> tuple[int, int]:
+    """DeepSpeed's ``prefetch_bucket_size`` and ``max_live_parameters``, widened where parameters lie in host memory.
+
+    The link is to have work all the time: what is used next is on its way while this is computed with.
+
+    Args:
+        largest: see ``largest_use``.
+    """
+    prefetch_numel = max(prefetch_numel, largest)
+    return prefetch_numel, max(live_numel, largest + prefetch_numel)
+
+
 def choose_granularity(asked: str, model: Module, free_device_bytes: int) -> str:
     """``module`` or ``layer``; ``auto`` is ``layer`` wherever two gathered layers fit.
 

@@ -50,6 +50,7 @@ from lomo_ds.models import (
     verify_export,
 )
 from lomo_ds.monitor import Monitor
+from lomo_ds.outlook import Outlook
 from lomo_ds.progress import FINISHED, Progress, is_finished
 from lomo_ds.signals import StopRequest
 from lomo_ds.trainer import Trainer
@@ -86,9 +87,12 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     steps = _steps(arguments, training, progress)
     together(lambda: _refuse_fewer_steps(steps))
     filled = together(lambda: _checked(fill_scheduler(_as_saved(ds_config, found), arguments, steps.total), arguments))
+    outlook = Outlook(config, filled, arguments, length)
+    together(outlook.say)
 
     torch.manual_seed(arguments.seed + rank)
-    model = _empty_or_loaded(found, name, config, filled, arguments)
+    with outlook.advising():
+        model = _empty_or_loaded(found, name, config, filled, arguments)
     together(lambda: load_generation_config(model, str(found.folder / MODEL) if found else name))
     together(lambda: _tile_logits(model, arguments.tiled_logits))
     if arguments.gradient_checkpointing:
@@ -102,9 +106,10 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
         (folder / MODEL).mkdir()
         save_settings(model, tokenizer, folder / MODEL)
 
-    engine, keeper = _engine_and_keeper(model, filled, scheduler, found, arguments, progress, add_files)
+    with outlook.advising():
+        engine, keeper = _engine_and_keeper(model, filled, scheduler, found, arguments, progress, add_files)
     together(lambda: _begin(output_dir, resolved, filled) if rank == 0 else None)
-    with together(lambda: _open_monitor(output_dir, rank, steps.step)) as monitor:
+    with together(lambda: _open_monitor(output_dir, rank, steps.step)) as monitor, outlook.advising():
         Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, keeper, run_id).run()
 
 

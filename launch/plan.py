@@ -1,0 +1,12 @@
+"""Will a model fit, what will bound its step, and what is the smallest change that makes it fit; without a GPU.
+
+python launch/plan.py --model 65b --gpus 8 --gpu_memory 24GB --host_memory 256GB --seq 1024 --batch 1 --pcie 16GB/s
+"""
+
+import sys
+
+from lomo_ds.cli import run_alone
+from lomo_ds.planner.command import main
+
+if __name__ == "__main__":
+    sys.exit(run_alone(lambda: main(sys.argv[1:])))

@@ -1,0 +1,226 @@
+"""Which parameters are whole at each moment: DeepSpeed's coordinator of ZeRO-3, on numbers instead of tensors.
+
+It follows ``PartitionedParameterCoordinator`` of deepspeed 0.19 in a step whose order of modules it knows, from the
+third step on: fetch what a module needs, prefetch what comes next, free what is not used again soon.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from lomo_ds.planner.moments import Event, Rehearsal
+from lomo_ds.planner.settings import Settings
+
+
+class Gathered(Protocol):
+    """Bytes of whole parameters beside the shards.
+
+    Attributes:
+        level: now; ``peak``, the most since it was last asked for.
+        moved: elements of parameters that were gathered so far.
+        refreshed: bytes while those that are never let go of are gathered anew, when a step has ended.
+    """
+
+    level: int
+    peak: int
+    moved: int
+    refreshed: int
+
+    def see(self, event: Event, index: int) -> None:
+        """A module begins or ends."""
+
+    def hold(self, p: int) -> None:
+        """A parameter's whole copy lives until ``let_go``, whoever frees it before."""
+
+    def let_go(self, p: int) -> None:
+        """See ``hold``."""
+
+
+class NothingGathered:
+    """One rank whose shards are the parameters."""
+
+    level = peak = moved = refreshed = 0
+
+    def see(self, event: Event, index: int) -> None:
+        """Nothing."""
+
+    def hold(self, p: int) -> None:
+        """Nothing: there is no copy."""
+
+    def let_go(self, p: int) -> None:
+        """Nothing: there is no copy."""
+
+
+class _Lot:
+    """Parameters on their way in one buffer, which lives until the last of them has been asked for."""
+
+    def __init__(self, members: Sequence[int], size: int) -> None:
+        self.members = set(members)
+        self.waiting = set(members)
+        self.size = size
+        self.arrived = False
+
+
+class OnDemand:
+    """DeepSpeed's hooks, on a rank."""
+
+    def __init__(self, rehearsal: Rehearsal, settings: Settings) -> None:
+        self.settings = settings
+        self.wired = settings.optimizer == "lomo" and (settings.offload_param != "none" or settings.int8_weights)
+        self.numels = rehearsal.numels
+        self.modules = rehearsal.modules
+        begins = (Event.FETCH_FORWARD, Event.FETCH_BACKWARD)
+        self.order = [moment.index for moment in rehearsal.moments if moment.event in begins]
+        self.persistent = {p for p, numel in enumerate(self.numels) if numel <= settings.persistence_threshold}
+        self.available: dict[int, int] = {}  # whole parameters, and their bytes
+        self.lots: dict[int, _Lot] = {}  # in flight, by parameter
+        self.active: dict[int, set[int]] = {}
+        self.in_backward: dict[int, None] = {}
+        self.held: set[int] = set()
+        self.kept: dict[int, int] = {}  # bytes of those held that would be free
+        self.moved = self.level = self.peak = 0
+        self._begin()
+        for p in sorted(self.persistent):  # gathered together after the last step, and let go of by nobody
+            self.available[p] = self._whole(p)
+        self._add(sum(self.available.values()))
+        self.refreshed = self.level if len(self.persistent) < 2 or self.wired else 2 * self.level  # received, then cut
+
+    def _begin(self) -> None:
+        """A forward pass begins; see ``reset_step``."""
+        self.step = self.live_numel = 0
+        self.fetched_for: dict[int, int] = {}
+        self.queue = deque((p, step) for step, module in enumerate(self.order) for p in sorted(self.modules[module]))
+
+    def see(self, event: Event, index: int) -> None:
+        """See ``Gathered.see``."""
+        if event in (Event.FETCH_FORWARD, Event.FETCH_BACKWARD):
+            if event is Event.FETCH_BACKWARD:
+                self.in_backward[index] = None
+            self._fetch(index)
+        elif event in (Event.FREE_FORWARD, Event.FREE_BACKWARD):
+            if event is Event.FREE_BACKWARD:
+                self.in_backward.pop(index, None)
+            self._free(index)
+        elif event is Event.END:
+            for module in reversed(self.in_backward):
+                for p in self.modules[module]:
+                    self.active.get(p, set()).discard(module)
+                    if p not in self.persistent:
+                        self._release(p)
+            self.in_backward.clear()
+            self._begin()
+
+    def hold(self, p: int) -> None:
+        """See ``Gathered.hold``."""
+        self.held.add(p)
+
+    def let_go(self, p: int) -> None:
+        """See ``Gathered.hold``."""
+        self.held.discard(p)
+        self._add(-self.kept.pop(p, 0))
+
+    def _fetch(self, module: int) -> None:
+        wanted = sorted(self.modules[module])
+        self._gather(wanted)
+        for p in wanted:
+            self.active.setdefault(p, set()).add(module)
+            self._await(p)
+        new = [p for p in wanted if self.fetched_for.get(p, -1) < self.step]
+        seen: set[int] = set()
+        while self.queue and len(seen) < len(new):
+            p, step = self.queue.popleft()
+            self.fetched_for[p] = step
+            seen.add(p)
+        self._prefetch()
+        self.step += 1
+
+    def _prefetch(self) -> None:
+        room = min(self.settings.max_live_parameters - self.live_numel, self.settings.prefetch_bucket_size)
+        chosen: dict[int, None] = {}
+        numel = 0
+        while self.settings.prefetch_bucket_size > 0 and self.queue and numel < room:
+            p, step = self.queue.popleft()
+            self.fetched_for[p] = max(self.fetched_for.get(p, -1), step)
+            if p not in self.available and p not in self.lots and p not in chosen:
+                chosen[p] = None
+                numel += self.numels[p]
+        self._gather(sorted(chosen))
+
+    def _gather(self, parameters: Sequence[int]) -> None:
+        missing = [p for p in parameters if p not in self.available and p not in self.lots]
+        if not missing:
+            return
+        lot = _Lot(missing, sum(self._received(p) for p in missing))
+        self.lots.update(dict.fromkeys(missing, lot))
+        self.live_numel += sum(self.numels[p] for p in missing)
+        self.moved += sum(self.numels[p] for p in missing)
+        self._add(lot.size)
+
+    def _await(self, p: int) -> None:
+        lot = self.lots.pop(p, None)
+        if lot is None:
+            return
+        if self.wired:
+            self._open(lot)
+            return
+        if len(lot.members) == 1:  # received where it is to lie
+            self.available[p] = lot.size
+            return
+        if not lot.arrived:
+            lot.arrived = True
+            for member in sorted(lot.members):
+                self.available[member] = self.numels[member] * self.settings.dtype.itemsize
+                self._add(self.available[member])
+        lot.waiting.discard(p)
+        if not lot.waiting:
+            self._add(-lot.size)
+
+    def _open(self, lot: _Lot) -> None:
+        """Each parameter was received by itself; see ``zero3.transport``."""
+        for member in sorted(lot.members):
+            self.lots.pop(member, None)
+            self.available[member] = self._whole(member)
+            self._add(self._whole(member) if self.settings.int8_weights else 0)
+            self._add(self._kept(member) - self._received(member))
+
+    def _free(self, module: int) -> None:
+        keep = set(self.persistent)
+        keep |= {p for p in self.modules[module] if self.fetched_for.get(p, -1) > self.step}
+        traversed = 0
+        for later in self.order[self.step :]:
+            if traversed >= self.settings.max_reuse_distance:
+                break
+            keep.update(self.modules[later])
+            traversed += sum(self.numels[p] for p in self.modules[later])
+        for p in self.modules[module]:
+            self.active.get(p, set()).discard(module)
+            if p not in keep:
+                self._release(p)
+
+    def _release(self, p: int) -> None:
+        if p in self.available and not self.active.get(p) and p not in self.lots:
+            size = self.available.pop(p)
+            self.live_numel -= self.numels[p]
+            if p in self.held:
+                self.kept[p] = size
+            else:
+                self._add(-size)
+
+    def _whole(self, p: int) -> int:
+        """Bytes of the buffer that all ranks' partitions are received in."""
+        return self.settings.shard_numel(self.numels[p]) * self.settings.gpus * self.settings.dtype.itemsize
+
+    def _received(self, p: int) -> int:
+        """Bytes of a parameter on its way: what all ranks send and, over a wire, what this one does."""
+        if not self.wired:
+            return self._whole(p)
+        sent = self.settings.stored_bytes(self.settings.shard_numel(self.numels[p]))
+        return sent * (self.settings.gpus + (self.settings.gpus > 1))
+
+    def _kept(self, p: int) -> int:
+        """Bytes of what was received, when it has been opened."""
+        return 0 if self.settings.int8_weights else self._whole(p)
+
+    def _add(self, size: int) -> None:
+        self.level += size
+        self.peak = max(self.peak, self.level)
