@@ -20,7 +20,7 @@ from lomo_ds.memory import free_bytes
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.rules import Rule, Sgd
 from lomo_ds.schedules import Choice, Target, build_schedule, choose_schedule
-from lomo_ds.stores import FromHostMemory, InHostMemory, OnDevice, Store
+from lomo_ds.stores import FromHostMemory, InHostMemory, OnDevice, OnNvme, Store
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     zero3.split(engine.module, engine.config, engine.get_data_types()[0])
     if zero3.stay_whole(engine.config) and zero3.lie_here(engine.module):
         return Resident(engine.module)
-    if zero3.offload_device(engine.config) == "cpu":
+    if zero3.offload_device(engine.config) in ("cpu", "nvme"):
         zero3.gather_by(engine.module, FromHostMemory(engine.device))
     granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
     if engine.global_rank == 0:
@@ -95,6 +95,8 @@ def _build_store(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> Store:
     data = [shard.data for shard in shards]
     if zero3.offload_device(engine.config) == "cpu":
         return InHostMemory(data, [shard.start for shard in shards], engine.device)
+    if zero3.offload_device(engine.config) == "nvme":
+        return OnNvme(shards, engine.device)
     return OnDevice(data)
 
 

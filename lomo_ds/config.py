@@ -139,6 +139,13 @@ def refuse_what_no_baseline_can(ds_config: dict[str, Any]) -> None:
     require_sections(ds_config)
     _require_step(ds_config)
     _refuse_other_engines(ds_config)
+    zero = ds_config.get("zero_optimization") or {}
+    for section in ("offload_param", "offload_optimizer"):
+        if _device(zero.get(section)) == "nvme":
+            raise ConfigError(
+                f"zero_optimization.{section}.device nvme is not supported for --optim adamw and sgd, only for the "
+                "parameters of lomo; use cpu"
+            )
 
 
 def _require_step(ds_config: dict[str, Any]) -> None:
@@ -160,12 +167,6 @@ def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
         raise ConfigError("zero_optimization.zenflow is not supported, as it is another optimizer; remove it")
     if (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0) not in (0, 1):
         raise ConfigError("tensor_parallel is not supported, as all ranks are data-parallel; remove it")
-    for section in ("offload_param", "offload_optimizer"):
-        if _device(zero.get(section)) == "nvme":
-            raise ConfigError(
-                f"zero_optimization.{section}.device nvme is not supported, because shards are updated in memory; "
-                "use cpu"
-            )
     for name, default in (
         ("zero_hpz_partition_size", 1),
         ("zero_quantized_weights", False),

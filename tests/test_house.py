@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent.parent / "lomo_ds"
 
 FLOORS = [
     ["errors", "layers", "numerics", "memory", "host_memory", "random_states", "signals", "training_engine"],
-    ["config", "loss", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest", "ds_parse"],
+    ["config", "loss", "distributed", "clipping", "arguments", "data.text", "zero3", "manifest"],
     ["gathering", "reduction", "ds_config", "data.tokens", "data.packing", "rules", "stores", "lifeline", "monitor"],
-    ["schedules", "data", "models", "checkpoint"],
+    ["schedules", "data", "models", "checkpoint", "ds_parse"],
     ["backward", "demo", "cli", "progress"],
     ["optimizer"],
     ["assembly", "engine_state"],

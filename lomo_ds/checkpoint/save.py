@@ -141,7 +141,7 @@ class Saver:
 
 
 def _on_host(snapshot: Snapshot) -> Snapshot:
-    shards = [dataclasses.replace(shard, data=shard.data.to("cpu", copy=True)) for shard in snapshot.shards]
+    shards = [shard.copy() for shard in snapshot.shards]
     buffers = {name: buffer.to("cpu", copy=True) for name, buffer in snapshot.buffers.items()}
     return dataclasses.replace(snapshot, shards=shards, buffers=buffers)
 

@@ -2,22 +2,26 @@
 
 ZeRO-3 keeps each parameter as ``world size`` partitions of ceil(numel / world size) elements, one on each
 rank, and gathers the whole of it around the modules that use it. A ``Shard`` is this rank's partition without
-its padding. Writing to it changes the model; a gathered copy made before the write is stale from then on, so
-``Gathering.refresh`` ends every step.
+its padding, in memory or in a file on NVMe. Writing to it changes the model; a gathered copy made before the
+write is stale from then on, so ``Gathering.refresh`` ends every step.
 """
 
+from lomo_ds.zero3.nvme import SwapFile
+from lomo_ds.zero3.nvme_settings import refuse_nvme_that_cannot_be
 from lomo_ds.zero3.shard import Shard, shards, whole_shape
 from lomo_ds.zero3.split import gathered, lie_here, make_whole, offload_device, partition, split, stay_whole
 from lomo_ds.zero3.transport import gather_by
 
 __all__ = [
     "Shard",
+    "SwapFile",
     "gather_by",
     "gathered",
     "lie_here",
     "make_whole",
     "offload_device",
     "partition",
+    "refuse_nvme_that_cannot_be",
     "shards",
     "split",
     "stay_whole",

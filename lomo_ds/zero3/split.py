@@ -11,18 +11,20 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
 from torch.nn import Module, Parameter
 
 from lomo_ds.host_memory import PinnedMemory
+from lomo_ds.zero3.on_nvme import bring_back, send_away, swap_space
 from lomo_ds.zero3.shard import Partitioned, Shard
 
 
 def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> Iterator[Shard]:
     """Make shards of a model on the meta device, without a collective.
 
-    Yields each parameter's shard, whose values are the caller's to fill in: ``partition`` writes none. Beside the
-    shards, one parameter at a time takes memory as a whole, which nobody touches.
+    Yields each parameter's shard, whose values are the caller's to fill in before it asks for the next: ``partition``
+    writes none. Beside the shards, one parameter at a time takes memory as a whole, which nobody touches.
     """
     device = _device()
     converter = _converter([], ds_config, dtype)
     pinned = _pinned_memory(ds_config)
+    space = swap_space(ds_config, dtype, device) if offload_device(ds_config) == "nvme" else None
     for name, parameter in model.named_parameters():
         # DeepSpeed splits what is there; on the meta device there is nothing
         torch.utils.swap_tensors(
@@ -34,6 +36,8 @@ def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> I
         if pinned is not None:
             partitioned.ds_tensor.data = pinned.like(partitioned.ds_tensor)
         yield Shard.of(name, partitioned)
+        if space is not None:
+            send_away(partitioned, space)
 
 
 def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
@@ -45,6 +49,13 @@ def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
     if pinned is not None:
         for parameter in whole:
             parameter.ds_tensor.data = pinned.like(parameter.ds_tensor).copy_(parameter.ds_tensor)
+    everyone: list[Partitioned] = list(model.parameters())
+    if offload_device(ds_config) != "nvme":
+        bring_back(everyone)
+        return
+    space = swap_space(ds_config, dtype, _device(), everyone)
+    for parameter in everyone:
+        send_away(parameter, space)
 
 
 def offload_device(ds_config: dict[str, Any]) -> str:
@@ -99,8 +110,8 @@ def _converter(parameters: list[Parameter], ds_config: dict[str, Any], dtype: to
     zero = dict(ds_config["zero_optimization"])
     if stay_whole(ds_config):
         zero["memory_efficient_linear"] = False
-    if offload_device(ds_config) == "cpu":
-        zero["offload_param"] = {**zero["offload_param"], "pin_memory": False}
+    if offload_device(ds_config) != "none":  # what goes to NVMe comes by host memory
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
     return Init(
         module=torch.nn.ParameterList(parameters),
         config_dict_or_path=ds_config | {"zero_optimization": zero},

@@ -1,0 +1,80 @@
+"""Partitions that go to files on NVMe, and what DeepSpeed still does to them there."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+
+from lomo_ds.zero3.nvme import SwapSpace
+from lomo_ds.zero3.nvme_settings import nvme_settings
+from lomo_ds.zero3.shard import Partitioned, file_of
+
+
+def swap_space(
+    ds_config: dict[str, Any], dtype: torch.dtype, device: torch.device, parameters: Iterable[Partitioned] = ()
+) -> SwapSpace:
+    """The space that files of ``parameters`` lie in already, or a new one."""
+    files = [file for file in map(file_of, parameters) if file is not None]
+    return files[0].space if files else SwapSpace(nvme_settings(ds_config, dtype.itemsize), device)
+
+
+def send_away(parameter: Partitioned, space: SwapSpace) -> None:
+    """Let a partition lie in a file, if it is large enough and does not yet; its memory is free from then on."""
+    _take_from_deepspeed(parameter)
+    partition = parameter.ds_tensor
+    if file_of(parameter) is not None or not space.takes(partition.ds_numel * partition.element_size()):
+        return
+    file = space.new_file(partition.ds_numel, partition.dtype)
+    file.write(partition.data)
+    partition.swap_file = file
+    partition.data = partition.new_empty(0)
+    parameter.partition = _partition_to_file(parameter)
+
+
+def bring_back(parameters: Iterable[Partitioned]) -> None:
+    """Let every partition lie in host memory that is in a file."""
+    for parameter in parameters:
+        file = file_of(parameter)
+        if file is not None:
+            parameter.ds_tensor.data = file.read(file.numel)
+            parameter.ds_tensor.swap_file = None
+
+
+def _partition_to_file(parameter: Partitioned) -> Callable[..., None]:
+    """DeepSpeed's ``partition``, which writes to the partition where a whole parameter has changed."""
+    partition = parameter.partition
+
+    def partition_to_file(
+        param_list: list[Partitioned] | None = None,
+        hierarchy: int = 0,
+        has_been_updated: bool = False,
+        free_data: bool = True,
+    ) -> None:
+        some = [parameter] if param_list is None else param_list
+        changed = [(one, file_of(one)) for one in some] if has_been_updated else []
+        for one, file in changed:
+            if file is not None:
+                one.ds_tensor.data = one.ds_tensor.new_empty(file.numel)
+        partition(some, hierarchy, has_been_updated, free_data)
+        for one, file in changed:
+            if file is not None:
+                file.write(one.ds_tensor.data)
+                one.ds_tensor.data = one.ds_tensor.new_empty(0)
+
+    return partition_to_file
+
+
+def _take_from_deepspeed(parameter: Partitioned) -> None:
+    """Host memory for what ``deepspeed.zero.Init`` has swapped out by itself."""
+    swapper = parameter.nvme_swapper
+    if swapper is None:
+        return
+    parameter.nvme_swapper = None
+    if parameter.ds_tensor.final_location is not None:
+        swapper.swap_in([parameter], async_op=False)
+        values = parameter.ds_tensor.data.clone()
+        swapper.remove_partition_and_release_buffers([parameter])
+        parameter.ds_tensor.data = values
+        parameter.ds_tensor.final_location = None
+        parameter.ds_tensor.status = PartitionedParamStatus.AVAILABLE
