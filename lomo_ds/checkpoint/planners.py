@@ -16,7 +16,7 @@ class FromShards(DefaultSavePlanner):
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         super().__init__()
-        self.away = {shard.name: shard for shard in shards if shard.file is not None}
+        self.away = {shard.name: shard for shard in shards if shard.place is not None}
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """The values of ``write_item``, which is a whole shard or buffer."""
@@ -29,7 +29,7 @@ class IntoShards(DefaultLoadPlanner):
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.away = {shard.name: shard for shard in shards if shard.file is not None}
+        self.away = {shard.name: shard for shard in shards if shard.place is not None}
         self.filling: tuple[str, Tensor] | None = None  # the shard that is being filled, all of it in host memory
 
     def set_up_planner(

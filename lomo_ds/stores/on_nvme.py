@@ -1,4 +1,4 @@
-"""Shards in files on NVMe: updated on the device in the copy that backward has gathered, and written from there."""
+"""Shards in a file on NVMe: updated on the device in the copy that backward has gathered, and written from there."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +10,7 @@ from lomo_ds.zero3 import Shard
 
 
 class OnNvme(InHostMemory):
-    """Does so for the shards that lie in files; the others, which are small, are in host memory.
+    """Does so for the shards that lie in a file; the others, which are small, are in host memory.
 
     The host waits here: for a read, and for a write where more are under way than there are buffers.
 
@@ -20,19 +20,19 @@ class OnNvme(InHostMemory):
 
     def __init__(self, shards: Sequence[Shard], device: torch.device) -> None:
         super().__init__([shard.data for shard in shards], [shard.start for shard in shards], device)
-        self.files = [shard.file for shard in shards]
+        self.places = [shard.place for shard in shards]
         self.device = device
 
     def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """See ``Store.lend``."""
         pairs = list(zip(indices, gradients, strict=True))
-        in_memory = [(index, gradient) for index, gradient in pairs if self.files[index] is None]
+        in_memory = [(index, gradient) for index, gradient in pairs if self.places[index] is None]
         yield from super().lend([index for index, _ in in_memory], [gradient for _, gradient in in_memory])
         for index, gradient in pairs:
-            file = self.files[index]
-            if file is not None:
+            place = self.places[index]
+            if place is not None:
                 part = self.at_hand.pop(index, None)
                 if part is None:
-                    part = file.read(gradient.numel(), self.device)
+                    part = place.read(gradient.numel(), self.device)
                 yield [part], [gradient]
-                file.write(part)
+                place.write(part)

@@ -6,15 +6,15 @@ its padding, in memory or in a file on NVMe. Writing to it changes the model; a 
 write is stale from then on, so ``Gathering.refresh`` ends every step.
 """
 
-from lomo_ds.zero3.nvme import SwapFile
+from lomo_ds.zero3.nvme import Place
 from lomo_ds.zero3.nvme_settings import refuse_nvme_that_cannot_be
 from lomo_ds.zero3.shard import Shard, shards, whole_shape
 from lomo_ds.zero3.split import gathered, lie_here, make_whole, offload_device, partition, split, stay_whole
 from lomo_ds.zero3.transport import gather_by
 
 __all__ = [
+    "Place",
     "Shard",
-    "SwapFile",
     "gather_by",
     "gathered",
     "lie_here",

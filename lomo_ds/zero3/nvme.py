@@ -1,17 +1,14 @@
-"""Shards in files on NVMe, read and written by DeepSpeed's async_io (libaio with O_DIRECT).
+"""Shards in a file on NVMe, read and written by DeepSpeed's async_io (libaio with O_DIRECT).
 
 DeepSpeed's own swapper keeps a buffer for every parameter that is gathered, each as large as the largest shard. Here
 a shard only passes through one, in pieces where it is larger: what few buffers hold bounds the host memory.
 """
 
-import fcntl
 import os
-import shutil
 import tempfile
 import threading
 import weakref
-from collections import deque
-from io import TextIOWrapper
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +19,12 @@ from torch import Tensor
 from lomo_ds.errors import ConfigError, OffloadError
 from lomo_ds.zero3.nvme_settings import NvmeSettings
 
-FOLDER_PREFIX = "lomo_ds-"
-LOCK = "lock"  # held as long as the process lives that owns the folder
-
 
 class SwapSpace:
-    """The files of one model on one rank, in a folder of their own, and the buffers that their contents pass through.
+    """The file of one model on one rank, and the buffers that its contents pass through.
 
-    The folder is removed with the model or at the end of the process; what a killed process has left, by the next
-    one that uses the same ``nvme_path``.
+    The file has no name: it is gone with the model, or with the process, however that ends, and any number of jobs
+    and ranks may share an ``nvme_path``.
 
     Args:
         device: the one that computes.
@@ -39,91 +33,88 @@ class SwapSpace:
     def __init__(self, settings: NvmeSettings, device: torch.device) -> None:
         self.settings = settings
         self.device = device
-        self.folder, lock = _own_folder(settings.path)
-        self.files = 0
+        self.descriptor = _nameless_file(settings.path)
+        self.path = f"/proc/self/fd/{self.descriptor}"  # by which async_io can open it
+        self.end = 0  # bytes
+        self.vacant: dict[int, list[int]] = defaultdict(list)  # where places of a size are that nobody uses any more
         self.lanes: list[_Lane] = []
         self.free: deque[_Lane] = deque()
-        self.writing: deque[tuple[SwapFile, _Lane]] = deque()
-        self.ahead: dict[SwapFile, _Lane] = {}  # whose first piece is being read before anyone has asked
-        self.last: tuple[SwapFile | None, SwapFile | None] = (None, None)  # gathered last, and before that
-        self.followers: dict[tuple[SwapFile | None, SwapFile | None], SwapFile] = {}
+        self.writing: deque[tuple[Place, _Lane]] = deque()
+        self.ahead: dict[Place, _Lane] = {}  # whose first piece is being read before anyone has asked
+        self.last: tuple[Place | None, Place | None] = (None, None)  # gathered last, and before that
+        self.followers: dict[tuple[Place | None, Place | None], Place] = {}
         self.guard = threading.RLock()  # a checkpoint may be written by another thread
-        weakref.finalize(self, _clean_up, self.folder, lock, self.lanes, os.getpid())
+        weakref.finalize(self, _clean_up, self.descriptor, self.lanes, os.getpid())
 
     def takes(self, nbytes: int) -> bool:
-        """Whether a shard is large enough to lie in a file."""
+        """Whether a shard is large enough for a place."""
         return nbytes >= self.settings.block_size
 
-    def new_file(self, numel: int, dtype: torch.dtype) -> "SwapFile":
-        """A file for that many elements, its room on the drive taken.
+    def new_place(self, numel: int, dtype: torch.dtype) -> "Place":
+        """A place for that many elements, its room on the drive taken.
 
         Raises:
             ConfigError: the drive is full.
         """
-        self.files += 1
-        file = SwapFile(self, self.folder / f"{self.files}.swp", numel, dtype)
+        nbytes = self.settings.aligned(numel * dtype.itemsize)
+        if self.vacant[nbytes]:
+            return Place(self, self.vacant[nbytes].pop(), numel, dtype)
         try:
-            with file.path.open("wb") as opened:
-                os.posix_fallocate(opened.fileno(), 0, self.settings.aligned(file.nbytes))
+            os.posix_fallocate(self.descriptor, self.end, nbytes)
         except OSError as error:
             raise ConfigError(
-                f"offload_param.nvme_path {self.settings.path} cannot hold a shard of {file.nbytes / 2**20:.1f} MiB: "
-                f"{error.strerror}; make room, or use more ranks or another path"
+                f"offload_param.nvme_path {self.settings.path} cannot hold a shard of {nbytes / 2**20:.1f} MiB beside "
+                f"{self.end / 2**20:.1f} MiB: {error.strerror}; make room, or use more ranks or another path"
             ) from None
-        return file
+        self.end += nbytes
+        return Place(self, self.end - nbytes, numel, dtype)
 
-    def read(self, file: "SwapFile", into: Tensor, look_ahead: bool = False) -> None:
-        """Fill ``into`` (1-D, on any device) with what the file begins with.
+    def read(self, place: "Place", into: Tensor, look_ahead: bool = False) -> None:
+        """Fill ``into`` (1-D, on any device) with what the place begins with.
 
         Args:
-            look_ahead: begin to read the files that followed it the last time.
+            look_ahead: begin to read the places that followed it the last time.
         """
         flat = into.view(torch.uint8)
         if not flat.numel():
             return
         with self.guard:
-            self._finish_writes(file)
-            coming = self.ahead.pop(file, None)
+            self._finish_writes(place)
+            coming = self.ahead.pop(place, None)
             for start in range(0, flat.numel(), self.settings.piece_bytes):
-                lane = coming or self._begin_read(file, start)
+                lane = coming or self._begin_read(place, start)
                 lane.finish()
                 behind = start + self.settings.piece_bytes
-                coming = self._begin_read(file, behind) if behind < flat.numel() else None
+                coming = self._begin_read(place, behind) if behind < flat.numel() else None
                 lane.copy_out(flat[start:behind])
                 self.free.append(lane)
             if look_ahead:
-                self._look_ahead(file)
+                self._look_ahead(place)
 
-    def write(self, file: "SwapFile", values: Tensor) -> None:
-        """Begin to write ``values`` (1-D, on any device, not written to any more) to where the file begins."""
+    def write(self, place: "Place", values: Tensor) -> None:
+        """Begin to write ``values`` (1-D, on any device, not written to any more) to where the place begins."""
         flat = values.detach().view(torch.uint8)
         with self.guard:
-            self._finish_writes(file)
-            if file in self.ahead:
-                self._drop(file)
+            self._finish_writes(place)
+            if place in self.ahead:
+                self._drop(place)
             for start in range(0, flat.numel(), self.settings.piece_bytes):
                 piece = flat[start : start + self.settings.piece_bytes]
                 lane = self._take()
-                lane.copy_in(piece, file.path, start)
-                self.writing.append((file, lane))
+                lane.copy_in(piece, place.start + start)
+                self.writing.append((place, lane))
             for _, lane in self.writing:
                 lane.start_write()
 
-    def finish(self) -> None:
-        """Wait until everything is written."""
-        with self.guard:
-            while self.writing:
-                self._finish_oldest_write()
-
-    def _begin_read(self, file: "SwapFile", start: int) -> "_Lane":
+    def _begin_read(self, place: "Place", start: int) -> "_Lane":
         lane = self._take()
-        lane.start_read(file.path, start, min(file.nbytes - start, self.settings.piece_bytes))
+        lane.start_read(place.start + start, min(place.nbytes - start, self.settings.piece_bytes))
         return lane
 
     def _take(self) -> "_Lane":
         """A lane that nothing is under way in."""
         if not self.free and len(self.lanes) < self.settings.buffer_count:
-            self.lanes.append(_Lane(self.settings, self.device))
+            self.lanes.append(_Lane(self.settings, self.device, self.path))
             return self.lanes[-1]
         if not self.free and self.ahead:
             self._drop(next(iter(self.ahead)))
@@ -131,13 +122,13 @@ class SwapSpace:
             self._finish_oldest_write()
         return self.free.popleft()
 
-    def _drop(self, file: "SwapFile") -> None:
-        lane = self.ahead.pop(file)
+    def _drop(self, place: "Place") -> None:
+        lane = self.ahead.pop(place)
         lane.finish()
         self.free.append(lane)
 
-    def _finish_writes(self, file: "SwapFile") -> None:
-        while any(written is file for written, _ in self.writing):
+    def _finish_writes(self, place: "Place") -> None:
+        while any(written is place for written, _ in self.writing):
             self._finish_oldest_write()
 
     def _finish_oldest_write(self) -> None:
@@ -145,37 +136,39 @@ class SwapSpace:
         lane.finish()
         self.free.append(lane)
 
-    def _look_ahead(self, file: "SwapFile") -> None:
-        """Read what the last two files were followed by before: it tells forward from backward."""
-        self.followers[self.last] = file
-        self.last = (self.last[1], file)
-        pair, expected = self.last, list[SwapFile]()
+    def _look_ahead(self, place: "Place") -> None:
+        """Read what the last two places were followed by before: it tells forward from backward."""
+        self.followers[self.last] = place
+        self.last = (self.last[1], place)
+        pair, expected = self.last, list[Place]()
         while len(expected) < self.settings.buffer_count // 2 and pair in self.followers:
             expected.append(self.followers[pair])
             pair = (pair[1], expected[-1])
         for stale in self.ahead.keys() - set(expected):
             self._drop(stale)
-        for next_file in expected:
-            if any(written is next_file for written, _ in self.writing) or next_file is file:
+        for next_place in expected:
+            if any(written is next_place for written, _ in self.writing) or next_place is place:
                 return
-            if next_file not in self.ahead and (self.free or len(self.lanes) < self.settings.buffer_count):
-                self.ahead[next_file] = self._begin_read(next_file, 0)
+            if next_place not in self.ahead and (self.free or len(self.lanes) < self.settings.buffer_count):
+                self.ahead[next_place] = self._begin_read(next_place, 0)
 
 
-class SwapFile:
-    """One shard in a file; the file is removed with it.
+class Place:
+    """Where a shard lies in the file; another may take it when nobody refers to it any more.
 
     Args:
+        start: in bytes.
         numel: of the shard with its padding.
     """
 
-    def __init__(self, space: SwapSpace, path: Path, numel: int, dtype: torch.dtype) -> None:
+    def __init__(self, space: SwapSpace, start: int, numel: int, dtype: torch.dtype) -> None:
         self.space = space
-        self.path = path
+        self.start = start
         self.numel = numel
         self.dtype = dtype
         self.nbytes = numel * dtype.itemsize
-        weakref.finalize(self, _unlink, path, os.getpid()).atexit = False  # the folder goes as a whole then
+        vacant = space.vacant[space.settings.aligned(self.nbytes)]
+        weakref.finalize(self, vacant.append, start).atexit = False
 
     def read(self, numel: int, device: torch.device | str = "cpu", look_ahead: bool = False) -> Tensor:
         """The first ``numel`` elements in new memory of ``device``; see ``SwapSpace.read``."""
@@ -188,36 +181,33 @@ class SwapFile:
         assert values.dtype == self.dtype
         self.space.write(self, values)
 
-    def copy(self) -> "SwapFile":
-        """Another file with the same contents."""
-        other = self.space.new_file(self.numel, self.dtype)
-        self.space.finish()
-        try:
-            shutil.copyfile(self.path, other.path)
-        except OSError as error:
-            raise OffloadError(f"{self.path} cannot be copied: {error.strerror}") from None
+    def copy(self) -> "Place":
+        """Another place with the same contents."""
+        other = self.space.new_place(self.numel, self.dtype)
+        other.write(self.read(self.numel))
         return other
 
 
 class _Lane:
     """A buffer with a handle of its own; one read or write at a time is under way in it."""
 
-    def __init__(self, settings: NvmeSettings, device: torch.device) -> None:
+    def __init__(self, settings: NvmeSettings, device: torch.device, path: str) -> None:
         self.settings = settings
         self.device = device
+        self.path = path
         self.handle: Any = AsyncIOBuilder().load(verbose=False).aio_handle(*settings.handle_arguments)
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.streams = torch.get_device_module(device)
         self.downward = self.streams.Stream(device)
         self.copied: torch.Event | None = None  # the device's last use of the buffer
         self.source: Tensor | None = None  # what is on its way into the buffer
-        self.target: tuple[Path, int, int] | None = None  # where it is to be written: file, offset, bytes
-        self.moving: Path | None = None
+        self.target: tuple[int, int] | None = None  # where it is to be written: start and bytes
+        self.moving = False
 
-    def start_read(self, path: Path, start: int, nbytes: int) -> None:
+    def start_read(self, start: int, nbytes: int) -> None:
         """Begin to read into the buffer."""
         self._reserve(nbytes)
-        self._submit(self.handle.async_pread, path, start, nbytes)
+        self._submit(self.handle.async_pread, start, nbytes)
 
     def copy_out(self, into: Tensor) -> None:
         """Copy what was read to ``into``, in the current stream of the device."""
@@ -225,7 +215,7 @@ class _Lane:
         if into.device.type != "cpu":
             self.copied = self.streams.current_stream(self.device).record_event()
 
-    def copy_in(self, values: Tensor, path: Path, start: int) -> None:
+    def copy_in(self, values: Tensor, start: int) -> None:
         """Copy ``values`` into the buffer, beside what is computed, to be written from there."""
         self._reserve(values.numel())
         self.downward.wait_stream(self.streams.current_stream(self.device))
@@ -233,22 +223,22 @@ class _Lane:
             self.buffer[: values.numel()].copy_(values, non_blocking=True)
             if values.device.type != "cpu":
                 self.copied = self.downward.record_event()
-        self.source, self.target = values, (path, start, values.numel())
+        self.source, self.target = values, (start, values.numel())
 
     def start_write(self, wait: bool = False) -> None:
         """Begin the write that ``copy_in`` was for, if its values have arrived."""
         if self.target is not None and (wait or self.copied is None or self.copied.query()):
             self._wait_for_copy()
-            (path, start, nbytes), self.target = self.target, None
-            self._submit(self.handle.async_pwrite, path, start, nbytes)
+            (start, nbytes), self.target = self.target, None
+            self._submit(self.handle.async_pwrite, start, nbytes)
 
     def finish(self) -> None:
         """Wait for what is under way."""
         self.start_write(wait=True)
-        if self.moving is not None:
-            path, self.moving = self.moving, None
+        if self.moving:
+            self.moving = False
             if self.handle.wait() != 1:
-                raise OffloadError(f"{path} cannot be read or written; see what DeepSpeed's async_io says above")
+                raise self._failure()
 
     def _reserve(self, nbytes: int) -> None:
         """Let the buffer, which nobody uses any more, have that size at least."""
@@ -272,48 +262,32 @@ class _Lane:
             self.copied.synchronize()
         self.copied, self.source = None, None
 
-    def _submit(self, action: Any, path: Path, start: int, nbytes: int) -> None:
-        if action(self.buffer[: self.settings.aligned(nbytes)], str(path), start) != 0:
-            raise OffloadError(f"{path} cannot be read or written; see what DeepSpeed's async_io says above")
-        self.moving = path
+    def _submit(self, action: Any, start: int, nbytes: int) -> None:
+        if action(self.buffer[: self.settings.aligned(nbytes)], self.path, start) != 0:
+            raise self._failure()
+        self.moving = True
+
+    def _failure(self) -> OffloadError:
+        return OffloadError(
+            f"a shard in offload_param.nvme_path {self.settings.path} cannot be read or written; see what DeepSpeed's "
+            "async_io says above"
+        )
 
 
-def _own_folder(path: Path) -> tuple[Path, TextIOWrapper]:
-    """A new folder in ``path``, and the open file whose lock says that its owner lives."""
+def _nameless_file(folder: Path) -> int:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=path))
-        lock = (folder / "unlocked").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "unlocked").rename(folder / LOCK)  # so that nobody sees it before it is locked
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix="lomo_ds-", dir=folder)
+        Path(name).unlink()
     except OSError as error:
-        raise ConfigError(f"offload_param.nvme_path {path} cannot be written: {error.strerror}") from None
-    return folder, lock
+        raise ConfigError(f"offload_param.nvme_path {folder} cannot be written to: {error.strerror}") from None
+    return descriptor
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove the folders in ``path`` whose owners were killed."""
-    for folder in path.glob(FOLDER_PREFIX + "*"):
-        try:
-            with (folder / LOCK).open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # it is in use, or someone else's, or not locked yet
-            continue
-
-
-def _clean_up(folder: Path, lock: TextIOWrapper, lanes: list[_Lane], owner: int) -> None:
-    if os.getpid() != owner:  # a forked process has no part in it
-        return
-    for lane in lanes:
-        lane.target = None
-        lane.finish()
-        lane.release()
-    shutil.rmtree(folder, ignore_errors=True)
-    lock.close()
-
-
-def _unlink(path: Path, owner: int) -> None:
-    if os.getpid() == owner:
-        path.unlink(missing_ok=True)
+def _clean_up(descriptor: int, lanes: list[_Lane], owner: int) -> None:
+    if os.getpid() == owner:  # a forked process has no part in what is under way
+        for lane in lanes:
+            lane.target = None
+            lane.finish()
+            lane.release()
+    os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Partitions that go to files on NVMe, and what DeepSpeed still does to them there."""
+"""Partitions that go to a file on NVMe, and what DeepSpeed still does to them there."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,37 +8,40 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedP
 
 from lomo_ds.zero3.nvme import SwapSpace
 from lomo_ds.zero3.nvme_settings import nvme_settings
-from lomo_ds.zero3.shard import Partitioned, file_of
+from lomo_ds.zero3.shard import Partitioned, place_of
 
 
 def swap_space(
     ds_config: dict[str, Any], dtype: torch.dtype, device: torch.device, parameters: Iterable[Partitioned] = ()
 ) -> SwapSpace:
-    """The space that files of ``parameters`` lie in already, or a new one."""
-    files = [file for file in map(file_of, parameters) if file is not None]
-    return files[0].space if files else SwapSpace(nvme_settings(ds_config, dtype.itemsize), device)
+    """The space that ``parameters`` lie in already, or a new one."""
+    places = [place for place in map(place_of, parameters) if place is not None]
+    return places[0].space if places else SwapSpace(nvme_settings(ds_config, dtype.itemsize), device)
 
 
 def send_away(parameter: Partitioned, space: SwapSpace) -> None:
     """Let a partition lie in a file, if it is large enough and does not yet; its memory is free from then on."""
-    _take_from_deepspeed(parameter)
-    partition = parameter.ds_tensor
-    if file_of(parameter) is not None or not space.takes(partition.ds_numel * partition.element_size()):
+    if place_of(parameter) is not None:
         return
-    file = space.new_file(partition.ds_numel, partition.dtype)
-    file.write(partition.data)
-    partition.swap_file = file
-    partition.data = partition.new_empty(0)
-    parameter.partition = _partition_to_file(parameter)
+    _take_from_deepspeed(parameter)
+    if not hasattr(parameter.ds_tensor, "swap_place"):
+        parameter.partition = _partition_to_file(parameter)
+    parameter.ds_tensor.swap_place = None
+    partition = parameter.ds_tensor
+    if space.takes(partition.ds_numel * partition.element_size()):
+        place = space.new_place(partition.ds_numel, partition.dtype)
+        place.write(partition.data)
+        partition.swap_place = place
+        partition.data = partition.new_empty(0)
 
 
 def bring_back(parameters: Iterable[Partitioned]) -> None:
     """Let every partition lie in host memory that is in a file."""
     for parameter in parameters:
-        file = file_of(parameter)
-        if file is not None:
-            parameter.ds_tensor.data = file.read(file.numel)
-            parameter.ds_tensor.swap_file = None
+        place = place_of(parameter)
+        if place is not None:
+            parameter.ds_tensor.data = place.read(place.numel)
+            parameter.ds_tensor.swap_place = None
 
 
 def _partition_to_file(parameter: Partitioned) -> Callable[..., None]:
@@ -52,14 +55,14 @@ def _partition_to_file(parameter: Partitioned) -> Callable[..., None]:
         free_data: bool = True,
     ) -> None:
         some = [parameter] if param_list is None else param_list
-        changed = [(one, file_of(one)) for one in some] if has_been_updated else []
-        for one, file in changed:
-            if file is not None:
-                one.ds_tensor.data = one.ds_tensor.new_empty(file.numel)
+        changed = [(one, place_of(one)) for one in some] if has_been_updated else []
+        for one, place in changed:
+            if place is not None:
+                one.ds_tensor.data = one.ds_tensor.new_empty(place.numel)
         partition(some, hierarchy, has_been_updated, free_data)
-        for one, file in changed:
-            if file is not None:
-                file.write(one.ds_tensor.data)
+        for one, place in changed:
+            if place is not None:
+                place.write(one.ds_tensor.data)
                 one.ds_tensor.data = one.ds_tensor.new_empty(0)
 
     return partition_to_file

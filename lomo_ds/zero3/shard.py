@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 
-from lomo_ds.zero3.nvme import SwapFile
+from lomo_ds.zero3.nvme import Place
 
 Partitioned = Any  # a Parameter to which DeepSpeed has given its ds_ attributes
 
@@ -25,19 +25,19 @@ class Shard:
     start: int  # where it begins in the flattened whole
     shape: torch.Size  # of the whole
     group: ProcessGroup  # the ranks that hold the other parts
-    file: SwapFile | None = None  # where it lies, if that is not in memory
+    place: Place | None = None  # where it lies, if that is not in memory
 
     @classmethod
     def of(cls, name: str, parameter: Partitioned) -> "Shard":
         """The shard of a parameter that ZeRO-3 has partitioned."""
         start = min(parameter.ds_tensor.ds_numel * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
         valid = min(parameter.ds_numel - start, parameter.ds_tensor.ds_numel)
-        file = file_of(parameter)
-        if file is None:
+        place = place_of(parameter)
+        if place is None:
             data = parameter.ds_tensor.data.narrow(0, 0, valid)
         else:
-            data = torch.empty(valid, dtype=file.dtype, device="meta")
-        return cls(name, data, start, parameter.ds_shape, parameter.ds_process_group, file)
+            data = torch.empty(valid, dtype=place.dtype, device="meta")
+        return cls(name, data, start, parameter.ds_shape, parameter.ds_process_group, place)
 
     @property
     def stop(self) -> int:
@@ -46,20 +46,20 @@ class Shard:
 
     def read(self) -> Tensor:
         """Its values: ``data`` itself, or a copy in host memory of what lies in the file."""
-        return self.data if self.file is None else self.file.read(self.data.numel())
+        return self.data if self.place is None else self.place.read(self.data.numel())
 
     def write(self, values: Tensor) -> None:
         """Give it other values (1-D, of its dtype, not written to any more)."""
-        if self.file is None:
+        if self.place is None:
             self.data.copy_(values)
         else:
-            self.file.write(values)
+            self.place.write(values)
 
     def copy(self) -> "Shard":
         """Its values as they are now, where the device that computes takes no part: in host memory or another file."""
-        if self.file is None:
+        if self.place is None:
             return dataclasses.replace(self, data=self.data.to("cpu", copy=True))
-        return dataclasses.replace(self, file=self.file.copy())
+        return dataclasses.replace(self, place=self.place.copy())
 
 
 def shards(model: Module) -> list[Shard]:
@@ -67,9 +67,9 @@ def shards(model: Module) -> list[Shard]:
     return [Shard.of(name, parameter) for name, parameter in model.named_parameters()]
 
 
-def file_of(parameter: Partitioned) -> SwapFile | None:
+def place_of(parameter: Partitioned) -> Place | None:
     """The file that this rank's partition lies in; None if it is in memory."""
-    return getattr(parameter.ds_tensor, "swap_file", None)
+    return getattr(parameter.ds_tensor, "swap_place", None)
 
 
 def whole_shape(parameter: Partitioned) -> torch.Size:

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from torch.nn import Module
 
-from lomo_ds.zero3.shard import Partitioned, file_of
+from lomo_ds.zero3.shard import Partitioned, place_of
 
 
 class Wire(Protocol):
@@ -68,11 +68,11 @@ class _Parcel:
         self.wire = wire
         group = parameter.ds_process_group
         world_size = dist.get_world_size(group)
-        file = file_of(parameter)
-        if file is None:
+        place = place_of(parameter)
+        if place is None:
             partition = parameter.ds_tensor.data
         else:
-            partition = file.read(file.numel, file.space.device, look_ahead=True)
+            partition = place.read(place.numel, place.space.device, look_ahead=True)
         mine = wire.pack(partition)
         self.work: Any = None
         if world_size == 1:
