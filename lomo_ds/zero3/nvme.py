@@ -276,7 +276,6 @@ class _Lane:
 
 def _nameless_file(folder: Path) -> int:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix="lomo_ds-", dir=folder)
         Path(name).unlink()
     except OSError as error:

@@ -21,7 +21,7 @@ class NvmeSettings:
     """Where the files lie, and how they are read and written.
 
     Attributes:
-        path: an existing folder, or one to be made.
+        path: a folder.
         block_size: bytes that a request reads or writes; smaller shards stay in host memory.
         queue_depth, single_submit, overlap_events, threads: see DeepSpeed's ``aio`` section.
         buffer_bytes: of each buffer, at most.
@@ -106,24 +106,33 @@ def refuse_nvme_that_cannot_be(ds_config: dict[str, Any], itemsize: int) -> None
         ConfigError: a setting is wrong, async_io or libaio is missing, or ``nvme_path`` cannot be written to.
     """
     settings = nvme_settings(ds_config, itemsize)
+    if not settings.path.is_dir():
+        raise ConfigError(
+            f"offload_param.nvme_path must be a folder on an NVMe drive, got {settings.path}, which is none; make it, "
+            "or give another"
+        )
     _require_async_io()
-    probe = -1
     try:
-        settings.path.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=settings.path)
-        os.close(handle)
-        try:
-            probe = os.open(name, os.O_RDWR | os.O_DIRECT)
-        finally:
-            Path(name).unlink()
+        _try_direct_io(settings.path)
     except OSError as error:
         raise ConfigError(
-            f"offload_param.nvme_path {settings.path} cannot be used: {error.strerror}; give a folder on an NVMe drive "
-            "that can be written to, past the page cache (O_DIRECT)"
+            f"offload_param.nvme_path {settings.path} cannot be used: {error.strerror}; give a folder that can be "
+            "written to past the page cache (O_DIRECT)"
         ) from None
+
+
+def _try_direct_io(folder: Path) -> None:
+    """Open a file as async_io will.
+
+    Raises:
+        OSError: that cannot be done here.
+    """
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    os.close(descriptor)
+    try:
+        os.close(os.open(name, os.O_RDWR | os.O_DIRECT))
     finally:
-        if probe >= 0:
-            os.close(probe)
+        Path(name).unlink()
 
 
 def _require_async_io() -> None:
