@@ -23,6 +23,8 @@ from lomo_ds.config import refuse_what_cannot_be
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError
 from lomo_ds.models import load_config, load_model, save_pretrained
+from lomo_ds.zero3.nvme import SwapSpace
+from lomo_ds.zero3.nvme_settings import nvme_settings
 from tests.engines import identical, largest_difference, make_engine, weights_of
 from tests.ranks import Ranks
 from tests.reference import VOCABULARY, OddForCausalLM, PlainSGD, part, whole_batch
@@ -299,6 +301,27 @@ def bytes_taken(folder: str) -> tuple[list[int], list[str]]:
 
 def test_few_buffers_are_all_the_host_memory_and_no_file_is_left(ranks: GroupOf, tmp_path: Path) -> None:
     assert ranks(1).run(bytes_taken, str(tmp_path)) == [([4096, 4096], [])]
+
+
+def test_what_is_gathered_next_is_read_ahead_and_never_stale(tmp_path: Path) -> None:
+    settings = nvme_settings(on_nvme(str(tmp_path), buffer_count=4) | {"aio": AIO}, itemsize=4)
+    space = SwapSpace(settings, torch.device("cpu"))
+    first, second, third = (space.new_place(2000, torch.float32) for _ in range(3))
+    values = {place: torch.full((2000,), float(number)) for number, place in enumerate((first, second, third))}
+    for place, value in values.items():
+        place.write(value)
+    forward, backward = [[first], [second], [third]], [[second], [first]]
+    for _ in range(2):
+        for group in [*forward, *backward]:
+            space.expect(group)
+            assert all(torch.equal(place.read(2000), values[place]) for place in group)
+    assert list(space.ahead) == [first], "the next forward"
+    first.write(values[first] + 1)
+    assert torch.equal(first.read(2000), values[first] + 1)
+    for group, expected in (([first], second), ([second], third), ([third], second), ([second], first)):
+        space.expect(group)
+        group[0].read(2000)
+        assert list(space.ahead) == [expected], "forward and backward are told apart"
 
 
 # what is refused

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import weakref
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from lomo_ds.errors import ConfigError, OffloadError
 from lomo_ds.zero3.nvme_settings import NvmeSettings
+
+Group = tuple["Place", ...]  # what is gathered at once
 
 
 class SwapSpace:
@@ -41,8 +44,9 @@ class SwapSpace:
         self.free: deque[_Lane] = deque()
         self.writing: deque[tuple[Place, _Lane]] = deque()
         self.ahead: dict[Place, _Lane] = {}  # whose first piece is being read before anyone has asked
-        self.last: tuple[Place | None, Place | None] = (None, None)  # gathered last, and before that
-        self.followers: dict[tuple[Place | None, Place | None], Place] = {}
+        self.expected: list[Place] = []  # what will be read next, in order
+        self.last: tuple[Group, Group] = ((), ())  # what was gathered before the last and what last
+        self.followers: dict[tuple[Group, Group], Group] = {}
         self.guard = threading.RLock()  # a checkpoint may be written by another thread
         weakref.finalize(self, _clean_up, self.descriptor, self.lanes, os.getpid())
 
@@ -69,12 +73,19 @@ class SwapSpace:
         self.end += nbytes
         return Place(self, self.end - nbytes, numel, dtype)
 
-    def read(self, place: "Place", into: Tensor, look_ahead: bool = False) -> None:
-        """Fill ``into`` (1-D, on any device) with what the place begins with.
+    def expect(self, places: Sequence["Place"]) -> None:
+        """``places`` are read next, and then, it is assumed, what followed the last time.
 
-        Args:
-            look_ahead: begin to read the places that followed it the last time.
+        It takes two gatherings to tell forward from backward.
         """
+        with self.guard:
+            group = tuple(places)
+            self.followers[self.last] = group
+            self.last = (self.last[1], group)
+            self.expected = [*group, *self.followers.get(self.last, ())]
+
+    def read(self, place: "Place", into: Tensor) -> None:
+        """Fill ``into`` (1-D, on any device) with what the place begins with."""
         flat = into.view(torch.uint8)
         if not flat.numel():
             return
@@ -88,8 +99,9 @@ class SwapSpace:
                 coming = self._begin_read(place, behind) if behind < flat.numel() else None
                 lane.copy_out(flat[start:behind])
                 self.free.append(lane)
-            if look_ahead:
-                self._look_ahead(place)
+            if self.expected and self.expected[0] is place:
+                self.expected.pop(0)
+                self._read_ahead()
 
     def write(self, place: "Place", values: Tensor) -> None:
         """Begin to write ``values`` (1-D, on any device, not written to any more) to where the place begins."""
@@ -136,21 +148,16 @@ class SwapSpace:
         lane.finish()
         self.free.append(lane)
 
-    def _look_ahead(self, place: "Place") -> None:
-        """Read what the last two places were followed by before: it tells forward from backward."""
-        self.followers[self.last] = place
-        self.last = (self.last[1], place)
-        pair, expected = self.last, list[Place]()
-        while len(expected) < self.settings.buffer_count // 2 and pair in self.followers:
-            expected.append(self.followers[pair])
-            pair = (pair[1], expected[-1])
-        for stale in self.ahead.keys() - set(expected):
-            self._drop(stale)
-        for next_place in expected:
-            if any(written is next_place for written, _ in self.writing) or next_place is place:
+    def _read_ahead(self) -> None:
+        """Begin to read what is expected next, as far as there are buffers and nobody is writing it."""
+        wanted = self.expected[: self.settings.buffer_count // 2]
+        for place in self.ahead.keys() - set(wanted):
+            self._drop(place)
+        for place in wanted:
+            if any(written is place for written, _ in self.writing):
                 return
-            if next_place not in self.ahead and (self.free or len(self.lanes) < self.settings.buffer_count):
-                self.ahead[next_place] = self._begin_read(next_place, 0)
+            if place not in self.ahead and (self.free or len(self.lanes) < self.settings.buffer_count):
+                self.ahead[place] = self._begin_read(place, 0)
 
 
 class Place:
@@ -170,10 +177,10 @@ class Place:
         vacant = space.vacant[space.settings.aligned(self.nbytes)]
         weakref.finalize(self, vacant.append, start).atexit = False
 
-    def read(self, numel: int, device: torch.device | str = "cpu", look_ahead: bool = False) -> Tensor:
+    def read(self, numel: int, device: torch.device | str = "cpu") -> Tensor:
         """The first ``numel`` elements in new memory of ``device``; see ``SwapSpace.read``."""
         tensor = torch.empty(numel, dtype=self.dtype, device=device)
-        self.space.read(self, tensor, look_ahead)
+        self.space.read(self, tensor)
         return tensor
 
     def write(self, values: Tensor) -> None:

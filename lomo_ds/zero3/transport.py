@@ -42,7 +42,9 @@ def gather_by(model: Module, wire: Wire) -> None:
     """Let the parameters of ``model``, which have been split, be gathered by ``wire``; the others keep DeepSpeed's."""
 
     def gather(parameters: Sequence[Partitioned], safe_mode: bool = False, quantize: bool = False) -> "_Arrival":
-        return _Arrival([_Parcel(parameter, wire) for parameter in sorted(parameters, key=lambda p: p.ds_id)])
+        in_order = sorted(parameters, key=lambda p: p.ds_id)
+        _expect_reads(in_order)
+        return _Arrival([_Parcel(parameter, wire) for parameter in in_order])
 
     def gather_now(parameter: Partitioned) -> Callable[..., None]:
         def all_gather(param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> None:
@@ -58,6 +60,12 @@ def gather_by(model: Module, wire: Wire) -> None:
         parameter.all_gather = gather_now(parameter)
 
 
+def _expect_reads(parameters: list[Partitioned]) -> None:
+    places = [place for place in map(place_of, parameters) if place is not None]
+    if places:
+        places[0].space.expect(places)
+
+
 class _Parcel:
     """One parameter on its way."""
 
@@ -69,10 +77,7 @@ class _Parcel:
         group = parameter.ds_process_group
         world_size = dist.get_world_size(group)
         place = place_of(parameter)
-        if place is None:
-            partition = parameter.ds_tensor.data
-        else:
-            partition = place.read(place.numel, place.space.device, look_ahead=True)
+        partition = parameter.ds_tensor.data if place is None else place.read(place.numel, place.space.device)
         mine = wire.pack(partition)
         self.work: Any = None
         if world_size == 1:
