@@ -36,3 +36,9 @@ class OnNvme(InHostMemory):
                     part = place.read(gradient.numel(), self.device)
                 yield [part], [gradient]
                 place.write(part)
+
+    def flush(self) -> None:
+        """See ``Store.flush``: what is not written yet is held on the device."""
+        super().flush()
+        for space in {place.space for place in self.places if place is not None}:
+            space.finish()

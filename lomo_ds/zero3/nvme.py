@@ -118,6 +118,12 @@ class SwapSpace:
             for _, lane in self.writing:
                 lane.start_write()
 
+    def finish(self) -> None:
+        """Wait until everything is written."""
+        with self.guard:
+            while self.writing:
+                self._finish_oldest_write()
+
     def _begin_read(self, place: "Place", start: int) -> "_Lane":
         lane = self._take()
         lane.start_read(place.start + start, min(place.nbytes - start, self.settings.piece_bytes))
