@@ -1,6 +1,8 @@
 """offload_param nvme: the steps of plain SGD, exact resume and export, from files that go with the model."""
 
 import copy
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from lomo_ds import zero3
 from lomo_ds.checkpoint import weights
 from lomo_ds.config import refuse_what_cannot_be
 from lomo_ds.ds_parse import parse_ds_config
-from lomo_ds.errors import ConfigError
+from lomo_ds.errors import CheckpointError, ConfigError
 from lomo_ds.models import load_config, load_model, save_pretrained
 from lomo_ds.zero3.nvme import SwapSpace
 from lomo_ds.zero3.nvme_settings import nvme_settings
@@ -204,6 +206,33 @@ def test_resumed_is_never_stopped(
     ranks: GroupOf, tmp_path: Path, world_size: int, precision: str, schedule: str, in_background: bool
 ) -> None:
     ranks(world_size).run(interrupted_and_not, str(tmp_path), precision, schedule, in_background)
+
+
+def save_where_no_copy_fits(folder: str) -> str:
+    """One rank's drive has no room for a second copy of its shards; what a save in the background says."""
+    engine = make(folder, "fp32")
+    step(engine, 0)
+    fallocate = os.posix_fallocate
+    if dist.get_rank() == 1:
+        os.posix_fallocate = lambda *_: _raise(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            engine.save_checkpoint(folder, in_background=True)
+    finally:
+        os.posix_fallocate = fallocate
+    step(engine, 1)
+    engine.save_checkpoint(folder)  # which needs no copy
+    return str(caught.value)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_a_copy_that_does_not_fit_is_told_on_all_ranks(ranks: GroupOf, tmp_path: Path) -> None:
+    for told in ranks(2).run(save_where_no_copy_fits, str(tmp_path)):
+        assert "cannot hold a shard of" in told
+        assert told.endswith("No space left on device; make room, or use more ranks or another path (rank 1)")
 
 
 def save_trained(folder: str) -> dict[str, Tensor]:
