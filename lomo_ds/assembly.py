@@ -22,7 +22,7 @@ from lomo_ds.memory import free_bytes
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.rules import Rule, Sgd
 from lomo_ds.schedules import Choice, Target, build_schedule, choose_schedule
-from lomo_ds.stores import AsKept, InHostMemory, OnDevice, Quantized, Store
+from lomo_ds.stores import AsKept, InHostMemory, OnDevice, OnNvme, Quantized, Store
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
         prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", prefetch_numel)
         live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
     exact, quantized = AsKept(engine.device), _travels_in_eight_bits(engine)
-    if quantized or zero3.offload_device(engine.config) == "cpu" or zero3.keeps_eight_bits(engine.config):
+    if quantized or zero3.offload_device(engine.config) != "none" or zero3.keeps_eight_bits(engine.config):
         wire = Quantized(engine.device) if quantized else exact
         zero3.gather_by(engine.module, wire, exact, ahead_numel=2 * largest + prefetch_numel)
     return OnDemand(
@@ -117,6 +117,8 @@ def _unless_asked(engine: DeepSpeedEngine, name: str, ours: int) -> int:
 def _build_store(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> Store:
     if zero3.offload_device(engine.config) == "cpu":
         return InHostMemory(shards, engine.device, rounded=_travels_in_eight_bits(engine))
+    if zero3.offload_device(engine.config) == "nvme":
+        return OnNvme(shards, engine.device, rounded=_travels_in_eight_bits(engine))
     return OnDevice(shards)
 
 

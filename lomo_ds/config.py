@@ -145,7 +145,14 @@ def refuse_what_no_baseline_can(ds_config: dict[str, Any]) -> None:
     require_sections(ds_config)
     _require_step(ds_config)
     _refuse_other_engines(ds_config)
-    if (ds_config.get("zero_optimization") or {}).get("zero_quantized_weights"):
+    zero = ds_config.get("zero_optimization") or {}
+    for section in ("offload_param", "offload_optimizer"):
+        if _device(zero.get(section)) == "nvme":
+            raise ConfigError(
+                f"zero_optimization.{section}.device nvme is not supported for --optim adamw and sgd, only for the "
+                "parameters of lomo; use cpu"
+            )
+    if zero.get("zero_quantized_weights"):
         raise ConfigError(
             "zero_optimization.zero_quantized_weights is for LOMO here, as DeepSpeed's own needs kernels that do not "
             "run everywhere; remove it or set it to false"
@@ -171,12 +178,6 @@ def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
         raise ConfigError("zero_optimization.zenflow is not supported, as it is another optimizer; remove it")
     if (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0) not in (0, 1):
         raise ConfigError("tensor_parallel is not supported, as all ranks are data-parallel; remove it")
-    for section in ("offload_param", "offload_optimizer"):
-        if _device(zero.get(section)) == "nvme":
-            raise ConfigError(
-                f"zero_optimization.{section}.device nvme is not supported, because shards are updated in memory; "
-                "use cpu"
-            )
     for name, default in (
         ("zero_hpz_partition_size", 1),
         ("zero_quantized_gradients", False),

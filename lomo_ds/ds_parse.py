@@ -6,9 +6,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.utils.logging import get_log_level_from_string
 from pydantic import ValidationError
 
+from lomo_ds import zero3
 from lomo_ds.errors import ConfigError, one_line
 
 # DeepSpeed looks at the type of few values; over the others it stumbles, with one of these
@@ -47,6 +49,10 @@ def parse_ds_config(ds_config: dict[str, Any]) -> DeepSpeedConfig:
                 f"{name} was asked for, but DeepSpeed cannot compute in it on this {accelerator.device_name()} device; "
                 "use another precision"
             )
+    offload = parsed.zero_config.offload_param
+    if offload is not None and offload.device == OffloadDeviceEnum.nvme:
+        half = parsed.float16_config.enabled or parsed.bfloat16_config.enabled
+        zero3.refuse_nvme_that_cannot_be(ds_config, itemsize=2 if half else 4)
     return parsed
 
 

@@ -50,6 +50,10 @@ class CheckpointError(LomoError, ValueError):
     """A checkpoint cannot be written, or is not one of this run."""
 
 
+class OffloadError(LomoError, OSError):
+    """A shard on NVMe cannot be read or written."""
+
+
 class NonFiniteGradientError(LomoError, ArithmeticError):
     """A gradient was inf or nan and the schedule in force had already used it."""
 

@@ -279,6 +279,10 @@ def refusal(sections: dict[str, Any]) -> str:
     [
         ({"zero": {"stage": 2}}, "ZeRO stage 3, got zero_optimization.stage 2; set it to 3"),
         ({"zero": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device nvme is not supported"),
+        (
+            {"zero": {"offload_param": {"device": "nvme"}}},
+            "offload_param.device nvme is not supported for --optim adamw",
+        ),
         ({"prescale_gradients": True}, "DeepSpeed's ZeRO-3 refuses its config: pre-scale gradients is not yet"),
     ],
 )

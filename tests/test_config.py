@@ -49,7 +49,6 @@ def test_reads_the_optimizer_section() -> None:
         (ds_config(optimizer={"type": "LOMO"}), "needs a learning rate"),
         (ds_config(zero_optimization={"stage": 2}), "got zero_optimization.stage 2; set it to 3"),
         (ds_config(zero_optimization={"stage": 3, "offload_optimizer": {"device": "cpu"}}), "no optimizer state"),
-        (ds_config(zero_optimization={"stage": 3, "offload_param": {"device": "nvme"}}), "nvme is not supported"),
         (ds_config(zero_optimization={"stage": 3, "zero_hpz_partition_size": 2}), "hpz_partition_size.*set it to 1"),
         (ds_config(torch_autocast={"enabled": True}), "torch_autocast is not supported.*bf16 or fp16"),
         (ds_config(managed_gradient_accumulation=False), "managed_gradient_accumulation false is not supported"),

@@ -58,7 +58,7 @@ class Saver:
         Args:
             add_files: writes further files into the folder that it is given; rank 0 calls it.
             then: what rank 0 does when the checkpoint is in place.
-            in_background: copy the shards to host memory and return; ``wait`` tells how it ended.
+            in_background: copy the shards (on NVMe, where they lie there) and return; ``wait`` tells how it ended.
             is_latest: let ``latest`` name it.
 
         Raises:
@@ -68,7 +68,8 @@ class Saver:
         self.wait()
         put_in_place = partial(_put_in_place, final, is_latest, then)
         if in_background:
-            self.pending = self.executor.submit(self._write, _on_host(snapshot), final, add_files, put_in_place)
+            copied = self._on_all(lambda: _set_apart(snapshot), final)
+            self.pending = self.executor.submit(self._write, copied, final, add_files, put_in_place)
         else:
             self._write(snapshot, final, add_files, put_in_place)
 
@@ -140,8 +141,9 @@ class Saver:
         return cast(Result, result)
 
 
-def _on_host(snapshot: Snapshot) -> Snapshot:
-    shards = [dataclasses.replace(shard, data=shard.data.to("cpu", copy=True)) for shard in snapshot.shards]
+def _set_apart(snapshot: Snapshot) -> Snapshot:
+    """Copies that training does not change: in host memory, or on NVMe what lies there."""
+    shards = [shard.copy() for shard in snapshot.shards]
     buffers = {name: buffer.to("cpu", copy=True) for name, buffer in snapshot.buffers.items()}
     return dataclasses.replace(snapshot, shards=shards, buffers=buffers)
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lomo_ds import zero3
+from lomo_ds.checkpoint.planners import FromShards, IntoShards
 from lomo_ds.errors import CheckpointError, DamagedError
 
 FILE_BYTES = 2**28  # of one rank's shards in one file, which is put together in memory before it is written
@@ -30,7 +31,7 @@ def save_weights(shards: list[zero3.Shard], buffers: dict[str, Tensor], folder: 
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(shards, buffers), save_distributed=True)
     tensors = _as_dtensors(shards, group) | buffers
     try:
-        checkpoint.save(tensors, storage_writer=writer, process_group=group)
+        checkpoint.save(tensors, storage_writer=writer, planner=FromShards(shards), process_group=group)
     except CheckpointException as error:
         raise CheckpointError(f"{folder.parent} cannot be written: {_first_failure(error)}") from None
 
@@ -43,7 +44,8 @@ def load_weights(shards: list[zero3.Shard], buffers: dict[str, Tensor], folder: 
     """
     tensors = _as_dtensors(shards, group) | buffers
     try:
-        checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+        reader = HuggingFaceStorageReader(str(folder))
+        checkpoint.load(tensors, storage_reader=reader, planner=IntoShards(shards), process_group=group)
     except CheckpointException as error:
         raise DamagedError(f"{folder} cannot be read: {_first_failure(error)}") from None
 
@@ -81,7 +83,7 @@ def _as_dtensors(shards: list[zero3.Shard], group: ProcessGroup) -> dict[str, Te
     meshes: dict[str, DeviceMesh] = {}
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        device = shard.data.device.type
+        device = "cpu" if shard.data.is_meta else shard.data.device.type
         if device not in meshes:
             meshes[device] = DeviceMesh.from_group(group, device)
         tensors[shard.name] = DTensor.from_local(

@@ -2,11 +2,13 @@
 
 ZeRO-3 keeps each parameter as ``world size`` partitions of ceil(numel / world size) elements, one on each
 rank, and gathers the whole of it around the modules that use it. A ``Shard`` is this rank's partition without
-its padding, of floats or, where the DeepSpeed config says ``weights: int8``, of eight-bit weights. Writing to it
-changes the model; a gathered copy made before the write is stale from then on, so
+its padding, of floats or, where the DeepSpeed config says ``weights: int8``, of eight-bit weights; in memory or in a
+file on NVMe. Writing to it changes the model; a gathered copy made before the write is stale from then on, so
 ``Gathering.refresh`` ends every step.
 """
 
+from lomo_ds.zero3.nvme import Place
+from lomo_ds.zero3.nvme_settings import refuse_nvme_that_cannot_be
 from lomo_ds.zero3.shard import SCALES, Shard, as_floats, kept_tensors, shards, whole_shape
 from lomo_ds.zero3.split import (
     gathered,
@@ -22,6 +24,7 @@ from lomo_ds.zero3.transport import Wire, gather_by
 
 __all__ = [
     "SCALES",
+    "Place",
     "Shard",
     "Wire",
     "as_floats",
@@ -33,6 +36,7 @@ __all__ = [
     "make_whole",
     "offload_device",
     "partition",
+    "refuse_nvme_that_cannot_be",
     "shards",
     "split",
     "stay_whole",

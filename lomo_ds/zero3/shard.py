@@ -1,5 +1,6 @@
 """This rank's part of a parameter."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from lomo_ds import int8
+from lomo_ds.zero3.nvme import Place
 
 Partitioned = Any  # a Parameter to which DeepSpeed has given its ds_ attributes
 SCALES = ".int8_scales"  # behind the name of a parameter in eight bits
@@ -21,20 +23,25 @@ class Shard:
     """This rank's part of one parameter: the rank-th piece of the flattened whole, as ``torch.chunk`` cuts it."""
 
     name: str
-    data: Tensor  # 1-D view of the partition, or int8 codes, padding left out; empty on ranks behind a tensor's end
+    # 1-D view of the partition, or int8 codes, without padding; empty on ranks behind a tensor's end; meta if in a file
+    data: Tensor
     start: int  # where it begins in the flattened whole
     shape: torch.Size  # of the whole
     group: ProcessGroup  # the ranks that hold the other parts
     kept: Tensor  # all that this rank keeps of it, 1-D: padding too; of eight-bit weights the buffer they lie in
+    place: Place | None = None  # where it lies, if that is not in memory
 
     @classmethod
     def of(cls, name: str, parameter: Partitioned) -> "Shard":
         """The shard of a parameter that ZeRO-3 has partitioned."""
         start = min(parameter.ds_tensor.ds_numel * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
         valid = min(parameter.ds_numel - start, parameter.ds_tensor.ds_numel)
+        place = place_of(parameter)
         kept = parameter.ds_tensor.data
+        if place is not None:
+            kept = torch.empty(parameter.ds_tensor.ds_numel, dtype=place.dtype, device="meta")
         data = kept if kept.dtype != torch.int8 else int8.blocks_in(kept, parameter.ds_tensor.ds_numel).codes
-        return cls(name, data.narrow(0, 0, valid), start, parameter.ds_shape, parameter.ds_process_group, kept)
+        return cls(name, data.narrow(0, 0, valid), start, parameter.ds_shape, parameter.ds_process_group, kept, place)
 
     @classmethod
     def of_scales(cls, name: str, parameter: Partitioned) -> "Shard":
@@ -62,6 +69,23 @@ class Shard:
     def stop(self) -> int:
         """Where it ends in the flattened whole."""
         return self.start + self.data.numel()
+
+    def read(self) -> Tensor:
+        """Its values: ``data`` itself, or a copy in host memory of what lies in the file."""
+        return self.data if self.place is None else self.place.read(self.data.numel())
+
+    def write(self, values: Tensor) -> None:
+        """Give it other values (1-D, of its dtype, not written to any more)."""
+        if self.place is None:
+            self.data.copy_(values)
+        else:
+            self.place.write(values)
+
+    def copy(self) -> "Shard":
+        """Its values as they are now, where the device that computes takes no part: in host memory or another file."""
+        if self.place is None:
+            return dataclasses.replace(self, data=self.data.to("cpu", copy=True))
+        return dataclasses.replace(self, place=self.place.copy())
 
 
 def shards(model: Module) -> list[Shard]:
@@ -104,6 +128,11 @@ def as_floats(codes: Tensor, scales: Tensor, parts: int, dtype: torch.dtype) -> 
     ):
         int8.read(int8.Blocks(some, theirs[: int8.blocks_of(some.numel())], 0), part)
     return whole
+
+
+def place_of(parameter: Partitioned) -> Place | None:
+    """The file that this rank's partition lies in; None if it is in memory."""
+    return getattr(parameter.ds_tensor, "swap_place", None)
 
 
 def whole_shape(parameter: Partitioned) -> torch.Size:

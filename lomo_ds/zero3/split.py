@@ -14,18 +14,20 @@ from lomo_ds import int8
 from lomo_ds.host_budget import require_host_bytes
 from lomo_ds.host_memory import PinnedMemory
 from lomo_ds.memory import free_bytes
+from lomo_ds.zero3.on_nvme import bring_back, send_away, swap_space
 from lomo_ds.zero3.shard import Partitioned, Shard
 
 
 def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> Iterator[Shard]:
     """Make shards of a model on the meta device, without a collective.
 
-    Yields each parameter's shard, whose values are the caller's to fill in: ``partition`` writes none. Beside the
-    shards, one parameter at a time takes memory as a whole, which nobody touches.
+    Yields each parameter's shard, whose values are the caller's to fill in before it asks for the next: ``partition``
+    writes none. Beside the shards, one parameter at a time takes memory as a whole, which nobody touches.
     """
     device = _device()
     pinned = _pinned_memory(list(model.parameters()), ds_config, dtype)
     converter = _converter([], ds_config, dtype)
+    space = swap_space(ds_config, dtype, device) if offload_device(ds_config) == "nvme" else None
     for name, parameter in model.named_parameters():
         # DeepSpeed splits what is there; on the meta device there is nothing
         torch.utils.swap_tensors(
@@ -39,20 +41,28 @@ def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> I
         yield Shard.of(name, partitioned)
         if _in_eight_bits(ds_config, partitioned):
             _put_into_eight_bits(partitioned, pinned)
+        if space is not None:
+            send_away(partitioned, space)
 
 
 def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
     """Give shards to those parameters that have none yet; their values stay."""
     whole: list[Partitioned] = [parameter for parameter in model.parameters() if not hasattr(parameter, "ds_tensor")]
-    if not whole:
-        return
     pinned = _pinned_memory(whole, ds_config, dtype)
-    _converter(whole, ds_config, dtype)
+    if whole:
+        _converter(whole, ds_config, dtype)
     for parameter in whole:
         if _in_eight_bits(ds_config, parameter):
             _put_into_eight_bits(parameter, pinned)
         elif pinned is not None:
             parameter.ds_tensor.data = pinned.like(parameter.ds_tensor).copy_(parameter.ds_tensor)
+    everyone: list[Partitioned] = list(model.parameters())
+    if offload_device(ds_config) != "nvme":
+        bring_back(everyone)
+        return
+    space = swap_space(ds_config, dtype, _device(), everyone)
+    for parameter in everyone:
+        send_away(parameter, space)
 
 
 def offload_device(ds_config: dict[str, Any]) -> str:
@@ -138,8 +148,8 @@ def _converter(parameters: list[Parameter], ds_config: dict[str, Any], dtype: to
     zero.pop("zero_quantized_weights", None)  # for which it would load kernels of its own
     if stay_whole(ds_config):
         zero["memory_efficient_linear"] = False
-    if offload_device(ds_config) == "cpu":
-        zero["offload_param"] = {**zero["offload_param"], "pin_memory": False}
+    if offload_device(ds_config) != "none":  # what goes to NVMe comes by host memory
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
     return Init(
         module=torch.nn.ParameterList(parameters),
         config_dict_or_path=ds_config | {"zero_optimization": zero},

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lomo_ds import int8
-from lomo_ds.zero3.shard import Partitioned, Shard
+from lomo_ds.zero3.shard import Partitioned, Shard, place_of
 
 
 class Wire(Protocol):
@@ -53,7 +53,9 @@ def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int) -> None:
 
     def gather(parameters: Sequence[Partitioned], safe_mode: bool = False, quantize: bool = False) -> "_Arrival":
         backlog.add(sum(parameter.ds_numel for parameter in parameters))
-        return _Arrival([_Parcel(parameter, wire) for parameter in sorted(parameters, key=lambda p: p.ds_id)])
+        in_order = sorted(parameters, key=lambda p: p.ds_id)
+        _expect_reads(in_order)
+        return _Arrival([_Parcel(parameter, wire) for parameter in in_order])
 
     def gather_now(parameter: Partitioned, param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> None:
         assert not async_op
@@ -79,7 +81,7 @@ def _partition(
     has_been_updated: bool = False,
     free_data: bool = True,
 ) -> None:
-    """DeepSpeed's ``partition``, which cannot put into eight bits what a user has written to a gathered parameter."""
+    """DeepSpeed's ``partition``, which knows neither eight-bit weights nor files, for what a user has written."""
     some = [parameter] if param_list is None else param_list
     for one in some if has_been_updated else ():
         shard = Shard.of("", one)
@@ -88,7 +90,7 @@ def _partition(
             padded = torch.nn.functional.pad(values, (0, one.ds_tensor.ds_numel - values.numel()))
             shard.kept.copy_(int8.buffer_of(padded))
         else:
-            shard.data.copy_(values)
+            shard.write(values)
     release(some, hierarchy, False, free_data)
 
 
@@ -118,6 +120,12 @@ class _Backlog:
             self.asked_numel -= earlier_numel
 
 
+def _expect_reads(parameters: list[Partitioned]) -> None:
+    places = [place for place in map(place_of, parameters) if place is not None]
+    if places:
+        places[0].space.expect(places)
+
+
 class _Parcel:
     """One parameter on its way."""
 
@@ -128,7 +136,9 @@ class _Parcel:
         self.wire = wire
         group = parameter.ds_process_group
         world_size = dist.get_world_size(group)
-        mine = wire.pack(parameter.ds_tensor.data)
+        place = place_of(parameter)
+        partition = parameter.ds_tensor.data if place is None else place.read(place.numel, place.space.device)
+        mine = wire.pack(partition)
         self.work: Any = None
         if world_size == 1:
             self.packed = mine.view(1, -1)

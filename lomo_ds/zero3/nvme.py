@@ -1,0 +1,305 @@
+"""Shards in a file on NVMe, read and written by DeepSpeed's async_io (libaio with O_DIRECT).
+
+DeepSpeed's own swapper keeps a buffer for every parameter that is gathered, each as large as the largest shard. Here
+a shard only passes through one, in pieces where it is larger: what few buffers hold bounds the host memory.
+"""
+
+import os
+import tempfile
+import threading
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from torch import Tensor
+
+from lomo_ds.errors import ConfigError, OffloadError
+from lomo_ds.zero3.nvme_settings import NvmeSettings
+
+Group = tuple["Place", ...]  # what is gathered at once
+
+
+class SwapSpace:
+    """The file of one model on one rank, and the buffers that its contents pass through.
+
+    The file has no name: it is gone with the model, or with the process, however that ends, and any number of jobs
+    and ranks may share an ``nvme_path``.
+
+    Args:
+        device: the one that computes.
+    """
+
+    def __init__(self, settings: NvmeSettings, device: torch.device) -> None:
+        self.settings = settings
+        self.device = device
+        self.descriptor = _nameless_file(settings.path)
+        self.path = f"/proc/self/fd/{self.descriptor}"  # by which async_io can open it
+        self.end = 0  # bytes
+        self.vacant: dict[int, list[int]] = defaultdict(list)  # where places of a size are that nobody uses any more
+        self.lanes: list[_Lane] = []
+        self.free: deque[_Lane] = deque()
+        self.writing: deque[tuple[Place, _Lane]] = deque()
+        self.ahead: dict[Place, _Lane] = {}  # whose first piece is being read before anyone has asked
+        self.expected: list[Place] = []  # what will be read next, in order
+        self.last: tuple[Group, Group] = ((), ())  # what was gathered before the last and what last
+        self.followers: dict[tuple[Group, Group], Group] = {}
+        self.guard = threading.RLock()  # a checkpoint may be written by another thread
+        weakref.finalize(self, _clean_up, self.descriptor, self.lanes, os.getpid())
+
+    def takes(self, nbytes: int) -> bool:
+        """Whether a shard is large enough for a place."""
+        return nbytes >= self.settings.block_size
+
+    def new_place(self, numel: int, dtype: torch.dtype) -> "Place":
+        """A place for that many elements, its room on the drive taken.
+
+        Raises:
+            ConfigError: the drive is full.
+        """
+        nbytes = self.settings.aligned(numel * dtype.itemsize)
+        if self.vacant[nbytes]:
+            return Place(self, self.vacant[nbytes].pop(), numel, dtype)
+        try:
+            os.posix_fallocate(self.descriptor, self.end, nbytes)
+        except OSError as error:
+            raise ConfigError(
+                f"offload_param.nvme_path {self.settings.path} cannot hold a shard of {nbytes / 2**20:.1f} MiB beside "
+                f"{self.end / 2**20:.1f} MiB: {error.strerror}; make room, or use more ranks or another path"
+            ) from None
+        self.end += nbytes
+        return Place(self, self.end - nbytes, numel, dtype)
+
+    def expect(self, places: Sequence["Place"]) -> None:
+        """``places`` are read next, and then, it is assumed, what followed the last time.
+
+        It takes two gatherings to tell forward from backward.
+        """
+        with self.guard:
+            group = tuple(places)
+            self.followers[self.last] = group
+            self.last = (self.last[1], group)
+            self.expected = [*group, *self.followers.get(self.last, ())]
+
+    def read(self, place: "Place", into: Tensor) -> None:
+        """Fill ``into`` (1-D, on any device) with what the place begins with."""
+        flat = into.view(torch.uint8)
+        if not flat.numel():
+            return
+        with self.guard:
+            self._finish_writes(place)
+            coming = self.ahead.pop(place, None)
+            for start in range(0, flat.numel(), self.settings.piece_bytes):
+                lane = coming or self._begin_read(place, start)
+                lane.finish()
+                behind = start + self.settings.piece_bytes
+                coming = self._begin_read(place, behind) if behind < flat.numel() else None
+                lane.copy_out(flat[start:behind])
+                self.free.append(lane)
+            if self.expected and self.expected[0] is place:
+                self.expected.pop(0)
+                self._read_ahead()
+
+    def write(self, place: "Place", values: Tensor) -> None:
+        """Begin to write ``values`` (1-D, on any device, not written to any more) to where the place begins."""
+        flat = values.detach().view(torch.uint8)
+        with self.guard:
+            self._finish_writes(place)
+            if place in self.ahead:
+                self._drop(place)
+            for start in range(0, flat.numel(), self.settings.piece_bytes):
+                piece = flat[start : start + self.settings.piece_bytes]
+                lane = self._take()
+                lane.copy_in(piece, place.start + start)
+                self.writing.append((place, lane))
+            for _, lane in self.writing:
+                lane.start_write()
+
+    def finish(self) -> None:
+        """Wait until everything is written."""
+        with self.guard:
+            while self.writing:
+                self._finish_oldest_write()
+
+    def _begin_read(self, place: "Place", start: int) -> "_Lane":
+        lane = self._take()
+        lane.start_read(place.start + start, min(place.nbytes - start, self.settings.piece_bytes))
+        return lane
+
+    def _take(self) -> "_Lane":
+        """A lane that nothing is under way in."""
+        if not self.free and len(self.lanes) < self.settings.buffer_count:
+            self.lanes.append(_Lane(self.settings, self.device, self.path))
+            return self.lanes[-1]
+        if not self.free and self.ahead:
+            self._drop(next(iter(self.ahead)))
+        if not self.free:
+            self._finish_oldest_write()
+        return self.free.popleft()
+
+    def _drop(self, place: "Place") -> None:
+        lane = self.ahead.pop(place)
+        lane.finish()
+        self.free.append(lane)
+
+    def _finish_writes(self, place: "Place") -> None:
+        while any(written is place for written, _ in self.writing):
+            self._finish_oldest_write()
+
+    def _finish_oldest_write(self) -> None:
+        _, lane = self.writing.popleft()
+        lane.finish()
+        self.free.append(lane)
+
+    def _read_ahead(self) -> None:
+        """Begin to read what is expected next, as far as there are buffers and nobody is writing it."""
+        wanted = self.expected[: self.settings.buffer_count // 2]
+        for place in self.ahead.keys() - set(wanted):
+            self._drop(place)
+        for place in wanted:
+            if any(written is place for written, _ in self.writing):
+                return
+            if place not in self.ahead and (self.free or len(self.lanes) < self.settings.buffer_count):
+                self.ahead[place] = self._begin_read(place, 0)
+
+
+class Place:
+    """Where a shard lies in the file; another may take it when nobody refers to it any more.
+
+    Args:
+        start: in bytes.
+        numel: of the shard with its padding.
+    """
+
+    def __init__(self, space: SwapSpace, start: int, numel: int, dtype: torch.dtype) -> None:
+        self.space = space
+        self.start = start
+        self.numel = numel
+        self.dtype = dtype
+        self.nbytes = numel * dtype.itemsize
+        vacant = space.vacant[space.settings.aligned(self.nbytes)]
+        weakref.finalize(self, vacant.append, start).atexit = False
+
+    def read(self, numel: int, device: torch.device | str = "cpu") -> Tensor:
+        """The first ``numel`` elements in new memory of ``device``; see ``SwapSpace.read``."""
+        tensor = torch.empty(numel, dtype=self.dtype, device=device)
+        self.space.read(self, tensor)
+        return tensor
+
+    def write(self, values: Tensor) -> None:
+        """Begin to write ``values`` to its beginning; see ``SwapSpace.write``."""
+        assert values.dtype == self.dtype
+        self.space.write(self, values)
+
+    def copy(self) -> "Place":
+        """Another place with the same contents."""
+        other = self.space.new_place(self.numel, self.dtype)
+        other.write(self.read(self.numel))
+        return other
+
+
+class _Lane:
+    """A buffer with a handle of its own; one read or write at a time is under way in it."""
+
+    def __init__(self, settings: NvmeSettings, device: torch.device, path: str) -> None:
+        self.settings = settings
+        self.device = device
+        self.path = path
+        self.handle: Any = AsyncIOBuilder().load(verbose=False).aio_handle(*settings.handle_arguments)
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.streams = torch.get_device_module(device)
+        self.downward = self.streams.Stream(device)
+        self.copied: torch.Event | None = None  # the device's last use of the buffer
+        self.source: Tensor | None = None  # what is on its way into the buffer
+        self.target: tuple[int, int] | None = None  # where it is to be written: start and bytes
+        self.moving = False
+
+    def start_read(self, start: int, nbytes: int) -> None:
+        """Begin to read into the buffer."""
+        self._reserve(nbytes)
+        self._submit(self.handle.async_pread, start, nbytes)
+
+    def copy_out(self, into: Tensor) -> None:
+        """Copy what was read to ``into``, in the current stream of the device."""
+        into.copy_(self.buffer[: into.numel()], non_blocking=True)
+        if into.device.type != "cpu":
+            self.copied = self.streams.current_stream(self.device).record_event()
+
+    def copy_in(self, values: Tensor, start: int) -> None:
+        """Copy ``values`` into the buffer, beside what is computed, to be written from there."""
+        self._reserve(values.numel())
+        self.downward.wait_stream(self.streams.current_stream(self.device))
+        with self.streams.stream(self.downward):
+            self.buffer[: values.numel()].copy_(values, non_blocking=True)
+            if values.device.type != "cpu":
+                self.copied = self.downward.record_event()
+        self.source, self.target = values, (start, values.numel())
+
+    def start_write(self, wait: bool = False) -> None:
+        """Begin the write that ``copy_in`` was for, if its values have arrived."""
+        if self.target is not None and (wait or self.copied is None or self.copied.query()):
+            self._wait_for_copy()
+            (start, nbytes), self.target = self.target, None
+            self._submit(self.handle.async_pwrite, start, nbytes)
+
+    def finish(self) -> None:
+        """Wait for what is under way."""
+        self.start_write(wait=True)
+        if self.moving:
+            self.moving = False
+            if self.handle.wait() != 1:
+                raise self._failure()
+
+    def _reserve(self, nbytes: int) -> None:
+        """Let the buffer, which nobody uses any more, have that size at least."""
+        self._wait_for_copy()
+        wanted = self.settings.aligned(nbytes)
+        if self.buffer.numel() < wanted:
+            self.release()
+            if self.device.type == "cpu":
+                self.buffer = self.handle.new_cpu_locked_tensor(wanted, self.buffer)
+            else:
+                self.buffer = torch.empty(wanted, dtype=torch.uint8, pin_memory=True)
+
+    def release(self) -> None:
+        """Give the buffer's memory back; nothing may be under way."""
+        if self.device.type == "cpu" and self.buffer.numel():
+            self.handle.free_cpu_locked_tensor(self.buffer)
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+
+    def _wait_for_copy(self) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()
+        self.copied, self.source = None, None
+
+    def _submit(self, action: Any, start: int, nbytes: int) -> None:
+        if action(self.buffer[: self.settings.aligned(nbytes)], self.path, start) != 0:
+            raise self._failure()
+        self.moving = True
+
+    def _failure(self) -> OffloadError:
+        return OffloadError(
+            f"a shard in offload_param.nvme_path {self.settings.path} cannot be read or written; see what DeepSpeed's "
+            "async_io says above"
+        )
+
+
+def _nameless_file(folder: Path) -> int:
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="lomo_ds-", dir=folder)
+        Path(name).unlink()
+    except OSError as error:
+        raise ConfigError(f"offload_param.nvme_path {folder} cannot be written to: {error.strerror}") from None
+    return descriptor
+
+
+def _clean_up(descriptor: int, lanes: list[_Lane], owner: int) -> None:
+    if os.getpid() == owner:  # a forked process has no part in what is under way
+        for lane in lanes:
+            lane.target = None
+            lane.finish()
+            lane.release()
+    os.close(descriptor)

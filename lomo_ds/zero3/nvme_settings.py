@@ -1,0 +1,151 @@
+"""What a ds_config says of NVMe, and whether this machine can do it, asked before anything is allocated."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspeed.git_version_info import installed_ops
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
+
+from lomo_ds.errors import ConfigError, one_line
+
+PAGE_BYTES = 4096  # what O_DIRECT wants offsets, lengths and memory aligned to, at most
+
+
+@dataclass(frozen=True)
+class NvmeSettings:
+    """Where the files lie, and how they are read and written.
+
+    Attributes:
+        path: a folder.
+        block_size: bytes that a request reads or writes; smaller shards stay in host memory.
+        queue_depth, single_submit, overlap_events, threads: see DeepSpeed's ``aio`` section.
+        buffer_bytes: of each buffer, at most.
+        buffer_count: how many there are, at most.
+    """
+
+    path: Path
+    block_size: int
+    queue_depth: int
+    single_submit: bool
+    overlap_events: bool
+    threads: int
+    buffer_bytes: int
+    buffer_count: int
+
+    @property
+    def handle_arguments(self) -> tuple[int, int, bool, bool, int]:
+        """Of async_io's ``aio_handle``."""
+        return self.block_size, self.queue_depth, self.single_submit, self.overlap_events, self.threads
+
+    @property
+    def piece_bytes(self) -> int:
+        """What one buffer holds of a file."""
+        return self.buffer_bytes // self._alignment * self._alignment
+
+    def aligned(self, nbytes: int) -> int:
+        """``nbytes``, or what must be read or written for them."""
+        return -(-nbytes // self._alignment) * self._alignment
+
+    @property
+    def _alignment(self) -> int:
+        return PAGE_BYTES * self.threads
+
+
+def nvme_settings(ds_config: dict[str, Any], itemsize: int) -> NvmeSettings:
+    """The settings in a ds_config whose ``offload_param`` is on NVMe.
+
+    Args:
+        itemsize: bytes of an element of the parameters.
+
+    Raises:
+        ConfigError: one is missing, or out of its bounds.
+    """
+    offload = DeepSpeedZeroOffloadParamConfig(**ds_config["zero_optimization"]["offload_param"])
+    if offload.nvme_path is None:
+        raise ConfigError(
+            "zero_optimization.offload_param.device nvme needs a folder for the parameters; give one on the drive "
+            "with offload_param.nvme_path"
+        )
+    aio = get_aio_config(ds_config)
+    if aio["use_gds"]:
+        raise ConfigError("aio.use_gds is not supported, because parameters pass through host memory; remove it")
+    for name, step in (("block_size", PAGE_BYTES), ("queue_depth", 1), ("intra_op_parallelism", 1)):
+        value = aio[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % step or value >= 2**31:
+            rule = f"a multiple of {step}" if step > 1 else "a whole number of at least 1"
+            raise ConfigError(f"aio.{name} must be {rule}, got {value!r}")
+    if offload.buffer_count < 2:
+        raise ConfigError(f"offload_param.buffer_count must be at least 2 for nvme, got {offload.buffer_count}")
+    settings = NvmeSettings(
+        path=Path(offload.nvme_path),
+        block_size=aio["block_size"],
+        queue_depth=aio["queue_depth"],
+        single_submit=bool(aio["single_submit"]),
+        overlap_events=bool(aio["overlap_events"]),
+        threads=aio["intra_op_parallelism"],
+        buffer_bytes=offload.buffer_size * itemsize,
+        buffer_count=offload.buffer_count,
+    )
+    if settings.piece_bytes < 1:
+        raise ConfigError(
+            f"offload_param.buffer_size must be at least {PAGE_BYTES * settings.threads // itemsize} elements, one "
+            f"page for each of aio.intra_op_parallelism {settings.threads}, got {offload.buffer_size}; leave it out"
+        )
+    return settings
+
+
+def refuse_nvme_that_cannot_be(ds_config: dict[str, Any], itemsize: int) -> None:
+    """Refuse ``offload_param.device nvme`` where this machine cannot do it.
+
+    Raises:
+        ConfigError: a setting is wrong, async_io or libaio is missing, or ``nvme_path`` cannot be written to.
+    """
+    settings = nvme_settings(ds_config, itemsize)
+    if not settings.path.is_dir():
+        raise ConfigError(
+            f"offload_param.nvme_path must be a folder on an NVMe drive, got {settings.path}, which is none; make it, "
+            "or give another"
+        )
+    _require_async_io()
+    try:
+        _try_direct_io(settings.path)
+    except OSError as error:
+        raise ConfigError(
+            f"offload_param.nvme_path {settings.path} cannot be used: {error.strerror}; give a folder that can be "
+            "written to past the page cache (O_DIRECT)"
+        ) from None
+
+
+def _try_direct_io(folder: Path) -> None:
+    """Open a file as async_io will.
+
+    Raises:
+        OSError: that cannot be done here.
+    """
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    os.close(descriptor)
+    try:
+        os.close(os.open(name, os.O_RDWR | os.O_DIRECT))
+    finally:
+        Path(name).unlink()
+
+
+def _require_async_io() -> None:
+    builder = AsyncIOBuilder()
+    if not installed_ops.get(builder.NAME) and not builder.is_compatible():
+        raise ConfigError(
+            "zero_optimization.offload_param.device nvme needs libaio, which is not installed; install libaio-dev "
+            "(Debian, Ubuntu) or libaio-devel (Fedora, RHEL) and a C++ compiler, or use cpu"
+        )
+    try:
+        builder.load(verbose=False)
+    except Exception as error:  # a compiler may fail in any way
+        raise ConfigError(
+            f"zero_optimization.offload_param.device nvme needs DeepSpeed's async_io, which cannot be built here "
+            f"({one_line(error)[:300]}); see ds_report, or use cpu"
+        ) from None
