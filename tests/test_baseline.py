@@ -281,7 +281,7 @@ def refusal(sections: dict[str, Any]) -> str:
         ({"zero": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device nvme is not supported"),
         (
             {"zero": {"offload_param": {"device": "nvme"}}},
-            "offload_param.device nvme is not supported for --optim adamw",
+            "offload_param.device nvme is not supported for",
         ),
         ({"prescale_gradients": True}, "DeepSpeed's ZeRO-3 refuses its config: pre-scale gradients is not yet"),
     ],
