@@ -24,10 +24,11 @@ test: setup
 # Ratios within one run, on CPU ranks.
 bench: setup $(PEERS)
 	$(BIN)/python benchmarks/throughput.py --device cpu
-	$(BIN)/python benchmarks/memory.py --device cpu --checkpointing on
+	$(BIN)/python benchmarks/memory.py --device cpu --checkpointing on --methods deepspeed-adamw deepspeed-sgd immediate immediate+int8 stash+clip
 	$(BIN)/python benchmarks/traffic.py --device cpu
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/logits.py
+	$(BIN)/python benchmarks/offload.py --device cpu --sequence 64
 
 # Every row that wants a GPU; says so and ends where there is none.
 bench-gpu: setup $(PEERS)

@@ -8,7 +8,7 @@ and the results are written anew after each of them, so that what is cut off los
 - memory.*: the LOMO paper's Table 1 (7B, sequence 512, batch 8), 7B at sequence 1024, and rank 0 of the paper's
   multi-GPU runs, simulated
 - throughput.*: 7B, sequence 1024, batch 1, against plain PyTorch, lomo-optim and torchtune
-- update.*, logits.*: benchmarks/update.py and benchmarks/logits.py
+- update.*, logits.*, offload.*: benchmarks/update.py, benchmarks/logits.py and benchmarks/offload.py
 """
 
 import argparse
@@ -114,6 +114,8 @@ def rows() -> list[AnyRow]:
         ContestRow(fused),
         ContestRow(exact),
         MemoryRow(unclipped, _large("65b"), world=8, at_most=18.6, papers=19.18),
+        MemoryRow("immediate+int8", _large("65b"), world=4, at_most=24.0),
+        Script("offload", timeout=240.0),
         Script("update"),
         Script("logits"),
         MemoryRow("two_pass+clip", tiled, at_most=14.0, papers=14.58),

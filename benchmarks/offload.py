@@ -10,7 +10,7 @@ and takes the updated ones down beside the second time: the same bytes, however 
 - the peak of what torch's allocator holds on the GPU, which may take no more than the cap, and pinned host memory
 - GB a step up and down the link, counted
 - the share of the link: the bytes a second that go up in a step, over those of pinned copies that do nothing else
-- what the plan says of each (launch/plan.py), told the rate of the link that was measured
+- what the plan says of 30B and 65B on one card of 24 GB behind a link of 24 GB/s (launch/plan.py)
 
 On a machine without CUDA the same is run with a small model on the CPU, where host memory is the only one: that shows
 that it runs and what it moves, and its times mean nothing.
@@ -44,6 +44,8 @@ OFFLOAD: dict[str, Any] = {"offload_param": {"device": "cpu", "pin_memory": True
 PAPER = {"30b": ("4 GPUs", 46.4), "65b": ("8 GPUs", 39.4)}
 # of a small model as of a large one, nothing stays gathered from forward to backward
 NOTHING_STAYS = {name: value for name, value in LARGE.items() if "prefetch" not in name}
+PLANNED_LINK = 24e9  # bytes a second: PCIe 4.0 x16, as it is reached
+PLANNED_BATCHES = [1, 4, 16]
 TRACED = 2  # steps in which DeepSpeed still finds out what a model does
 COLORS = {"up": "#1b7f79", "plan": "#e08e45"}
 
@@ -188,7 +190,78 @@ def measure_all(given: argparse.Namespace) -> dict[str, Any]:
                 except WorkerError as error:
                     rows.append(row | {"outcome": str(error)})
     bar.close()
-    return {"environment": report.environment(), "device": given.device, "cap": given.cap, "rows": rows}
+    return {
+        "environment": report.environment(),
+        "device": given.device,
+        "cap": given.cap,
+        "rows": rows,
+        "plans": plans(),
+    }
+
+
+def plans() -> list[Row]:
+    """On paper: one card, every parameter in host memory."""
+    from lomo_ds.planner import Machine, PlannedModel, Settings, plan
+
+    rows: list[Row] = []
+    machine = Machine(pcie=PLANNED_LINK, host_memory=256 * 2**30)
+    for model in PAPER:
+        planned = PlannedModel.of(model)
+        for batch in PLANNED_BATCHES:
+            run = Settings(
+                batch=batch,
+                gradient_clipping=0.0,
+                gradient_checkpointing=True,
+                activation_offload=True,
+                offload_param="cpu",
+            )
+            for settings in (run, run.but(weights="int8")):
+                found = plan(planned, settings, machine)
+                rows.append(
+                    {
+                        "model": model,
+                        "weights": settings.weights,
+                        "tokens": run.tokens,
+                        "tokens_per_second": found.tokens_per_second,
+                        "bound": found.seconds.bound_in_words,
+                        "gpu": found.gpu_bytes,
+                        "fits": found.fits,
+                        "host": found.host_bytes,
+                    }
+                )
+    return rows
+
+
+def describe_plans(rows: list[Row]) -> str:
+    """Their table."""
+    header = [
+        "by plan",
+        "weights",
+        "tokens a step",
+        "tokens/s",
+        "bound by",
+        "GiB on the GPU",
+        "GiB pinned",
+        "the paper's",
+    ]
+    lines = [
+        [
+            row["model"],
+            "bf16" if row["weights"] == "auto" else row["weights"],
+            str(row["tokens"]),
+            f"**{row['tokens_per_second']:.0f}**" if row["fits"] else "**does not fit**",
+            row["bound"],
+            f"{row['gpu'] / GIB:.1f}",
+            f"{row['host'] / GIB:.0f}",
+            f"{PAPER[row['model']][1]:.0f} on {PAPER[row['model']][0]}",
+        ]
+        for row in rows
+    ]
+    return (
+        f"\nOne card of 24 GB by plan, with a link of {PLANNED_LINK / GB:.0f} GB/s, 256 GB of host memory and half of "
+        "71 TFLOP/s; `immediate`, unclipped, activations computed again from checkpoints in host memory:\n\n"
+        + report.table(header, lines)
+    )
 
 
 def share_of_link(row: Row) -> float:
@@ -218,6 +291,7 @@ def describe(results: dict[str, Any]) -> str:
     for model, (gpus, rate) in PAPER.items():
         if any(row["model"] == model for row in results["rows"]):
             text += f"\nThe paper's {model} on {gpus}: {rate:.0f} tokens/s in all, 1024 a GPU and step.\n"
+    text += describe_plans(results["plans"])
     broken = [row for row in results["rows"] if row["outcome"] not in ("measured", "does not fit")]
     return text + "".join(f"\nFailed: {name(row)}: `{row['outcome'].strip().splitlines()[-1]}`\n" for row in broken)
 

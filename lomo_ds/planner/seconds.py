@@ -45,7 +45,8 @@ def count_seconds(rehearsal: Rehearsal, settings: Settings, machine: Machine, ke
     times = settings.accumulation * keeps.passes
     phases = [(_seconds(forward, machine), times), (_seconds(backward, machine), times), (_seconds(after, machine), 1)]
     if settings.optimizer == "lomo" and not keeps.on_device and not keeps.on_host:
-        written = Counter({DOWN: after[DOWN], NVME: after[NVME]})  # in the last backward, beside what else it does
+        # in the last backward, beside what else it does
+        written = Counter({UP: after[UP], DOWN: after[DOWN], NVME: after[NVME]})
         phases = [phases[0], (phases[1][0], times - 1), (_seconds(backward + written, machine), 1)]
         after = written
     by_kind = dict.fromkeys(WORDS, 0.0)
@@ -80,10 +81,11 @@ def _phases(
     backward[PEERS] += int(numel * itemsize * others)
     if settings.offload_param != "none":
         after[DOWN] += shards
-        if keeps.on_device or keeps.on_host:  # updates come when no gathered copy is at hand
+        at_hand = not (keeps.on_device or keeps.on_host or settings.int8_weights)
+        if not at_hand:  # updates come when gathered copies are gone, or have been rounded
             after[UP] += shards
         if settings.offload_param == "nvme":
-            after[NVME] += shards * settings.gpus_of_a_host * (2 if keeps.on_device or keeps.on_host else 1)
+            after[NVME] += shards * settings.gpus_of_a_host * (1 if at_hand else 2)
     if keeps.on_host:
         stash = keeps.bytes_of(settings.shard_numel(numel) * itemsize, itemsize)
         backward[DOWN] += stash
