@@ -163,7 +163,7 @@ def test_of_what_is_pinned_a_host_has_all_its_ranks(llama_65b: PlannedModel) -> 
     assert 2 * whole < found.host_bytes < 1.1 * 2 * whole, "what is left of a slab is pinned too"
     assert found.fits_gpu
     assert not found.fits_host
-    with pytest.raises(ConfigError, match=r"would pin 260\.8 GiB .* of its 256\.0 GiB 204\.8 may be; it fits with"):
+    with pytest.raises(ConfigError, match=r"would pin 24\d\.\d GiB .* of its 256\.0 GiB 204\.8 may be; it fits with"):
         refuse_what_does_not_fit_host(found, str(advise(found, llama_65b)))
     apart = plan(llama_65b, run.but(hosts=2), machine)
     assert apart.host_bytes == found.host_bytes // 2
@@ -240,7 +240,7 @@ def test_advice_fits_and_can_be_run(
         ds_config,
         **{
             field: getattr(advice.plan.settings, field)
-            for field in ("gpus", "hosts", "sequence", "gradient_checkpointing", "tiled_logits")
+            for field in ("gpus", "hosts", "sequence", "gradient_checkpointing", "tiled_logits", "activation_offload")
         },
     )
     assert again == advice.plan.settings
