@@ -13,7 +13,7 @@ from lomo_ds import zero3
 from lomo_ds.backward import BackwardHooks
 from lomo_ds.clipping import Clipping, clipping_groups
 from lomo_ds.config import LomoConfig
-from lomo_ds.distributed import all_reduce_min
+from lomo_ds.distributed import all_reduce_min, together
 from lomo_ds.errors import ConfigError
 from lomo_ds.gathering import Gathering, OnDemand, Resident, choose_granularity, largest_use, reach_of_offload
 from lomo_ds.host_budget import told
@@ -69,22 +69,14 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
 
 
 def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
-    zero3.split(engine.module, engine.config, engine.get_data_types()[0])
+    dtype = engine.get_data_types()[0]
+    together(lambda: zero3.split(engine.module, engine.config, dtype), engine.seq_data_parallel_group)
     if zero3.stay_whole(engine.config) and zero3.lie_here(engine.module):
         return Resident(engine.module)
     granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
-    prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
-    largest = largest_use(engine.module, granularity)
-    if zero3.offload_device(engine.config) == "cpu":
-        prefetch_numel, live_numel = reach_of_offload(prefetch_numel, live_numel, largest)
-        prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", prefetch_numel)
-        live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
-    exact, quantized = AsKept(engine.device), _travels_in_eight_bits(engine)
-    if quantized or zero3.offload_device(engine.config) != "none" or zero3.keeps_eight_bits(engine.config):
-        wire = Quantized(engine.device) if quantized else exact
-        zero3.gather_by(engine.module, wire, exact, ahead_numel=2 * largest + prefetch_numel)
+    prefetch_numel, live_numel = _gather_by_wire(engine, granularity)
     return OnDemand(
         engine.module,
         granularity,
@@ -101,6 +93,21 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
         zero_module_granularity_threshold=engine.zero_module_granularity_threshold(),
         log_trace_cache_warnings=engine.zero_log_trace_cache_warnings(),
     )
+
+
+def _gather_by_wire(engine: DeepSpeedEngine, granularity: str) -> tuple[int, int]:
+    """Let shards travel as they must; how many elements DeepSpeed may fetch ahead, and how many may live."""
+    prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
+    largest = largest_use(engine.module, granularity)
+    if zero3.offload_device(engine.config) == "cpu":
+        prefetch_numel, live_numel = reach_of_offload(prefetch_numel, live_numel, largest)
+        prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", prefetch_numel)
+        live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
+    exact, quantized = AsKept(engine.device), _travels_in_eight_bits(engine)
+    if quantized or zero3.offload_device(engine.config) != "none" or zero3.keeps_eight_bits(engine.config):
+        wire = Quantized(engine.device) if quantized else exact
+        zero3.gather_by(engine.module, wire, exact, ahead_numel=2 * largest + prefetch_numel)
+    return prefetch_numel, live_numel
 
 
 def _travels_in_eight_bits(engine: DeepSpeedEngine) -> bool:

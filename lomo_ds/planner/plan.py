@@ -172,13 +172,12 @@ def plan(model: PlannedModel, settings: Settings, machine: Machine) -> Plan:
     free_gpu = max(0, machine.gpu_memory - machine.context - on_gpu)
     free_host = max(0, machine.host_memory // settings.gpus_of_a_host - on_host)
     granularity = _granularity(model, settings, free_gpu)
-    settings = _with_reach(model, settings, granularity)
     choice = _choice(settings, shards, free_gpu, free_host)
     if machine.device == "cpu":
         choice = dataclasses.replace(choice, stash_device="gpu")  # the one memory there is; see build_schedule
     kept = keeps(choice, settings.clip_group_norm is not None, _stash_dtype(settings))
     rehearsal = model.rehearse(settings, granularity)
-    memory = count_memory(rehearsal, settings, machine, kept)
+    memory = count_memory(rehearsal, _with_reach(model, settings, granularity), machine, kept)
     seconds = count_seconds(rehearsal, settings, machine, kept, memory)
     return Plan(model.name, settings, machine, choice, granularity, model.numel, rehearsal.tiled, memory, seconds)
 
