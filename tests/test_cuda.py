@@ -13,6 +13,7 @@ from tests.engines import largest_difference, make_engine, weights_of
 from tests.ranks import Ranks
 from tests.reference import PlainSGD, part, tiny_model, whole_batch
 from tests.test_baseline import PlainOptimizer, make_baseline, trainable_model
+from tests.test_stores import same_from_host_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GroupOf = Callable[..., Ranks]
@@ -54,6 +55,16 @@ def test_equals_plain_sgd(
     ranks: GroupOf, schedule: str, params: dict[str, Any], accumulation: int, zero: dict[str, Any]
 ) -> None:
     assert max(ranks(1, "cuda").run(train_on_gpu, schedule, params, zero, accumulation)) < 1e-5
+
+
+def same_from_host_memory_on_gpu(schedule: str) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    same_from_host_memory(1024, 12, schedule)
+
+
+@pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
+def test_host_memory_changes_no_bit(ranks: GroupOf, schedule: str) -> None:
+    ranks(1, "cuda").run(same_from_host_memory_on_gpu, schedule)
 
 
 def train_baseline_on_gpu(optim: str, zero: dict[str, Any]) -> float:

@@ -1,11 +1,15 @@
 """Eight-bit weights on a GPU: the bits of the same arithmetic on the CPU, and a host that never waits."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from lomo_ds.int8 import eager as int8
 from lomo_ds.int8.eager import BLOCK, Noise
+from tests.int8.test_training import train_in_eight_bits
+from tests.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -64,3 +68,9 @@ def test_the_host_waits_for_nothing() -> None:
         int8.decode(codes, scales, torch.float32, out)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize("schedule", ["immediate", "stash"])
+def test_training_equals_plain_pytorch(ranks: Callable[..., Ranks], schedule: str, offload: str) -> None:
+    assert max(ranks(1, "cuda").run(train_in_eight_bits, schedule, offload, "layer")) < 0.05

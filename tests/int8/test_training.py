@@ -79,7 +79,7 @@ def train_in_eight_bits(schedule: str, offload: str, granularity: str) -> float:
             reference.step(batch), abs=1e-3
         )
     worst = 0.0
-    for name, weight in weights_of(engine).items():
+    for name, weight in ((name, weight.cpu()) for name, weight in weights_of(engine).items()):
         theirs = reference.model.get_parameter(name).detach()
         # sums over ranks differ in their last bits, whereupon a value between two codes may go to either
         assert float((weight - theirs).abs().max()) <= 1.01 * float(theirs.abs().max()) / 127 + 1e-7
