@@ -1,6 +1,7 @@
 """From a DeepSpeed engine's settings to the optimizer it runs: shards, rule, clipping, schedule and hooks, joined."""
 
 import logging
+from collections.abc import Callable
 
 import deepspeed.comm as dist
 import torch
@@ -70,22 +71,23 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
 
 def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     dtype = engine.get_data_types()[0]
-    together(lambda: zero3.split(engine.module, engine.config, dtype), engine.seq_data_parallel_group)
+    free_host = _free_bytes(engine)[1]  # before any rank takes of it
+    together(lambda: zero3.split(engine.module, engine.config, dtype, free_host), engine.seq_data_parallel_group)
     if zero3.stay_whole(engine.config) and zero3.lie_here(engine.module):
         return Resident(engine.module)
     granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
-    prefetch_numel, live_numel = _gather_by_wire(engine, granularity)
+    undo, reach = _gather_by_wire(engine, granularity)
     return OnDemand(
         engine.module,
         granularity,
+        undo,
+        **reach,
         timers=engine.timers if engine.wall_clock_breakdown() else NoopTimer(),
         ds_config=engine.config,
         overlap_comm=engine.zero_overlap_comm(),
-        prefetch_bucket_size=prefetch_numel,
         max_reuse_distance=engine.zero_max_reuse_distance(),
-        max_live_parameters=live_numel,
         param_persistence_threshold=engine.zero_param_persistence_threshold(),
         model_persistence_threshold=engine.zero_model_persistence_threshold(),
         dp_process_group=engine.seq_data_parallel_group,
@@ -95,19 +97,21 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     )
 
 
-def _gather_by_wire(engine: DeepSpeedEngine, granularity: str) -> tuple[int, int]:
-    """Let shards travel as they must; how many elements DeepSpeed may fetch ahead, and how many may live."""
+def _gather_by_wire(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable[[], None], dict[str, int]]:
+    """Let shards travel as they must; how to undo that, and how much DeepSpeed may fetch ahead and keep."""
     prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
     largest = largest_use(engine.module, granularity)
     if zero3.offload_device(engine.config) == "cpu":
         prefetch_numel, live_numel = reach_of_offload(prefetch_numel, live_numel, largest)
         prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", prefetch_numel)
         live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
-    exact, quantized = AsKept(engine.device), _travels_in_eight_bits(engine)
+    copies = zero3.offload_device(engine.config) == "cpu"
+    exact, quantized = AsKept(engine.device, copies), _travels_in_eight_bits(engine)
+    undo: Callable[[], None] = lambda: None  # noqa: E731
     if quantized or zero3.offload_device(engine.config) != "none" or zero3.keeps_eight_bits(engine.config):
-        wire = Quantized(engine.device) if quantized else exact
-        zero3.gather_by(engine.module, wire, exact, ahead_numel=2 * largest + prefetch_numel)
-    return prefetch_numel, live_numel
+        wire = Quantized(engine.device, copies) if quantized else exact
+        undo = zero3.gather_by(engine.module, wire, exact, ahead_numel=2 * largest + prefetch_numel)
+    return undo, {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel}
 
 
 def _travels_in_eight_bits(engine: DeepSpeedEngine) -> bool:

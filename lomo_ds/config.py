@@ -219,8 +219,8 @@ def _refuse_two_quantizations(ds_config: dict[str, Any], lomo: LomoConfig) -> No
         )
     if _device(zero.get("offload_param")) == "nvme":
         raise ConfigError(
-            "weights int8 cannot lie on NVMe, whose swapper knows tensors of one dtype; use offload_param.device cpu, "
-            "or leave weights out"
+            "weights int8 lie in GPU or host memory, and shards on NVMe are floats; use offload_param.device cpu, or "
+            "leave weights out"
         )
 
 

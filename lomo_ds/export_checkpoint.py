@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from lomo_ds.checkpoint import MODEL, dtype_of, open_alone, refuse_other_model, tensor_record, whole_tensors
 from lomo_ds.errors import CheckpointError
 from lomo_ds.models import Export, load_config, load_generation_config, load_tokenizer, meta_model, saved_tensors
-from lomo_ds.zero3 import kept_tensors
+from lomo_ds.zero3 import SCALES, kept_tensors
 
 
 def export_checkpoint(
@@ -35,15 +34,17 @@ def export_checkpoint(
             "folder of its model with --model_name_or_path"
         )
     dtypes = {name: dtype_of(dtype) for name, (_, dtype) in found.record["tensors"].items()}
-    dtype = next(dtype for dtype in dtypes.values() if dtype.is_floating_point)
+    dtype = next(d for name, d in dtypes.items() if d.is_floating_point and not name.endswith(SCALES))
     model = meta_model(load_config(folder, trust_remote_code), dtype, trust_remote_code)
     load_generation_config(model, folder)
     tensors = saved_tensors(model)
-    parts = found.record["world_size"] if any(dtype == torch.int8 for dtype in dtypes.values()) else None
-    refuse_other_model(checkpoint, found.record, tensor_record(kept_tensors(tensors, parts) if parts else tensors))
+    in_eight_bits = {name for name in tensors if name + SCALES in dtypes}
+    kept = kept_tensors(tensors, in_eight_bits, found.record["world_size"])
+    refuse_other_model(checkpoint, found.record, tensor_record(kept))
     tokenizer = load_tokenizer(folder, trust_remote_code)
     export = Export(output_dir, tensors, max_shard_size)
     export.start()
     for file, names in tqdm(export.files.items(), desc="exporting", unit=" files", disable=None):
-        export.write(file, whole_tensors({name: tensors[name] for name in names}, found.weights, parts))
+        wanted = {name: tensors[name] for name in names}
+        export.write(file, whole_tensors(wanted, found.weights, in_eight_bits, found.record["world_size"]))
     export.finish(model, tokenizer)

@@ -4,7 +4,7 @@ Beside ``zero3`` the only file that knows DeepSpeed's gathering. A gathered copy
 stale, so ``refresh`` ends every step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from deepspeed.accelerator import get_accelerator
@@ -84,11 +84,13 @@ class OnDemand:
     Args:
         offload: settings of ``DeepSpeedZeRoOffload``.
         granularity: ``module`` or ``layer``.
+        undo: takes back what was done to the parameters for it.
     """
 
     resident = False
 
-    def __init__(self, model: Module, granularity: str, **offload: Any) -> None:
+    def __init__(self, model: Module, granularity: str, undo: Callable[[], None], **offload: Any) -> None:
+        self.undo = undo
         self.granularity = granularity
         self.leaves = layers(model) if granularity == "layer" else []
         for layer in self.leaves:
@@ -116,6 +118,7 @@ class OnDemand:
     def destroy(self) -> None:
         """See ``Gathering.destroy``."""
         self.offload.destroy()
+        self.undo()
         for layer in self.leaves:
             set_z3_leaf_module(layer, False)
 

@@ -34,6 +34,7 @@ from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine import initialize
 from lomo_ds.errors import CheckpointError, ConfigError, DataError, ModelError
 from lomo_ds.keeper import CheckpointKeeper, Keeper, NoCheckpoints
+from lomo_ds.memory import free_bytes
 from lomo_ds.models import (
     can_tile_logits,
     empty_model,
@@ -91,8 +92,9 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     together(outlook.say)
 
     torch.manual_seed(arguments.seed + rank)
+    free_host = min(gather_objects(free_bytes()[1]))  # before any rank takes of it
     with outlook.advising():
-        model = _empty_or_loaded(found, name, config, filled, arguments)
+        model = together(lambda: _empty_or_loaded(found, name, config, filled, arguments, free_host))
     together(lambda: load_generation_config(model, str(found.folder / MODEL) if found else name))
     together(lambda: _tile_logits(model, arguments.tiled_logits))
     if arguments.gradient_checkpointing:
@@ -190,8 +192,11 @@ def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, data: 
 
 def _kept_tensors(config: PretrainedConfig, arguments: TrainArguments) -> dict[str, Tensor]:
     """What a checkpoint of this run holds of the model, on the meta device."""
-    whole = saved_tensors(meta_model(config, _dtype(arguments), arguments.trust_remote_code))
-    return zero3.kept_tensors(whole, dist.get_world_size()) if arguments.weights == "int8" else whole
+    model = meta_model(config, _dtype(arguments), arguments.trust_remote_code)
+    whole = saved_tensors(model)
+    if arguments.weights != "int8":
+        return whole
+    return zero3.kept_tensors(whole, zero3.names_in_eight_bits(model), dist.get_world_size())
 
 
 def _refuse_checkpoints_of_another_run(output_dir: Path, resumed: Path | None) -> None:
@@ -220,13 +225,14 @@ def _empty_or_loaded(
     config: PretrainedConfig,
     ds_config: dict[str, Any],
     arguments: TrainArguments,
+    free_host_bytes: int,
 ) -> PreTrainedModel:
     """The model, split over the ranks; without its weights, if a checkpoint has others."""
     dtype, trust = _dtype(arguments), arguments.trust_remote_code
     if found:
-        return empty_model(config, ds_config, dtype, trust)
-    together(lambda: verify_export(name, dist.get_rank(), dist.get_world_size()))
-    return together(lambda: load_model(name, config, ds_config, dtype, arguments.seed, trust))
+        return empty_model(config, ds_config, dtype, trust, free_host_bytes=free_host_bytes)
+    verify_export(name, dist.get_rank(), dist.get_world_size())
+    return load_model(name, config, ds_config, dtype, arguments.seed, trust, free_host_bytes)
 
 
 def _tile_logits(model: PreTrainedModel, asked: bool | None) -> None:

@@ -17,6 +17,7 @@ from lomo_ds.checkpoint.state import (
     Snapshot,
     read_rank,
     read_record,
+    refuse_other_blocks,
     refuse_other_model,
     refuse_strangers,
 )
@@ -59,6 +60,7 @@ def open_checkpoint(
 
     def opened() -> Checkpoint:
         files, found = _described(folder)
+        refuse_other_blocks(folder, found.record, torch.distributed.get_world_size(group))
         refuse_other_model(folder, found.record, tensors)
         if check is not None:
             check(folder, found.record)

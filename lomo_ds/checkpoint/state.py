@@ -1,6 +1,7 @@
 """What one checkpoint holds beside the weights, and how it is laid out on disk."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lomo_ds.errors import CheckpointError, DamagedError
+from lomo_ds.int8 import BLOCK
 from lomo_ds.zero3 import SCALES, Shard
 
 WEIGHTS = "weights"  # folder of every rank's shards
@@ -104,16 +106,29 @@ def refuse_other_model(folder: Path, record: dict[str, Any], tensors: dict[str, 
     theirs = record["tensors"]
     for name in sorted(theirs.keys() | tensors.keys()):
         if theirs.get(name) != tensors.get(name):
-            if name.endswith(SCALES) and name in theirs and name in tensors:
-                raise CheckpointError(
-                    f"{folder} holds weights in eight bits as {record['world_size']} ranks cut them into blocks, and "
-                    f"those of {name.removesuffix(SCALES)} begin elsewhere on another number of ranks; resume on "
-                    f"{record['world_size']}"
-                )
             have, want = (_describe(found.get(name)) for found in (theirs, tensors))
             raise CheckpointError(
                 f"{folder} is of another model: its {name} is {have}, and this model's is {want}; resume with the "
                 "model and precision it was saved with, or give another --output_dir"
+            )
+
+
+def refuse_other_blocks(folder: Path, record: dict[str, Any], world_size: int) -> None:
+    """Check that the blocks of weights in eight bits, which begin anew on each rank, are the same on ``world_size``.
+
+    Raises:
+        CheckpointError: they are not; the first parameter is named.
+    """
+    ranks = {record["world_size"], world_size}
+    for name, (shape, _) in record["tensors"].items():
+        if (
+            name + SCALES in record["tensors"]
+            and len(ranks) > 1
+            and any(math.prod(shape) % (count * BLOCK) for count in ranks)
+        ):
+            raise CheckpointError(
+                f"{folder} holds weights in eight bits as {record['world_size']} ranks cut them into blocks, and those "
+                f"of {name} begin elsewhere on {world_size}; resume on {record['world_size']}"
             )
 
 

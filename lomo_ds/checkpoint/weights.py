@@ -5,6 +5,7 @@ where it lies in the whole. No file of it is a pickle.
 """
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -50,17 +51,20 @@ def load_weights(shards: list[zero3.Shard], buffers: dict[str, Tensor], folder: 
         raise DamagedError(f"{folder} cannot be read: {_first_failure(error)}") from None
 
 
-def whole_tensors(like: dict[str, Tensor], folder: Path, parts: int | None = None) -> dict[str, Tensor]:
+def whole_tensors(
+    like: dict[str, Tensor], folder: Path, in_eight_bits: Collection[str] = (), parts: int = 1
+) -> dict[str, Tensor]:
     """Whole tensors, in one process, without the ranks that wrote them.
 
     Args:
         like: the shape and dtype of each, on the meta device.
-        parts: how many ranks have written weights in eight bits, which come back as floats; None: there are none.
+        in_eight_bits: names of those that were written so; they come back as floats.
+        parts: how many ranks have written.
 
     Raises:
         DamagedError: the files do not hold them.
     """
-    kept = like if parts is None else zero3.kept_tensors(like, parts)
+    kept = zero3.kept_tensors(like, in_eight_bits, parts)
     flat = {name: torch.empty(tensor.numel(), dtype=tensor.dtype) for name, tensor in kept.items()}
     try:
         with warnings.catch_warnings(action="ignore"):  # that torch.distributed is off, which is what no_dist asks for
@@ -68,8 +72,7 @@ def whole_tensors(like: dict[str, Tensor], folder: Path, parts: int | None = Non
     except CheckpointException as error:
         raise DamagedError(f"{folder} cannot be read: {_first_failure(error)}") from None
     for name, tensor in like.items():
-        if kept[name].dtype != tensor.dtype:
-            assert parts is not None
+        if name in in_eight_bits:
             flat[name] = zero3.as_floats(flat[name], flat[name + zero3.SCALES], parts, tensor.dtype)
     return {name: flat[name].view(tensor.shape) for name, tensor in like.items()}
 

@@ -136,6 +136,7 @@ def load_model(
     dtype: torch.dtype,
     seed: int = 0,
     trust_remote_code: bool = False,
+    free_host_bytes: int | None = None,
 ) -> PreTrainedModel:
     """The causal language model in a folder, or a preset with random weights, its parameters split over the ranks.
 
@@ -144,20 +145,25 @@ def load_model(
 
     Args:
         seed: of a preset's weights, which are the same for any number of ranks.
+        free_host_bytes: see ``zero3.partition``.
 
     Raises:
         ModelError: weights are missing, unexpected, of another shape or unreadable.
     """
     model = meta_model(config, dtype, trust_remote_code)
     if is_preset(name):
-        return _fill(model, ds_config, dtype, lambda shard: shard.data.copy_(_random(shard, config, seed)))
+        return _fill(
+            model, ds_config, dtype, lambda shard: shard.data.copy_(_random(shard, config, seed)), free_host_bytes
+        )
     files = WeightFiles(Path(name))
     _refuse_mismatch(name, files, model)
     for buffer_name, buffer in saved_buffers(model).items():
         value = torch.empty_like(buffer, device="cpu")
         files.copy_piece(buffer_name, 0, value.view(-1))
         _set_buffer(model, buffer_name, value)
-    return _fill(model, ds_config, dtype, lambda shard: files.copy_piece(shard.name, shard.start, shard.data))
+    return _fill(
+        model, ds_config, dtype, lambda shard: files.copy_piece(shard.name, shard.start, shard.data), free_host_bytes
+    )
 
 
 def empty_model(
@@ -166,16 +172,18 @@ def empty_model(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     fill: Callable[[Shard], Any] = lambda shard: None,
+    free_host_bytes: int | None = None,
 ) -> PreTrainedModel:
     """The model split over the ranks, its shards and buffers holding anything, for a checkpoint to fill.
 
     Args:
         fill: writes to each shard, still of ``dtype``, however it will be kept.
+        free_host_bytes: see ``zero3.partition``.
     """
     model = meta_model(config, dtype, trust_remote_code)
     for name, buffer in saved_buffers(model).items():
         _set_buffer(model, name, torch.empty_like(buffer, device="cpu"))
-    return _fill(model, ds_config, dtype, fill)
+    return _fill(model, ds_config, dtype, fill, free_host_bytes)
 
 
 def _set_buffer(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
@@ -188,9 +196,13 @@ def _random(shard: Shard, config: PretrainedConfig, seed: int) -> torch.Tensor:
 
 
 def _fill(
-    model: PreTrainedModel, ds_config: dict[str, Any], dtype: torch.dtype, fill: Callable[[Shard], Any]
+    model: PreTrainedModel,
+    ds_config: dict[str, Any],
+    dtype: torch.dtype,
+    fill: Callable[[Shard], Any],
+    free_host_bytes: int | None,
 ) -> PreTrainedModel:
-    for shard in zero3.partition(model, ds_config, dtype):
+    for shard in zero3.partition(model, ds_config, dtype, free_host_bytes):
         fill(shard)
     device = get_accelerator().current_device_name()
     for buffer in model.buffers():  # the engine moves only what it partitions itself

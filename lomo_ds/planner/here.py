@@ -9,18 +9,19 @@ from lomo_ds.planner.machine import Machine
 # Floating-point operations in a cycle of a multiprocessor's tensor cores, bf16 with fp32 sums, by compute capability
 FLOPS_PER_CYCLE = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}
 OF_A_CONSUMER_CARD = 512
+NVME = 3e9  # bytes a second: no drive says what it can do, and this one reads and writes as PCIe 3.0 does
 
 
 def this_machine(ranks_here: int) -> Machine:
-    """This rank's GPU and host; links are as ``Machine`` assumes. Without a GPU ranks share the host's memory.
+    """This rank's GPU and host; links and drive are assumed. Without a GPU ranks share the host's memory.
 
     Args:
         ranks_here: on this host.
     """
     host_memory = psutil.virtual_memory().total
     if get_accelerator().device_name() != "cuda":
-        return Machine(host_memory // ranks_here, host_memory, device="cpu")
+        return Machine(host_memory // ranks_here, host_memory, nvme=NVME, device="cpu")
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     per_cycle = FLOPS_PER_CYCLE.get((found.major, found.minor), OF_A_CONSUMER_CARD)
     cycles = 1000.0 * getattr(found, "clock_rate", 1_700_000)  # stated in kHz
-    return Machine(found.total_memory, host_memory, flops=per_cycle * found.multi_processor_count * cycles)
+    return Machine(found.total_memory, host_memory, nvme=NVME, flops=per_cycle * found.multi_processor_count * cycles)

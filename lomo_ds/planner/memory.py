@@ -3,7 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from lomo_ds.host_memory import IN_FLIGHT_BYTES
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
+
 from lomo_ds.planner.gathered import Gathered, NothingGathered, OnDemand
 from lomo_ds.planner.gradients import Gradients, Partitioned, Reduced
 from lomo_ds.planner.machine import Machine
@@ -114,13 +115,20 @@ class _Ledger:
             host[SHARDS] = self._pinned_shards()
         if settings.offload_param == "nvme":
             self.memory.nvme[SHARDS] = stored
-            host[SHARDS] = min(stored, 4 * IN_FLIGHT_BYTES)  # buffers between the disk and the GPU
+            host[SHARDS] = self._buffers_of_nvme()
         if self.keeps.on_host:
             itemsize = settings.dtype.itemsize
             sizes = [settings.shard_numel(numel) * itemsize for numel in reversed(self.rehearsal.numels)]
             host[STASH] = pinned_bytes([self.keeps.bytes_of(size, itemsize) for size in sizes])
         if settings.activation_offload:
             host[CHECKPOINTS] = sum(self.rehearsal.checkpoints.values())
+
+    def _buffers_of_nvme(self) -> int:
+        """Between the drive and the GPU, as DeepSpeed's defaults have them; torch pins powers of two."""
+        defaults, itemsize = DeepSpeedZeroOffloadParamConfig(), self.settings.dtype.itemsize
+        largest = max(self.settings.shard_numel(numel) for numel in self.rehearsal.numels)
+        size = min(defaults.buffer_size, largest) * itemsize
+        return defaults.buffer_count * (1 << (size - 1).bit_length())
 
     def _pinned_shards(self) -> int:
         sizes = [self.settings.stored_bytes(self.settings.shard_numel(numel)) for numel in self.rehearsal.numels]

@@ -7,6 +7,8 @@ from lomo_ds.planner.advice import Advice
 from lomo_ds.planner.plan import Plan, gib, rounded
 from lomo_ds.planner.suggest import command_line
 
+FILE = "FILE is the DeepSpeed config that --suggest FILE writes"
+
 
 def as_text(found: Plan, advice: Advice | None) -> str:
     """For a terminal."""
@@ -42,11 +44,11 @@ def as_text(found: Plan, advice: Advice | None) -> str:
         f"plan: {found}",
     ]
     if advice is not None:
-        lines += [f"{advice}", command_line(advice.plan)]
+        lines += [f"{advice}", command_line(advice.plan), FILE]
     elif not found.fits:
         lines.append("no change that the planner knows makes it fit")
     else:
-        lines.append(command_line(found))
+        lines += [command_line(found), FILE]
     return "\n".join(lines)
 
 

@@ -82,8 +82,10 @@ def settings_of(ds_config: dict[str, Any], **others: Any) -> Settings:
 def command_line(found: Plan) -> str:
     """How ``launch/train.py`` is to be started for it, the text and folders left to the user."""
     settings = found.settings
-    words = ["deepspeed", "--num_gpus", str(settings.gpus_of_a_host), "launch/train.py"]
-    words += ["--model_name_or_path", found.model, "--max_seq_length", str(settings.sequence)]
+    words = ["deepspeed", "--num_gpus", str(settings.gpus_of_a_host)]
+    if settings.hosts > 1:
+        words += ["--num_nodes", str(settings.hosts), "--hostfile", "HOSTS"]
+    words += ["launch/train.py", "--model_name_or_path", found.model, "--max_seq_length", str(settings.sequence)]
     words += ["--per_device_train_batch_size", str(settings.batch)]
     if settings.accumulation > 1:
         words += ["--gradient_accumulation_steps", str(settings.accumulation)]
@@ -93,6 +95,8 @@ def command_line(found: Plan) -> str:
         words += ["--optim", settings.optimizer]
     if settings.gradient_checkpointing:
         words.append("--gradient_checkpointing")
+    if settings.int8_weights:
+        words += ["--weights", "int8"]
     if settings.activation_offload:
         words.append("--activation_offload")
     if settings.tiled_logits is not None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds.clipping import Clipping
-from lomo_ds.host_memory import Ferry, PinnedMemory
+from lomo_ds.host_memory import IN_FLIGHT_BYTES, Ferry, PinnedMemory
 from lomo_ds.rules import Rule
 from lomo_ds.schedules.base import Schedule, Target
 from lomo_ds.stores import Store
@@ -97,9 +97,15 @@ class HostStash(Schedule):
 
     def apply(self, coefficients: list[float]) -> None:
         indices = sorted(self.held)
+        waiting: list[int] = []  # updated some at a time, so that a store can fetch their shards ahead too
+        gradients: list[Tensor] = []
         arriving = self.ferry.up(self.buffers[index] for index in indices)
         for index, gradient in zip(indices, arriving, strict=True):
-            self.update([index], [gradient], coefficients)
+            waiting.append(index)
+            gradients.append(gradient)
+            if index == indices[-1] or sum(held.nbytes for held in gradients) >= IN_FLIGHT_BYTES:
+                self.update(waiting, gradients, coefficients)
+                waiting, gradients = [], []
 
     def _sum(self, index: int, gradient: Tensor) -> Tensor:
         """The gradient of the step so far."""

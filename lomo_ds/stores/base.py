@@ -26,7 +26,7 @@ class Store(Protocol):
         """Shards, or parts of them, to be changed in place, with their part of ``gradients``.
 
         What is lent is on the device that computes; it is kept when the next one is asked for. The host waits for
-        nothing.
+        no more than a drive.
 
         Args:
             gradients: each as long as its shard, on the device that computes.

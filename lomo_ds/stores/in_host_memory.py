@@ -30,7 +30,7 @@ class InHostMemory:
     def note_whole(self, index: int, whole: Tensor) -> None:
         """See ``Store.note_whole``."""
         shard = self.shards[index]
-        if self.rounded or shard.data.dtype != whole.dtype:
+        if self.rounded or shard.data.dtype != whole.dtype or whole.numel() != shard.shape.numel():
             return
         part = whole.detach().reshape(-1)[shard.start : shard.stop]
         # a view would keep all of it

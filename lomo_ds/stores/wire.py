@@ -11,15 +11,18 @@ class AsKept:
 
     Args:
         device: the one that computes.
+        copies: whether floats are copied where they lie on the device too: on the CPU, which is its own host.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, copies: bool = False) -> None:
         self.device = device
+        self.copies = copies
 
     def pack(self, shard: Tensor) -> Tensor:
         """See ``Wire.pack``."""
-        if shard.dtype == torch.int8 and shard.device.type == self.device.type:
-            return shard  # it is read when it arrives, and nobody writes to what is gathered
+        is_here = shard.device.type == self.device.type
+        if is_here and (shard.dtype == torch.int8 or not self.copies):
+            return shard  # it is not written to before ``Gathering.refresh`` has waited for all that reads it
         return torch.empty_like(shard, device=self.device, pin_memory=False).copy_(shard, non_blocking=True)
 
     def unpack(self, packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
@@ -37,5 +40,5 @@ class Quantized(AsKept):
 
     def pack(self, shard: Tensor) -> Tensor:
         """See ``Wire.pack``."""
-        kept = super().pack(shard)
+        kept = shard if shard.device.type == self.device.type else super().pack(shard)
         return int8.buffer_of(kept) if kept.dtype != torch.int8 and kept.numel() >= int8.BLOCK else kept

@@ -9,7 +9,7 @@ file on NVMe. Writing to it changes the model; a gathered copy made before the w
 
 from lomo_ds.zero3.nvme import Place
 from lomo_ds.zero3.nvme_settings import refuse_nvme_that_cannot_be
-from lomo_ds.zero3.shard import SCALES, Shard, as_floats, kept_tensors, shards, whole_shape
+from lomo_ds.zero3.shard import SCALES, Shard, as_floats, kept_tensors, names_in_eight_bits, shards, whole_shape
 from lomo_ds.zero3.split import (
     gathered,
     keeps_eight_bits,
@@ -34,6 +34,7 @@ __all__ = [
     "kept_tensors",
     "lie_here",
     "make_whole",
+    "names_in_eight_bits",
     "offload_device",
     "partition",
     "refuse_nvme_that_cannot_be",

@@ -18,7 +18,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import Tensor
 
 from lomo_ds.errors import ConfigError, OffloadError
-from lomo_ds.zero3.nvme_settings import NvmeSettings
+from lomo_ds.zero3.nvme_settings import PAGE_BYTES, NvmeSettings
 
 Group = tuple["Place", ...]  # what is gathered at once
 
@@ -262,7 +262,9 @@ class _Lane:
             if self.device.type == "cpu":
                 self.buffer = self.handle.new_cpu_locked_tensor(wanted, self.buffer)
             else:
-                self.buffer = torch.empty(wanted, dtype=torch.uint8, pin_memory=True)
+                memory = torch.empty(wanted + PAGE_BYTES, dtype=torch.uint8, pin_memory=True)
+                start = -memory.data_ptr() % PAGE_BYTES  # which O_DIRECT wants, and torch promises nobody
+                self.buffer = memory[start : start + wanted]
 
     def release(self) -> None:
         """Give the buffer's memory back; nothing may be under way."""

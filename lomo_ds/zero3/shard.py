@@ -1,7 +1,7 @@
 """This rank's part of a parameter."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,22 +101,28 @@ def _shards(model: Module) -> Iterator[Shard]:
             yield Shard.of_scales(name, parameter)
 
 
-def kept_tensors(whole: dict[str, Tensor], parts: int) -> dict[str, Tensor]:
+def kept_tensors(whole: dict[str, Tensor], in_eight_bits: Collection[str], parts: int) -> dict[str, Tensor]:
     """What ranks keep of a model in eight bits, as ``shards`` gives it, put together; on the meta device.
 
     Args:
         whole: its parameters and buffers, on the meta device, by name.
+        in_eight_bits: names of parameters.
         parts: ranks.
     """
     kept: dict[str, Tensor] = {}
     for name, tensor in whole.items():
-        if int8.fits(tensor.shape) and tensor.is_floating_point():
+        if name in in_eight_bits:
             blocks = parts * int8.blocks_of(-(-tensor.numel() // parts))
             kept[name] = tensor.to(torch.int8)
             kept[name + SCALES] = torch.empty(blocks, dtype=torch.bfloat16, device="meta")
         else:
             kept[name] = tensor
     return kept
+
+
+def names_in_eight_bits(model: Module) -> set[str]:
+    """The parameters of a model, whole ones, that ``weights: int8`` keeps so."""
+    return {name for name, parameter in model.named_parameters() if int8.fits(parameter.shape)}
 
 
 def as_floats(codes: Tensor, scales: Tensor, parts: int, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
 from torch.nn import Module, Parameter
 
 from lomo_ds import int8
+from lomo_ds.errors import ConfigError
 from lomo_ds.host_budget import require_host_bytes
 from lomo_ds.host_memory import PinnedMemory
 from lomo_ds.memory import free_bytes
@@ -18,14 +19,19 @@ from lomo_ds.zero3.on_nvme import bring_back, send_away, swap_space
 from lomo_ds.zero3.shard import Partitioned, Shard
 
 
-def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> Iterator[Shard]:
+def partition(
+    model: Module, ds_config: dict[str, Any], dtype: torch.dtype, free_host_bytes: int | None = None
+) -> Iterator[Shard]:
     """Make shards of a model on the meta device, without a collective.
+
+    Args:
+        free_host_bytes: of host memory for each rank, measured before any rank began; by default measured here.
 
     Yields each parameter's shard, whose values are the caller's to fill in before it asks for the next: ``partition``
     writes none. Beside the shards, one parameter at a time takes memory as a whole, which nobody touches.
     """
     device = _device()
-    pinned = _pinned_memory(list(model.parameters()), ds_config, dtype)
+    pinned = _pinned_memory(list(model.parameters()), ds_config, dtype, free_host_bytes)
     converter = _converter([], ds_config, dtype)
     space = swap_space(ds_config, dtype, device) if offload_device(ds_config) == "nvme" else None
     for name, parameter in model.named_parameters():
@@ -38,6 +44,7 @@ def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> I
         partitioned.partition()
         if pinned is not None and not _in_eight_bits(ds_config, partitioned):
             partitioned.ds_tensor.data = pinned.like(partitioned.ds_tensor)
+        _clear_padding(partitioned)
         yield Shard.of(name, partitioned)
         if _in_eight_bits(ds_config, partitioned):
             _put_into_eight_bits(partitioned, pinned)
@@ -45,24 +52,35 @@ def partition(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> I
             send_away(partitioned, space)
 
 
-def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Give shards to those parameters that have none yet; their values stay."""
-    whole: list[Partitioned] = [parameter for parameter in model.parameters() if not hasattr(parameter, "ds_tensor")]
-    pinned = _pinned_memory(whole, ds_config, dtype)
+def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype, free_host_bytes: int | None = None) -> None:
+    """Give shards to those parameters that have none yet, and let all shards be kept as ``ds_config`` says.
+
+    Args:
+        free_host_bytes: see ``partition``.
+
+    Raises:
+        ConfigError: host memory or a drive cannot hold them.
+    """
+    everyone: list[Partitioned] = list(model.parameters())
+    whole = [parameter for parameter in everyone if not hasattr(parameter, "ds_tensor")]
+    pinned = _pinned_memory(whole, ds_config, dtype, free_host_bytes)
     if whole:
         _converter(whole, ds_config, dtype)
     for parameter in whole:
-        if _in_eight_bits(ds_config, parameter):
-            _put_into_eight_bits(parameter, pinned)
-        elif pinned is not None:
-            parameter.ds_tensor.data = pinned.like(parameter.ds_tensor).copy_(parameter.ds_tensor)
-    everyone: list[Partitioned] = list(model.parameters())
-    if offload_device(ds_config) != "nvme":
-        bring_back(everyone)
+        _clear_padding(parameter)
+    if offload_device(ds_config) == "nvme":
+        space = swap_space(ds_config, dtype, _device(), everyone)
+        for parameter in everyone:
+            send_away(parameter, space)
         return
-    space = swap_space(ds_config, dtype, _device(), everyone)
+    bring_back(everyone)
+    new = set(map(id, whole))
     for parameter in everyone:
-        send_away(parameter, space)
+        _refuse_stray_eight_bits(ds_config, parameter)
+        if _in_eight_bits(ds_config, parameter) and parameter.ds_tensor.dtype != torch.int8:
+            _put_into_eight_bits(parameter, pinned)
+        elif pinned is not None and (id(parameter) in new or parameter.ds_tensor.device.type != "cpu"):
+            parameter.ds_tensor.data = pinned.like(parameter.ds_tensor).copy_(parameter.ds_tensor)
 
 
 def offload_device(ds_config: dict[str, Any]) -> str:
@@ -103,7 +121,9 @@ def gathered(parameters: list[Parameter]) -> Iterator[None]:
         yield
 
 
-def _pinned_memory(parameters: list[Parameter], ds_config: dict[str, Any], dtype: torch.dtype) -> PinnedMemory | None:
+def _pinned_memory(
+    parameters: list[Parameter], ds_config: dict[str, Any], dtype: torch.dtype, free_host_bytes: int | None
+) -> PinnedMemory | None:
     """Where offloaded shards go, if they are to be pinned: in slabs, for DeepSpeed pins each one by itself.
 
     Raises:
@@ -118,13 +138,28 @@ def _pinned_memory(parameters: list[Parameter], ds_config: dict[str, Any], dtype
     else:
         need = sum(numels) * dtype.itemsize
         way_out = "weights int8 need about half of it, offload_param.device nvme next to nothing"
-    require_host_bytes(need, free_bytes()[1], "offload_param.device cpu", way_out)
+    free = free_bytes()[1] if free_host_bytes is None else free_host_bytes
+    require_host_bytes(need, free, "offload_param.device cpu", way_out)
     pinned = ds_config["zero_optimization"]["offload_param"].get("pin_memory", True)
     return PinnedMemory(_device(), need) if pinned else None
 
 
 def _in_eight_bits(ds_config: dict[str, Any], parameter: Partitioned) -> bool:
     return keeps_eight_bits(ds_config) and int8.fits(parameter.ds_shape)
+
+
+def _refuse_stray_eight_bits(ds_config: dict[str, Any], parameter: Partitioned) -> None:
+    if parameter.ds_tensor.dtype == torch.int8 and not _in_eight_bits(ds_config, parameter):
+        raise ConfigError(
+            "the model's weights are kept in eight bits already, and the DeepSpeed config does not say so; set "
+            "optimizer.params.weights to int8, or load the model again"
+        )
+
+
+def _clear_padding(parameter: Partitioned) -> None:
+    """What lies behind a parameter's end is quantized with its last weights, and DeepSpeed leaves anything there."""
+    shard = Shard.of("", parameter)
+    shard.kept[shard.data.numel() :].zero_()
 
 
 def _put_into_eight_bits(parameter: Partitioned, pinned: PinnedMemory | None) -> None:

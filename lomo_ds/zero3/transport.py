@@ -6,7 +6,8 @@ copy from host memory, and quantizes with kernels of its own; here a shard trave
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from torch.nn import Module
 
 from lomo_ds import int8
 from lomo_ds.zero3.shard import Partitioned, Shard, place_of
+
+OURS = ("all_gather_coalesced", "all_gather", "partition")  # methods that DeepSpeed gives a parameter
 
 
 class Wire(Protocol):
@@ -42,8 +45,8 @@ class Wire(Protocol):
         ...
 
 
-def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int) -> None:
-    """Let the parameters of ``model``, which have been split, be gathered by ``wire``.
+def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int) -> Callable[[], None]:
+    """Let the parameters of ``model``, which have been split, be gathered by ``wire``; returns what undoes it.
 
     Args:
         exact: what brings them to ``gathered`` and ``GatheredParameters``, which read or write the model itself.
@@ -55,7 +58,7 @@ def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int) -> None:
         backlog.add(sum(parameter.ds_numel for parameter in parameters))
         in_order = sorted(parameters, key=lambda p: p.ds_id)
         _expect_reads(in_order)
-        return _Arrival([_Parcel(parameter, wire) for parameter in in_order])
+        return _Arrival(in_order, wire)
 
     def gather_now(parameter: Partitioned, param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> None:
         assert not async_op
@@ -64,13 +67,21 @@ def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int) -> None:
             if wire is not exact and one.ds_status is ZeroParamStatus.AVAILABLE:
                 one.partition()
         missing = [one for one in some if one.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-        _Arrival([_Parcel(parameter, exact) for parameter in missing]).wait()
+        _Arrival(missing, exact).wait()
 
     partitioned: list[Partitioned] = list(model.parameters())
+    theirs = [{name: getattr(parameter, name) for name in OURS} for parameter in partitioned]
     for parameter in partitioned:
         parameter.all_gather_coalesced = gather
         parameter.all_gather = partial(gather_now, parameter)
         parameter.partition = partial(_partition, parameter, parameter.partition)
+
+    def undo() -> None:
+        for parameter, before in zip(partitioned, theirs, strict=True):
+            for name, method in before.items():
+                setattr(parameter, name, method)
+
+    return undo
 
 
 def _partition(
@@ -91,6 +102,8 @@ def _partition(
             shard.kept.copy_(int8.buffer_of(padded))
         else:
             shard.write(values)
+    if has_been_updated:
+        get_accelerator().synchronize()  # DeepSpeed gathers on a stream that waits for no other
     release(some, hierarchy, False, free_data)
 
 
@@ -131,7 +144,6 @@ class _Parcel:
 
     def __init__(self, parameter: Partitioned, wire: Wire) -> None:
         assert parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
-        parameter.ds_status = ZeroParamStatus.INFLIGHT
         self.parameter = parameter
         self.wire = wire
         group = parameter.ds_process_group
@@ -146,6 +158,11 @@ class _Parcel:
             self.packed = torch.empty(world_size, mine.numel(), dtype=mine.dtype, device=mine.device)
             self.work = dist.all_gather_into_tensor(self.packed.view(-1), mine, group=group, async_op=True)
             self.mine = mine  # which must live until it has been sent
+        parameter.ds_status = ZeroParamStatus.INFLIGHT
+
+    def forget(self) -> None:
+        """It does not come."""
+        self.parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
     def open(self) -> None:
         """Give the parameter its values."""
@@ -160,13 +177,26 @@ class _Parcel:
 class _Arrival:
     """Of parameters that are gathered together; DeepSpeed asks for it once for each, and from several threads."""
 
-    def __init__(self, parcels: list[_Parcel]) -> None:
-        self.parcels = parcels
+    def __init__(self, parameters: Sequence[Partitioned], wire: Wire) -> None:
+        self.parcels: deque[_Parcel] = deque()
         self.lock = threading.Lock()
+        with self._forgetting():
+            for parameter in parameters:
+                self.parcels.append(_Parcel(parameter, wire))
 
     def wait(self, **options: Any) -> None:
         """Every parameter of it is whole for what the current stream does next."""
-        with self.lock:
-            parcels, self.parcels = self.parcels, []
-            for parcel in parcels:
-                parcel.open()
+        with self.lock, self._forgetting():
+            while self.parcels:
+                self.parcels[0].open()
+                self.parcels.popleft()
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Where one fails, the others can be asked for again."""
+        try:
+            yield
+        except BaseException:
+            while self.parcels:
+                self.parcels.popleft().forget()
+            raise
