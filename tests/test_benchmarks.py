@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, memory, methods, throughput, traffic
+from benchmarks import gpu, memory, methods, offload, throughput, traffic
 from benchmarks.contest import ratios
 from benchmarks.footprint import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, Tensors
 from benchmarks.workers import DoesNotFit, WorkerError, Workers
@@ -179,8 +179,25 @@ def test_traffic(results_of: Callable[..., dict[str, Any]]) -> None:
 
 
 @needs_bench
+def test_offload(results_of: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(offload, "PLANNED_BATCHES", [1])
+    results = results_of(offload, *SMALL, "--models=toy", "--methods", "immediate", "stash+clip", "--batches=2")
+    parameters = 4 * sum(parameter.numel() for parameter in LlamaForCausalLM(Workload("toy").config()).parameters())
+    for row in results["rows"]:
+        stashed = row["method"] == "stash+clip"
+        assert row["up"] == pytest.approx((3 if stashed else 2) * parameters), "forward, backward, and an update behind"
+        assert row["down"] == pytest.approx(parameters)
+    plans = {(row["model"], row["weights"]): row for row in results["plans"]}
+    assert plans["65b", "auto"]["tokens"] == 1024
+    assert plans["65b", "auto"]["fits"]
+    assert plans["65b", "auto"]["tokens_per_second"] > offload.PAPER["65b"][1], "one card against the paper's eight"
+
+
+@needs_bench
 def test_gpu_rows_on_the_cpu(tmp_path: Path) -> None:
-    options = ["--try_on_cpu", "--only", "1", "20", f"--output_dir={tmp_path}"]
+    options = ["--try_on_cpu", "--only", "1", "22", f"--output_dir={tmp_path}"]
     run = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/gpu.py"), *options],
         capture_output=True,
@@ -297,7 +314,13 @@ def test_ratios_are_of_single_rounds() -> None:
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("imediate", "a method is one of"), ("immediate+clip", "updates weights before"), ("plain+clip", "no gradients")],
+    [
+        ("imediate", "a method is one of"),
+        ("immediate+clip", "updates weights before"),
+        ("plain+clip", "no gradients"),
+        ("plain+int8", "no weights in eight bits"),
+        ("stash+int9", "a method is one of"),
+    ],
 )
 def test_methods_that_cannot_be(name: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):

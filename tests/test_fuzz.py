@@ -191,6 +191,9 @@ def check_ds_config(config: dict[str, Any], argv: list[str]) -> None:
 
 def assert_of_its_type(arguments: TrainArguments, name: str) -> None:
     kind, value = typing.get_type_hints(TrainArguments)[name], getattr(arguments, name)
+    if typing.get_origin(kind) is typing.Literal:
+        assert value in typing.get_args(kind)
+        return
     assert type(value) is kind or (kind is float and type(value) is int), f"{name} is {value!r}"
 
 
