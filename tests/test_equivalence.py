@@ -1,6 +1,7 @@
 """Every offered combination takes the step that plain PyTorch takes on the whole batch of all ranks."""
 
 import copy
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -115,8 +116,12 @@ def test_equals_plain_sgd_on_eight_ranks(ranks: Callable[..., Ranks], schedule: 
 OFFLOADED = [replace(around, offload="cpu") for around in SURROUNDINGS]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("combination", OFFERED, ids=lambda c: f"{c[0]}, {c[1]}, accumulation {c[2]}")
+@pytest.mark.parametrize(
+    ("world_size", "combination"),
+    [(size, combination) for size in (1, 2) for combination in OFFERED]
+    + [(4, combination) for combination in OFFERED[::3]],
+    ids=str,
+)
 def test_equals_plain_sgd_with_parameters_in_host_memory(
     ranks: Callable[..., Ranks], world_size: int, combination: tuple[str, str, int]
 ) -> None:
