@@ -1,7 +1,6 @@
 """Every offered combination takes the step that plain PyTorch takes on the whole batch of all ranks."""
 
 import copy
-import itertools
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
