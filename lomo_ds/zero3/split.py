@@ -8,6 +8,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init, ZeroParamStatus
+from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lomo_ds import int8
@@ -24,11 +25,14 @@ def partition(
 ) -> Iterator[Shard]:
     """Make shards of a model on the meta device, without a collective.
 
+    Yields each parameter's shard, whose values are the caller's to fill in before it asks for the next: ``partition``
+    writes none. Beside the shards, one parameter at a time takes memory as a whole, which nobody touches.
+
     Args:
         free_host_bytes: of host memory for each rank, measured before any rank began; by default measured here.
 
-    Yields each parameter's shard, whose values are the caller's to fill in before it asks for the next: ``partition``
-    writes none. Beside the shards, one parameter at a time takes memory as a whole, which nobody touches.
+    Raises:
+        ConfigError: host memory or a drive cannot hold them.
     """
     device = _device()
     pinned = _pinned_memory(list(model.parameters()), ds_config, dtype, free_host_bytes)
@@ -47,7 +51,7 @@ def partition(
         _clear_padding(partitioned)
         yield Shard.of(name, partitioned)
         if _in_eight_bits(ds_config, partitioned):
-            _put_into_eight_bits(partitioned, pinned)
+            _keep(partitioned, _eight_bits_of(partitioned), ds_config, pinned)
         if space is not None:
             send_away(partitioned, space)
 
@@ -78,9 +82,9 @@ def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype, free_hos
     for parameter in everyone:
         _refuse_stray_eight_bits(ds_config, parameter)
         if _in_eight_bits(ds_config, parameter) and parameter.ds_tensor.dtype != torch.int8:
-            _put_into_eight_bits(parameter, pinned)
-        elif pinned is not None and (id(parameter) in new or parameter.ds_tensor.device.type != "cpu"):
-            parameter.ds_tensor.data = pinned.like(parameter.ds_tensor).copy_(parameter.ds_tensor)
+            _keep(parameter, _eight_bits_of(parameter), ds_config, pinned)
+        elif id(parameter) in new or parameter.ds_tensor.device.type != _home(ds_config).type:
+            _keep(parameter, parameter.ds_tensor.data, ds_config, pinned)
 
 
 def offload_device(ds_config: dict[str, Any]) -> str:
@@ -162,11 +166,19 @@ def _clear_padding(parameter: Partitioned) -> None:
     shard.kept[shard.data.numel() :].zero_()
 
 
-def _put_into_eight_bits(parameter: Partitioned, pinned: PinnedMemory | None) -> None:
-    buffer = int8.buffer_of(parameter.ds_tensor.data.to(_device()))
-    if pinned is not None:
-        buffer = pinned.like(buffer).copy_(buffer)
-    parameter.ds_tensor.data = buffer.to(parameter.ds_tensor.device)
+def _eight_bits_of(parameter: Partitioned) -> Tensor:
+    return int8.buffer_of(parameter.ds_tensor.data.to(_device()))
+
+
+def _keep(parameter: Partitioned, kept: Tensor, ds_config: dict[str, Any], pinned: PinnedMemory | None) -> None:
+    """Let ``kept`` be this rank's partition, where the ds_config wants it."""
+    home = kept.to(_home(ds_config)) if pinned is None else pinned.like(kept).copy_(kept)
+    parameter.ds_tensor.data = home
+
+
+def _home(ds_config: dict[str, Any]) -> torch.device:
+    """Where shards lie that are in memory."""
+    return torch.device("cpu") if offload_device(ds_config) == "cpu" else _device()
 
 
 def _device() -> torch.device:
