@@ -90,17 +90,22 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, accele
     import logging
 
     import torch
+    from deepspeed.runtime.zero.partition_parameters import Init
 
     from lomo_ds.distributed import start_process_group
 
     torch.set_num_threads(1)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     start_process_group()
+    calls = 0
     while True:
         try:
             function, arguments = connection.recv()
         except EOFError:
             return
+        # DeepSpeed numbers parameters as they come, and a function may have failed on one rank sooner than on another
+        calls += 1
+        Init.param_id = 1_000_000 * calls
         try:
             connection.send(("returned", function(*arguments)))
         except BaseException:
