@@ -97,19 +97,18 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     )
 
 
-def _gather_by_wire(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable[[], None], dict[str, int]]:
+def _gather_by_wire(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable[[], None] | None, dict[str, int]]:
     """Let shards travel as they must; how to undo that, and how much DeepSpeed may fetch ahead and keep."""
     prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
-    largest = largest_use(engine.module, granularity)
-    if zero3.offload_device(engine.config) == "cpu":
+    largest, offload = largest_use(engine.module, granularity), zero3.offload_device(engine.config)
+    if offload == "cpu":
         prefetch_numel, live_numel = reach_of_offload(prefetch_numel, live_numel, largest)
         prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", prefetch_numel)
         live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
-    copies = zero3.offload_device(engine.config) == "cpu"
-    exact, quantized = AsKept(engine.device, copies), _travels_in_eight_bits(engine)
-    undo: Callable[[], None] = lambda: None  # noqa: E731
-    if quantized or zero3.offload_device(engine.config) != "none" or zero3.keeps_eight_bits(engine.config):
-        wire = Quantized(engine.device, copies) if quantized else exact
+    exact, undo = AsKept(engine.device, copies=offload == "cpu"), None
+    quantized = _travels_in_eight_bits(engine)
+    if quantized or offload != "none" or zero3.keeps_eight_bits(engine.config):
+        wire = Quantized(engine.device, exact.copies) if quantized else exact
         undo = zero3.gather_by(engine.module, wire, exact, ahead_numel=2 * largest + prefetch_numel)
     return undo, {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel}
 

@@ -84,12 +84,12 @@ class OnDemand:
     Args:
         offload: settings of ``DeepSpeedZeRoOffload``.
         granularity: ``module`` or ``layer``.
-        undo: takes back what was done to the parameters for it.
+        undo: takes back what was done to the parameters for it; None: nothing was.
     """
 
     resident = False
 
-    def __init__(self, model: Module, granularity: str, undo: Callable[[], None], **offload: Any) -> None:
+    def __init__(self, model: Module, granularity: str, undo: Callable[[], None] | None, **offload: Any) -> None:
         self.undo = undo
         self.granularity = granularity
         self.leaves = layers(model) if granularity == "layer" else []
@@ -118,7 +118,8 @@ class OnDemand:
     def destroy(self) -> None:
         """See ``Gathering.destroy``."""
         self.offload.destroy()
-        self.undo()
+        if self.undo is not None:
+            self.undo()
         for layer in self.leaves:
             set_z3_leaf_module(layer, False)
 

@@ -1,8 +1,11 @@
 """Fixtures: groups of ranks that live as long as the test session, and the real weights where they are at hand."""
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +38,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     make_demo(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """Runs a function where kernels run on the CPU: in a process of its own, for triton asks when it is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        process.submit(abs, 0).result()  # it has started
+    yield lambda function, *arguments: process.submit(function, *arguments).result()
+    process.shutdown()
 
 
 @pytest.fixture

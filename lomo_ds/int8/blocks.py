@@ -47,9 +47,7 @@ def buffer_of(values: Tensor) -> Tensor:
     """The nearest eight-bit weights to 1-D ``values`` of any float dtype, as a new int8 buffer on their device."""
     buffer = torch.empty(bytes_of_buffer(values.numel()), dtype=torch.int8, device=values.device)
     codes, scales, _ = blocks_in(buffer, values.numel())
-    nearest, theirs = (kernel_for(values.device) or eager).encode(values)
-    codes.copy_(nearest)
-    scales.copy_(theirs)
+    (kernel_for(values.device) or eager).encode(values, (codes, scales))
     return buffer
 
 

@@ -58,12 +58,7 @@ def blocks_of(numel: int) -> int:
     return -(-numel // BLOCK)
 
 
-def bytes_of(numel: int) -> int:
-    """The bytes of the codes and scales of ``numel`` values."""
-    return numel + torch.bfloat16.itemsize * blocks_of(numel)
-
-
-def encode(values: Tensor) -> tuple[Tensor, Tensor]:
+def encode(values: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """The nearest codes of 1-D ``values`` of any float dtype; the largest magnitude of a block gets code 127.
 
     No finite value moves by more than half its block's scale, which is the largest magnitude over 127, rounded to
@@ -71,17 +66,25 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     nan in it decodes to nan as a whole; and 127 scales may be 1 / 512 above the largest magnitude, so that what is as
     near as that to the largest number of a dtype decodes to inf.
 
+    Args:
+        out: where the results go; by default new tensors.
+
     Returns:
         int8 codes, as many as values, and bfloat16 scales, one for each block; both on the device of ``values``.
     """
-    codes = torch.empty_like(values, dtype=torch.int8, memory_format=torch.contiguous_format)
-    scales = torch.empty(blocks_of(values.numel()), dtype=torch.bfloat16, device=values.device)
+    codes, scales = out or empty_like(values)
     for some, few, exact in _rows(codes, scales, values):
         exact = exact.float()
         largest = exact.abs().amax(1)
         few.copy_(_scales_or_nan(largest * (1 / LARGEST), largest))
         _write_nearest(some, few, exact / few.float().unsqueeze(1))
     return codes, scales
+
+
+def empty_like(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales for as many, holding anything."""
+    codes = torch.empty_like(values, dtype=torch.int8, memory_format=torch.contiguous_format)
+    return codes, torch.empty(blocks_of(values.numel()), dtype=torch.bfloat16, device=values.device)
 
 
 def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -97,24 +100,6 @@ def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None
     return out
 
 
-def requantize_(codes: Tensor, scales: Tensor, exact: Tensor, noise: Noise | None) -> None:
-    """Write new values into ``codes``, each rounded up or down at random, so that the mean is the value itself.
-
-    A block keeps its scale as long as its values fit and do not shrink below ``SHRINK`` of what would: on an unchanged
-    scale a value that has not changed keeps its code, and only values that have changed add noise, while a renewed
-    scale rounds every value of the block anew. No value is clipped. Probabilities come in steps of 2 ** -16. A block
-    with an inf or a nan in it decodes to nan as a whole, until it is given finite values again.
-
-    Args:
-        exact: the new values, 1-D, fp32, contiguous; clobbered.
-        noise: None rounds to nearest.
-    """
-    assert exact.dtype == torch.float32
-    generator = noise and noise.generator(codes.device)
-    for some, few, values in _rows(codes, scales, exact):
-        _requantize_rows(some, few, values, noise and _drawn(noise, values, generator))
-
-
 def update_(
     codes: Tensor,
     scales: Tensor,
@@ -123,9 +108,12 @@ def update_(
     decay: float,
     noise: Noise | None,
 ) -> None:
-    """Write ``decay * weight - factor * gradient``, computed in fp32, as ``requantize_`` does.
+    """Write ``decay * weight - factor * gradient``, each rounded up or down at random, so that the mean is the value.
 
-    Every product and difference is rounded to fp32 for itself.
+    Every product and difference is rounded to fp32 for itself. A block keeps its scale as long as its values fit and do
+    not shrink below ``SHRINK`` of what would: on an unchanged scale a value that has not changed keeps its code, and
+    only values that have changed add noise, while a renewed scale rounds every value of the block anew. No value is
+    clipped. Probabilities come in steps of 2 ** -16. A block with an inf or a nan in it decodes to nan as a whole.
 
     Args:
         gradient: 1-D, contiguous, of any float dtype, as long as ``codes`` and on their device.

@@ -25,10 +25,9 @@ SMALLEST_SCALE = tl.constexpr(int8.SMALLEST_SCALE)
 INF_BITS = tl.constexpr(0x7F800000)
 
 
-def encode(values: Tensor) -> tuple[Tensor, Tensor]:
+def encode(values: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """What ``int8.encode`` returns, bit for bit, of contiguous ``values``, without waiting for the device."""
-    codes = torch.empty_like(values, dtype=torch.int8)
-    scales = torch.empty(int8.blocks_of(values.numel()), dtype=torch.bfloat16, device=values.device)
+    codes, scales = out or int8.empty_like(values)
     _check(codes, scales, values)
     if codes.numel() > 0:
         with torch.cuda.device_of(codes):
@@ -57,12 +56,12 @@ def update(
     decay: float,
     noise: int8.Noise | None,
 ) -> None:
-    """Write ``decay * weight - factor * gradient`` as ``int8.requantize_`` would, without waiting for the device.
+    """Write ``decay * weight - factor * gradient`` as ``int8.update_`` does, without waiting for the device.
 
     Args:
         gradient: as long as ``codes``, contiguous, on their device; any float dtype.
         factor: a float, or a 0-dim fp32 tensor on the same device.
-        noise: None rounds to nearest. The random numbers are other ones than those of ``int8.requantize_``.
+        noise: None rounds to nearest. The random numbers are other ones than those of ``int8.update_``.
     """
     _check(codes, scales, gradient)
     assert codes.numel() < 2**35, "32 bits number the lanes"

@@ -67,6 +67,8 @@ def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype, free_hos
     """
     everyone: list[Partitioned] = list(model.parameters())
     whole = [parameter for parameter in everyone if not hasattr(parameter, "ds_tensor")]
+    for parameter in everyone:
+        _refuse_stray_eight_bits(ds_config, parameter)
     pinned = _pinned_memory(whole, ds_config, dtype, free_host_bytes)
     if whole:
         _converter(whole, ds_config, dtype)
@@ -80,7 +82,6 @@ def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype, free_hos
     bring_back(everyone)
     new = set(map(id, whole))
     for parameter in everyone:
-        _refuse_stray_eight_bits(ds_config, parameter)
         if _in_eight_bits(ds_config, parameter) and parameter.ds_tensor.dtype != torch.int8:
             _keep(parameter, _eight_bits_of(parameter), ds_config, pinned)
         elif id(parameter) in new or parameter.ds_tensor.device.type != _home(ds_config).type:
@@ -153,7 +154,8 @@ def _in_eight_bits(ds_config: dict[str, Any], parameter: Partitioned) -> bool:
 
 
 def _refuse_stray_eight_bits(ds_config: dict[str, Any], parameter: Partitioned) -> None:
-    if parameter.ds_tensor.dtype == torch.int8 and not _in_eight_bits(ds_config, parameter):
+    split_before = hasattr(parameter, "ds_tensor")
+    if split_before and parameter.ds_tensor.dtype == torch.int8 and not _in_eight_bits(ds_config, parameter):
         raise ConfigError(
             "the model's weights are kept in eight bits already, and the DeepSpeed config does not say so; set "
             "optimizer.params.weights to int8, or load the model again"

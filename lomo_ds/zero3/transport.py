@@ -21,7 +21,7 @@ from torch.nn import Module
 from lomo_ds import int8
 from lomo_ds.zero3.shard import Partitioned, Shard, place_of
 
-OURS = ("all_gather_coalesced", "all_gather", "partition")  # methods that DeepSpeed gives a parameter
+REPLACED = ("all_gather_coalesced", "all_gather", "partition")  # methods that DeepSpeed gives a parameter
 
 
 class Wire(Protocol):
@@ -70,7 +70,7 @@ def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int) -> Calla
         _Arrival(missing, exact).wait()
 
     partitioned: list[Partitioned] = list(model.parameters())
-    theirs = [{name: getattr(parameter, name) for name in OURS} for parameter in partitioned]
+    theirs = [{name: getattr(parameter, name) for name in REPLACED} for parameter in partitioned]
     for parameter in partitioned:
         parameter.all_gather_coalesced = gather
         parameter.all_gather = partial(gather_now, parameter)

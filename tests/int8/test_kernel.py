@@ -1,10 +1,8 @@
 """The Triton kernels without a GPU: what they compute, by Triton's interpreter, and what they compile to."""
 
 import math
-import multiprocessing
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,6 @@ pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUMELS = [0, 1, BLOCK, BLOCK + 1, 8192, 8192 + 5 * BLOCK + 37]  # 8192 are a program's
 Interpreted = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Interpreted]:
-    """Runs a function where kernels run on the CPU: in a process of its own, for triton asks when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        process.submit(torch.set_num_threads, 1).result()
-    yield lambda function, *arguments: process.submit(function, *arguments).result()
-    process.shutdown()
 
 
 def randn(numel: int, seed: int = 0) -> Tensor:

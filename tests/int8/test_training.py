@@ -68,7 +68,7 @@ class PlainInt8:
                 self.kept[name], gradient.flatten().chunk(len(self.kept[name])), strict=True
             ):
                 exact = eager.decode(codes, scales, torch.float32) - LR * chunk
-                eager.requantize_(codes, scales, exact, None)
+                eager.update_(codes, scales, exact, -1.0, 0.0, None)
         self._decode()
         return float(loss.detach())
 

@@ -1,9 +1,7 @@
 """The Triton kernel without a GPU: what it computes, by Triton's interpreter, and what it compiles to."""
 
 import math
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +18,6 @@ pytest.importorskip("triton")
 HALF_DTYPES = [torch.bfloat16, torch.float16]
 NUMELS = [1, 1000, 8192, 8192 + 37]  # 8192 are a program's
 Interpreted = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Interpreted]:
-    """Runs a function where kernels run on the CPU: in a process of its own, for triton asks when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        process.submit(torch.set_num_threads, 1).result()
-    yield lambda function, *arguments: process.submit(function, *arguments).result()
-    process.shutdown()
 
 
 def randn(numel: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
