@@ -16,6 +16,7 @@ from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.swap_tensor import partitioned_param_swapper
 from torch import Tensor
+from torch.utils.file_baton import FileBaton
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lomo_ds
@@ -25,11 +26,13 @@ from lomo_ds.config import refuse_what_cannot_be
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.errors import CheckpointError, ConfigError
 from lomo_ds.models import load_config, load_model, save_pretrained
+from lomo_ds.zero3.async_io import _remove_left_behind, load_async_io
 from lomo_ds.zero3.nvme import SwapSpace
 from lomo_ds.zero3.nvme_settings import nvme_settings
 from tests.engines import identical, largest_difference, make_engine, weights_of
 from tests.ranks import Ranks
 from tests.reference import VOCABULARY, OddForCausalLM, PlainSGD, part, whole_batch
+from tests.test_equivalence import CLIPS
 
 GroupOf = Callable[..., Ranks]
 STEPS = 4
@@ -39,6 +42,12 @@ pytestmark = pytest.mark.skipif(
     not installed_ops.get("async_io") and not AsyncIOBuilder().is_compatible(),
     reason="DeepSpeed's async_io cannot be built here; install libaio-dev",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled() -> None:
+    """async_io, before any ranks wait for it: compiling takes minutes where it has never been."""
+    load_async_io()
 
 
 def model_of_all_sizes(tied: bool = False, dropout: float = 0.0, layers: int = 2) -> OddForCausalLM:
@@ -78,12 +87,6 @@ def files_of(engine: lomo_ds.LomoEngine) -> list[bool]:
 
 # the steps of plain SGD
 
-CLIPS: dict[str, dict[str, float]] = {
-    "no clip": {},
-    "value": {"value": 0.01},
-    "group norm": {"group_norm": 0.05},
-    "global norm": {"global_norm": 0.1},
-}
 COMBINATIONS = [
     # schedule, clip, accumulation, granularity, tied, persistence threshold, offload_param
     ("immediate", "no clip", 1, "layer", False, 0, {}),
@@ -393,6 +396,18 @@ def test_without_libaio_one_sentence_says_what_to_install(tmp_path: Path, monkey
     monkeypatch.setitem(installed_ops, "async_io", False)
     with pytest.raises(ConfigError, match=r"needs libaio, which is not installed; install libaio-dev \(Debian"):
         refuse(str(tmp_path), {}, {})
+
+
+def test_what_a_killed_compiler_leaves_behind_is_removed(tmp_path: Path) -> None:
+    baton = FileBaton(str(tmp_path / "lock"))
+    _remove_left_behind(tmp_path / "lock")
+    assert baton.try_acquire()
+    assert baton.fd is not None
+    _remove_left_behind(tmp_path / "lock")
+    assert (tmp_path / "lock").exists(), "it is being compiled"
+    os.close(baton.fd)  # as the kernel does when the process dies
+    _remove_left_behind(tmp_path / "lock")
+    assert not (tmp_path / "lock").exists()
 
 
 def test_what_works_is_not_refused(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import Tensor
 
 from lomo_ds.errors import ConfigError, OffloadError
+from lomo_ds.zero3.async_io import load_async_io
 from lomo_ds.zero3.nvme_settings import PAGE_BYTES, NvmeSettings
 
 Group = tuple["Place", ...]  # what is gathered at once
@@ -208,7 +208,7 @@ class _Lane:
         self.settings = settings
         self.device = device
         self.path = path
-        self.handle: Any = AsyncIOBuilder().load(verbose=False).aio_handle(*settings.handle_arguments)
+        self.handle: Any = load_async_io().aio_handle(*settings.handle_arguments)
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.streams = torch.get_device_module(device)
         self.downward = self.streams.Stream(device)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspeed.git_version_info import installed_ops
-from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
 
-from lomo_ds.errors import ConfigError, one_line
+from lomo_ds.errors import ConfigError
+from lomo_ds.zero3.async_io import require_async_io
 
 PAGE_BYTES = 4096  # what O_DIRECT wants offsets, lengths and memory aligned to, at most
 
@@ -111,7 +110,7 @@ def refuse_nvme_that_cannot_be(ds_config: dict[str, Any], itemsize: int) -> None
             f"offload_param.nvme_path must be a folder on an NVMe drive, got {settings.path}, which is none; make it, "
             "or give another"
         )
-    _require_async_io()
+    require_async_io()
     try:
         _try_direct_io(settings.path)
     except OSError as error:
@@ -133,19 +132,3 @@ def _try_direct_io(folder: Path) -> None:
         os.close(os.open(name, os.O_RDWR | os.O_DIRECT))
     finally:
         Path(name).unlink()
-
-
-def _require_async_io() -> None:
-    builder = AsyncIOBuilder()
-    if not installed_ops.get(builder.NAME) and not builder.is_compatible():
-        raise ConfigError(
-            "zero_optimization.offload_param.device nvme needs libaio, which is not installed; install libaio-dev "
-            "(Debian, Ubuntu) or libaio-devel (Fedora, RHEL) and a C++ compiler, or use cpu"
-        )
-    try:
-        builder.load(verbose=False)
-    except Exception as error:  # a compiler may fail in any way
-        raise ConfigError(
-            f"zero_optimization.offload_param.device nvme needs DeepSpeed's async_io, which cannot be built here "
-            f"({one_line(error)[:300]}); see ds_report, or use cpu"
-        ) from None
