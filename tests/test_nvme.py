@@ -2,8 +2,11 @@
 
 import copy
 import errno
+import fcntl
+import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from lomo_ds.config import refuse_what_cannot_be
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.errors import CheckpointError, ConfigError
 from lomo_ds.models import load_config, load_model, save_pretrained
+from lomo_ds.zero3 import async_io
 from lomo_ds.zero3.async_io import _remove_left_behind, load_async_io
 from lomo_ds.zero3.nvme import SwapSpace
 from lomo_ds.zero3.nvme_settings import nvme_settings
@@ -408,6 +412,26 @@ def test_what_a_killed_compiler_leaves_behind_is_removed(tmp_path: Path) -> None
     os.close(baton.fd)  # as the kernel does when the process dies
     _remove_left_behind(tmp_path / "lock")
     assert not (tmp_path / "lock").exists()
+
+
+def test_one_process_at_a_time_compiles_and_the_others_say_what_they_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(async_io, "PATIENCE", 0.05)
+    monkeypatch.setitem(installed_ops, "async_io", False)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))  # nothing is compiled there: it is loaded already
+    caplog.set_level(logging.INFO, "lomo_ds")
+    (tmp_path / "async_io").mkdir()
+    with ThreadPoolExecutor(1) as other, (tmp_path / "async_io" / "lomo_ds.lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        loading = other.submit(load_async_io.__wrapped__)
+        with pytest.raises(TimeoutError):
+            loading.result(timeout=0.3)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        assert loading.result(timeout=60) is load_async_io()
+    assert caplog.messages == [
+        f"DeepSpeed's async_io is being compiled in {tmp_path / 'async_io'}, which takes minutes, once"
+    ]
 
 
 def test_what_works_is_not_refused(tmp_path: Path) -> None:

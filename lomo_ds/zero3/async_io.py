@@ -46,7 +46,8 @@ def load_async_io() -> Any:
     if _is_installed():
         return AsyncIOBuilder().load(verbose=False)
     folders = [Path(cpp_extension._get_build_directory(name, verbose=False)) for name in COMPILED]
-    told = threading.Timer(PATIENCE, logger.info, ["DeepSpeed's async_io is compiled to %s, once", folders[-1]])
+    words = "DeepSpeed's async_io is being compiled in %s, which takes minutes, once"
+    told = threading.Timer(PATIENCE, logger.info, [words, folders[-1]])
     told.start()
     try:
         with (folders[-1] / "lomo_ds.lock").open("w") as turn:
