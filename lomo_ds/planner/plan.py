@@ -51,17 +51,14 @@ class PlannedModel:
 
     def rehearse(self, settings: Settings, granularity: str) -> Rehearsal:
         """A micro-batch of ``settings``, whose parameters are gathered by ``module`` or by ``layer``."""
-        tiled = settings.tiled_logits
-        if tiled is None:
-            tiled = self.can_tile and settings.optimizer == "lomo"
-        settings = settings.but(tiled_logits=tiled)
         key = (
             settings.batch,
             settings.sequence,
             settings.precision,
             settings.gradient_checkpointing,
             settings.resident,
-            tiled,
+            settings.tiled_logits,
+            settings.optimizer == "lomo",
         )
         if key not in self.rehearsals:
             found = rehearse(self.config, settings, self.trust_remote_code)
@@ -216,9 +213,7 @@ def _granularity(model: PlannedModel, settings: Settings, free: int) -> str:
         return "auto"
     if settings.optimizer != "lomo":
         return "module"
-    for parameter in model.empty.parameters():
-        parameter.data = parameter.data.to(settings.dtype)
-    return choose_granularity(settings.gather_granularity, model.empty, free)
+    return choose_granularity(settings.gather_granularity, model.empty.to(settings.dtype), free)
 
 
 def _with_reach(model: PlannedModel, settings: Settings, granularity: str) -> Settings:
