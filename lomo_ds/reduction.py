@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# Small gradients travel together, until they have half as many elements as the largest parameter, and at most
-MAX_BUCKET_NUMEL = 2**23
-# However small a model is, as many elements may be alive; and as many are handed on together where nothing travels.
-MIN_BUCKET_NUMEL = 2**18
+from lomo_ds.buckets import Buckets
 
 Deliver = Callable[[list[int], list[Tensor]], None]
 
@@ -31,9 +28,7 @@ class _Flight:
 class Reduction:
     """Sums the gradients of all ranks, and delivers each rank its shards, in an order that all ranks share.
 
-    What waits here and what is under way have together no more elements than the largest parameter, or
-    ``MIN_BUCKET_NUMEL``; with the one that comes next never more than two parameters' gradients are alive (and a
-    bucket, while it is packed). On one rank there is nothing to sum, and shards are the gradients themselves.
+    ``Buckets`` bounds how many are alive. On one rank there is nothing to sum, and shards are the gradients themselves.
 
     Args:
         numels: of each whole parameter.
@@ -57,49 +52,28 @@ class Reduction:
         self.dtype = dtype
         self.deliver = deliver
         self.world_size = dist.get_world_size(group)
-        self.alive_numel = max(*numels, MIN_BUCKET_NUMEL)
-        if self.world_size == 1:
-            self.bucket_numel = MIN_BUCKET_NUMEL
-        else:  # one is on its way while the next one fills
-            self.bucket_numel = min(self.alive_numel // 2, MAX_BUCKET_NUMEL)
+        self.buckets: Buckets[tuple[int, Tensor]] = Buckets(max(numels), self.world_size, self._launch, self._land)
         self.forget()
 
     def add(self, index: int, gradient: Tensor) -> None:
         """Take the whole gradient of parameter ``index``; any shape, the same order and dtypes on all ranks."""
-        numel = self.numels[index]
-        if self.waiting and numel >= self.bucket_numel:
-            self._launch()
-        if self.in_flight:
-            self._land(until=self.alive_numel - self.waiting_numel - numel)
-        self.waiting_indices.append(index)
-        self.waiting.append(gradient)
-        self.waiting_numel += numel
-        if self.waiting_numel >= self.bucket_numel:
-            self._launch()
+        self.buckets.add((index, gradient), self.numels[index])
 
     def flush(self) -> None:
         """Deliver all that is left."""
-        if self.waiting:
-            self._launch()
-        self._land(until=0)
+        self.buckets.flush()
 
     def forget(self) -> None:
         """Drop what has not been delivered."""
-        self._empty_bucket()
+        self.buckets.forget()
         self.in_flight: deque[_Flight] = deque()
         self.in_flight_numel = 0
 
-    def _empty_bucket(self) -> None:
-        self.waiting_indices: list[int] = []
-        self.waiting: list[Tensor] = []  # their gradients
-        self.waiting_numel = 0
-
-    def _launch(self) -> None:
-        """Send off what waits; gradients of several dtypes in a bucket for each."""
-        indices, gradients = self.waiting_indices, self.waiting
-        self._empty_bucket()
-        flat = [gradient.reshape(-1) for gradient in gradients]
-        del gradients
+    def _launch(self, bucket: list[tuple[int, Tensor]]) -> None:
+        """Send off what has waited together; gradients of several dtypes by themselves."""
+        indices = [index for index, _ in bucket]
+        flat = [gradient.reshape(-1) for _, gradient in bucket]
+        bucket.clear()  # a gradient that is converted or packed below does not live beside its copy
         if self.dtype is not None:
             flat = [gradient.to(self.dtype) for gradient in flat]
         if self.world_size == 1:

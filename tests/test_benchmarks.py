@@ -18,7 +18,7 @@ from benchmarks.contest import ratios
 from benchmarks.footprint import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, Tensors
 from benchmarks.workers import DoesNotFit, WorkerError, Workers
 from benchmarks.workload import Workload, flops_per_token
-from lomo_ds.reduction import MIN_BUCKET_NUMEL
+from lomo_ds.buckets import MIN_BUCKET_NUMEL
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent

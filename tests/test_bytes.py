@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lomo_ds.reduction import MIN_BUCKET_NUMEL
+from lomo_ds.buckets import MIN_BUCKET_NUMEL
 from tests.engines import make_engine
 from tests.ranks import Ranks
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "lomo_ds"
 
 FLOORS = [
-    ["errors", "layers", "numerics", "memory", "host_memory", "random_states", "signals", "training_engine"],
+    ["errors", "layers", "numerics", "memory", "host_memory", "random_states", "signals", "training_engine", "buckets"],
     [
         "config",
         "loss",

@@ -37,16 +37,17 @@ def reduce_all(dtypes: list[torch.dtype], asked: torch.dtype | None, bucket_nume
     numels = [torch.Size(shape).numel() for shape in SHAPES]
     shard_numels = [my_chunk(torch.zeros(shape)).numel() for shape in SHAPES]
     tested = Reduction(numels, shard_numels, dist.get_world_group(), asked, deliver)
-    tested.bucket_numel = min(tested.bucket_numel, bucket_numel)
-    tested.alive_numel = max(numels)
+    buckets = tested.buckets
+    buckets.bucket_numel = min(buckets.bucket_numel, bucket_numel)
+    buckets.alive_numel = max(numels)
     for index, dtype in enumerate(dtypes):
         gradient = gradient_of(index, dist.get_rank()).to(dtype)
         transposed = gradient.t().contiguous().t() if gradient.dim() == 2 else gradient  # any layout will do
         tested.add(index, transposed)
-        alive = max(alive, tested.waiting_numel + tested.in_flight_numel)
+        alive = max(alive, buckets.waiting_numel + tested.in_flight_numel)
     tested.flush()
     assert sorted(delivered) == list(range(len(SHAPES)))
-    assert (tested.waiting_numel, tested.in_flight_numel) == (0, 0)
+    assert (buckets.waiting_numel, tested.in_flight_numel) == (0, 0)
     return alive, delivered
 
 

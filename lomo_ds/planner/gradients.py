@@ -4,12 +4,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from lomo_ds.buckets import Buckets
 from lomo_ds.clipping import clipping_groups
 from lomo_ds.host_memory import IN_FLIGHT_BYTES
 from lomo_ds.planner.gathered import Gathered
 from lomo_ds.planner.moments import Rehearsal
 from lomo_ds.planner.settings import Settings
-from lomo_ds.reduction import MAX_BUCKET_NUMEL, MIN_BUCKET_NUMEL
 from lomo_ds.rules.declared import Temporaries
 from lomo_ds.schedules.declared import Keeps
 
@@ -65,10 +65,8 @@ class Reduced:
         self.settings, self.keeps, self.temporaries, self.observe = settings, keeps, temporaries, observe
         self.numels = rehearsal.numels
         self.itemsize = settings.dtype.itemsize
-        self.alive_numel = max(*self.numels, MIN_BUCKET_NUMEL)
-        self.bucket_numel = MIN_BUCKET_NUMEL if settings.gpus == 1 else min(self.alive_numel // 2, MAX_BUCKET_NUMEL)
-        self.waiting: list[int] = []
-        self.waiting_numel = self.level = self.stashed = self.leaving = 0
+        self.buckets: Buckets[int] = Buckets(max(self.numels), settings.gpus, self._launch, self._land)
+        self.level = self.stashed = self.leaving = 0
         self.held: set[int] = set()
         self.flights: deque[tuple[list[int], int, int]] = deque()  # members, elements, bytes of the shards
         groups = clipping_groups(rehearsal.names)
@@ -82,19 +80,11 @@ class Reduced:
         if self.notes_whole:
             self._note_whole(index)
         self._change(numel * self.itemsize)
-        if self.waiting and numel >= self.bucket_numel:
-            self._launch()
-        self._land(self.alive_numel - self.waiting_numel - numel)
-        self.waiting.append(index)
-        self.waiting_numel += numel
-        if self.waiting_numel >= self.bucket_numel:
-            self._launch()
+        self.buckets.add(index, numel)
 
     def flush(self) -> None:
         """See ``Reduction.flush``."""
-        if self.waiting:
-            self._launch()
-        self._land(0)
+        self.buckets.flush()
         for group in list(self.grouped):
             self._change(-self.grouped.pop(group))
         self._change(-self.leaving)
@@ -107,8 +97,8 @@ class Reduced:
             self._update(sum(self._part(p) for p in range(len(self.numels))))
         self.stashed = 0
 
-    def _launch(self) -> None:
-        members, self.waiting, self.waiting_numel = self.waiting, [], 0
+    def _launch(self, members: list[int]) -> None:
+        """See ``Reduction``."""
         sizes = [self.numels[p] * self.itemsize for p in members]
         if self.settings.gpus == 1:
             for p, size in zip(members, sizes, strict=True):
