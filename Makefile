@@ -1,4 +1,5 @@
 # make train | test | lint | format | setup | clean        (make setup TORCH=2.11.0 for another torch)
+# make test-oldest                                         the tests under the oldest versions; downloads gigabytes
 # make bench | bench-gpu                                   what is claimed, measured: 5 minutes, 10 minutes on one GPU
 
 PYTHON ?= python3
@@ -6,10 +7,11 @@ TORCH  ?= $(shell sed -n 's/^TORCH = "\(.*\)".*/\1/p' setup.py)
 BIN    := .venv/bin
 READY  := .venv/ready-$(TORCH)
 PEERS  := .venv/peers
+OLDEST := .venv-oldest
 DEMO   := demo
 RANKS  ?= 2
 
-.PHONY: train test bench bench-gpu setup lint format clean
+.PHONY: train test test-oldest bench bench-gpu setup lint format clean
 
 # The main job, on CPU ranks where there is no GPU: the same script that runs on 8 GPUs.
 train: setup $(DEMO)/model/config.json
@@ -20,6 +22,17 @@ $(DEMO)/model/config.json: | setup
 
 test: setup
 	$(BIN)/python -m pytest tests
+
+# The oldest releases that are supported. PyPI's torch is the CUDA build, which runs on the CPU as well.
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest tests
+
+$(OLDEST)/ready: setup.py
+	test -x $(OLDEST)/bin/python || python3.12 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade setuptools wheel
+	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0 transformers==5.17.0 triton==3.6.0
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[dev,bench]"
+	touch $@
 
 # Ratios within one run, on CPU ranks.
 bench: setup $(PEERS)
@@ -59,5 +72,5 @@ $(READY): setup.py
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info $(DEMO) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(OLDEST) build *.egg-info $(DEMO) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,6 +12,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from lomo_ds.errors import ConfigError, did_you_mean, one_line
+from lomo_ds.precision import Precision
 
 LEARNING_RATES: dict[str, float] = {"lomo": 0.03, "adamw": 5e-5, "sgd": 0.03}  # where none is given
 
@@ -59,7 +60,9 @@ class TrainArguments:
     )
     load_best_model_at_end: bool = _argument(False, "Export the checkpoint with the lowest held-out loss.")
     seed: int = _argument(42, "Of data order, dropout and stochastic rounding.")
-    bf16: bool = _argument(False, "bfloat16 weights and gradients.")
+    bf16: bool = _argument(
+        False, 'bfloat16 weights and gradients; where "auto" in the DeepSpeed config, by default what is fast here.'
+    )
     fp16: bool = _argument(False, "float16 weights and gradients with a dynamic loss scale.")
     weights: Literal["auto", "int8"] = _argument(
         "auto", "int8 keeps weights in eight bits, half of bf16's memory; auto keeps them as they are computed with."
@@ -116,6 +119,11 @@ class TrainArguments:
                 "--validation_file, --eval_steps and --save_steps, a multiple of it, got "
                 f"{self.validation_file}, {self.eval_steps} and {self.save_steps}"
             )
+
+    @property
+    def precision(self) -> Precision:
+        """Of weights and gradients."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

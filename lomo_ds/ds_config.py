@@ -11,6 +11,7 @@ from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from lomo_ds.arguments import TrainArguments
 from lomo_ds.config import require_sections
 from lomo_ds.errors import ConfigError, one_line
+from lomo_ds.precision import Precision
 
 # where a field of the ds_config and an argument mean the same thing
 SAME_MEANING = {
@@ -52,6 +53,31 @@ def read_ds_config(file: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"--deepspeed {file} must hold a JSON object, got {type(config).__name__}")
     return config
+
+
+def fill_precision(
+    ds_config: dict[str, Any], arguments: TrainArguments, given: frozenset[str], fast: Precision
+) -> tuple[dict[str, Any], bool]:
+    """``ds_config`` in which bf16 and fp16 that are ``auto`` ask for ``fast``, where no argument says otherwise.
+
+    ``fast`` fp16 becomes fp32 where only bf16 is ``auto``.
+
+    Args:
+        given: the arguments that were given, as opposed to left at their default.
+        fast: what the device computes fast; see ``fast_precision``.
+
+    Returns:
+        The config, and whether ``fast`` decided.
+    """
+    require_sections(ds_config)
+    asked = {name: _get(ds_config, f"{name}.enabled") for name in ("bf16", "fp16")}
+    autos = [name for name, value in asked.items() if value == "auto"]
+    if not autos or any(name in given or value not in (None, False, "auto") for name, value in asked.items()):
+        return ds_config, False
+    config = copy.deepcopy(ds_config)
+    for name in autos:
+        _set(config, f"{name}.enabled", name == fast)
+    return config, True
 
 
 def reconcile(

@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed.comm as dist
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
@@ -29,7 +30,7 @@ from lomo_ds.checkpoint import (
 from lomo_ds.config import refuse_what_cannot_be, refuse_what_no_baseline_can
 from lomo_ds.data import PackedBlocks, TrainingSteps, tokenize_file
 from lomo_ds.distributed import gather_objects, is_local_main_process, together
-from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile, warmup_steps
+from lomo_ds.ds_config import fill_precision, fill_scheduler, read_ds_config, reconcile, warmup_steps
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine import initialize
 from lomo_ds.errors import CheckpointError, ConfigError, DataError, ModelError
@@ -52,6 +53,7 @@ from lomo_ds.models import (
 )
 from lomo_ds.monitor import Monitor
 from lomo_ds.outlook import Outlook
+from lomo_ds.precision import DTYPES, FastPrecision, fast_precision, is_fast, slowest
 from lomo_ds.progress import FINISHED, Progress, is_finished
 from lomo_ds.signals import StopRequest
 from lomo_ds.trainer import Trainer
@@ -71,9 +73,9 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
         LomoError: in the user's words, on the rank that knows; the others raise ``PeerError``.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    ds_config, arguments = together(
-        lambda: reconcile(read_ds_config(arguments.deepspeed), arguments, given, world_size)
-    )
+    fast = slowest(gather_objects(fast_precision(_device_type())))
+    ds_config, arguments = together(lambda: _read_configs(arguments, given, world_size, fast))
+    _warn_of_emulation(arguments)
     output_dir = Path(arguments.output_dir)
     together(lambda: _make_folder(output_dir))
     name = _find_model(arguments)
@@ -113,6 +115,32 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     together(lambda: _begin(output_dir, resolved, filled) if rank == 0 else None)
     with together(lambda: _open_monitor(output_dir, rank, steps.step)) as monitor, outlook.advising():
         Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, keeper, run_id).run()
+
+
+def _read_configs(
+    arguments: TrainArguments, given: frozenset[str], world_size: int, fast: FastPrecision
+) -> tuple[dict[str, Any], TrainArguments]:
+    """The DeepSpeed config and the arguments as one, their precision the hardware's where it is left to it."""
+    ds_config = read_ds_config(arguments.deepspeed)
+    ds_config, from_hardware = fill_precision(ds_config, arguments, given, fast.precision)
+    ds_config, arguments = reconcile(ds_config, arguments, given, world_size)
+    if from_hardware:
+        logger.info("precision auto: %s, for %s", arguments.precision, fast.reason)
+    return ds_config, arguments
+
+
+def _warn_of_emulation(arguments: TrainArguments) -> None:
+    """Name the faster setting where half precision was asked for that the processor has no instructions for."""
+    if not is_fast(arguments.precision, _device_type()):
+        logger.warning(
+            "%s was asked for, but this processor has no %s instructions and emulates them, several times slower than "
+            "fp32; use --deepspeed ds_configs/zero3_auto.json, which takes fp32 here",
+            arguments.precision, arguments.precision,
+        )  # fmt: skip
+
+
+def _device_type() -> str:
+    return torch.device(get_accelerator().device_name()).type
 
 
 def _steps(arguments: TrainArguments, blocks: PackedBlocks, progress: Progress) -> TrainingSteps:
@@ -192,7 +220,7 @@ def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, data: 
 
 def _kept_tensors(config: PretrainedConfig, arguments: TrainArguments) -> dict[str, Tensor]:
     """What a checkpoint of this run holds of the model, on the meta device."""
-    model = meta_model(config, _dtype(arguments), arguments.trust_remote_code)
+    model = meta_model(config, DTYPES[arguments.precision], arguments.trust_remote_code)
     whole = saved_tensors(model)
     if arguments.weights != "int8":
         return whole
@@ -228,7 +256,7 @@ def _empty_or_loaded(
     free_host_bytes: int,
 ) -> PreTrainedModel:
     """The model, split over the ranks; without its weights, if a checkpoint has others."""
-    dtype, trust = _dtype(arguments), arguments.trust_remote_code
+    dtype, trust = DTYPES[arguments.precision], arguments.trust_remote_code
     if found:
         return empty_model(config, ds_config, dtype, trust, free_host_bytes=free_host_bytes)
     verify_export(name, dist.get_rank(), dist.get_world_size())
@@ -339,12 +367,6 @@ def _load_blocks(
 
     together(lambda: both() if is_local_main_process() else None)  # one rank of each host tokenizes, the others map
     return together(both)
-
-
-def _dtype(arguments: TrainArguments) -> torch.dtype:
-    if arguments.bf16:
-        return torch.bfloat16
-    return torch.float16 if arguments.fp16 else torch.float32
 
 
 def _scheduler(arguments: TrainArguments, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:

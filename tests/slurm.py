@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-START_TIMEOUT = 60.0  # seconds; it takes about two
-END_TIMEOUT = 20.0  # seconds that its jobs, and then its daemons, have to end
+from tests.limits import HUNG
+
+END_TIMEOUT = 60.0  # seconds that its daemons have to end before they are killed
 
 # cred_expire is how long a requeued job is held back, by default two minutes; KillWait how long a cancelled job has to
 # end. The nodes claim more CPUs than there are, so that there is room for every job.
@@ -54,7 +55,7 @@ class Slurm:
 
     def run(self, *command: str | Path) -> str:
         """What one of SLURM's own commands prints."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=HUNG)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -99,11 +100,11 @@ def private_slurm(folder: Path) -> Iterator[Slurm]:
         at_the_end.callback(_end_processes, str(conf), daemons)
         # --force: munged would rather not be root, nor keep its files where its own user cannot read them
         start("munged", "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge_files)
-        wait_for((folder / "munge.socket").exists, START_TIMEOUT, folder / "munged.out")
+        wait_for((folder / "munge.socket").exists, HUNG, folder / "munged.out")
         start("slurmctld", "slurmctld", "-D")
         for node in ("node1", "node2"):
             start(node, "slurmd", "-D", "-N", node)
-        wait_for(is_ready, START_TIMEOUT, folder / "slurmctld.out")
+        wait_for(is_ready, HUNG, folder / "slurmctld.out")
         at_the_end.callback(_end_jobs, slurm, folder / "slurmctld.out")
         yield slurm
 
@@ -121,7 +122,7 @@ def wait_for(condition: Callable[[], bool], timeout: float, log: Path) -> None:
 def _end_jobs(slurm: Slurm, log: Path) -> None:
     """Cancel all jobs: the slurmstepd above each ends only while the daemons are there."""
     slurm.run("scancel", "--user=root")
-    wait_for(lambda: slurm.run("squeue", "--noheader") == "", END_TIMEOUT, log)
+    wait_for(lambda: slurm.run("squeue", "--noheader") == "", HUNG, log)
 
 
 def _end_processes(conf: str, daemons: list[subprocess.Popen[bytes]]) -> None:

@@ -21,6 +21,7 @@ from transformers import get_scheduler
 import lomo_ds
 from lomo_ds.errors import ConfigError
 from tests.engines import identical, largest_difference, make_engine, my_part, weights_of
+from tests.limits import HUNG
 from tests.ranks import Ranks
 from tests.reference import PlainSGD, even_batch, part, tiny_model, whole_batch
 
@@ -378,7 +379,7 @@ def test_one_plain_process_and_a_model_of_ones_own() -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     environment["MASTER_PORT"] = "29613"
     done = subprocess.run(
-        [sys.executable, "-c", NOTEBOOK], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-c", NOTEBOOK], capture_output=True, text=True, env=environment, timeout=HUNG
     )
     assert done.returncode == 0, done.stderr
     losses = [float(word) for word in done.stdout.rpartition("losses ")[2].split()]

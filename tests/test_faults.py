@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults import RESTART, Job, demo_with_dropout, last_step, training_arguments, weights_of
+from tests.limits import HUNG
 
 STEPS = 12
 SPARED = 70  # exit status of a rank whose peer has died
@@ -39,7 +40,7 @@ def job(dropout: Path, tmp_path: Path) -> Iterator[Job]:
 
 
 def wait_for_step(job: Job, out: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HUNG
     while last_step(out) < step:
         assert time.monotonic() < deadline, job.log.read_text()
         time.sleep(0.01)
@@ -107,7 +108,7 @@ def test_the_second_signal_ends_a_process_that_is_stuck_in_c() -> None:
         process.send_signal(signal.SIGTERM)
         time.sleep(1.2)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=5) == 128 + signal.SIGTERM
+        assert process.wait(timeout=HUNG) == 128 + signal.SIGTERM
 
 
 WAITS = """
@@ -133,4 +134,4 @@ def test_the_first_signal_is_noted_and_the_second_ends_at_once(first: signal.Sig
         time.sleep(1.2)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=5) == 128 + signal.SIGTERM
+        assert process.wait(timeout=HUNG) == 128 + signal.SIGTERM

@@ -8,7 +8,18 @@ import pytest
 ROOT = Path(__file__).parent.parent / "lomo_ds"
 
 FLOORS = [
-    ["errors", "layers", "numerics", "memory", "host_memory", "random_states", "signals", "training_engine", "buckets"],
+    [
+        "errors",
+        "layers",
+        "numerics",
+        "memory",
+        "host_memory",
+        "precision",
+        "random_states",
+        "signals",
+        "training_engine",
+        "buckets",
+    ],
     [
         "config",
         "loss",

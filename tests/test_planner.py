@@ -40,6 +40,7 @@ from lomo_ds.planner.command import main
 from lomo_ds.planner.memory import CONTEXT, SHARDS, STASH
 from lomo_ds.planner.rehearsal import rehearse
 from tests.launching import ROOT, demo_arguments, run_main
+from tests.limits import HUNG
 from tests.ranks import Ranks
 
 GroupOf = Callable[..., Ranks]
@@ -339,7 +340,7 @@ def test_a_suggestion_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_script_needs_no_ranks_and_no_gpu() -> None:
     command = [sys.executable, str(ROOT / "launch/plan.py"), *COMMAND, "--pcie=fast"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HUNG, cwd=ROOT)
     assert run.returncode == 2
     assert run.stderr.strip().splitlines()[-1] == "error: --pcie must be a rate such as 16GB/s, got 'fast'"
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.limits import HUNG
 from tests.slurm import Slurm, private_slurm, wait_for
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-TIMEOUT = 120.0  # seconds for each thing waited for; the start of the ranks takes most of it
 STEPS = 60
 
 
@@ -51,7 +51,7 @@ class Job:
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until ``condition`` holds, but no longer than the job lasts."""
-        wait_for(lambda: condition() or self.is_over(), TIMEOUT, self.log)
+        wait_for(lambda: condition() or self.is_over(), HUNG, self.log)
         assert condition(), self.log.read_text()
 
     def is_over(self) -> bool:
@@ -107,7 +107,7 @@ def test_a_job_at_its_time_limit_requeues_resumes_and_ends_as_if_never_stopped(
     job.update(EndTime=(datetime.datetime.now() + datetime.timedelta(minutes=10)).isoformat(timespec="seconds"))
     launcher = ["torchrun", "--standalone", "--nproc_per_node=2", "launch/train.py"]
     subprocess.run([*launcher, *arguments, f"--output_dir={uninterrupted}"],
-                   check=True, cwd=repository, env=slurm.environment, timeout=TIMEOUT)  # fmt: skip
+                   check=True, cwd=repository, env=slurm.environment, timeout=HUNG)  # fmt: skip
     job.wait_for(lambda: "its time is nearly up" in job.log.read_text())
     job.update(TimeLimit="60")  # minutes: the next run is not to be signalled
     job.signal_ranks("CONT")

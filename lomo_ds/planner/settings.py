@@ -10,10 +10,8 @@ import torch
 from lomo_ds import int8
 from lomo_ds.config import GatherGranularity, StashDevice, UpdateSchedule, Weights
 from lomo_ds.errors import ConfigError
+from lomo_ds.precision import DTYPES, Precision
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-Precision = Literal["bf16", "fp16", "fp32"]
 Offload = Literal["none", "cpu", "nvme"]
 Optimizer = Literal["lomo", "adamw", "sgd"]
 
