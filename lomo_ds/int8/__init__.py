@@ -1,6 +1,16 @@
 """Weights in eight bits: blocks of neighbours, each with codes from -127 to 127 and a scale that they are times of."""
 
-from lomo_ds.int8.blocks import Blocks, blocks_in, buffer_of, bytes_of_buffer, bytes_of_scales, fits, read, update
+from lomo_ds.int8.blocks import (
+    Blocks,
+    blocks_in,
+    buffer_of,
+    bytes_of_buffer,
+    bytes_of_scales,
+    fill,
+    fits,
+    read,
+    update,
+)
 from lomo_ds.int8.eager import BLOCK, Noise, blocks_of
 
 __all__ = [
@@ -12,6 +22,7 @@ __all__ = [
     "buffer_of",
     "bytes_of_buffer",
     "bytes_of_scales",
+    "fill",
     "fits",
     "read",
     "update",

@@ -21,9 +21,9 @@ ALIGNMENT = 16  # of codes, and of one buffer behind another: the widest load of
 
 
 class Blocks(NamedTuple):
-    """Weights in eight bits, to be changed in place."""
+    """Weights in eight bits, to be changed in place; or several tensors as long, each a row, to be read."""
 
-    codes: Tensor  # int8, 1-D
+    codes: Tensor  # int8, 1-D; 2-D of several tensors
     scales: Tensor  # bfloat16, one for each block of codes
     number: int  # another for each tensor of a model, so that no two are rounded with the same noise
 
@@ -46,24 +46,32 @@ def bytes_of_buffer(numel: int) -> int:
 def buffer_of(values: Tensor) -> Tensor:
     """The nearest eight-bit weights to 1-D ``values`` of any float dtype, as a new int8 buffer on their device."""
     buffer = torch.empty(bytes_of_buffer(values.numel()), dtype=torch.int8, device=values.device)
-    codes, scales, _ = blocks_in(buffer, values.numel())
-    (kernel_for(values.device) or eager).encode(values, (codes, scales))
+    fill(buffer, values)
     return buffer
 
 
+def fill(buffer: Tensor, values: Tensor) -> None:
+    """Write the nearest eight-bit weights to 1-D ``values`` into a buffer on their device."""
+    codes, scales, _ = blocks_in(buffer, values.numel())
+    (kernel_for(values.device) or eager).encode(values, (codes, scales))
+
+
 def blocks_in(buffer: Tensor, numel: int, number: int = 0) -> Blocks:
-    """What lies in the buffer of ``numel`` weights; the same memory."""
+    """What lies in the buffer of ``numel`` weights, or in several, each a row; the same memory."""
     start = _start_of_codes(numel)
-    return Blocks(buffer[start : start + numel], buffer[: bytes_of_scales(numel)].view(torch.bfloat16), number)
+    scales = buffer[..., : bytes_of_scales(numel)].view(torch.bfloat16)
+    return Blocks(buffer[..., start : start + numel], scales, number)
 
 
 def read(blocks: Blocks, out: Tensor) -> None:
-    """Write the weights, each rounded once from fp32, into ``out``: 1-D, contiguous, of any float dtype."""
+    """Write the weights, each rounded once from fp32, into ``out``: contiguous, of any float dtype, as the codes."""
     kernel = kernel_for(out.device)
-    if kernel is None:
-        eager.decode(blocks.codes, blocks.scales, out.dtype, out)
-    else:
+    if kernel is not None:
         kernel.decode(blocks.codes, blocks.scales, out)
+        return
+    rows = zip(*map(torch.atleast_2d, (blocks.codes, blocks.scales, out)), strict=True)
+    for codes, scales, written in rows:
+        eager.decode(codes, scales, out.dtype, written)
 
 
 def update(blocks: Blocks, gradient: Tensor, factor: float | Tensor, decay: float, noise: Noise | None) -> None:

@@ -39,13 +39,21 @@ def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """Write what ``int8.decode`` returns into ``out``, bit for bit, without waiting for the device.
 
     Args:
-        out: as long as ``codes``, contiguous, on their device; bfloat16, float16 or float32.
+        codes, scales: 1-D; or 2-D, a tensor a row, all rows in one launch. Rows may lie apart, equally far for both.
+        out: of the shape of ``codes``, contiguous, on their device; bfloat16, float16 or float32.
     """
-    _check(codes, scales, out)
+    numel = codes.shape[-1]
+    assert out.shape == codes.shape
+    assert scales.shape == (*codes.shape[:-1], int8.blocks_of(numel))
+    assert out.is_contiguous()
+    assert codes.stride(-1) == scales.stride(-1) == 1
     if codes.numel() == 0:
         return
+    rows = 1 if codes.dim() == 1 else len(codes)
+    apart = (codes.stride(0), scales.stride(0), numel) if rows > 1 else (0, 0, 0)
+    grid = (triton.cdiv(numel, TILE.value * TILES.value), rows)
     with torch.cuda.device_of(codes):
-        _decode[_grid(codes)](codes, scales, out, codes.numel(), **OPTIONS)
+        _decode[grid](codes, scales, out, numel, *apart, **OPTIONS)
 
 
 def update(
@@ -131,11 +139,24 @@ def _encode_tile(
 
 
 @triton.jit(do_not_specialize=["numel"])
-def _decode(codes: tl.tensor, scales: tl.tensor, out: tl.tensor, numel: tl.tensor) -> None:
-    """One program writes ``TILES`` tiles of ``ROWS`` blocks."""
+def _decode(
+    codes: tl.tensor,
+    scales: tl.tensor,
+    out: tl.tensor,
+    numel: tl.tensor,
+    codes_apart: tl.tensor,
+    scales_apart: tl.tensor,
+    out_apart: tl.tensor,
+) -> None:
+    """One program writes ``TILES`` tiles of ``ROWS`` blocks of a row.
+
+    The distances between rows are specialized, unlike ``numel``: as multiples of 16 they allow wide loads.
+    """
     first = tl.program_id(0).to(tl.int64) * TILES
     left = numel - first * TILE
-    codes, scales, out = codes + first * TILE, scales + first * ROWS, out + first * TILE
+    row = tl.program_id(1).to(tl.int64)
+    codes, scales = codes + row * codes_apart + first * TILE, scales + row * scales_apart + first * ROWS
+    out = out + row * out_apart + first * TILE
     if left >= TILE * TILES:  # a mask of any length would rule out wide loads
         for tile in tl.static_range(TILES):
             _decode_tile(codes, scales, out, tile, left, False)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from lomo_ds.planner.moments import Event, Rehearsal
 from lomo_ds.planner.settings import Settings
+from lomo_ds.zero3 import lay_out
 
 
 class Gathered(Protocol):
@@ -83,7 +84,8 @@ class OnDemand:
         for p in sorted(self.persistent):  # gathered together after the last step, and let go of by nobody
             self.available[p] = self._whole(p)
         self._add(sum(self.available.values()))
-        self.refreshed = self.level if len(self.persistent) < 2 or self.wired else 2 * self.level  # received, then cut
+        alone = len(self.persistent) < 2 or (self.wired and settings.gpus == 1)
+        self.refreshed = self.level if alone else 2 * self.level  # received together, then copied from there
 
     def _begin(self) -> None:
         """A forward pass begins; see ``reset_step``."""
@@ -150,7 +152,7 @@ class OnDemand:
         missing = [p for p in parameters if p not in self.available and p not in self.lots]
         if not missing:
             return
-        lot = _Lot(missing, sum(self._received(p) for p in missing))
+        lot = _Lot(missing, self._received(missing))
         self.lots.update(dict.fromkeys(missing, lot))
         self.live_numel += sum(self.numels[p] for p in missing)
         self.moved += sum(self.numels[p] for p in missing)
@@ -176,12 +178,16 @@ class OnDemand:
             self._add(-lot.size)
 
     def _open(self, lot: _Lot) -> None:
-        """Each parameter was received by itself; see ``zero3.transport``."""
-        for member in sorted(lot.members):
-            self.lots.pop(member, None)
-            self.available[member] = self._whole(member)
-            self._add(self._whole(member) if self.settings.int8_weights else 0)
-            self._add(self._kept(member) - self._received(member))
+        """Each parameter gets a tensor of its own, and the buffer is freed with the last; see ``zero3.transport``."""
+        in_place = not self.settings.int8_weights and (self.settings.gpus == 1 or len(lot.members) == 1)
+        for p in sorted(lot.members):
+            self.lots.pop(p, None)
+            self.available[p] = self._whole(p)
+            self._add(0 if in_place else self._whole(p))
+            if self.settings.gpus == 1 and not in_place:  # each has come by itself
+                self._add(-self._received([p]))
+        if self.settings.gpus > 1 and not in_place:
+            self._add(-lot.size)
 
     def _free(self, module: int) -> None:
         keep = set(self.persistent)
@@ -210,16 +216,12 @@ class OnDemand:
         """Bytes of the buffer that all ranks' partitions are received in."""
         return self.settings.shard_numel(self.numels[p]) * self.settings.gpus * self.settings.dtype.itemsize
 
-    def _received(self, p: int) -> int:
-        """Bytes of a parameter on its way: what all ranks send and, over a wire, what this one does."""
+    def _received(self, parameters: Sequence[int]) -> int:
+        """Bytes of parameters on their way, which all ranks send: over a wire in one buffer, each shard aligned."""
         if not self.wired:
-            return self._whole(p)
-        sent = self.settings.stored_bytes(self.settings.shard_numel(self.numels[p]))
-        return sent * (self.settings.gpus + (self.settings.gpus > 1))
-
-    def _kept(self, p: int) -> int:
-        """Bytes of what was received, when it has been opened."""
-        return 0 if self.settings.int8_weights else self._whole(p)
+            return sum(self._whole(p) for p in parameters)
+        sent = [self.settings.stored_bytes(self.settings.shard_numel(self.numels[p])) for p in parameters]
+        return lay_out(sent)[1] * self.settings.gpus
 
     def _add(self, size: int) -> None:
         self.level += size

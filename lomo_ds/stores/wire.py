@@ -25,20 +25,35 @@ class AsKept:
             return shard  # it is not written to before ``Gathering.refresh`` has waited for all that reads it
         return torch.empty_like(shard, device=self.device, pin_memory=False).copy_(shard, non_blocking=True)
 
+    def packed_as(self, numel: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        """See ``Wire.packed_as``."""
+        return numel, dtype
+
+    def pack_into(self, packed: Tensor, shard: Tensor) -> None:
+        """See ``Wire.pack_into``."""
+        packed.copy_(shard, non_blocking=True)
+
     def unpack(self, packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
         """See ``Wire.unpack``."""
         if packed.dtype != torch.int8:
-            return packed.view(-1)
-        whole = torch.empty(len(packed) * numel, dtype=dtype, device=packed.device)
-        for buffer, part in zip(packed, whole.split(numel), strict=True):
-            int8.read(int8.blocks_in(buffer, numel), part)
-        return whole
+            return packed.reshape(-1)  # in place, or from between other parameters
+        whole = torch.empty(len(packed), numel, dtype=dtype, device=packed.device)
+        int8.read(int8.blocks_in(packed, numel), whole)
+        return whole.view(-1)
 
 
 class Quantized(AsKept):
     """Shards of half precision that travel in eight bits, rounded to nearest each time (``zero_quantized_weights``)."""
 
-    def pack(self, shard: Tensor) -> Tensor:
-        """See ``Wire.pack``."""
-        kept = shard if shard.device.type == self.device.type else super().pack(shard)
-        return int8.buffer_of(kept) if kept.dtype != torch.int8 and kept.numel() >= int8.BLOCK else kept
+    def packed_as(self, numel: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        """See ``Wire.packed_as``; what is no longer than a block gains nothing."""
+        if dtype == torch.int8 or numel < int8.BLOCK:
+            return numel, dtype
+        return int8.bytes_of_buffer(numel), torch.int8
+
+    def pack_into(self, packed: Tensor, shard: Tensor) -> None:
+        """See ``Wire.pack_into``."""
+        if packed.dtype == shard.dtype:
+            super().pack_into(packed, shard)
+        else:
+            int8.fill(packed, self.pack(shard))

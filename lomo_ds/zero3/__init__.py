@@ -20,7 +20,7 @@ from lomo_ds.zero3.split import (
     split,
     stay_whole,
 )
-from lomo_ds.zero3.transport import Wire, gather_by
+from lomo_ds.zero3.transport import Wire, gather_by, lay_out
 
 __all__ = [
     "SCALES",
@@ -32,6 +32,7 @@ __all__ = [
     "gathered",
     "keeps_eight_bits",
     "kept_tensors",
+    "lay_out",
     "lie_here",
     "make_whole",
     "names_in_eight_bits",

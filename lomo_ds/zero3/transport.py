@@ -1,13 +1,14 @@
 """Gathering that takes the place of DeepSpeed's, for shards that do not lie ready on the device in their own dtype.
 
 DeepSpeed's hooks still say which parameters are needed when, and in which stream. Theirs lets the host wait for each
-copy from host memory, and quantizes with kernels of its own; here a shard travels as a ``Wire`` makes it.
+copy from host memory, and quantizes with kernels of its own; here a shard travels as a ``Wire`` makes it, and those
+that are asked for at once travel in one collective.
 """
 
+import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,25 +22,30 @@ from torch.nn import Module
 from lomo_ds import int8
 from lomo_ds.zero3.shard import Partitioned, Shard, place_of
 
+ALIGNMENT = 16  # bytes, of each shard in the buffer that several are sent in: the widest load of a GPU
 REPLACED = ("all_gather_coalesced", "all_gather", "partition")  # methods that DeepSpeed gives a parameter
 
 
 class Wire(Protocol):
-    """How a shard travels from rank to rank."""
+    """How a shard, which has its padding and lies where it is kept, comes to the device that computes."""
 
     def pack(self, shard: Tensor) -> Tensor:
-        """What this rank sends: 1-D, on the device that computes, as long on every rank.
+        """The shard on the device, 1-D, where one rank has all of them and sends nothing."""
+        ...
 
-        Args:
-            shard: with its padding, where it is kept.
-        """
+    def packed_as(self, numel: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        """Elements and dtype that a shard of so many elements, kept as ``dtype``, is sent as; alike on all ranks."""
+        ...
+
+    def pack_into(self, packed: Tensor, shard: Tensor) -> None:
+        """Write what this rank sends into ``packed``: 1-D, on the device, as ``packed_as`` says."""
         ...
 
     def unpack(self, packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
         """The shards of all ranks behind one another, 1-D, with their padding.
 
         Args:
-            packed: what each rank has sent, ranks x length.
+            packed: what each rank has sent, ranks x length; rows may lie apart.
             numel: of a shard with its padding.
         """
         ...
@@ -139,64 +145,87 @@ def _expect_reads(parameters: list[Partitioned]) -> None:
         places[0].space.expect(places)
 
 
-class _Parcel:
-    """One parameter on its way."""
+def _kept(parameter: Partitioned) -> Tensor:
+    """This rank's shard with its padding, read if it lies in a file."""
+    place = place_of(parameter)
+    return parameter.ds_tensor.data if place is None else place.read(place.numel, place.space.device)
 
-    def __init__(self, parameter: Partitioned, wire: Wire) -> None:
-        assert parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
-        self.parameter = parameter
-        self.wire = wire
-        group = parameter.ds_process_group
-        world_size = dist.get_world_size(group)
-        place = place_of(parameter)
-        partition = parameter.ds_tensor.data if place is None else place.read(place.numel, place.space.device)
-        mine = wire.pack(partition)
-        self.work: Any = None
-        if world_size == 1:
-            self.packed = mine.view(1, -1)
-        else:
-            self.packed = torch.empty(world_size, mine.numel(), dtype=mine.dtype, device=mine.device)
-            self.work = dist.all_gather_into_tensor(self.packed.view(-1), mine, group=group, async_op=True)
-            self.mine = mine  # which must live until it has been sent
-        parameter.ds_status = ZeroParamStatus.INFLIGHT
 
-    def forget(self) -> None:
-        """It does not come."""
-        self.parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+def _all_gather(parameters: Sequence[Partitioned], wire: Wire) -> tuple[list[Tensor], Any]:
+    """Send the shards of several parameters in one buffer; what every rank sends of each, and the collective.
 
-    def open(self) -> None:
-        """Give the parameter its values."""
-        if self.work is not None:
-            self.work.wait()
-        parameter = self.parameter
-        flat = self.wire.unpack(self.packed, parameter.ds_tensor.ds_numel, parameter.dtype)
-        parameter.data = flat[: parameter.ds_numel].view(parameter.ds_shape)
-        parameter.ds_status = ZeroParamStatus.AVAILABLE
+    A rank's row of the buffer has its shard of each parameter, of whatever dtype, and is gathered in place.
+
+    Returns:
+        Views of the buffer, ranks x length, to be read when the collective has been waited for.
+    """
+    group = parameters[0].ds_process_group
+    packed_as = [wire.packed_as(*_kept_as(parameter)) for parameter in parameters]
+    spans, row_bytes = lay_out([numel * dtype.itemsize for numel, dtype in packed_as])
+    device = get_accelerator().current_device_name()
+    buffer = torch.empty(dist.get_world_size(group), row_bytes, dtype=torch.uint8, device=device)
+    views = [buffer[:, span].view(dtype) for span, (_, dtype) in zip(spans, packed_as, strict=True)]
+    rank = dist.get_rank(group)
+    for parameter, view in zip(parameters, views, strict=True):
+        wire.pack_into(view[rank], _kept(parameter))
+    return views, dist.all_gather_into_tensor(buffer.view(-1), buffer[rank], group=group, async_op=True)
+
+
+def _kept_as(parameter: Partitioned) -> tuple[int, torch.dtype]:
+    """Elements of this rank's shard with its padding, and their dtype; of eight-bit weights, of their buffer."""
+    place = place_of(parameter)
+    if place is not None:
+        return place.numel, place.dtype
+    return parameter.ds_tensor.numel(), parameter.ds_tensor.dtype
+
+
+def lay_out(sizes: Sequence[int]) -> tuple[list[slice], int]:
+    """Where things of these sizes lie behind one another, each aligned; and the bytes of all. One alone has no gap."""
+    if len(sizes) == 1:
+        return [slice(0, sizes[0])], sizes[0]
+    aligned = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+    starts = itertools.accumulate(aligned, initial=0)
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)], sum(aligned)
 
 
 class _Arrival:
-    """Of parameters that are gathered together; DeepSpeed asks for it once for each, and from several threads."""
+    """Parameters that are gathered together; DeepSpeed waits for it once for each, and from several threads.
+
+    Each becomes a tensor of its own, as each is freed by itself: cut from the buffer, one that is still in use would
+    keep the bytes of all. Only a parameter that was gathered alone, and not in eight bits, stays where it was received.
+    """
 
     def __init__(self, parameters: Sequence[Partitioned], wire: Wire) -> None:
-        self.parcels: deque[_Parcel] = deque()
+        assert all(parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE for parameter in parameters)
+        self.wire = wire
         self.lock = threading.Lock()
-        with self._forgetting():
-            for parameter in parameters:
-                self.parcels.append(_Parcel(parameter, wire))
+        self.work: Any = None
+        packed: list[Tensor] = []
+        if parameters and dist.get_world_size(parameters[0].ds_process_group) == 1:
+            packed = [wire.pack(_kept(parameter)).view(1, -1) for parameter in parameters]
+        elif parameters:
+            packed, self.work = _all_gather(parameters, wire)
+        self.pending = deque(zip(parameters, packed, strict=True))
+        for parameter in parameters:
+            parameter.ds_status = ZeroParamStatus.INFLIGHT
 
     def wait(self, **options: Any) -> None:
         """Every parameter of it is whole for what the current stream does next."""
-        with self.lock, self._forgetting():
-            while self.parcels:
-                self.parcels[0].open()
-                self.parcels.popleft()
+        with self.lock:
+            try:
+                if self.work is not None:
+                    self.work.wait()
+                    self.work = None
+                while self.pending:
+                    self._open(*self.pending[0])
+                    self.pending.popleft()
+            except BaseException:
+                while self.pending:  # they can be asked for again
+                    self.pending.popleft()[0].ds_status = ZeroParamStatus.NOT_AVAILABLE
+                raise
 
-    @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        """Where one fails, the others can be asked for again."""
-        try:
-            yield
-        except BaseException:
-            while self.parcels:
-                self.parcels.popleft().forget()
-            raise
+    def _open(self, parameter: Partitioned, packed: Tensor) -> None:
+        """Give the parameter its values."""
+        flat = self.wire.unpack(packed, parameter.ds_tensor.ds_numel, parameter.dtype)
+        parameter.data = flat[: parameter.ds_numel].view(parameter.ds_shape)
+        parameter.ds_status = ZeroParamStatus.AVAILABLE

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lomo_ds.int8 import blocks as int8_blocks
 from lomo_ds.int8 import eager as int8
 from lomo_ds.int8.eager import BLOCK, Noise
 from tests.rules import philox
@@ -70,6 +71,33 @@ def decodes_as_eager(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decoding_equals_eager_bit_for_bit(interpreted: Interpreted, dtype: torch.dtype) -> None:
     interpreted(decodes_as_eager, dtype)
+
+
+def decodes_rows_as_eager(dtype: torch.dtype) -> None:
+    """Buffers of several ranks, with what belongs to other parameters between them."""
+    from lomo_ds.int8 import kernel as int8_kernel
+
+    for numel in NUMELS:
+        start = int8_blocks.ALIGNMENT * 3
+        gathered = torch.full((3, start + int8_blocks.bytes_of_buffer(numel) + 32), 7, dtype=torch.int8)
+        packed = gathered[:, start : start + int8_blocks.bytes_of_buffer(numel)]
+        for rank, buffer in enumerate(packed):
+            int8_blocks.fill(buffer, randn(numel, seed=rank))
+        codes, scales, _ = int8_blocks.blocks_in(packed, numel)
+        memory = torch.full((3 * numel + 20,), 7.0, dtype=dtype)
+        int8_kernel.decode(codes, scales, memory[10:-10].view(3, numel))
+        alone = [int8.decode(codes[rank], scales[rank], dtype) for rank in range(3)]
+        assert torch.equal(memory[10:-10], torch.cat(alone))
+        assert (memory[:10] == 7).all()
+        assert (memory[-10:] == 7).all()
+        on_cpu = torch.empty(3, numel, dtype=dtype)
+        int8_blocks.read(int8_blocks.blocks_in(packed, numel), on_cpu)
+        assert torch.equal(on_cpu.view(-1), torch.cat(alone))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_buffers_of_all_ranks_are_decoded_at_once(interpreted: Interpreted, dtype: torch.dtype) -> None:
+    interpreted(decodes_rows_as_eager, dtype)
 
 
 def updates_as_eager(dtype: torch.dtype, factor: float | Tensor) -> None:
@@ -172,7 +200,8 @@ def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, bool])
 
     from lomo_ds.int8 import kernel as int8_kernel
 
-    attributes = {(place,): [["tt.divisibility", 16]] for place in range(3)}
+    aligned = [place for place, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or "apart" in name]
+    attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 80, 32), options=int8_kernel.OPTIONS).asm["ptx"]
 
@@ -182,6 +211,7 @@ def test_decoding_compiles_to_wide_loads(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     signature = {"codes": "*i8", "scales": "*bf16", "out": "*bf16", "numel": "i64"}
+    signature |= dict.fromkeys(("codes_apart", "scales_apart", "out_apart"), "i64")
     code = compiled(int8_kernel._decode, signature, {})
     assert code.count("ld.global.v2.b32") == 8, "8 codes"
     assert code.count("st.global.v4.b32") == 8, "8 values of bfloat16"

@@ -1,0 +1,123 @@
+"""Gathers that are not DeepSpeed's: one collective for all that is asked for at once, one decode for each matrix."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import deepspeed.comm as dist
+import pytest
+import torch
+from torch import Tensor
+
+from lomo_ds import int8, zero3
+from lomo_ds.zero3 import transport
+from tests.engines import make_engine, my_part
+from tests.ranks import Ranks
+from tests.reference import tiny_model, whole_batch
+
+GroupOf = Callable[..., Ranks]
+MATRICES_OF_A_LAYER = 7
+
+
+@contextmanager
+def counting(owner: Any, name: str) -> Iterator[list[int]]:
+    """Counts the calls of a function while it is entered."""
+    calls: list[int] = []
+    original = getattr(owner, name)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return original(*arguments, **options)
+
+    with mock.patch.object(owner, name, counted):
+        yield calls
+
+
+def wired_engine(params: dict[str, Any], **zero: Any) -> Any:
+    lean = {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **lean, **zero}
+    params = {"gather_granularity": "layer", **params}
+    return make_engine(tiny_model(), "immediate", params=params, zero_optimization=zero)
+
+
+def layer_is_gathered(params: dict[str, Any], zero: dict[str, Any]) -> None:
+    """All parameters of a decoder layer: matrices of other dtypes than the norms between them."""
+    engine = wired_engine(params, **zero)
+    names = [name for name, _ in engine.module.named_parameters() if name.startswith("model.layers.1.")]
+    parameters = [engine.module.get_parameter(name) for name in names]
+    whole: dict[str, Tensor] = {}
+    for name, parameter in zip(names, parameters, strict=True):  # one at a time, exactly
+        with zero3.gathered([parameter]):
+            whole[name] = parameter.detach().clone()
+    with counting(dist, "all_gather_into_tensor") as collectives, counting(int8, "read") as decodes:
+        handle = parameters[0].all_gather_coalesced(parameters)
+        for _ in parameters:  # as DeepSpeed does
+            handle.wait()
+    assert len(collectives) == (dist.get_world_size() > 1)
+    assert len(decodes) == (MATRICES_OF_A_LAYER if params or "zero_quantized_weights" in zero else 0)
+    for name, parameter in zip(names, parameters, strict=True):
+        if "zero_quantized_weights" in zero:
+            assert float((parameter - whole[name]).abs().max()) <= float(whole[name].abs().max()) / 127
+        else:
+            assert torch.equal(parameter, whole[name]), name
+        padded = -(-parameter.numel() // dist.get_world_size()) * dist.get_world_size()
+        assert parameter.untyped_storage().nbytes() == padded * parameter.itemsize, "each is freed by itself"
+        parameter.partition()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])  # three divide no matrix
+@pytest.mark.parametrize(
+    ("params", "zero"),
+    [
+        ({"weights": "int8"}, {}),
+        ({"weights": "int8"}, {"offload_param": {"device": "cpu"}}),
+        ({}, {"offload_param": {"device": "cpu"}}),
+    ],
+    ids=["int8", "int8-host", "host"],
+)
+def test_a_layer_takes_one_collective_and_a_decode_for_each_matrix(
+    ranks: GroupOf, world_size: int, params: dict[str, Any], zero: dict[str, Any]
+) -> None:
+    ranks(world_size).run(layer_is_gathered, params, zero)
+
+
+def test_a_layer_that_is_quantized_to_travel_takes_one_collective(ranks: GroupOf) -> None:
+    ranks(2).run(layer_is_gathered, {}, {"zero_quantized_weights": True})
+
+
+def collectives_of_a_step(params: dict[str, Any]) -> tuple[int, int]:
+    """All-gathers of the fourth step, as DeepSpeed traces the first ones; and how often it asked for parameters."""
+    engine = wired_engine(params)
+    batch = my_part(whole_batch(0, rows=2))
+    for _ in range(3):
+        engine.train_batch(batch)
+    with counting(transport, "_Arrival") as arrivals, counting(dist, "all_gather_into_tensor") as collectives:
+        engine.train_batch(batch)
+    return len(collectives), len(arrivals)
+
+
+def test_a_step_takes_a_collective_each_time_that_parameters_are_asked_for(ranks: GroupOf) -> None:
+    for collectives, asked in ranks(2).run(collectives_of_a_step, {"weights": "int8"}):
+        assert 0 < collectives == asked < 2 * 2 * MATRICES_OF_A_LAYER
+
+
+def test_shards_in_a_buffer_are_aligned_and_one_alone_has_no_padding() -> None:
+    assert transport.lay_out([10, 32, 1]) == ([slice(0, 10), slice(16, 48), slice(48, 49)], 64)
+    assert transport.lay_out([10]) == ([slice(0, 10)], 10)
+
+
+def an_arrival_that_fails() -> None:
+    engine = wired_engine({"weights": "int8"})
+    parameters: list[Any] = list(engine.module.model.layers[0].parameters())
+    handle = parameters[0].all_gather_coalesced(parameters)
+    with mock.patch.object(int8, "read", side_effect=MemoryError), pytest.raises(MemoryError):
+        handle.wait()
+    parameters = [parameter for parameter in parameters if parameter.ds_status.name == "NOT_AVAILABLE"]
+    assert len(parameters) >= MATRICES_OF_A_LAYER
+    parameters[0].all_gather_coalesced(parameters).wait()
+    assert all(parameter.ds_status.name == "AVAILABLE" for parameter in parameters)
+
+
+def test_what_did_not_arrive_can_be_asked_for_again(ranks: GroupOf) -> None:
+    ranks(2).run(an_arrival_that_fails)
