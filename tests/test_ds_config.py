@@ -9,6 +9,7 @@ import pytest
 from lomo_ds.arguments import TrainArguments, parse_arguments
 from lomo_ds.config import refuse_what_cannot_be, refuse_what_no_baseline_can
 from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile
+from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError
 
 SHIPPED = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
@@ -144,3 +145,13 @@ def test_unreadable_files(tmp_path: Path) -> None:
     broken.write_text(json.dumps([1]))
     with pytest.raises(ConfigError, match="must hold a JSON object, got list"):
         read_ds_config(str(broken))
+
+
+@pytest.mark.parametrize(
+    ("timers", "enabled"),
+    [(None, False), ({}, False), ({"throughput": {"synchronized": False}}, False)]
+    + [({"throughput": {"enabled": asked}}, asked) for asked in (True, False)],
+)
+def test_the_timer_that_waits_for_the_device_runs_only_where_it_is_asked_for(timers: Any, enabled: bool) -> None:
+    config = {"train_micro_batch_size_per_gpu": 1} | ({} if timers is None else {"timers": timers})
+    assert parse_ds_config(config).timers_config.enabled is enabled
