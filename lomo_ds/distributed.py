@@ -64,6 +64,8 @@ def together(action: Callable[[], Result], group: ProcessGroup | None = None) ->
 
 def gather_objects(value: Result, group: ProcessGroup | None = None) -> list[Result]:
     """``value`` of every rank, on every rank; any small object that pickles."""
+    if torch.distributed.get_world_size(group) == 1:
+        return [value]  # the first collective would build a communicator, which takes time and GPU memory
     found: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(found, value, group=group)
     return found

@@ -343,6 +343,11 @@ class LomoEngine(DeepSpeedEngine):
         built = self.optimizer is not None
         return super().zero_optimization_partition_weights() and not (built and self.optimizer.gathering.resident)
 
+    def _broadcast_model(self) -> None:
+        """On one rank DeepSpeed would build a communicator for it."""
+        if dist.get_world_size() > 1:
+            super()._broadcast_model()
+
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
         return optimizer_name.lower() == "lomo"
 

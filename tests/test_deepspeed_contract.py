@@ -28,6 +28,7 @@ def methods_of(owner: type) -> dict[str, ast.FunctionDef]:
         (DeepSpeedEngine, "_configure_optimizer", ["self", "client_optimizer", "model_parameters"]),
         (DeepSpeedEngine, "_is_supported_optimizer", ["self", "optimizer_name"]),
         (DeepSpeedEngine, "_backward_prologue", ["self"]),
+        (DeepSpeedEngine, "_broadcast_model", ["self"]),
         (DeepSpeedEngine, "backward", ["self", "loss", "retain_graph", "scale_wrt_gas"]),
         (DeepSpeedEngine, "step", ["self", "lr_kwargs"]),
         (DeepSpeedEngine, "set_gradient_accumulation_boundary", ["self", "is_boundary"]),

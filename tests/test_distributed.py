@@ -1,16 +1,22 @@
 """The collectives, and failing together."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import deepspeed.comm as dist
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lomo_ds import distributed
 from lomo_ds.distributed import agree, all_reduce_min, together
 from lomo_ds.errors import ConfigError, PeerError
+from tests.engines import make_engine
 from tests.ranks import Ranks
+from tests.reference import tiny_model, whole_batch
 
 GroupOf = Callable[..., Ranks]
 
@@ -60,3 +66,39 @@ def test_slurm_variables_become_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert distributed._slurm_environment() == {
         "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu03", "MASTER_PORT": "23456",
     }  # fmt: skip
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives by name and process group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            groups = [argument for argument in args if isinstance(argument, torch.ScriptObject)]
+            names = {torch.distributed.ProcessGroup.unbox(group).group_name for group in groups[:1]}
+            self.counted[func._opname, *names] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_of_one_rank(folder: str, zero: dict[str, Any]) -> Counter[str]:
+    """Of building an engine, training and saving; but those of checkpoints, which have a group in host memory."""
+    with Collectives() as collectives:
+        engine = make_engine(tiny_model(), "stash", global_norm=1.0, zero_optimization={"stage": 3, **zero})
+        for number in range(3):
+            engine.train_batch(whole_batch(number, rows=2))
+        engine.save_checkpoint(folder)
+    of_checkpoints = engine.saver.group.group_name
+    return Counter({name: count for (name, group), count in collectives.counted.items() if group != of_checkpoints})
+
+
+def test_one_rank_calls_no_collective(ranks: GroupOf, tmp_path: Path) -> None:
+    assert ranks(1).run(collectives_of_one_rank, str(tmp_path), {}) == [Counter()]
+
+
+def test_one_rank_calls_those_that_compare_deepspeeds_traces(ranks: GroupOf, tmp_path: Path) -> None:
+    """Where parameters are offloaded, the order of modules is traced in two forwards and compared with rank 0's."""
+    offload = {"offload_param": {"device": "cpu"}}
+    assert ranks(1).run(collectives_of_one_rank, str(tmp_path), offload) == [Counter({"broadcast_": 8})]

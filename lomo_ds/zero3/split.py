@@ -70,8 +70,7 @@ def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype, free_hos
     for parameter in everyone:
         _refuse_stray_eight_bits(ds_config, parameter)
     pinned = _pinned_memory(whole, ds_config, dtype, free_host_bytes)
-    if whole:
-        _converter(whole, ds_config, dtype)
+    _convert(whole, ds_config, dtype)
     for parameter in whole:
         _clear_padding(parameter)
     if offload_device(ds_config) == "nvme":
@@ -185,6 +184,18 @@ def _home(ds_config: dict[str, Any]) -> torch.device:
 
 def _device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
+
+
+def _convert(parameters: list[Partitioned], ds_config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Split whole parameters, with the values of rank 0; one rank has nothing to broadcast."""
+    if parameters and dist.get_world_size() > 1:
+        _converter(parameters, ds_config, dtype)
+    elif parameters:
+        converter = _converter([], ds_config, dtype)
+        for parameter in parameters:
+            parameter.data = parameter.data.to(converter.local_device)
+            converter._convert_to_deepspeed_param(parameter)
+            parameter.partition()
 
 
 def _converter(parameters: list[Parameter], ds_config: dict[str, Any], dtype: torch.dtype) -> Init:
