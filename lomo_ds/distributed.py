@@ -21,6 +21,7 @@ from lomo_ds.errors import LomoError, PeerError
 Result = TypeVar("Result")
 
 TIMEOUT = timedelta(hours=2)  # ranks wait in a collective while one tokenizes a corpus or writes a large model
+RANK_ON_HOST = "LOMO_DS_RANK_ON_HOST"  # LOCAL_RANK as the launcher has set it
 LONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -78,7 +79,7 @@ def is_main_process() -> bool:
 
 def is_local_main_process() -> bool:
     """Whether this is the rank that does what is needed once on each host."""
-    return int(os.environ["LOCAL_RANK"]) == 0
+    return int(os.environ.get(RANK_ON_HOST) or os.environ["LOCAL_RANK"]) == 0
 
 
 def start_process_group() -> bool:
@@ -92,7 +93,9 @@ def start_process_group() -> bool:
     if "RANK" not in os.environ:
         found = _slurm_environment() if "SLURM_STEP_NUM_TASKS" in os.environ else LONE_PROCESS
         os.environ |= found | {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before any collective, which runs there
+    os.environ[RANK_ON_HOST] = os.environ["LOCAL_RANK"]
+    os.environ["LOCAL_RANK"] = str(_device_index())  # which is what DeepSpeed takes it for
+    get_accelerator().set_device(_device_index())  # before any collective, which runs there
     _leave_out_inference_op()
     dist.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
@@ -101,6 +104,13 @@ def start_process_group() -> bool:
         timeout=TIMEOUT,
     )
     return True
+
+
+def _device_index() -> int:
+    """Of this rank's device among those that it sees: of one that it alone sees (``srun --gpus-per-task=1``), 0."""
+    accelerator = get_accelerator()
+    alone = accelerator.device_name() != "cpu" and accelerator.device_count() == 1
+    return 0 if alone else int(os.environ["LOCAL_RANK"])
 
 
 def _leave_out_inference_op() -> None:

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed.comm as dist
@@ -66,6 +67,33 @@ def test_slurm_variables_become_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert distributed._slurm_environment() == {
         "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu03", "MASTER_PORT": "23456",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("visible", "device_type", "device", "main"),
+    [(1, "cuda", 0, False), (4, "cuda", 3, False), (1, "cpu", 3, False)],
+    ids=["one GPU for each task", "all GPUs of the host", "cpu"],
+)
+def test_a_task_that_sees_one_device_uses_it(
+    monkeypatch: pytest.MonkeyPatch, visible: int, device_type: str, device: int, main: bool
+) -> None:
+    chosen: list[int] = []
+    accelerator = SimpleNamespace(
+        device_name=lambda: device_type,
+        device_count=lambda: visible,
+        set_device=chosen.append,
+        communication_backend_name=lambda: "gloo",
+        create_op_builder=lambda name: None,
+    )
+    for name, value in {"RANK": "7", "LOCAL_RANK": "3", distributed.RANK_ON_HOST: ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_distributed", lambda **options: None)
+    assert distributed.start_process_group()
+    assert chosen == [device]
+    assert os.environ["LOCAL_RANK"] == str(device), "DeepSpeed takes it for the number of the device"
+    assert distributed.is_local_main_process() is main
 
 
 class Collectives(TorchDispatchMode):
