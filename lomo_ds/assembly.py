@@ -78,7 +78,7 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
-    undo, reach = _gather_by_wire(engine, granularity)
+    undo, reach = _bound_gathering(engine, granularity)
     return OnDemand(
         engine.module,
         granularity,
@@ -97,7 +97,7 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     )
 
 
-def _gather_by_wire(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable[[], None] | None, dict[str, int]]:
+def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable[[], None], dict[str, int]]:
     """Let shards travel as they must; how to undo that, and how much DeepSpeed may fetch ahead and keep."""
     prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
     largest, offload = largest_use(engine.module, granularity), zero3.offload_device(engine.config)
@@ -105,11 +105,13 @@ def _gather_by_wire(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable
         prefetch_numel, live_numel = reach_of_offload(prefetch_numel, live_numel, largest)
         prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", prefetch_numel)
         live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
-    exact, undo = AsKept(engine.device, copies=offload == "cpu"), None
+    exact, ahead_numel = AsKept(engine.device, copies=offload == "cpu"), 2 * largest + prefetch_numel
     quantized = _travels_in_eight_bits(engine)
     if quantized or offload != "none" or zero3.keeps_eight_bits(engine.config):
         wire = Quantized(engine.device, exact.copies) if quantized else exact
-        undo = zero3.gather_by(engine.module, wire, exact, ahead_numel=2 * largest + prefetch_numel)
+        undo = zero3.gather_by(engine.module, wire, exact, ahead_numel)
+    else:
+        undo = zero3.gather_within(engine.module, ahead_numel)
     return undo, {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel}
 
 

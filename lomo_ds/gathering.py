@@ -4,6 +4,7 @@ Beside ``zero3`` the only file that knows DeepSpeed's gathering. A gathered copy
 stale, so ``refresh`` ends every step.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from lomo_ds.layers import layer_of
 
 # What gathered layers may take of the free memory; the rest is for activations, gradients and a stash.
 LAYERS_SHARE = 0.25
+# of DeepSpeed's coordinator, which has no setting for it: parameters on their way, of whatever size
+MAX_FETCH_EVENTS = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
 
 
 class Gathering(Protocol):
@@ -84,18 +87,20 @@ class OnDemand:
     Args:
         offload: settings of ``DeepSpeedZeRoOffload``.
         granularity: ``module`` or ``layer``.
-        undo: takes back what was done to the parameters for it; None: nothing was.
+        undo: takes back what was done to the parameters for it: they bound how far ahead they are asked for.
     """
 
     resident = False
 
-    def __init__(self, model: Module, granularity: str, undo: Callable[[], None] | None, **offload: Any) -> None:
+    def __init__(self, model: Module, granularity: str, undo: Callable[[], None], **offload: Any) -> None:
         self.undo = undo
         self.granularity = granularity
         self.leaves = layers(model) if granularity == "layer" else []
         for layer in self.leaves:
             set_z3_leaf_module(layer, True)
         self.offload = DeepSpeedZeRoOffload(model, **offload)
+        # the host would wait, inside of each layer, until no more than two parameters are on their way
+        setattr(self.offload.get_param_coordinator(), MAX_FETCH_EVENTS, sys.maxsize)
         self.persistent = self.offload.persistent_parameters
 
     def begin_backward(self) -> None:
@@ -118,8 +123,7 @@ class OnDemand:
     def destroy(self) -> None:
         """See ``Gathering.destroy``."""
         self.offload.destroy()
-        if self.undo is not None:
-            self.undo()
+        self.undo()
         for layer in self.leaves:
             set_z3_leaf_module(layer, False)
 

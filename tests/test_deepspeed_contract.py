@@ -12,6 +12,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 import lomo_ds
 
@@ -73,6 +74,14 @@ def test_the_op_of_inference_is_left_out_by_its_name() -> None:
     source = inspect.getsource(importlib.import_module("deepspeed.comm.torch").build_shm_op)
     assert 'create_op_builder("ShareMemCommBuilder")' in source, "DeepSpeed has renamed its shared-memory op"
     assert "deepspeed.ops.__compatible_ops__.get(builder.NAME, False)" in source, "DeepSpeed compiles it regardless"
+
+
+def test_the_limit_of_fetch_events_is_lifted_by_its_name() -> None:
+    source = inspect.getsource(PartitionedParameterCoordinator)
+    assert "len(self.__ongoing_fetch_events) > self.__max_ongoing_fetch_events" in source, (
+        "DeepSpeed's coordinator no longer limits its fetch events by __max_ongoing_fetch_events, so "
+        "gathering.MAX_FETCH_EVENTS lifts no limit"
+    )
 
 
 def test_initialize_has_deepspeeds_arguments() -> None:

@@ -1,7 +1,9 @@
 """Gathers that are not DeepSpeed's: one collective for all that is asked for at once, one decode for each matrix."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds import int8, zero3
+from lomo_ds.gathering import MAX_FETCH_EVENTS
 from lomo_ds.zero3 import transport
 from tests.engines import make_engine, my_part
 from tests.ranks import Ranks
@@ -121,3 +124,44 @@ def an_arrival_that_fails() -> None:
 
 def test_what_did_not_arrive_can_be_asked_for_again(ranks: GroupOf) -> None:
     ranks(2).run(an_arrival_that_fails)
+
+
+class FakeEvent:
+    """An event of a stream that never gets there by itself."""
+
+    def __init__(self) -> None:
+        self.waited_for = False
+
+    def synchronize(self) -> None:
+        self.waited_for = True
+
+
+def test_what_is_asked_for_ahead_is_bounded_by_elements_not_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[FakeEvent] = []
+    stream = SimpleNamespace(record_event=lambda: events.append(FakeEvent()) or events[-1])  # type: ignore[func-returns-value]
+    fake = SimpleNamespace(is_synchronized_device=lambda: False, current_stream=lambda: stream)
+    monkeypatch.setattr(transport, "get_accelerator", lambda: fake)
+    backlog = transport._Backlog(limit_numel=100)
+    for _ in range(20):
+        backlog.add(5)
+    assert not any(event.waited_for for event in events), "20 small ones are no reason to wait"
+    backlog.add(50)
+    assert [event.waited_for for event in events] == [True] * 10 + [False] * 11
+    backlog.add(1000)
+    assert [event.waited_for for event in events] == [True] * 21 + [False], "what is larger than the limit passes alone"
+
+
+def asked_for_ahead(params: dict[str, Any]) -> tuple[int, int]:
+    engine = make_engine(tiny_model(), "immediate", threshold=0, params=params)
+    with counting(transport._Backlog, "add") as asked:
+        engine.train_batch(my_part(whole_batch(0, rows=2)))
+    gathering: Any = engine.optimizer.gathering
+    coordinator = gathering.offload.get_param_coordinator()
+    return len(asked), getattr(coordinator, MAX_FETCH_EVENTS)
+
+
+@pytest.mark.parametrize("params", [{}, {"weights": "int8"}], ids=["DeepSpeed's gathers", "over a wire"])
+def test_bytes_bound_every_gather_where_deepspeed_counts_events(ranks: GroupOf, params: dict[str, Any]) -> None:
+    for asked, most_events in ranks(2).run(asked_for_ahead, params):
+        assert asked > 5
+        assert most_events == sys.maxsize

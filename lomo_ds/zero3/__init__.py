@@ -20,7 +20,7 @@ from lomo_ds.zero3.split import (
     split,
     stay_whole,
 )
-from lomo_ds.zero3.transport import Wire, gather_by, lay_out
+from lomo_ds.zero3.transport import Wire, gather_by, gather_within, lay_out
 
 __all__ = [
     "SCALES",
@@ -29,6 +29,7 @@ __all__ = [
     "Wire",
     "as_floats",
     "gather_by",
+    "gather_within",
     "gathered",
     "keeps_eight_bits",
     "kept_tensors",

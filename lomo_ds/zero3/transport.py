@@ -8,7 +8,7 @@ that are asked for at once travel in one collective.
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -76,14 +76,36 @@ def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int) -> Calla
         _Arrival(missing, exact).wait()
 
     partitioned: list[Partitioned] = list(model.parameters())
-    theirs = [{name: getattr(parameter, name) for name in REPLACED} for parameter in partitioned]
+    undo = _restoring(partitioned)
     for parameter in partitioned:
         parameter.all_gather_coalesced = gather
         parameter.all_gather = partial(gather_now, parameter)
         parameter.partition = partial(_partition, parameter, parameter.partition)
+    return undo
+
+
+def gather_within(model: Module, ahead_numel: int) -> Callable[[], None]:
+    """Let DeepSpeed's own gathering ask for no more ahead than ``gather_by`` does; returns what undoes it."""
+    backlog = _Backlog(ahead_numel)
+
+    def gather(own: Callable[..., Any], parameters: Iterable[Partitioned], **options: bool) -> Any:
+        wanted = list(parameters)
+        backlog.add(sum(parameter.ds_numel for parameter in wanted))
+        return own(wanted, **options)
+
+    partitioned: list[Partitioned] = list(model.parameters())
+    undo = _restoring(partitioned)
+    for parameter in partitioned:
+        parameter.all_gather_coalesced = partial(gather, parameter.all_gather_coalesced)
+    return undo
+
+
+def _restoring(parameters: list[Partitioned]) -> Callable[[], None]:
+    """What gives the parameters the methods back that they have now."""
+    methods = [{name: getattr(parameter, name) for name in REPLACED} for parameter in parameters]
 
     def undo() -> None:
-        for parameter, before in zip(partitioned, theirs, strict=True):
+        for parameter, before in zip(parameters, methods, strict=True):
             for name, method in before.items():
                 setattr(parameter, name, method)
 
@@ -114,7 +136,7 @@ def _partition(
 
 
 class _Backlog:
-    """Lets the host wait when it asks for parameters long before they are computed with.
+    """Lets the host wait when it asks for parameters long before they are computed with, in place of DeepSpeed's limit.
 
     To ask takes memory at once, and what was released gives its memory back no sooner than the device has computed
     with it: a host that is far ahead would fill the device with layers to come.
