@@ -43,6 +43,9 @@ class Gathering(Protocol):
     def refresh(self) -> None:
         """The shards have changed: no copy made before may be used again."""
 
+    def drop(self) -> None:
+        """An exception has cut a step short: free every gathered copy, on this rank alone, without a collective."""
+
     def destroy(self) -> None:
         """Take every hook off the model."""
 
@@ -73,6 +76,9 @@ class Resident:
         """Nothing: a parameter is no copy of its shard."""
 
     def refresh(self) -> None:
+        """Nothing: a parameter is no copy of its shard."""
+
+    def drop(self) -> None:
         """Nothing: a parameter is no copy of its shard."""
 
     def destroy(self) -> None:
@@ -119,6 +125,19 @@ class OnDemand:
         self.offload.partition_all_parameters()
         if self.persistent:
             self.persistent[0].all_gather_coalesced(self.persistent).wait()
+
+    def drop(self) -> None:
+        """See ``Gathering.drop``; persistent parameters are gathered again by the modules that use them next.
+
+        Gathers under way are waited for: every rank that has not failed before takes part in them.
+        """
+        get_accelerator().synchronize()
+        zero3.forget_unregistered(self.offload.module)
+        coordinator = self.offload.get_param_coordinator()
+        if coordinator.is_record_trace():  # half a trace is none
+            coordinator._invalidate_trace()
+        self.offload.partition_all_parameters()
+        self.offload.release_backward_leftovers()
 
     def destroy(self) -> None:
         """See ``Gathering.destroy``."""

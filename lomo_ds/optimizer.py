@@ -1,5 +1,6 @@
 """What DeepSpeed's engine calls its optimizer: ZeRO-3 gathering, the backward hooks and the end of a step."""
 
+import logging
 import math
 from typing import Any
 
@@ -14,6 +15,8 @@ from lomo_ds.distributed import agree
 from lomo_ds.errors import NonFiniteGradientError
 from lomo_ds.gathering import Gathering
 from lomo_ds.schedules import Choice, Schedule
+
+logger = logging.getLogger(__name__)
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_hysteresis", "last_overflow_iter", "cur_iter")
 
@@ -134,8 +137,17 @@ class LomoOptimizer(ZeROOptimizer):
         self._start_step()
 
     def discard(self) -> None:
-        """Forget a step that an exception has cut short."""
+        """Forget a step that an exception has cut short, while it is being raised.
+
+        One rank, or several that have all failed at the same place, may go on with another step: nothing of this one
+        is left but, under ``immediate``, the weights it has updated, and every module computes with the shards as they
+        are. Where only some ranks have failed, they have called fewer collectives than the others; the job must end.
+        """
         self.hooks.forget()
+        try:
+            self.gathering.drop()
+        except Exception as error:  # which must not hide the first one
+            logger.warning("after the exception that follows no step can be taken: %s", error)
         self._start_step()
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:

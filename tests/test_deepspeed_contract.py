@@ -39,6 +39,8 @@ def methods_of(owner: type) -> dict[str, ast.FunctionDef]:
         (ZeROOptimizer, "needs_scaler", ["self"]),
         (DeepSpeedZeRoOffload, "partition_all_parameters", ["self"]),
         (DeepSpeedZeRoOffload, "release_backward_leftovers", ["self"]),
+        (PartitionedParameterCoordinator, "is_record_trace", ["self"]),
+        (PartitionedParameterCoordinator, "_invalidate_trace", ["self"]),
         (DeepSpeedZeRoOffload, "destroy", ["self"]),
         (Init, "_convert_to_zero_parameters", ["self", "param_list"]),
     ],

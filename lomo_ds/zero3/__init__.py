@@ -20,7 +20,7 @@ from lomo_ds.zero3.split import (
     split,
     stay_whole,
 )
-from lomo_ds.zero3.transport import Wire, gather_by, gather_within, lay_out
+from lomo_ds.zero3.transport import Wire, forget_unregistered, gather_by, gather_within, lay_out
 
 __all__ = [
     "SCALES",
@@ -28,6 +28,7 @@ __all__ = [
     "Shard",
     "Wire",
     "as_floats",
+    "forget_unregistered",
     "gather_by",
     "gather_within",
     "gathered",

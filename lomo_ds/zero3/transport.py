@@ -100,6 +100,15 @@ def gather_within(model: Module, ahead_numel: int) -> Callable[[], None]:
     return undo
 
 
+def forget_unregistered(model: Module) -> None:
+    """Let parameters be asked for again that an exception kept from DeepSpeed's registry of those on their way."""
+    registered: Any = model
+    for parameter in registered.parameters():
+        unregistered = parameter not in registered.ds_inflight_param_registry
+        if parameter.ds_status is ZeroParamStatus.INFLIGHT and unregistered:
+            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
 def _restoring(parameters: list[Partitioned]) -> Callable[[], None]:
     """What gives the parameters the methods back that they have now."""
     methods = [{name: getattr(parameter, name) for name in REPLACED} for parameter in parameters]
