@@ -78,11 +78,12 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
-    undo, reach = _bound_gathering(engine, granularity)
+    undo, wired, reach = _bound_gathering(engine, granularity)
     return OnDemand(
         engine.module,
         granularity,
         undo,
+        wired,
         **reach,
         timers=engine.timers if engine.wall_clock_breakdown() else NoopTimer(),
         ds_config=engine.config,
@@ -97,8 +98,8 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     )
 
 
-def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable[[], None], dict[str, int]]:
-    """Let shards travel as they must; how to undo that, and how much DeepSpeed may fetch ahead and keep."""
+def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable[[], None], bool, dict[str, int]]:
+    """Let shards travel as they must; how to undo that, whether by a wire, and what DeepSpeed may fetch and keep."""
     prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
     largest, offload = largest_use(engine.module, granularity), zero3.offload_device(engine.config)
     if offload == "cpu":
@@ -107,12 +108,13 @@ def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callabl
         live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
     exact, ahead_numel = AsKept(engine.device, copies=offload == "cpu"), 2 * largest + prefetch_numel
     quantized = _travels_in_eight_bits(engine)
-    if quantized or offload != "none" or zero3.keeps_eight_bits(engine.config):
+    wired = quantized or offload != "none" or zero3.keeps_eight_bits(engine.config)
+    if wired:
         wire = Quantized(engine.device, exact.copies) if quantized else exact
         undo = zero3.gather_by(engine.module, wire, exact, ahead_numel)
     else:
         undo = zero3.gather_within(engine.module, ahead_numel)
-    return undo, {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel}
+    return undo, wired, {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel}
 
 
 def _travels_in_eight_bits(engine: DeepSpeedEngine) -> bool:

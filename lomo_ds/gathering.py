@@ -94,11 +94,12 @@ class OnDemand:
         offload: settings of ``DeepSpeedZeRoOffload``.
         granularity: ``module`` or ``layer``.
         undo: takes back what was done to the parameters for it: they bound how far ahead they are asked for.
+        wired: whether they come over a ``zero3.Wire``.
     """
 
     resident = False
 
-    def __init__(self, model: Module, granularity: str, undo: Callable[[], None], **offload: Any) -> None:
+    def __init__(self, model: Module, granularity: str, undo: Callable[[], None], wired: bool, **offload: Any) -> None:
         self.undo = undo
         self.granularity = granularity
         self.leaves = layers(model) if granularity == "layer" else []
@@ -108,6 +109,7 @@ class OnDemand:
         # the host would wait, inside of each layer, until no more than two parameters are on their way
         setattr(self.offload.get_param_coordinator(), MAX_FETCH_EVENTS, sys.maxsize)
         self.persistent = self.offload.persistent_parameters
+        self.copies = zero3.PersistentCopies(self.persistent) if self.persistent and not wired else None
 
     def begin_backward(self) -> None:
         """Nothing: DeepSpeed gathers for each module."""
@@ -123,7 +125,9 @@ class OnDemand:
         """
         get_accelerator().synchronize()
         self.offload.partition_all_parameters()
-        if self.persistent:
+        if self.copies is not None:
+            self.copies.gather()
+        elif self.persistent:
             self.persistent[0].all_gather_coalesced(self.persistent).wait()
 
     def drop(self) -> None:

@@ -59,12 +59,32 @@ def test_a_layer_takes_one_collective(ranks: GroupOf) -> None:
     assert by_layer["_reduce_scatter_base_"] < 2 * 9, "gradients travel together"
 
 
+class Copies(TorchDispatchMode):
+    """Counts what copies or joins tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._overloadpacket in (torch.ops.aten.copy_, torch.ops.aten.cat, torch.ops.aten.clone)
+        return func(*args, **(kwargs or {}))
+
+
 def collectives_at_the_end_of_a_step() -> tuple[int, Counter[str]]:
     engine = make_engine(tiny_model(), "stash", threshold=25)
-    engine.backward(engine(**my_part(whole_batch(0, rows=2))).loss)
     gathering: Any = engine.optimizer.gathering
-    with Collectives() as collectives:
-        engine.step()
+    places: list[list[int]] = []
+    for step in range(2):
+        engine.backward(engine(**my_part(whole_batch(step, rows=2))).loss)
+        with Collectives() as collectives:
+            engine.step()
+        places.append([parameter.data_ptr() for parameter in gathering.persistent])
+    assert places[0] == places[1], "the copies are written to again where they are"
+    with Copies() as copies:
+        gathering.refresh()
+    lengths = len({-(-zero3.whole_shape(parameter).numel() // 2) for parameter in gathering.persistent})
+    assert copies.count == 2 * lengths < 2 * len(gathering.persistent), "into the buffer, and out of it"
     return len(gathering.persistent), collectives.counted
 
 

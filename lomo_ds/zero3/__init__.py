@@ -9,6 +9,7 @@ file on NVMe. Writing to it changes the model; a gathered copy made before the w
 
 from lomo_ds.zero3.nvme import Place
 from lomo_ds.zero3.nvme_settings import refuse_nvme_that_cannot_be
+from lomo_ds.zero3.persistent import PersistentCopies
 from lomo_ds.zero3.shard import SCALES, Shard, as_floats, kept_tensors, names_in_eight_bits, shards, whole_shape
 from lomo_ds.zero3.split import (
     gathered,
@@ -24,6 +25,7 @@ from lomo_ds.zero3.transport import Wire, forget_unregistered, gather_by, gather
 
 __all__ = [
     "SCALES",
+    "PersistentCopies",
     "Place",
     "Shard",
     "Wire",
