@@ -25,11 +25,9 @@ class Clipping:
     group_norm: float | None = None
     global_norm: float | None = None
 
-    def clamp_(self, gradient: Tensor, scale: float) -> None:
-        """Clamp a gradient that is ``scale`` times its true value, in place."""
-        if self.value is not None:
-            limit = min(self.value * scale, torch.finfo(gradient.dtype).max)
-            gradient.clamp_(-limit, limit)
+    def limit(self, scale: float) -> float | None:
+        """The largest magnitude of an element of gradients that are ``scale`` times their true values."""
+        return None if self.value is None else self.value * scale
 
     def coefficients(self, squared_norms: Tensor) -> Tensor:
         """The factor for each group from the squared norms of all groups (1-D, unscaled gradients)."""

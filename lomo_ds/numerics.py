@@ -22,6 +22,12 @@ def norms(values: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(list(values), 2, dtype=torch.float32)) if values else []
 
 
+def clamp_(values: Tensor, limit: float) -> None:
+    """Clamp to [-limit, limit] in place; a ``limit`` that the dtype cannot hold is its largest number."""
+    limit = min(limit, torch.finfo(values.dtype).max)
+    values.clamp_(-limit, limit)
+
+
 def pieces(*flat: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     """Walk lists of equally long 1-D tensors together, a bounded number of elements at a time.
 

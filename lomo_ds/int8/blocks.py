@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lomo_ds.int8 import eager
 from lomo_ds.int8.eager import Noise, blocks_of
+from lomo_ds.numerics import clamp_, norms
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +75,25 @@ def read(blocks: Blocks, out: Tensor) -> None:
         eager.decode(codes, scales, out.dtype, written)
 
 
-def update(blocks: Blocks, gradient: Tensor, factor: float | Tensor, decay: float, noise: Noise | None) -> None:
-    """See ``eager.update_``."""
+def update(
+    blocks: Blocks,
+    gradient: Tensor,
+    factor: float | Tensor,
+    decay: float,
+    noise: Noise | None,
+    limit: float | None = None,
+    squares: Tensor | None = None,
+) -> None:
+    """See ``eager.update_``, and ``kernel.update`` for ``limit`` and ``squares``; ``gradient`` may be clobbered."""
     kernel = kernel_for(gradient.device)
-    (kernel.update if kernel else eager.update_)(blocks.codes, blocks.scales, gradient, factor, decay, noise)
+    if kernel is not None:
+        kernel.update(blocks.codes, blocks.scales, gradient, factor, decay, noise, limit, squares)
+        return
+    if squares is not None:
+        squares.zero_()[:1] = norms([gradient])[0].square()
+    if limit is not None:
+        clamp_(gradient, limit)
+    eager.update_(blocks.codes, blocks.scales, gradient, factor, decay, noise)
 
 
 def _start_of_codes(numel: int) -> int:
@@ -94,7 +110,8 @@ def kernel_for(device: torch.device) -> ModuleType | None:
 
         ones = torch.ones(1, dtype=torch.bfloat16, device=device)
         codes, scales = kernel.encode(ones)
-        kernel.update(codes, scales, ones, 1.0, 1.0, Noise(0, 0, 0))
+        squares = torch.empty(1, dtype=torch.float32, device=device)
+        kernel.update(codes, scales, ones, 1.0, 1.0, Noise(0, 0, 0), None, squares)
         kernel.decode(codes, scales, ones)
     except Exception as error:  # no Triton, no C compiler, a GPU it does not know: each has an exception of its own
         logger.warning("eight-bit weights take several passes over memory, for Triton fails: %s", error)

@@ -63,6 +63,8 @@ def update(
     factor: float | Tensor,
     decay: float,
     noise: int8.Noise | None,
+    limit: float | None = None,
+    squares: Tensor | None = None,
 ) -> None:
     """Write ``decay * weight - factor * gradient`` as ``int8.update_`` does, without waiting for the device.
 
@@ -70,9 +72,13 @@ def update(
         gradient: as long as ``codes``, contiguous, on their device; any float dtype.
         factor: a float, or a 0-dim fp32 tensor on the same device.
         noise: None rounds to nearest. The random numbers are other ones than those of ``int8.update_``.
+        limit: magnitude that gradients are clamped to first; None leaves them as they are.
+        squares: 1-D fp32, a slot for each program of 8192 elements, to be filled with the sum of squares of the
+            gradients that the program has read, before they are clamped. The same gradients give the same bits.
     """
     _check(codes, scales, gradient)
     assert codes.numel() < 2**35, "32 bits number the lanes"
+    assert squares is None or squares.shape == _grid(codes)
     if codes.numel() == 0:
         return
     drawn = noise or int8.Noise(0, 0, 0)
@@ -83,6 +89,8 @@ def update(
             gradient,
             factor if isinstance(factor, Tensor) else float(factor),  # an int would be compiled in
             float(decay),
+            None if limit is None else min(float(limit), torch.finfo(gradient.dtype).max),
+            squares,
             codes.numel(),
             drawn.seed,
             drawn.shard,
@@ -182,13 +190,16 @@ def _decode_tile(
     tl.store(out + places, _to_nearest(value, out.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["numel", "seed", "shard", "window", "shift"])
+# A launch's ``squares`` begin anywhere in a buffer; where that is at a multiple of 16 bytes must not compile anew.
+@triton.jit(do_not_specialize=["numel", "seed", "shard", "window", "shift"], do_not_specialize_on_alignment=["squares"])
 def _update(
     codes: tl.tensor,
     scales: tl.tensor,
     gradients: tl.tensor,
     factor: tl.tensor,
     decay: tl.tensor,
+    limit: tl.tensor,
+    squares: tl.tensor,
     numel: tl.tensor,
     seed: tl.tensor,
     shard: tl.tensor,
@@ -204,9 +215,13 @@ def _update(
     left = numel - first * TILE
     codes, scales, gradients = codes + first * TILE, scales + first * ROWS, gradients + first * TILE
     if left >= TILE * TILES:
-        _tiles(codes, scales, gradients, factor, decay, left, seed, shard, window, shift, STOCHASTIC, False)
+        _tiles(
+            codes, scales, gradients, factor, decay, limit, squares, left, seed, shard, window, shift, STOCHASTIC, False
+        )
     else:
-        _tiles(codes, scales, gradients, factor, decay, left, seed, shard, window, shift, STOCHASTIC, True)
+        _tiles(
+            codes, scales, gradients, factor, decay, limit, squares, left, seed, shard, window, shift, STOCHASTIC, True
+        )
 
 
 @triton.jit
@@ -216,6 +231,8 @@ def _tiles(
     gradients: tl.tensor,
     factor: tl.tensor,
     decay: tl.tensor,
+    limit: tl.tensor,
+    squares: tl.tensor,
     left: tl.tensor,
     seed: tl.tensor,
     shard: tl.tensor,
@@ -224,6 +241,7 @@ def _tiles(
     STOCHASTIC: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
+    total = tl.zeros([ROWS], tl.float32)
     if STOCHASTIC:
         words = _random_words(seed, shard, window)
     for tile in tl.static_range(TILES):
@@ -232,9 +250,13 @@ def _tiles(
         mask_of_blocks = blocks * BLOCK < left if MASKED else None
         code = tl.load(codes + places, mask, 0 if MASKED else None)
         scale = tl.load(scales + blocks, mask_of_blocks, 1 if MASKED else None).to(tl.float32)
-        gradient = tl.load(gradients + places, mask, 0 if MASKED else None)
+        gradient = tl.load(gradients + places, mask, 0 if MASKED else None).to(tl.float32)
+        if squares is not None:
+            total += tl.sum(gradient * gradient, axis=1)  # summing whole tiles would spill registers
+        if limit is not None:
+            gradient = _clamped(gradient, limit, gradients.dtype.element_ty)
         exact = code.to(tl.float32) * scale[:, None] * decay
-        exact -= gradient.to(tl.float32) * factor
+        exact -= gradient * factor
         scale = _kept_or_renewed(scale, exact)
         multiple = tl.div_rn(exact, tl.broadcast_to(scale[:, None], exact.shape))
         if STOCHASTIC:
@@ -245,6 +267,16 @@ def _tiles(
             rounded = _whole_to_nearest(multiple)
         tl.store(codes + places, _codes(rounded), mask)
         tl.store(scales + blocks, scale.to(scales.dtype.element_ty), mask_of_blocks)
+    if squares is not None:
+        tl.store(squares + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def _clamped(values: tl.tensor, limit: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """To [-limit, limit], which gradients' ``dtype`` rounds first, as in eager mode; nan stays."""
+    limit = _to_nearest(tl.full(values.shape, limit, tl.float32), dtype).to(tl.float32)
+    values = tl.where(values > limit, limit, values)
+    return tl.where(values < -limit, -limit, values)
 
 
 @triton.jit

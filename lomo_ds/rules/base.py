@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lomo_ds.int8 import Blocks
+from lomo_ds.rules.square_sums import SquareSums
 
 Values = Tensor | Blocks  # of a shard: 1-D and contiguous of any float dtype, or eight-bit weights
 
@@ -20,6 +22,8 @@ class Rule(Protocol):
         coefficient: float | Tensor,
         lr: float,
         weight_decay: float,
+        limit: float | None = None,
+        squares: SquareSums | None = None,
     ) -> None:
         """Write the updated parameters into ``shards``. The host does not wait for the device.
 
@@ -30,6 +34,18 @@ class Rule(Protocol):
                 a 0-dim tensor.
             lr: learning rate.
             weight_decay: decoupled weight decay (arXiv 1711.05101).
+            limit: magnitude that elements of gradients are clamped to before all else; None for none.
+            squares: from ``square_sums``: to be given the sums of squares of the gradients as they come, before they
+                are clamped. ``coefficient`` is a float then.
+        """
+        ...
+
+    def square_sums(self, numels: Sequence[int], device: torch.device) -> SquareSums | None:
+        """Room for a step's sums of squares where ``update`` adds them up as it reads gradients; else None.
+
+        Args:
+            numels: of all gradients of a step.
+            device: where they are computed.
         """
         ...
 

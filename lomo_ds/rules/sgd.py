@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from lomo_ds import int8
-from lomo_ds.numerics import pieces
+from lomo_ds.numerics import clamp_, pieces
 from lomo_ds.rules.base import Values
 from lomo_ds.rules.sgd_eager import update_half, update_single
+from lomo_ds.rules.square_sums import SquareSums
 
 logger = logging.getLogger(__name__)
-
-Computation = Callable[[list[Tensor], list[Tensor]], None]  # writes shards from gradients on the same device
 
 
 class Sgd:
@@ -39,17 +38,32 @@ class Sgd:
         coefficient: float | Tensor,
         lr: float,
         weight_decay: float,
+        limit: float | None = None,
+        squares: SquareSums | None = None,
     ) -> None:
         """See ``Rule.update``."""
-        floats = [(s, g) for s, g in zip(shards, gradients, strict=True) if isinstance(s, Tensor)]
-        for blocks, gradient in zip(shards, gradients, strict=True):
-            if isinstance(blocks, int8.Blocks):
-                factor = _factor(coefficient, lr, gradient.device)
-                int8.update(blocks, gradient, factor, 1 - lr * weight_decay, self._noise_for(blocks))
-        for some, theirs in _alike(floats):
-            compute, needs_copies = self._computation(some[0], theirs[0], coefficient, lr, 1 - lr * weight_decay)
-            for few, of_few in pieces(some, theirs) if needs_copies else [(some, theirs)]:
-                compute(few, of_few)
+        decay = 1 - lr * weight_decay
+        floats: list[tuple[Tensor, Tensor]] = []
+        for shard, gradient in zip(shards, gradients, strict=True):
+            if isinstance(shard, Tensor):
+                floats.append((shard, gradient))
+                continue
+            factor = _factor(coefficient, lr, gradient.device)
+            slots = None if squares is None else squares.take(gradient.numel())
+            int8.update(shard, gradient, factor, decay, self._noise_for(shard), limit, slots)
+        for alike, of_alike in _alike(floats):
+            kernel = kernel_for(of_alike[0].device)
+            # fp32 weights are not rounded: torch updates all of them in a launch or two, and reads a gradient once too
+            if kernel is not None and (squares is not None or alike[0].dtype != torch.float32):
+                factor = _factor(coefficient, lr, of_alike[0].device)
+                self._launch(kernel, alike, of_alike, factor, decay, limit, squares)
+            else:
+                assert squares is None, "there are none without a kernel"
+                self._update_in_torch(alike, of_alike, coefficient, lr, decay, limit)
+
+    def square_sums(self, numels: Sequence[int], device: torch.device) -> SquareSums | None:
+        """See ``Rule.square_sums``."""
+        return None if kernel_for(device) is None else SquareSums(numels, device)
 
     def state(self) -> dict[str, Tensor]:
         """See ``Rule.state``."""
@@ -64,30 +78,46 @@ class Sgd:
             self.generator.set_state(state["generator"])
             self.calls = defaultdict(int, state["calls"].tolist() if "calls" in state else [])
 
-    def _computation(
-        self, shard: Tensor, gradient: Tensor, coefficient: float | Tensor, lr: float, decay: float
-    ) -> tuple[Computation, bool]:
-        """How shards and gradients like these become new shards, and whether it copies them on the way."""
-        if shard.dtype == torch.float32:
-            single = _factor(coefficient, 1.0, gradient.device)
-            copies = gradient.dtype != torch.float32
-            return partial(update_single, coefficient=single, lr=lr, decay=decay), copies
-        factor = _factor(coefficient, lr, gradient.device)
-        kernel = kernel_for(gradient.device)
-        if kernel is not None:
-            return partial(self._launch, kernel, factor, decay), False
-        return partial(update_half, factor=factor, decay=decay, generator=self.generator), True
-
     def _launch(
         self,
         kernel: ModuleType,
-        factor: float | Tensor,
-        decay: float,
         shards: list[Tensor],
         gradients: list[Tensor],
+        factor: float | Tensor,
+        decay: float,
+        limit: float | None,
+        squares: SquareSums | None,
     ) -> None:
+        """Update each shard in one launch, which reads its gradient once."""
         for shard, gradient in zip(shards, gradients, strict=True):
-            kernel.update(shard, gradient, factor, decay, self._next_call())
+            noise = None if shard.dtype == torch.float32 else self._next_call()
+            slots = None if squares is None else squares.take(gradient.numel())
+            kernel.update(shard, gradient, factor, decay, noise, limit, slots)
+
+    def _update_in_torch(
+        self,
+        shards: list[Tensor],
+        gradients: list[Tensor],
+        coefficient: float | Tensor,
+        lr: float,
+        decay: float,
+        limit: float | None,
+    ) -> None:
+        """Update shards together, in pieces where they are copied on the way."""
+        if limit is not None:
+            for gradient in gradients:
+                clamp_(gradient, limit)
+        device = gradients[0].device
+        compute: Callable[[list[Tensor], list[Tensor]], None]
+        if shards[0].dtype == torch.float32:
+            single = _factor(coefficient, 1.0, device)
+            compute = partial(update_single, coefficient=single, lr=lr, decay=decay)
+        else:
+            factor = _factor(coefficient, lr, device)
+            compute = partial(update_half, factor=factor, decay=decay, generator=self.generator)
+        copies = shards[0].dtype != torch.float32 or gradients[0].dtype != torch.float32
+        for part, of_part in pieces(shards, gradients) if copies else [(shards, gradients)]:
+            compute(part, of_part)
 
     def _noise_for(self, blocks: int8.Blocks) -> int8.Noise | None:
         if self.generator is None:
@@ -132,8 +162,9 @@ def kernel_for(device: torch.device) -> ModuleType | None:
         from lomo_ds.rules import sgd_kernel
 
         trial = torch.zeros(1, dtype=torch.bfloat16, device=device)
-        sgd_kernel.update(trial, trial.clone(), 1.0, 1.0, (0, 0))
+        squares = torch.empty(1, dtype=torch.float32, device=device)
+        sgd_kernel.update(trial, trial.clone(), 1.0, 1.0, (0, 0), None, squares)
     except Exception as error:  # no Triton, no C compiler, a GPU it does not know: each has an exception of its own
-        logger.warning("half-precision weights are updated in several passes over memory, for Triton fails: %s", error)
+        logger.warning("weights are updated in several passes over memory, for Triton fails: %s", error)
         return None
     return sgd_kernel

@@ -1,4 +1,4 @@
-"""SGD on a half-precision shard in one pass over memory, as a Triton kernel: read, compute in fp32, round, write.
+"""SGD on a shard as a Triton kernel in one pass over memory: read, add up squares, clamp, update, round, write.
 
 To import this file is to import triton, which not every machine has.
 """
@@ -17,30 +17,47 @@ FP16_SMALLEST_NORMAL = tl.constexpr(2.0**-14)
 
 
 def update(
-    shard: Tensor, gradient: Tensor, factor: float | Tensor, decay: float, noise: tuple[int, int] | None
+    shard: Tensor,
+    gradient: Tensor,
+    factor: float | Tensor,
+    decay: float,
+    noise: tuple[int, int] | None,
+    limit: float | None = None,
+    squares: Tensor | None = None,
 ) -> None:
     """Write ``decay * shard - factor * gradient`` into ``shard``, rounded once, without waiting for the device.
 
+    Into half precision product and difference are rounded to fp32 for themselves, as by ``update_half``; into fp32 they
+    are rounded together, as torch.optim.SGD does.
+
     Args:
-        shard: 1-D and contiguous, bfloat16 or float16.
+        shard: 1-D and contiguous, bfloat16, float16 or float32.
         gradient: as long as ``shard``, contiguous, on its device; any float dtype.
-        factor: a float, or a 0-dim fp32 tensor on the same device.
+        factor: a float, or, unless ``shard`` is fp32, a 0-dim fp32 tensor on the same device.
         noise: seed and number of this call, both below 2 ** 64, for stochastic rounding: the same two give the same
-            bits, and others independent ones. None rounds to nearest.
+            bits, and others independent ones. None rounds to nearest, as an fp32 ``shard`` must.
+        limit: magnitude that gradients are clamped to first; None leaves them as they are.
+        squares: 1-D fp32, a slot for each program of 8192 elements, to be filled with the sum of squares of the
+            gradients that the program has read, before they are clamped. The same gradients give the same bits.
     """
     assert shard.shape == gradient.shape
     assert shard.is_contiguous()
     assert gradient.is_contiguous()
     assert shard.numel() < 2**35, "32 bits number the lanes"
-    if shard.numel() == 0:
+    assert shard.dtype != torch.float32 or (noise is None and not isinstance(factor, Tensor))
+    programs = triton.cdiv(shard.numel(), BLOCK.value * BLOCKS.value)
+    assert squares is None or squares.shape == (programs,)
+    if programs == 0:
         return
     seed, call = noise or (0, 0)
     with torch.cuda.device_of(shard):
-        _sgd[(triton.cdiv(shard.numel(), BLOCK.value * BLOCKS.value),)](
+        _sgd[(programs,)](
             shard,
             gradient,
             factor if isinstance(factor, Tensor) else float(factor),  # an int would be compiled in
             float(decay),
+            None if limit is None else min(float(limit), torch.finfo(gradient.dtype).max),
+            squares,
             shard.numel(),
             seed,
             call,
@@ -50,12 +67,15 @@ def update(
         )
 
 
-@triton.jit(do_not_specialize=["numel", "seed", "call"])
+# A launch's ``squares`` begin anywhere in a buffer; where that is at a multiple of 16 bytes must not compile anew.
+@triton.jit(do_not_specialize=["numel", "seed", "call"], do_not_specialize_on_alignment=["squares"])
 def _sgd(
     weights: tl.tensor,
     gradients: tl.tensor,
     factor: tl.tensor,
     decay: tl.tensor,
+    limit: tl.tensor,
+    squares: tl.tensor,
     numel: tl.tensor,
     seed: tl.tensor,
     call: tl.tensor,
@@ -67,10 +87,11 @@ def _sgd(
         factor = tl.load(factor)
     start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS)
     left = numel - start
+    weights, gradients = weights + start, gradients + start
     if left >= BLOCK * BLOCKS:  # a mask of any length would rule out wide loads
-        _blocks(weights + start, gradients + start, factor, decay, left, seed, call, STOCHASTIC, False)
+        _blocks(weights, gradients, factor, decay, limit, squares, left, seed, call, STOCHASTIC, False)
     else:
-        _blocks(weights + start, gradients + start, factor, decay, left, seed, call, STOCHASTIC, True)
+        _blocks(weights, gradients, factor, decay, limit, squares, left, seed, call, STOCHASTIC, True)
 
 
 @triton.jit
@@ -79,6 +100,8 @@ def _blocks(
     gradients: tl.tensor,
     factor: tl.tensor,
     decay: tl.tensor,
+    limit: tl.tensor,
+    squares: tl.tensor,
     left: tl.tensor,
     seed: tl.tensor,
     call: tl.tensor,
@@ -86,6 +109,7 @@ def _blocks(
     MASKED: tl.constexpr,
 ) -> None:
     lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
     if STOCHASTIC:
         words = _random_words(seed, call, lanes)
     loaded = _load(weights, gradients, 0, lanes, left, MASKED)
@@ -93,17 +117,40 @@ def _blocks(
         weight, gradient = loaded
         if block + 1 < BLOCKS and not MASKED:  # ahead of the store, for the compiler takes no load across one
             loaded = _load(weights, gradients, block + 1, lanes, left, MASKED)
-        exact = weight.to(tl.float32) * decay
-        exact -= gradient.to(tl.float32) * factor
+        exact = gradient.to(tl.float32)
+        if squares is not None:
+            total += exact * exact
+        if limit is not None:
+            exact = _clamped(exact, limit, gradients.dtype.element_ty)
+        updated = _step(weight, exact, factor, decay)
         if STOCHASTIC:
             noise = (words[block // 2] >> (16 * (block % 2))) & 0xFFFF
-            rounded = _round_at_random(exact, noise.to(tl.int32), weights.dtype.element_ty)
+            rounded = _round_at_random(updated, noise.to(tl.int32), weights.dtype.element_ty)
         else:
-            rounded = _round_to_nearest(exact, weights.dtype.element_ty)
+            rounded = _round_to_nearest(updated, weights.dtype.element_ty)
         places = block * BLOCK + lanes
         tl.store(weights + places, rounded, places < left if MASKED else None)
         if block + 1 < BLOCKS and MASKED:  # ahead, masks would need registers that the program above wants
             loaded = _load(weights, gradients, block + 1, lanes, left, MASKED)
+    if squares is not None:
+        tl.store(squares + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def _step(weight: tl.tensor, gradient: tl.tensor, factor: tl.tensor, decay: tl.tensor) -> tl.tensor:
+    """``decay * weight - factor * gradient`` in fp32."""
+    decayed = weight.to(tl.float32) * decay
+    if weight.dtype == tl.float32:
+        return tl.fma(-gradient, tl.full(gradient.shape, factor, tl.float32), decayed)
+    return decayed - gradient * factor
+
+
+@triton.jit
+def _clamped(values: tl.tensor, limit: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """To [-limit, limit], which gradients' ``dtype`` rounds first, as in eager mode; nan stays."""
+    limit = _round_to_nearest(tl.full(values.shape, limit, tl.float32), dtype).to(tl.float32)
+    values = tl.where(values > limit, limit, values)
+    return tl.where(values < -limit, -limit, values)
 
 
 @triton.jit
@@ -118,7 +165,7 @@ def _load(
     """This block of both."""
     places = block * BLOCK + lanes
     mask = places < left if MASKED else None
-    return tl.load(weights + places, mask), tl.load(gradients + places, mask)
+    return tl.load(weights + places, mask), tl.load(gradients + places, mask, 0 if MASKED else None)
 
 
 @triton.jit
@@ -144,7 +191,7 @@ def _round_at_random(exact: tl.tensor, noise: tl.tensor, dtype: tl.constexpr) ->
 @triton.jit
 def _round_to_nearest(exact: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """Ties to even; by hand for bfloat16, which Triton's interpreter would cut off."""
-    if dtype == tl.float16:
+    if dtype != tl.bfloat16:
         return exact.to(dtype)
     odd = (exact.to(tl.int32, bitcast=True) >> 16) & 1
     return _clear_low_bits(exact, 0x7FFF + odd, 16).to(dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lomo_ds.clipping import Clipping
 from lomo_ds.numerics import norms
-from lomo_ds.rules import Rule
+from lomo_ds.rules import Rule, SquareSums
 from lomo_ds.stores import Store
 
 
@@ -86,11 +86,18 @@ class Schedule(ABC):
         for index, norm in zip(indices, norms(gradients), strict=True):
             self.norms[index] = norm
 
-    def update(self, indices: list[int], gradients: list[Tensor], coefficients: list[float] | float | Tensor) -> None:
+    def update(
+        self,
+        indices: list[int],
+        gradients: list[Tensor],
+        coefficients: list[float] | float | Tensor,
+        squares: SquareSums | None = None,
+    ) -> None:
         """Let the rule write targets from their gradient shards, which are clobbered.
 
         Args:
             coefficients: the clip factors of all groups, or the one of these targets.
+            squares: see ``Rule.update``.
         """
         alike: dict[int, list[int]] = defaultdict(list)
         for position, index in enumerate(indices):
@@ -98,13 +105,11 @@ class Schedule(ABC):
         for some in alike.values():
             chosen = [gradients[position] for position in some]
             target = self.targets[indices[some[0]]]
-            if self.clipping.value is not None:
-                for gradient in chosen:
-                    self.clipping.clamp_(gradient, self.scale)
             coefficient = coefficients[target.group] if isinstance(coefficients, list) else coefficients
             lr, weight_decay = target.options["lr"], target.options["weight_decay"]
+            limit = self.clipping.limit(self.scale)
             for shards, theirs in self.store.lend([indices[position] for position in some], chosen):
-                self.rule.update(shards, theirs, coefficient / self.scale, lr, weight_decay)
+                self.rule.update(shards, theirs, coefficient / self.scale, lr, weight_decay, limit, squares)
 
     def _kinds(self) -> list[int]:
         """A number for each target; those with the same are updated alike: one param_group, one clip factor."""

@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from lomo_ds.clipping import Clipping
 from lomo_ds.distributed import agree
-from lomo_ds.rules import Rule
+from lomo_ds.rules import Rule, SquareSums
 from lomo_ds.schedules.base import Schedule, Target
 from lomo_ds.stores import Store
 
@@ -30,19 +30,25 @@ class Immediate(Schedule):
         self.ranks = ranks
         self.sizes = Counter(target.group for target in targets)
         self.waiting: dict[int, dict[int, Tensor]] = defaultdict(dict)  # by group and target
+        self.squares: SquareSums | None = None  # of this step, where an update need not know them
+        if clipping.group_norm is None:
+            self.squares = rule.square_sums([target.numel for target in targets], device)
         super().__init__(targets, store, rule, clipping, device)
 
     def start(self, scale: float) -> None:
         super().start(scale)
         self.waiting.clear()
+        if self.squares is not None:
+            self.squares.clear()
 
     def note_whole(self, index: int, whole: Tensor) -> None:
         self.store.note_whole(index, whole)
 
     def take(self, indices: list[int], gradients: list[Tensor]) -> None:
-        self.note_norms(indices, gradients)
+        if self.squares is None:
+            self.note_norms(indices, gradients)
         if self.clipping.group_norm is None:
-            self.update(indices, gradients, 1.0)
+            self.update(indices, gradients, 1.0, self.squares)
             return
         for index, gradient in zip(indices, gradients, strict=True):
             group = self.targets[index].group
@@ -54,6 +60,12 @@ class Immediate(Schedule):
         for group in sorted(self.waiting):  # groups with a parameter that this batch did not use
             self._update_group(group)
         super().flush()
+
+    def measure(self) -> Tensor:
+        if self.squares is None:
+            return super().measure()
+        groups = len(self.members)  # of which nothing but the sum is asked where no group is clipped
+        return torch.nn.functional.pad(self.squares.total()[None], (0, groups - 1))
 
     def _update_group(self, group: int) -> None:
         gradients = self.waiting.pop(group)

@@ -116,6 +116,27 @@ def test_nearest_equals_eager_bit_for_bit(interpreted: Interpreted, dtype: torch
     interpreted(updates_as_eager, dtype, factor)
 
 
+def leaves_sums_of_squares(dtype: torch.dtype) -> None:
+    from lomo_ds.int8 import kernel as int8_kernel
+
+    for numel in NUMELS[1:]:
+        codes, scales = int8.encode(randn(numel))
+        gradient = randn(numel, seed=1).to(dtype)
+        for limit in (None, 0.1):
+            found, buffer = (codes.clone(), scales.clone()), torch.full((-(-numel // 8192) + 2,), -1.0)
+            int8_kernel.update(*found, gradient, 0.037, 0.97, None, limit, buffer[1:-1])
+            exact = [(part.double().numpy() ** 2).sum() for part in gradient.split(8192)]
+            np.testing.assert_allclose(buffer[1:-1].numpy(), exact, rtol=1e-6)
+            assert buffer[0] == buffer[-1] == -1
+            clamped = gradient if limit is None else gradient.clamp(-limit, limit)
+            assert all(map(torch.equal, found, updated(codes, scales, clamped, 0.037, 0.97)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_update_leaves_sums_of_squares_and_clamps(interpreted: Interpreted, dtype: torch.dtype) -> None:
+    interpreted(leaves_sums_of_squares, dtype)
+
+
 def reference_noise(numel: int, noise: Noise) -> Tensor:
     """Philox over (lane, 256 steps, shard, a constant): half a word for each of a lane's 8 elements, then Weyl."""
     programs = -(-numel // 8192)
@@ -192,7 +213,7 @@ def test_a_block_that_is_not_finite_is_nan(interpreted: Interpreted, noise: Nois
     interpreted(shows_what_is_not_finite, noise)
 
 
-def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, bool]) -> str:
+def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, bool | None]) -> str:
     """Its PTX; a compiler needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -236,8 +257,10 @@ def test_updating_compiles_to_wide_loads_and_separate_roundings(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"codes": "*i8", "scales": "*bf16", "gradients": "*bf16", "factor": "*fp32", "decay": "fp32"}
+    pointers |= {"limit": "constexpr", "squares": "*fp32"}
     signature = pointers | dict.fromkeys(("numel", "seed", "shard", "window", "shift"), "i64")
-    code = compiled(int8_kernel._update, signature, {"FACTOR_IN_MEMORY": True, "STOCHASTIC": True})
+    constants = {"FACTOR_IN_MEMORY": True, "STOCHASTIC": True, "limit": None}
+    code = compiled(int8_kernel._update, signature, constants)
     assert code.count("ld.global.v2.b32") == code.count("st.global.v2.b32") == 8, "8 codes"
     assert code.count("ld.global.v4.b32") == 8, "8 gradients of bfloat16"
     assert "fma." not in code

@@ -164,3 +164,31 @@ def test_without_triton_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -
     Sgd().update(eager, gradients, coefficient=0.5, lr=0.1, weight_decay=0.1)
     assert_same(eager, by_kernel)
     Sgd(generator()).update(eager, gradients, coefficient=0.5, lr=0.1, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gradient_dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
+)
+def test_an_update_leaves_the_norm_of_what_it_has_read(dtype: torch.dtype, gradient_dtype: torch.dtype) -> None:
+    rule, gradients = Sgd(generator()), on_gpu(randn(gradient_dtype, seed=1))
+    squares = rule.square_sums(NUMELS, torch.device("cuda", 0))
+    assert squares is not None
+    exact = sum(float(gradient.double().square().sum()) for gradient in gradients)
+    totals = []
+    for _ in range(2):
+        squares.clear()
+        shards = on_gpu(randn(dtype))
+        rule.update(shards, gradients, 0.5, 0.1, 0.0, 0.3, squares)  # clamped behind the measurement
+        totals.append(squares.total())
+    assert float(totals[0].sqrt()) == pytest.approx(exact**0.5, rel=1e-6)
+    assert torch.equal(*totals), "bit for bit"
+
+
+def test_fp32_equals_torch_sgd_bit_for_bit_where_squares_are_wanted() -> None:
+    rule, found, expected = Sgd(), on_gpu(randn(torch.float32)), on_gpu(randn(torch.float32))
+    gradients = on_gpu(randn(torch.float32, seed=1))
+    rule.update(expected, gradients, coefficient=1.0, lr=0.37, weight_decay=0.1)
+    squares = rule.square_sums(NUMELS, torch.device("cuda", 0))
+    rule.update(found, gradients, coefficient=1.0, lr=0.37, weight_decay=0.1, squares=squares)
+    assert_same(found, expected)

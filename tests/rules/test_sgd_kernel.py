@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lomo_ds.numerics import clamp_
 from lomo_ds.rules import Sgd
-from lomo_ds.rules.sgd_eager import update_half
+from lomo_ds.rules.sgd_eager import update_half, update_single
 from tests.rules import philox
 
 pytest.importorskip("triton")
@@ -47,6 +48,80 @@ def test_nearest_equals_eager_bit_for_bit(
     interpreted: Interpreted, dtype: torch.dtype, gradient_dtype: torch.dtype, factor: float | Tensor
 ) -> None:
     interpreted(equals_eager, dtype, gradient_dtype, factor)
+
+
+def measured(shard: Tensor, gradient: Tensor, limit: float | None = None, factor: float = 0.037) -> tuple[Tensor, ...]:
+    """The new shard, and the squares that an update leaves in the middle of a buffer."""
+    from lomo_ds.rules import sgd_kernel
+
+    programs = -(-shard.numel() // 8192)
+    written, buffer = shard.clone(), torch.full((programs + 2,), -1.0)
+    sgd_kernel.update(written, gradient, factor, 0.97, None, limit, buffer[1:-1])
+    assert buffer[0] == buffer[-1] == -1
+    return written, buffer[1:-1]
+
+
+def leaves_sums_of_squares(dtype: torch.dtype, gradient_dtype: torch.dtype) -> None:
+    for numel in (1, 1000, 8192, 2 * 8192 + 37):
+        shard, gradient = randn(numel, dtype), randn(numel, gradient_dtype, seed=1)
+        for limit in (None, 0.1):
+            sums = measured(shard, gradient, limit)[1]
+            exact = [(part.double().numpy() ** 2).sum() for part in gradient.split(8192)]
+            np.testing.assert_allclose(sums.numpy(), exact, rtol=1e-6)
+        assert torch.equal(measured(shard, gradient)[1], measured(shard, gradient)[1])
+        if dtype != torch.float32:
+            assert torch.equal(measured(shard, gradient)[0], updated(shard, gradient, 0.037, 0.97))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gradient_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_an_update_leaves_sums_of_squares(
+    interpreted: Interpreted, dtype: torch.dtype, gradient_dtype: torch.dtype
+) -> None:
+    interpreted(leaves_sums_of_squares, dtype, gradient_dtype)
+
+
+def shows_what_is_not_finite() -> None:
+    for bad in (math.inf, -math.inf, math.nan):
+        gradient = randn(3 * 8192, torch.bfloat16)
+        gradient[8192 + 5] = bad
+        sums = measured(torch.zeros(3 * 8192, dtype=torch.bfloat16), gradient, limit=1.0)[1]
+        assert sums.isfinite().tolist() == [True, False, True]
+        assert bool(sums.isnan()[1]) == math.isnan(bad)
+
+
+def test_inf_and_nan_are_seen_in_the_sums(interpreted: Interpreted) -> None:
+    interpreted(shows_what_is_not_finite)
+
+
+def clamps_as_eager(dtype: torch.dtype, gradient_dtype: torch.dtype, limit: float) -> None:
+    shard, gradient = randn(8192 + 37, dtype), randn(8192 + 37, gradient_dtype, seed=1)
+    gradient[:3] = torch.tensor([math.inf, -math.inf, math.nan])
+    factor = 2.0**-5  # so that products are exact in fp32: Triton's interpreter may round a fused multiply-add twice
+    found, expected, clamped = measured(shard, gradient, limit, factor)[0], shard.clone(), gradient.clone()
+    clamp_(clamped, limit)
+    if dtype == torch.float32:
+        update_single([expected], [clamped], 1.0, factor, 0.97)
+    else:
+        update_half([expected], [clamped], factor, 0.97, None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("limit", [0.1, 1e30, 1e300])
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, *HALF_DTYPES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clamps_as_eager_bit_for_bit(
+    interpreted: Interpreted, dtype: torch.dtype, gradient_dtype: torch.dtype, limit: float
+) -> None:
+    interpreted(clamps_as_eager, dtype, gradient_dtype, limit)
 
 
 def keeps_to_its_shard() -> None:
@@ -218,8 +293,11 @@ def test_the_rule_goes_on_from_the_state_of_its_generator(interpreted: Interpret
     interpreted(rule_goes_on_from_its_state)
 
 
-def test_compiles_to_wide_loads_and_separate_roundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A compiler needs no GPU: 16 bytes a load and store, nothing through shared memory, no fused multiply-add."""
+@pytest.mark.parametrize("squares", [True, False], ids=["squares", "no squares"])
+def test_compiles_to_wide_loads_and_separate_roundings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, squares: bool
+) -> None:
+    """A compiler needs no GPU: 16 bytes a load and store, no fused multiply-add; a sum alone is shared by threads."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -227,11 +305,13 @@ def test_compiles_to_wide_loads_and_separate_roundings(monkeypatch: pytest.Monke
     from lomo_ds.rules import sgd_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    dtypes = {"weights": "*bf16", "gradients": "*bf16", "factor": "*fp32", "decay": "fp32"}
+    types = {"weights": "*bf16", "gradients": "*bf16", "factor": "fp32", "decay": "fp32", "limit": "constexpr"}
+    types["squares"] = "*fp32" if squares else "constexpr"
+    nothing = {"limit": None} if squares else {"limit": None, "squares": None}
     source = ASTSource(
         sgd_kernel._sgd,
-        signature=dtypes | dict.fromkeys(("numel", "seed", "call"), "i64"),
-        constexprs={"FACTOR_IN_MEMORY": True, "STOCHASTIC": True},
+        signature=types | dict.fromkeys(("numel", "seed", "call"), "i64"),
+        constexprs={"FACTOR_IN_MEMORY": False, "STOCHASTIC": True, **nothing},
         attrs={(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=sgd_kernel.OPTIONS)
@@ -239,4 +319,4 @@ def test_compiles_to_wide_loads_and_separate_roundings(monkeypatch: pytest.Monke
     assert code.count("ld.global.v4.b32") == 2 * 8
     assert code.count("st.global.v4.b32") == 8
     assert "fma." not in code
-    assert compiled.metadata.shared == 0
+    assert compiled.metadata.shared == (16 if squares else 0), "a number for each warp"
