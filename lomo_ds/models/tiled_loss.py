@@ -90,20 +90,50 @@ class _TiledCrossEntropy(torch.autograd.Function):
         blocks, runs = _cut(len(hidden), len(weight), ctx.tile_bytes)
         for block in blocks:
             rows = weight[block]
-            weight_sum = torch.zeros_like(rows, dtype=torch.float32) if of_weight else None
+            sums = None if grad_weight is None else _WeightSum(grad_weight[block], len(runs))
             for run in runs:
                 tile = _logits(hidden[run], rows, None if bias is None else bias[block])
                 tile = _slope_(tile, log_sums[run], *_find(labels[run], block), factors[run]).to(weight.dtype)
                 if grad_hidden is not None:
                     grad_hidden[run].addmm_(tile, rows)
-                if weight_sum is not None:
-                    weight_sum += tile.T @ hidden[run]
+                if sums is not None:
+                    sums.add(tile, hidden[run])
                 if grad_bias is not None:
                     grad_bias[block] += tile.sum(0, dtype=torch.float32)
                 del tile
-            if grad_weight is not None and weight_sum is not None:
-                grad_weight[block] = weight_sum
+            if sums is not None:
+                sums.finish()
+            del sums  # or its fp32 sum would lie beside the next block's
         return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None
+
+
+class _WeightSum:
+    """Adds up a block of the weight's gradient, in fp32; beside the gradient only where that cannot hold the sum.
+
+    Args:
+        gradient: (rows of the block, hidden size), filled when ``finish`` is called.
+        products: how many ``add`` brings.
+    """
+
+    def __init__(self, gradient: Tensor, products: int) -> None:
+        self.gradient = gradient
+        self.single = products == 1
+        in_place = self.single or gradient.dtype == torch.float32
+        self.total = gradient if in_place else torch.empty_like(gradient, dtype=torch.float32)
+        if not self.single:
+            self.total.zero_()
+
+    def add(self, tile: Tensor, hidden: Tensor) -> None:
+        """Add ``tile.T @ hidden``: (tokens, rows of the block) and (tokens, hidden size)."""
+        if self.single:
+            torch.mm(tile.T, hidden, out=self.total)
+        else:
+            self.total += tile.T @ hidden
+
+    def finish(self) -> None:
+        """Round the sum to the gradient's dtype."""
+        if self.total is not self.gradient:
+            self.gradient.copy_(self.total)
 
 
 def _cut(tokens: int, vocabulary: int, tile_bytes: int) -> tuple[list[slice], list[slice]]:

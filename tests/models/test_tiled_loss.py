@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from lomo_ds.models.tiled_loss import tiled_cross_entropy
+from lomo_ds.models.tiled_loss import MAX_BLOCKS, tiled_cross_entropy
+from lomo_ds.planner.moments import Rehearsal
+from lomo_ds.planner.recorder import Recorder
 from tests.largest import Largest
 
 
@@ -166,6 +168,29 @@ def test_no_tensor_is_as_large_as_the_logits() -> None:
     with Largest() as largest:
         loss_and_gradients(whole, [hidden, weight, None], labels, 2.0)
     assert largest.numel == case.tokens * case.vocabulary
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "products"),
+    [(torch.bfloat16, 64, 0), (torch.bfloat16, 16, 1), (torch.float32, 64, 0), (torch.float32, 16, 1)],
+)
+def test_beside_the_gradients_are_two_tiles_and_one_sum(dtype: torch.dtype, length: int, products: int) -> None:
+    """A block takes one run of tokens or four; of four products the sum is fp32, in the gradient if that is."""
+    tokens, vocabulary, size, width = 64, 512, 1024, 512 // MAX_BLOCKS
+    tile_bytes = 4 * length * width
+    with torch.device("meta"):
+        hidden = torch.empty(tokens, size, dtype=dtype, requires_grad=True)
+        weight = torch.empty(vocabulary, size, dtype=dtype, requires_grad=True)
+        labels = torch.empty(tokens, dtype=torch.int64)
+    with Recorder(Rehearsal([], []), vocabulary) as recorder:
+        for tensor in (hidden, weight, labels):
+            recorder.know(tensor)
+        tiled_cross_entropy(hidden, weight, None, labels, tile_bytes=tile_bytes).backward()
+    gradients = hidden.nbytes + weight.nbytes
+    product = products * width * size * dtype.itemsize
+    fp32_sum = products * width * size * 4 * (dtype != torch.float32)
+    small = 64 * tokens
+    assert gradients + product < recorder.peak <= gradients + 2 * tile_bytes + product + fp32_sum + small
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
