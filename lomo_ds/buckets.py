@@ -5,6 +5,8 @@ from typing import Generic, TypeVar
 
 # Small gradients travel together, until they have half as many elements as the largest parameter, and at most
 MAX_BUCKET_NUMEL = 2**23
+# What waits and is in flight may be as much, beside the one launch that travels while the next gradient is computed
+MAX_ALIVE_NUMEL = 2**25
 # However small a model is, as many elements may be alive; and as many are handed on together where nothing travels.
 MIN_BUCKET_NUMEL = 2**18
 
@@ -16,7 +18,7 @@ class Buckets(Generic[Gradient]):
 
     What waits here and what is in flight have together no more elements than the largest parameter, or
     ``MIN_BUCKET_NUMEL``; with the one that comes next never more than two parameters' gradients are alive (and a
-    bucket, while it is packed).
+    bucket, while it is packed). Of matrices with ``MAX_ALIVE_NUMEL`` elements or more only the latest is in flight.
 
     Args:
         largest_numel: elements of the largest parameter.
@@ -44,7 +46,9 @@ class Buckets(Generic[Gradient]):
         """Take the next gradient, of ``numel`` elements."""
         if self.waiting and numel >= self.bucket_numel:
             self._launch()
-        self.land(self.alive_numel - self.waiting_numel - numel)
+        latest_and_bucket = self.latest_numel + self.bucket_numel
+        alive_numel = min(self.alive_numel, max(MAX_ALIVE_NUMEL, latest_and_bucket))
+        self.land(alive_numel - self.waiting_numel - numel)
         self.waiting.append(gradient)
         self.waiting_numel += numel
         if self.waiting_numel >= self.bucket_numel:
@@ -60,8 +64,10 @@ class Buckets(Generic[Gradient]):
         """Drop what waits."""
         self.waiting: list[Gradient] = []
         self.waiting_numel = 0
+        self.latest_numel = 0  # elements of the last launch
 
     def _launch(self) -> None:
-        bucket = self.waiting
+        bucket, numel = self.waiting, self.waiting_numel
         self.forget()
+        self.latest_numel = numel
         self.launch(bucket)
