@@ -123,6 +123,10 @@ def test_few_layers_stand_for_many(checkpointing: bool, gpus: int) -> None:
     for found in (few, all_of_them):  # operations are counted as a sum alone
         found.moments = [dataclasses.replace(moment, flops=0) for moment in found.moments]
     assert few == all_of_them
+    for moment, same in zip(few.moments, all_of_them.moments, strict=True):
+        assert +few.sizes_of(moment.alive) == all_of_them.sizes_of(same.alive)
+        assert few.sizes_of(moment.alive).total() == moment.peak
+        assert few.sizes_of(moment.alive_level).total() == moment.level
 
 
 def test_operations_are_those_of_matrix_products_and_attention() -> None:
@@ -304,6 +308,8 @@ def test_more_memory_never_makes_a_plan_unfit(run: Settings, tight: int, more: i
     before, after = plan(MODEL, run, small), plan(MODEL, run, large)
     assert after.fits or not before.fits
     assert before.gpu_bytes == sum(before.memory.at_peak.values()) > before.memory.at_peak[CONTEXT]
+    assert before.gpu_bytes == sum(before.memory.sizes.values())
+    assert min(before.memory.sizes.values()) >= 0
 
 
 # how it speaks
@@ -318,6 +324,18 @@ def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ("parameter shard", "gathered", "stash", "seconds of a step", "tokens/s", "bound by", "50 % of 71"):
         assert words in told
     assert "\nplan: " in told
+
+
+def test_what_makes_up_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*COMMAND, "--batch=8", "--gradient_checkpointing", "--tiled_logits=false", "--moments"])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("GiB on each GPU at the peak (in backward, before lm_head.weight): ")
+    sizes = [float(row.split()[0]) for row in rows]
+    assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
+    assert sum(sizes) == pytest.approx(float(head.rpartition(" ")[2]), abs=0.0005 * (len(rows) + 1))
+    logits = f"{8 * 128 * 32000 * 4 / GIB:.3f}"
+    for words in ("model: log_softmax, float32 1024 x 32000", "model: nll_loss_backward, float32 1024 x 32000"):
+        assert sum(row.split()[0] == logits and row.endswith(words) for row in rows) == 1
 
 
 def test_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:

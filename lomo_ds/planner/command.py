@@ -10,7 +10,7 @@ from lomo_ds.errors import ConfigError
 from lomo_ds.planner.advice import advise
 from lomo_ds.planner.machine import Machine, parse_bytes, parse_rate
 from lomo_ds.planner.plan import PlannedModel, plan
-from lomo_ds.planner.report import as_json, as_text
+from lomo_ds.planner.report import as_json, as_text, moments_as_text
 from lomo_ds.planner.settings import Offload, Optimizer, Settings
 from lomo_ds.planner.suggest import suggested_ds_config
 from lomo_ds.precision import Precision
@@ -32,6 +32,9 @@ def main(argv: list[str]) -> None:
     given = _parser().parse_args(argv)
     model = PlannedModel.of(given.model, given.trust_remote_code)
     found = plan(model, _settings(given), _machine(given))
+    if given.moments:
+        print(moments_as_text(found))
+        return
     advice = advise(found, model)
     print(json.dumps(as_json(found, advice), indent=1) if given.json else as_text(found, advice))
     if given.suggest is not None:
@@ -71,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     add("--suggest", type=Path, metavar="FILE", help="write the DeepSpeed config of the plan, or of what makes it fit")
     add("--nvme_path", help="folder that --suggest writes into a config with parameters on NVMe")
+    add("--moments", action="store_true", help="print which tensors make up the peak, the largest first, and no plan")
     add("--json", action="store_true", help="print JSON")
     return parser
 

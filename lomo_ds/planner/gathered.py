@@ -4,7 +4,7 @@ It follows ``PartitionedParameterCoordinator`` of deepspeed 0.19 in a step whose
 third step on: fetch what a module needs, prefetch what comes next, free what is not used again soon.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -36,6 +36,10 @@ class Gathered(Protocol):
     def let_go(self, p: int) -> None:
         """See ``hold``."""
 
+    def sizes(self) -> Counter[str]:
+        """Bytes by the parameter's name, of those that are whole now or on their way."""
+        ...
+
 
 class NothingGathered:
     """One rank whose shards are the parameters."""
@@ -50,6 +54,10 @@ class NothingGathered:
 
     def let_go(self, p: int) -> None:
         """Nothing: there is no copy."""
+
+    def sizes(self) -> Counter[str]:
+        """Nothing: there is no copy."""
+        return Counter()
 
 
 class _Lot:
@@ -68,7 +76,7 @@ class OnDemand:
     def __init__(self, rehearsal: Rehearsal, settings: Settings) -> None:
         self.settings = settings
         self.wired = settings.optimizer == "lomo" and (settings.offload_param != "none" or settings.int8_weights)
-        self.numels = rehearsal.numels
+        self.names, self.numels = rehearsal.names, rehearsal.numels
         self.modules = rehearsal.modules
         begins = (Event.FETCH_FORWARD, Event.FETCH_BACKWARD)
         self.order = [moment.index for moment in rehearsal.moments if moment.event in begins]
@@ -120,6 +128,14 @@ class OnDemand:
         """See ``Gathered.hold``."""
         self.held.discard(p)
         self._add(-self.kept.pop(p, 0))
+
+    def sizes(self) -> Counter[str]:
+        """See ``Gathered.sizes``."""
+        sizes = Counter({self.names[p]: size for p, size in (self.available | self.kept).items()})
+        for lot in set(self.lots.values()):
+            first, *others = sorted(lot.members)
+            sizes[f"{self.names[first]}{f' and {len(others)} more' if others else ''}, received"] += lot.size
+        return sizes
 
     def _fetch(self, module: int) -> None:
         wanted = sorted(self.modules[module])

@@ -8,8 +8,9 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfi
 from lomo_ds.planner.gathered import Gathered, NothingGathered, OnDemand
 from lomo_ds.planner.gradients import Gradients, Partitioned, Reduced
 from lomo_ds.planner.machine import Machine
-from lomo_ds.planner.moments import Event, Moment, Rehearsal
+from lomo_ds.planner.moments import Alive, Event, Moment, Rehearsal
 from lomo_ds.planner.pinned import pinned_bytes
+from lomo_ds.planner.recorder import CHECKPOINT
 from lomo_ds.planner.settings import Settings
 from lomo_ds.rules.declared import sgd_state_bytes, sgd_temporaries
 from lomo_ds.schedules.declared import Keeps
@@ -30,6 +31,7 @@ class Memory:
     Attributes:
         at_peak: by kind, on the GPU at the moment when most is there.
         when: that moment, in words.
+        sizes: the same bytes by kind and name.
         host: by kind, pinned in host memory.
         nvme: by kind, on a disk.
         gathered_forward: elements of the parameters that a forward pass gathers; ``gathered_backward``, a backward.
@@ -37,6 +39,7 @@ class Memory:
 
     at_peak: dict[str, int] = field(default_factory=dict)
     when: str = ""
+    sizes: dict[tuple[str, str], int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
     nvme: dict[str, int] = field(default_factory=dict)
     gathered_forward: int = 0
@@ -89,7 +92,7 @@ class _Ledger:
         self.gradients.finish()
         if self.settings.optimizer != "lomo":
             self._step_of_baseline()
-        self._see(self.moment.level, self.moment.logits_level, self.gathered.refreshed)
+        self._see(self.moment.level, self.moment.logits_level, self.gathered.refreshed, self.moment.alive_level)
         return self.memory
 
     def _base(self, machine: Machine) -> Counter[str]:
@@ -136,7 +139,7 @@ class _Ledger:
 
     def _pass(self, moment: Moment) -> None:
         self.moment = moment
-        self._see(moment.peak, moment.logits, self.gathered.level)
+        self._see(moment.peak, moment.logits, self.gathered.level, moment.alive)
         if moment.event is Event.GRADIENT:
             self.gradients.add(moment.index)
             return
@@ -146,7 +149,7 @@ class _Ledger:
             self._follow_checkpoint(moment)
         self.gathered.peak = self.gathered.level
         self.gathered.see(moment.event, moment.index)
-        self._see(moment.level, moment.logits_level, self.gathered.peak)
+        self._see(moment.level, moment.logits_level, self.gathered.peak, moment.alive_level)
 
     def _follow_checkpoint(self, moment: Moment) -> None:
         """A layer's input is kept from its forward to the end of its backward; two may be on their way to the host."""
@@ -161,9 +164,9 @@ class _Ledger:
             self.away = sum(alive[:-2])
 
     def _see_gradients(self) -> None:
-        self._see(self.moment.level, self.moment.logits_level, self.gathered.level)
+        self._see(self.moment.level, self.moment.logits_level, self.gathered.level, self.moment.alive_level)
 
-    def _see(self, activations: int, logits: int, gathered: int) -> None:
+    def _see(self, activations: int, logits: int, gathered: int, alive: Alive) -> None:
         gradients = self.gradients
         total = activations - self.away + gathered + gradients.level + gradients.stashed + gradients.parts
         if total < self.peak:
@@ -177,6 +180,20 @@ class _Ledger:
         found[ACTIVATIONS] += activations - logits - checkpoints
         self.memory.at_peak = {kind: found[kind] for kind in KINDS}
         self.memory.when = self._when()
+        self.memory.sizes = self._name_sizes(alive)
+
+    def _name_sizes(self, alive: Alive) -> dict[tuple[str, str], int]:
+        """``at_peak`` in its parts; what has no name of its own stands under its kind alone."""
+        activations = self.rehearsal.sizes_of(alive)
+        activations[CHECKPOINT] -= self.away
+        sizes = {(ACTIVATIONS, name): size for name, size in activations.items()}
+        sizes |= {(GATHERED, name): size for name, size in self.gathered.sizes().items()}
+        rest = dict(self.memory.at_peak)
+        for kind in (CHECKPOINTS, LOGITS):
+            rest[ACTIVATIONS] += rest.pop(kind)
+        for (kind, _), size in sizes.items():
+            rest[kind] -= size
+        return sizes | {(kind, "in passing" if kind == GATHERED else ""): size for kind, size in rest.items()}
 
     def _when(self) -> str:
         event, index = self.moment.event, self.moment.index
@@ -206,3 +223,4 @@ class _Ledger:
         found[ACTIVATIONS] += (copies - 1) * FP32 * self.shard_numel
         self.memory.at_peak = {kind: found[kind] for kind in KINDS}
         self.memory.when = "in the optimizer's step"
+        self.memory.sizes = {(kind, ""): size for kind, size in self.memory.at_peak.items()}

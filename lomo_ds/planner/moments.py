@@ -1,6 +1,8 @@
 """What a rehearsal has found: when which bytes of activations are alive, between the events of a step."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -18,6 +20,14 @@ class Event(Enum):
 
 
 @dataclass(frozen=True)
+class Alive:
+    """Activations at one instant: bytes by name, and how many layers more than were run have left theirs."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    more_layers: int = 0
+
+
+@dataclass(frozen=True)
 class Moment:
     """An event, and the activations up to it.
 
@@ -27,6 +37,7 @@ class Moment:
         level: bytes alive now; a gradient that has just arrived is not among them.
         logits: of ``peak``, tensors as wide as the vocabulary; ``logits_level``, of ``level``.
         flops: so far.
+        alive: what makes up ``peak``; ``alive_level``, what makes up ``level``.
     """
 
     event: Event
@@ -36,6 +47,8 @@ class Moment:
     logits: int = 0
     logits_level: int = 0
     flops: int = 0
+    alive: Alive = field(default=Alive(), compare=False)
+    alive_level: Alive = field(default=Alive(), compare=False)
 
 
 @dataclass
@@ -53,6 +66,7 @@ class Rehearsal:
         flops: of matrix products and attention, as they are executed: with recomputation, where there is any.
         forward_flops: of them, before the loss is known.
         tiled: whether logits are computed a tile at a time.
+        left_by_layer: bytes by name that forward through a layer leaves for backward, where not all were run.
     """
 
     names: list[str]
@@ -67,11 +81,19 @@ class Rehearsal:
     flops: int = 0
     forward_flops: int = 0
     tiled: bool = False
+    left_by_layer: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def numel(self) -> int:
         """Parameters of the model."""
         return sum(self.numels)
+
+    def sizes_of(self, alive: Alive) -> Counter[str]:
+        """Bytes by name of all that is alive, the layers that were not run included."""
+        found = Counter(alive.sizes)
+        for name, size in self.left_by_layer.items():
+            found[name] += alive.more_layers * size
+        return found
 
     def by_layer(self) -> "Rehearsal":
         """The same where a decoder layer is gathered as a whole, and what is in it gives no sign."""
@@ -85,6 +107,6 @@ class Rehearsal:
             if moment.event is not Event.GRADIENT and moment.index in self.inside:
                 hidden = highest
                 continue
-            moments.append(dataclasses.replace(moment, peak=highest.peak, logits=highest.logits))
+            moments.append(dataclasses.replace(moment, peak=highest.peak, logits=highest.logits, alive=highest.alive))
             hidden = None
         return dataclasses.replace(self, modules=modules, moments=moments)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
-from lomo_ds.planner.moments import Event, Moment, Rehearsal
+from lomo_ds.layers import layer_of
+from lomo_ds.planner.moments import Alive, Event, Moment, Rehearsal
+
+CHECKPOINT = "inputs of the decoder layers"
 
 
 class Recorder(TorchDispatchMode):
@@ -28,6 +32,9 @@ class Recorder(TorchDispatchMode):
         self.level = self.peak = self.logits = self.logits_at_peak = 0
         # by storage its bytes, and whether it is as wide as the vocabulary; none of a parameter
         self.alive: dict[int, tuple[int, bool, weakref.ref[Any] | None]] = {}
+        self.names: dict[int, str] = {}  # of those in ``alive``, where they were made
+        self.alive_at_peak: Alive | None = None  # None: what is alive now
+        self.running: list[str] = []  # modules, each inside the one before
 
     def know(self, tensor: Tensor) -> None:
         """Leave out a tensor that is not an activation."""
@@ -39,18 +46,51 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
-                self._add(tensor)
+                self._add(tensor, func)
         self.flops += _flops(func, args)
         return result
 
+    def know_checkpoint(self, tensor: Tensor) -> None:
+        """Give the input of a decoder layer its name."""
+        self.names[tensor.untyped_storage()._cdata] = CHECKPOINT
+
     def note(self, event: Event, index: int = -1) -> None:
         """Something happens now."""
+        now = self._alive_now()
+        at_peak = self.alive_at_peak or now
         self.found.moments.append(
-            Moment(event, index, self.peak, self.level, self.logits_at_peak, self.logits, self.flops)
+            Moment(event, index, self.peak, self.level, self.logits_at_peak, self.logits, self.flops, at_peak, now)
         )
-        self.peak, self.logits_at_peak = self.level, self.logits
+        self.peak, self.logits_at_peak, self.alive_at_peak = self.level, self.logits, None
+        if index >= 0 and event is not Event.GRADIENT:
+            self._enter_or_leave(event, self.found.module_names[index])
 
-    def _add(self, tensor: Tensor) -> None:
+    def _enter_or_leave(self, event: Event, name: str) -> None:
+        """Follow which modules are running; one that was recomputed may have been left without a sign."""
+        while self.running and name != self.running[-1] and not _is_inside(name, self.running[-1]):
+            self.running.pop()
+        if event in (Event.FETCH_FORWARD, Event.FETCH_BACKWARD):
+            self.running.append(name)
+        elif self.running and self.running[-1] == name:
+            self.running.pop()
+
+    def _alive_now(self) -> Alive:
+        sizes: Counter[str] = Counter()
+        for key, (size, _, _) in self.alive.items():
+            if size:
+                sizes[self.names[key]] += size
+        return Alive(sizes)
+
+    def _name(self, tensor: Tensor, func: Any) -> str:
+        """Where a tensor was made, alike for layers alike: the module, the operation, and the tensor's form."""
+        module = self.running[-1] if self.running else ""
+        layer = layer_of(module + ".")
+        place = module if layer is None else "layer" + module[len(layer) :]
+        operation = str(getattr(func, "overloadpacket", func)).rpartition(".")[2].strip("_")
+        form = " x ".join(map(str, tensor.shape))
+        return f"{place or 'model'}: {operation}, {str(tensor.dtype).removeprefix('torch.')} {form}"
+
+    def _add(self, tensor: Tensor, func: Any) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.alive:
@@ -58,15 +98,22 @@ class Recorder(TorchDispatchMode):
         size = storage.nbytes()
         wide = tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary and tensor.is_floating_point()
         self.alive[key] = (size, wide, weakref.ref(storage, functools.partial(self._forget, key)))
+        self.names[key] = self._name(tensor, func)
         self.level += size
         self.logits += size * wide
         if self.level >= self.peak:
-            self.peak, self.logits_at_peak = self.level, self.logits
+            self.peak, self.logits_at_peak, self.alive_at_peak = self.level, self.logits, None
 
     def _forget(self, key: int, _: Any) -> None:
+        if self.alive_at_peak is None:  # a peak ends here
+            self.alive_at_peak = self._alive_now()
         size, wide, _reference = self.alive.pop(key)
         self.level -= size
         self.logits -= size * wide
+
+
+def _is_inside(name: str, module: str) -> bool:
+    return not module or name.startswith(module + ".")
 
 
 def _flops(func: Any, args: Any) -> int:
@@ -104,6 +151,8 @@ def _hook(module: Module, index: int, recorder: Recorder) -> None:
         if index in recorder.found.layers and index not in recorder.found.checkpoints:
             inputs = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.requires_grad]
             recorder.found.checkpoints[index] = sum(tensor.nbytes for tensor in inputs)
+            for tensor in inputs:
+                recorder.know_checkpoint(tensor)
         recorder.note(Event.FETCH_FORWARD, index)
         waiting[0] = 0
         return tree_map_only(Tensor, lambda tensor: _Leave.apply(tensor, recorder, index, waiting), arguments), keywords

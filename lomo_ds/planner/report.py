@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any
 
 from lomo_ds.planner.advice import Advice
-from lomo_ds.planner.plan import Plan, gib, rounded
+from lomo_ds.planner.plan import GIB, Plan, gib, rounded
 from lomo_ds.planner.suggest import command_line
 
+LEAST_SHOWN = 2**20  # bytes of a row of the table of moments
 FILE = "FILE is the DeepSpeed config that --suggest FILE writes"
 
 
@@ -50,6 +51,20 @@ def as_text(found: Plan, advice: Advice | None) -> str:
     else:
         lines += [command_line(found), FILE]
     return "\n".join(lines)
+
+
+def moments_as_text(found: Plan) -> str:
+    """A table of the tensors that make up the peak on a GPU, the largest first."""
+    rows = sorted(((size, kind, name) for (kind, name), size in found.memory.sizes.items() if size), reverse=True)
+    lines = [f"  {size / GIB:>7.3f}  {kind:<20}  {name}".rstrip() for size, kind, name in rows if size >= LEAST_SHOWN]
+    rest = sum(size for size, _, _ in rows if size < LEAST_SHOWN)
+    return "\n".join(
+        [
+            f"GiB on each GPU at the peak ({found.memory.when}): {found.gpu_bytes / GIB:.3f}",
+            *lines,
+            f"  {rest / GIB:>7.3f}  all that is smaller",
+        ]
+    )
 
 
 def as_json(found: Plan, advice: Advice | None) -> dict[str, Any]:

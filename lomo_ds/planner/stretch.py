@@ -5,6 +5,7 @@ are repeated; each repetition lies higher by what a layer leaves between the two
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 
 from lomo_ds.layers import layer_of
@@ -30,23 +31,26 @@ def stretch(short: Rehearsal, whole: Rehearsal) -> Rehearsal | None:
         return None  # a layer frees something else than it has left
 
     place = _Places(short, whole, missing)
-    found = [place(moment, 0, 0) for moment in moments[: forward.stop]]
+    found = [place(moment, 0, step) for moment in moments[: forward.stop]]
     for copy in range(1, missing + 1):
-        found += [place(moment, copy, copy * step) for moment in moments[forward]]
-    found += [place(moment, missing, missing * step) for moment in moments[forward.stop : backward.start]]
+        found += [place(moment, copy, step) for moment in moments[forward]]
+    found += [place(moment, missing, step) for moment in moments[forward.stop : backward.start]]
     for copy in range(missing, 0, -1):
-        found += [place(moment, copy, copy * step) for moment in moments[backward]]
-    found += [place(moment, 0, 0) for moment in moments[backward.start :]]
+        found += [place(moment, copy, step) for moment in moments[backward]]
+    found += [place(moment, 0, step) for moment in moments[backward.start :]]
 
     in_forward = moments[forward.stop].flops - moments[forward.start].flops
     in_backward = moments[backward.stop].flops - moments[backward.start].flops
     checkpoint = short.checkpoints[ours[PATTERN]]
+    left = Counter(moments[forward.stop].alive_level.sizes)
+    left.subtract(moments[forward.start].alive_level.sizes)
     return dataclasses.replace(
         whole,
         moments=found,
         checkpoints=dict.fromkeys(theirs, checkpoint),
         flops=short.flops + missing * (in_forward + in_backward),
         forward_flops=short.forward_flops + missing * in_forward,
+        left_by_layer=left,
     )
 
 
@@ -64,12 +68,19 @@ class _Places:
         self.parameters = _renamer(short.names, whole.names)
         self.modules = _renamer(short.module_names, whole.module_names)
 
-    def __call__(self, moment: Moment, copy: int, higher: int) -> Moment:
-        """A moment of the pattern's repetition ``copy``, or of what lies behind it, ``higher`` by so many bytes."""
+    def __call__(self, moment: Moment, copy: int, step: int) -> Moment:
+        """A moment of the pattern's repetition ``copy``, or of what lies behind it: ``copy`` times ``step`` higher."""
         index = moment.index
         if index >= 0:
             index = (self.parameters if moment.event is Event.GRADIENT else self.modules)(index, copy, self.missing)
-        return dataclasses.replace(moment, index=index, peak=moment.peak + higher, level=moment.level + higher)
+        return dataclasses.replace(
+            moment,
+            index=index,
+            peak=moment.peak + copy * step,
+            level=moment.level + copy * step,
+            alive=dataclasses.replace(moment.alive, more_layers=copy),
+            alive_level=dataclasses.replace(moment.alive_level, more_layers=copy),
+        )
 
 
 def _renamer(short: list[str], whole: list[str]) -> Callable[[int, int, int], int]:
