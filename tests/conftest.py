@@ -8,10 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # of this process, before anything imports deepspeed
 
 from tests.ranks import Ranks
+
+NO_GPU = "there is no CUDA GPU here"
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say in a line why nothing is run, where only the tests that want a GPU were asked for."""
+    if config.option.markexpr == "cuda" and not torch.cuda.is_available():
+        return f"{NO_GPU}, so every test marked cuda is skipped"
+    return None
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m cuda``, import only files that hold such tests: others may need packages that are not there."""
+    if config.option.markexpr == "cuda" and collection_path.match("test_*.py"):
+        return "mark.cuda" not in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that want a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
 @pytest.fixture(scope="session")

@@ -88,6 +88,8 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, accele
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": accelerator,
     }
+    if accelerator == "cuda":  # cuBLAS reads it once, and needs it to be deterministic where a test wants that
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import logging
 
     import torch

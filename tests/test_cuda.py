@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from tests.checkpoint.test_engine_checkpoints import interrupted_and_not
+from tests.determinism import deterministic_algorithms
 from tests.engines import largest_difference, make_engine, weights_of
+from tests.host_memory import same_from_host_memory
 from tests.ranks import Ranks
 from tests.reference import PlainSGD, part, tiny_model, whole_batch
 from tests.test_baseline import PlainOptimizer, make_baseline, trainable_model
-from tests.test_stores import same_from_host_memory
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = pytest.mark.cuda
 GroupOf = Callable[..., Ranks]
 
 
@@ -58,8 +59,8 @@ def test_equals_plain_sgd(
 
 
 def same_from_host_memory_on_gpu(schedule: str) -> None:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    same_from_host_memory(1024, 12, schedule)
+    with deterministic_algorithms():
+        same_from_host_memory(1024, 12, schedule)
 
 
 @pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
@@ -99,8 +100,8 @@ def test_half_precision_learns(ranks: GroupOf, section: str) -> None:
 
 
 def interrupted_on_gpu(folder: str, precision: str, offload: bool, in_background: bool) -> None:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    interrupted_and_not(folder, precision, offload, in_background)
+    with deterministic_algorithms():
+        interrupted_and_not(folder, precision, offload, in_background)
 
 
 @pytest.mark.parametrize(

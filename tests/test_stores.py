@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lomo_ds import memory
 from lomo_ds.errors import ConfigError
@@ -19,7 +18,8 @@ from lomo_ds.models import meta_model
 from lomo_ds.models.presets import preset_config
 from lomo_ds.stores import InHostMemory
 from lomo_ds.zero3 import Shard
-from tests.engines import identical, make_engine, weights_of
+from tests.engines import make_engine
+from tests.host_memory import same_from_host_memory
 from tests.ranks import Ranks
 from tests.reference import part, tiny_model, whole_batch
 
@@ -155,39 +155,6 @@ def test_host_memory_is_a_budget(ranks: GroupOf) -> None:
         assert "weights int8 need about half of it" in told
     for told in ranks(1).run(refused_before_anything_is_allocated, "int8"):
         assert told == "fits"
-
-
-def large_model(hidden: int, layers: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-    )
-    return LlamaForCausalLM(config).train()
-
-
-def train_from(offload: str, hidden: int, layers: int, schedule: str) -> dict[str, Tensor]:
-    zero = {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 0,
-        "stage3_max_reuse_distance": 0,
-        "offload_param": {"device": offload},
-    }
-    engine = make_engine(large_model(hidden, layers), schedule, lr=0.01, zero_optimization=zero, bf16={"enabled": True})
-    for number in range(6):
-        ids = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(number))
-        engine.train_batch({"input_ids": ids, "labels": ids})
-    return {name: weight.cpu() for name, weight in weights_of(engine).items()}
-
-
-def same_from_host_memory(hidden: int, layers: int, schedule: str) -> None:
-    """Where a copy is under way that nobody has waited for, weights differ."""
-    params = hidden, layers, schedule
-    assert identical(train_from("cpu", *params), train_from("none", *params))
 
 
 @pytest.mark.parametrize("schedule", ["immediate", "stash"])

@@ -84,7 +84,7 @@ def backward_without_a_wait(params: dict[str, Any], section: str) -> None:
         engine.step()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("section", ["bf16", "fp16"])
 @pytest.mark.parametrize(
     "params",

@@ -11,7 +11,7 @@ from lomo_ds.int8.eager import BLOCK, Noise
 from tests.int8.test_training import train_in_eight_bits
 from tests.ranks import Ranks
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = pytest.mark.cuda
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUMELS = [1, BLOCK, 8192, 8192 + 5 * BLOCK + 37, 3_000_001]
 

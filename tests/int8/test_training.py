@@ -1,8 +1,7 @@
 """Training with weights in eight bits, and with gathers in eight bits, against plain PyTorch doing the same."""
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from lomo_ds.export_checkpoint import export_checkpoint
 from lomo_ds.int8 import eager
 from lomo_ds.models import load_tokenizer
 from tests.checkpoint.test_engine_checkpoints import step as checkpoint_step
+from tests.determinism import deterministic_algorithms
 from tests.engines import identical, make_engine, weights_of
 from tests.ranks import Ranks
 from tests.reference import part, tiny_model, whole_batch
@@ -79,17 +79,7 @@ class PlainInt8:
             parameter.data.copy_(flat.view(parameter.shape))
 
 
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Whatever nobody writes to is nan, as what lies behind a shard's end."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@poisoned_memory()
+@deterministic_algorithms()  # whatever nobody writes to is nan, as what lies behind a shard's end
 def train_in_eight_bits(schedule: str, offload: str, granularity: str) -> float:
     """The largest share of a matrix's weights that are not bit for bit those of plain PyTorch after three steps."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -278,7 +268,7 @@ def test_rounding_on_the_wire_stays_there(ranks: GroupOf, offload: str) -> None:
     ranks(2).run(untouched_by_a_step, offload)
 
 
-@poisoned_memory()
+@deterministic_algorithms()  # whatever nobody writes to is nan, as what lies behind a shard's end
 def gathered_in_eight_bits(threshold: int) -> float:
     """The largest error of what modules see, over what rounding to the nearest of 127 steps allows."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": threshold, "zero_quantized_weights": True}

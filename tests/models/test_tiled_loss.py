@@ -193,7 +193,7 @@ def test_beside_the_gradients_are_two_tiles_and_one_sum(dtype: torch.dtype, leng
     assert gradients + product < recorder.peak <= gradients + 2 * tile_bytes + product + fp32_sum + small
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_it_never_waits_and_takes_little(dtype: torch.dtype) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -11,7 +11,7 @@ from lomo_ds.rules import Sgd
 from lomo_ds.rules.sgd import kernel_for
 from tests.rules import philox
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = pytest.mark.cuda
 HALF_DTYPES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF_DTYPES]
 NUMELS = [1, 1000, 8192, 100_003, 0, 4096 * 1024]
