@@ -3,16 +3,17 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks import methods
 from benchmarks.footprint import Tensors, forget_peak
-from benchmarks.memory import DOES_NOT_FIT
+from benchmarks.kernels import kernels_of
 from benchmarks.methods import Method
-from benchmarks.workers import Desk, DoesNotFit, WorkerError, Workers
+from benchmarks.workers import DOES_NOT_FIT, Desk, DoesNotFit, WorkerError, Workers
 from benchmarks.workload import Workload
 
 WARM_UP = 3  # steps; DeepSpeed traces the first ones
@@ -36,12 +37,22 @@ class Entrant:
     leads: bool = False
 
 
-def enter(desk: Desk, method: str, work: Workload) -> float:
-    """On a rank: build the method and warm it up; seconds that a step takes."""
+def enter(desk: Desk, method: str, work: Workload) -> None:
+    """On a rank: build the method and warm it up."""
     desk["method"] = methods.build(method, work)
-    for _ in range(WARM_UP - 1):
+    for _ in range(WARM_UP):
         desk["method"].step()
-    return take_turn(desk, 1, 0)["seconds"]
+    synchronize()
+
+
+def change_batch(desk: Desk, work: Workload) -> None:
+    """On a rank: let the method that was built train on the batch of another workload from here on."""
+    desk["method"].batch = work.rows(desk["method"].device)
+
+
+def kernels_in_use(desk: Desk, int8: bool) -> dict[str, str]:
+    """On a rank: which Triton kernels its method trains with; see ``kernels_of``."""
+    return kernels_of(desk["method"].device, int8)
 
 
 def take_turn(desk: Desk, steps: int, untimed: int) -> Row:
@@ -79,84 +90,138 @@ def synchronize() -> None:
 
 
 class Contest:
-    """Methods of one row taking turns.
+    """Methods taking turns, each in processes of its own, which are started at once and ended by ``with``.
 
     Args:
         ranks: of each method.
-        seconds: that the rounds may take.
-        timeout: seconds that all of it may take; who has not answered then is out.
         told: is called with what is happening.
+
+    Attributes:
+        turns: of each method that is still in, by its label.
+        outcome: of each that is out.
     """
 
     def __init__(
-        self, ranks: int, device: str, seconds: float, timeout: float, told: Callable[[str], None] = lambda text: None
+        self, entrants: list[Entrant], ranks: int, device: str, told: Callable[[str], None] = lambda text: None
     ) -> None:
-        self.ranks, self.device = ranks, device
-        self.seconds, self.told = seconds, told
-        self.deadline = time.monotonic() + timeout
-        self.workers: dict[str, Workers] = {}
+        self.entrants, self.device, self.told = entrants, device, told
+        self.workers = {entrant.label: Workers(ranks, device) for entrant in entrants}
         self.expected: dict[str, float] = {}  # seconds of a step, by label
-        self.outcome: dict[str, str] = {}  # of those that are out
+        self.outcome: dict[str, str] = {}
         self.turns: dict[str, list[Row]] = {}
+        self.kernels: dict[str, dict[str, str]] = {}
 
-    def run(self, entrants: list[Entrant]) -> list[Row]:
-        """What came out, in the order of ``entrants``."""
-        try:
-            self.workers = {entrant.label: Workers(self.ranks, self.device) for entrant in entrants}
-            for entrant in entrants:
-                self.told(f"building {entrant.label}")
-                found = self._ask(entrant.label, enter, entrant.method, entrant.work)
-                if found is not None:
-                    self.expected[entrant.label], self.turns[entrant.label] = max(found), []
-            self._rounds()
-            return [self._row(entrant) for entrant in entrants]
-        finally:
-            for workers in self.workers.values():
-                workers.stop()
+    def __enter__(self) -> "Contest":
+        return self
 
-    def _rounds(self) -> None:
+    def __exit__(self, *exception: object) -> None:
+        for workers in self.workers.values():
+            workers.stop()
+
+    def build(self, deadline: float) -> None:
+        """Build every method, all at the same time; who has not answered by ``deadline`` is out."""
+        self.told("building")
+        for entrant in self.entrants:
+            self._guard(entrant.label, partial(_begin_to_enter, entrant))
+        for label in list(self.workers):
+            self._guard(label, lambda workers: workers.finish(_until(deadline)))
+
+    def change_batch(self, batch: int, deadline: float) -> None:
+        """Go on with ``batch`` rows in a step."""
+        self.entrants = [replace(entrant, work=replace(entrant.work, batch=batch)) for entrant in self.entrants]
+        for entrant in self.entrants:
+            self._ask(entrant.label, deadline, change_batch, entrant.work)
+
+    def compare(
+        self, seconds: float, deadline: float, on_round: Callable[[list[Row]], None] = lambda rows: None
+    ) -> list[Row]:
+        """What came out, in the order of the entrants.
+
+        Args:
+            seconds: that the rounds may take.
+            deadline: of ``time.monotonic``; who has not answered by then is out.
+            on_round: is called with what came out so far, after every round.
+        """
+        self.turns = {}
+        for label in list(self.workers):
+            self.told(f"first step of {label}")
+            found = self._ask(label, deadline, take_turn, 1, 1)
+            if found is not None:
+                self.expected[label], self.turns[label] = max(turn["seconds"] for turn in found), []
+                self._look_for_kernels(label, deadline)
+        self._rounds(seconds, deadline, on_round)
+        peaks = {label: self._follow(label, deadline) for label in list(self.workers)} if self.device == "cpu" else {}
+        return [row | ({"peak": peaks.get(row["label"])} if peaks else {}) for row in self.rows()]
+
+    def rows(self) -> list[Row]:
+        """What came out so far, in the order of the entrants."""
+        return [self._row(entrant) for entrant in self.entrants]
+
+    def _rounds(self, seconds: float, deadline: float, on_round: Callable[[list[Row]], None]) -> None:
         start, rounds = time.monotonic(), 0
-        while self.workers and (rounds < LEAST_ROUNDS or time.monotonic() - start < self.seconds):
+        while self.workers and (rounds < LEAST_ROUNDS or time.monotonic() - start < seconds):
             for label in list(self.workers):
                 self.told(f"round {rounds + 1}: {label}")
                 steps = max(1, round(TURN_SECONDS / self.expected[label]))
                 # with caches filled anew, the allocator's above all; a long step fills the processor's by itself
                 untimed = 1 if self.device == "cuda" or steps > 1 else 0
-                found = self._ask(label, take_turn, steps, untimed)
+                found = self._ask(label, deadline, take_turn, steps, untimed)
                 if found is not None:
                     slowest = max(found, key=lambda turn: turn["seconds"])
                     self.turns[label].append(slowest)
                     self.expected[label] = min(self.expected[label], slowest["seconds"])
             rounds += 1
+            on_round(self.rows())
+
+    def _look_for_kernels(self, label: str, deadline: float) -> None:
+        method = next(entrant.method for entrant in self.entrants if entrant.label == label)
+        if self.device == "cuda" and methods.base_of(method) in methods.OURS:
+            found = self._ask(label, deadline, kernels_in_use, methods.in_eight_bits(method))
+            self.kernels[label] = found[0] if found else {}
+
+    def _follow(self, label: str, deadline: float) -> int | None:
+        self.told(f"memory of {label}")
+        peaks = self._ask(label, deadline, follow)
+        return None if peaks is None else max(peaks)
 
     def _row(self, entrant: Entrant) -> Row:
         label = entrant.label
         row: Row = {"label": label, "method": entrant.method, "leads": entrant.leads}
         row["workload"] = methods.settings(entrant.work)
-        if label in self.outcome:
-            return row | {"outcome": self.outcome[label]}
-        turns = self.turns[label]
-        peak: Any = max(turn["peak"] or 0 for turn in turns)
-        if self.device == "cpu":
-            self.told(f"memory of {label}")
-            peaks = self._ask(label, follow)
-            peak = None if peaks is None else max(peaks)
+        turns = self.turns.get(label)
+        if not turns:  # who was out after some rounds has been measured in these
+            return row | {"outcome": self.outcome.get(label, "no round was finished")}
         seconds = [turn["seconds"] for turn in turns]
+        peak = max(turn["peak"] or 0 for turn in turns)
         tokens = entrant.work.tokens / statistics.median(seconds)
         losses = {"first_loss": turns[0]["loss"], "last_loss": turns[-1]["loss"]}
-        return row | {"outcome": "measured", "seconds": seconds, "tokens_per_second": tokens, "peak": peak, **losses}
+        measured = {"outcome": "measured", "seconds": seconds, "tokens_per_second": tokens, "peak": peak}
+        return row | measured | losses | {"kernels": self.kernels.get(label, {})}
 
-    def _ask(self, label: str, function: Callable[..., Any], *arguments: Any) -> list[Any] | None:
+    def _ask(self, label: str, deadline: float, function: Callable[..., Any], *arguments: Any) -> list[Any] | None:
         """What the ranks of a method answer; None, and it is out, where they cannot."""
+        return self._guard(label, lambda workers: workers.call(function, *arguments, timeout=_until(deadline)))
+
+    def _guard(self, label: str, action: Callable[[Workers], Any]) -> Any:
+        """What ``action`` returns for a method that is still in; None, and the method is out, where it fails."""
+        if label not in self.workers:
+            return None
         try:
-            seconds = max(1.0, self.deadline - time.monotonic())
-            return self.workers[label].call(function, *arguments, timeout=seconds)
+            return action(self.workers[label])
         except DoesNotFit:
             self.outcome[label] = DOES_NOT_FIT
         except WorkerError as error:
             self.outcome[label] = str(error)
         del self.workers[label]
         return None
+
+
+def _begin_to_enter(entrant: Entrant, workers: Workers) -> None:
+    workers.begin(enter, entrant.method, entrant.work)
+
+
+def _until(deadline: float) -> float:
+    return max(1.0, deadline - time.monotonic())
 
 
 def ratios(rows: list[Row], goals: dict[tuple[str, str], float]) -> list[Row]:

@@ -12,6 +12,7 @@ down, so no step is both timed and followed. The kinds:
 import contextlib
 import gc
 import resource
+import time
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -163,32 +164,62 @@ def forget_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def limit_allocator(gib: float) -> None:
+    """Let torch's allocator have no more of this process's GPU than ``gib`` GiB."""
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+
+
 def measure(method: Method, steps: int = 3) -> dict[str, Any]:
     """Take ``steps`` and one more, which is followed, and say what memory they take on this rank.
 
     DeepSpeed traces what a model does in the first three, and fetches ahead only then; the peak is that of all of them.
 
     Returns:
-        ``peak``: of the allocator on a GPU, of the tensors on the CPU; ``reserved``: what the allocator has taken from
-        the GPU, None on the CPU; ``resident``: peak of the host memory of this process; ``at_peak``: ``peak`` by kind;
-        ``most_gradients``: the most gradients alive at once; bytes. ``losses``: of each step. Where a step on a GPU
-        cannot be followed, ``at_peak`` and ``most_gradients`` are None, and ``not_followed`` says why.
+        What ``take_steps`` and ``follow_step`` return.
+    """
+    found = take_steps(method, steps)
+    return found | follow_step(method, found)
+
+
+def take_steps(method: Method, steps: int = 3) -> dict[str, Any]:
+    """Take ``steps``, and say what memory and time they take on this rank.
+
+    Returns:
+        ``peak``: of the allocator, None on the CPU; ``reserved``: what the allocator has taken from the GPU, likewise;
+        ``resident``: peak of the host memory of this process; bytes. ``losses``: of each step; ``seconds``: of the
+        last one.
     """
     forget_peak()
-    losses = [float(method.step()) for _ in range(steps)]
-    found: dict[str, Any] = {"losses": losses, "resident": resident_bytes()["peak"], "reserved": None}
+    losses = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        losses.append(float(method.step()))  # which waits for the device
+        seconds = time.perf_counter() - start
+    found: dict[str, Any] = {"losses": losses, "resident": resident_bytes()["peak"], "seconds": seconds}
+    if method.device.type != "cuda":
+        return found | {"peak": None, "reserved": None}
+    return found | {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+
+
+def follow_step(method: Method, found: dict[str, Any]) -> dict[str, Any]:
+    """Take a step in which every tensor is followed, after those of ``take_steps`` that gave ``found``.
+
+    Returns:
+        ``peak``: that of ``found``, and on the CPU that of the tensors; ``at_peak``: ``peak`` by kind;
+        ``most_gradients``: the most gradients alive at once; bytes. ``losses``: with this step's. Where a step on a GPU
+        cannot be followed, ``at_peak`` and ``most_gradients`` are None, and ``not_followed`` says why.
+    """
     on_gpu = method.device.type == "cuda"
-    if on_gpu:
-        found |= {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     tensors = Tensors(method, method.device)
     try:
         with tensors:
-            losses.append(float(method.step()))
+            loss = float(method.step())
     except Exception as error:
         if not on_gpu:
             raise
-        return found | {"at_peak": None, "most_gradients": None, "not_followed": repr(error)}
-    at_peak = tensors.at_peak
-    if on_gpu:  # what the allocator rounds up, and what kernels take in passing
-        at_peak[ACTIVATIONS] += found["peak"] - tensors.peak
-    return {"peak": tensors.peak, **found, "at_peak": at_peak, "most_gradients": tensors.most_gradients}
+        return {"at_peak": None, "most_gradients": None, "not_followed": repr(error)}
+    at_peak, peak = tensors.at_peak, found["peak"] if on_gpu else tensors.peak
+    at_peak[ACTIVATIONS] += peak - tensors.peak  # what the allocator rounds up, and what kernels take in passing
+    losses = [*found["losses"], loss]
+    return {"peak": peak, "at_peak": at_peak, "most_gradients": tensors.most_gradients, "losses": losses}

@@ -28,6 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,38 +188,21 @@ def _error(gradient: Tensor | None, truth: Tensor) -> float:
     return float((gradient.float() - truth).norm() / truth.norm())
 
 
-def compare(tokens: list[int], vocabulary: int, hidden_size: int, tile_mib: int, repetitions: int) -> dict[str, Any]:
-    """Measure every method at every size, and return all that is reported."""
+def compare(
+    tokens: list[int],
+    vocabulary: int,
+    hidden_size: int,
+    tile_mib: int,
+    repetitions: int,
+    write: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Measure every method at every size, and return all that is reported; ``write`` is given it after each size."""
     on_gpu = torch.cuda.is_available() and os.environ["DS_ACCELERATOR"] == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = False  # the truth is fp32
     if not on_gpu:
         torch.set_num_threads(1)
     compared = methods(tile_mib * MIB, on_gpu)
-    rows: list[Row] = []
-    bar = tqdm(desc="measuring", total=len(tokens) * len(compared) * (1 + repetitions), unit=" steps")
-    for count in tokens:
-        batch = Batch(count, vocabulary, hidden_size, "cuda" if on_gpu else "cpu")
-        truth = batch.truth(tile_mib * MIB)
-        of_size: dict[str, Row] = {}
-        for method, loss in compared.items():
-            of_size[method] = {"method": method, "tokens": count, **_where_it_fits(loss, batch, truth, on_gpu)}
-            bar.update()
-        del truth
-        fitting = [method for method in compared if of_size[method]["peak_bytes"] is not None]
-        times: dict[str, list[float]] = {method: [] for method in fitting}
-        for method in fitting * repetitions:
-            loss = compared[method]
-            batch.forget()
-            times[method].append(
-                seconds(lambda: loss(batch.hidden, batch.weight, batch.labels).backward(), on_gpu)  # noqa: B023
-            )
-            bar.update()
-        for method in compared:
-            of_size[method]["all_seconds"] = times.get(method, [])
-            of_size[method]["seconds"] = statistics.median(times[method]) if method in times else None
-        rows += of_size.values()
-    bar.close()
-    return {
+    results: dict[str, Any] = {
         "environment": report.environment(*(["liger_kernel"] if LIGER in compared else [])),
         "device": "cuda" if on_gpu else "cpu",
         "dtype": str(DTYPE).removeprefix("torch."),
@@ -226,20 +210,61 @@ def compare(tokens: list[int], vocabulary: int, hidden_size: int, tile_mib: int,
         "hidden_size": hidden_size,
         "tile_mib": tile_mib,
         "repetitions": repetitions,
-        "rows": rows,
+        "rows": [],
     }
+    bar = tqdm(desc="measuring", total=len(tokens) * len(compared) * (1 + repetitions), unit=" steps")
+    for count in tokens:
+        batch = Batch(count, vocabulary, hidden_size, "cuda" if on_gpu else "cpu")
+        results["rows"] += _compare_on(batch, count, compared, tile_mib, repetitions, on_gpu, bar.update)
+        write(results)
+    bar.close()
+    return results
 
 
-def _where_it_fits(loss: Loss, batch: Batch, truth: tuple[Tensor, Tensor], on_gpu: bool) -> Row:
-    """``measure``, or nothing in its place where memory runs out."""
-    try:
-        return measure(loss, batch, truth, on_gpu)
-    except torch.OutOfMemoryError:
+def _compare_on(
+    batch: Batch,
+    count: int,
+    compared: dict[str, Loss],
+    tile_mib: int,
+    repetitions: int,
+    on_gpu: bool,
+    done: Callable[[], Any],
+) -> list[Row]:
+    """A row for each method on one batch; the methods take turns in being timed."""
+    truth = batch.truth(tile_mib * MIB)
+    rows: dict[str, Row] = {}
+    for method, loss in compared.items():
+        rows[method] = {"method": method, "tokens": count, **_outcome_of(loss, batch, truth, on_gpu)}
+        done()
+    del truth
+    measured = [method for method in compared if rows[method]["peak_bytes"] is not None]
+    times: dict[str, list[float]] = {method: [] for method in measured}
+    for method in measured * repetitions:
         batch.forget()
-        return dict.fromkeys(
-            ("peak_bytes", "error_of_hidden", "error_of_weight", "error_of_weight_at_half", "hook_calls",
-             "hook_calls_in_forward")
-        )  # fmt: skip
+        times[method].append(seconds(partial(_step, compared[method], batch), on_gpu))
+        done()
+    for method in compared:
+        rows[method]["all_seconds"] = times.get(method, [])
+        rows[method]["seconds"] = statistics.median(times[method]) if times.get(method) else None
+    return list(rows.values())
+
+
+def _step(loss: Loss, batch: Batch) -> None:
+    loss(batch.hidden, batch.weight, batch.labels).backward()
+
+
+def _outcome_of(loss: Loss, batch: Batch, truth: tuple[Tensor, Tensor], on_gpu: bool) -> Row:
+    """``measure``, or ``outcome`` and nothing in place of its figures, where memory runs out or a method fails."""
+    try:
+        return {"outcome": "measured", **measure(loss, batch, truth, on_gpu)}
+    except torch.OutOfMemoryError:
+        outcome = "does not fit"
+    except Exception as error:  # of whatever kind the methods of others raise: the others are measured still
+        outcome = f"failed: {(str(error).strip().splitlines() or [repr(error)])[0]}"
+    batch.forget()
+    figures = ("peak_bytes", "error_of_hidden", "error_of_weight", "error_of_weight_at_half", "hook_calls",
+               "hook_calls_in_forward")  # fmt: skip
+    return {"outcome": outcome} | dict.fromkeys(figures)
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -250,7 +275,7 @@ def describe(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         line = [row["method"], str(row["tokens"])]
         if row["peak_bytes"] is None:
-            lines.append([*line, "does not fit", *[""] * (len(header) - 3)])
+            lines.append([*line, row["outcome"], *[""] * (len(header) - 3)])
             continue
         errors = [row["error_of_hidden"], row["error_of_weight"], row["error_of_weight_at_half"]]
         calls = [f"{row['hook_calls']} x", str(row["hook_calls_in_forward"])]
@@ -275,10 +300,12 @@ def findings(results: dict[str, Any]) -> list[str]:
     most = max(row["tokens"] for row in results["rows"])
     rows = {row["method"]: row for row in results["rows"] if row["tokens"] == most}
     ours = rows.pop(OURS)
+    if ours["peak_bytes"] is None:
+        return [f"At {most} tokens {OURS}: {ours['outcome']}."]
     found = []
     for method, row in rows.items():
         if row["peak_bytes"] is None:
-            found.append(f"At {most} tokens {method} does not fit into memory.")
+            found.append(f"At {most} tokens {method}: {row['outcome']}.")
             continue
         found.append(
             f"At {most} tokens {OURS} takes {ours['peak_bytes'] / row['peak_bytes']:.2f} of the memory and "
@@ -326,14 +353,18 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"
     parser = report.parser(__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536] if on_gpu else [512, 1024, 2048])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536] if on_gpu else [512, 2048])
     parser.add_argument("--vocabulary", type=int, default=32000 if on_gpu else 8000, help="rows of lm_head")
     parser.add_argument("--hidden_size", type=int, default=4096 if on_gpu else 128, help="columns of lm_head")
     parser.add_argument("--tile_mib", type=int, default=64 if on_gpu else 4, help="MiB of fp32 logits in a tile")
-    parser.add_argument("--repetitions", type=int, default=10 if on_gpu else 3, help="of each figure's time")
+    parser.add_argument("--repetitions", type=int, default=10 if on_gpu else 2, help="of each figure's time")
     given = parser.parse_args()
     report.require("matplotlib")
-    results = compare(given.tokens, given.vocabulary, given.hidden_size, given.tile_mib, given.repetitions)
+
+    def write(results: dict[str, Any]) -> None:
+        report.write_results(given.output_dir, "logits", results, describe(results), show=False)
+
+    results = compare(given.tokens, given.vocabulary, given.hidden_size, given.tile_mib, given.repetitions, write)
     report.write_results(given.output_dir, "logits", results, describe(results), draw(results))
 
 

@@ -26,6 +26,7 @@ the real allocator, on one GPU. Nothing is communicated, so times mean nothing t
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import methods, options, report
 from benchmarks.footprint import ACTIVATIONS, GRADIENTS, KINDS, OPTIMIZER, PARAMETERS, measure, resident_bytes
+from benchmarks.kernels import fallbacks, kernels_of
 from benchmarks.planned import planned_peak
-from benchmarks.workers import Desk, DoesNotFit, WorkerError, Workers
+from benchmarks.workers import DOES_NOT_FIT, Desk, DoesNotFit, WorkerError, Workers
 from benchmarks.workload import LARGE, Workload, parameter_count
 
 METHODS = ["deepspeed-adamw", "deepspeed-sgd", "immediate", "stash+clip"]
 UNKNOWN = "not known"
 COLORS = {PARAMETERS: "#1b7f79", GRADIENTS: "#e08e45", OPTIMIZER: "#8e6c8a", ACTIVATIONS: "#b9c4c9", UNKNOWN: "#555555"}
 STAYS_GATHERED = 10**9  # DeepSpeed's stage3_max_live_parameters
-DOES_NOT_FIT = "does not fit"
 # LLaMA 7B, sequence 512, batch 8, fp16, GiB: arXiv 2306.09782, Table 1
 PAPER = {
     ("AdamW", True): (12.55, 12.55, 75.31, 1.79),
@@ -58,8 +59,10 @@ Row = dict[str, Any]
 def build_and_measure(desk: Desk, method: str, work: Workload) -> Row:
     """On a rank: what steps of a method take."""
     before = resident_bytes()["now"]
-    found = measure(methods.build(method, work))
-    return found | {"resident": found["resident"] - before}
+    built = methods.build(method, work)
+    found = measure(built)
+    kernels = kernels_of(built.device, methods.in_eight_bits(method)) if methods.base_of(method) in methods.OURS else {}
+    return found | {"resident": found["resident"] - before, "kernels": kernels}
 
 
 def measure_row(workers: Workers, method: str, work: Workload, timeout: float) -> Row:
@@ -79,9 +82,11 @@ def measure_row(workers: Workers, method: str, work: Workload, timeout: float) -
     return row | {"outcome": "measured", **most}
 
 
-def measure_all(given: argparse.Namespace) -> dict[str, Any]:
-    """Every row that was asked for."""
-    rows, skipped = [], {}
+def measure_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every row that was asked for; ``write`` is given what there is after each."""
+    results: dict[str, Any] = {
+        "environment": report.environment(), "device": given.device, "rows": [], "skipped": {}
+    }  # fmt: skip
     worlds = [given.simulate_world] if given.simulate_world else given.ranks
     wanted = [(work, world) for work in workloads(given) for world in worlds]
     bar = tqdm(total=len(wanted) * len(given.methods), desc="measuring", unit=" rows")
@@ -90,15 +95,17 @@ def measure_all(given: argparse.Namespace) -> dict[str, Any]:
             bar.set_postfix_str(f"{method}, {work.model}, {options.told(world, 'rank')}")
             objection = methods.objection(method, world)
             if objection is not None:
-                skipped[f"{method} on {options.told(world, 'rank')}"] = objection
+                results["skipped"][f"{method} on {options.told(world, 'rank')}"] = objection
             else:
                 workers = Workers(1 if given.simulate_world else world, given.device, given.simulate_world)
                 row = measure_row(workers, method, work, given.timeout)
                 planned = planned_peak(method, work, world, given.device)
-                rows.append(row | {"ranks": world, "simulated": given.simulate_world is not None, "planned": planned})
+                row |= {"ranks": world, "simulated": given.simulate_world is not None, "planned": planned}
+                results["rows"].append(row)
+                write(results)
             bar.update()
     bar.close()
-    return {"environment": report.environment(), "device": given.device, "rows": rows, "skipped": skipped}
+    return results
 
 
 def workloads(given: argparse.Namespace) -> list[Workload]:
@@ -115,9 +122,8 @@ def describe(results: dict[str, Any]) -> str:
     rows = results["rows"]
     unit, divisor = unit_of(rows)
     what = "as torch's allocator counts" if results["device"] == "cuda" else "the bytes of all tensors"
-    compared = [name for name in ("at most", "the paper's") if any(row.get(name) for row in rows)]
-    header = ["", "recomputes", *KINDS, "**peak**", "planned", *compared, "most gradients", "host memory"]
-    lines = [[*named(row), *figures(row, divisor, compared)] for row in rows]
+    header = ["", "recomputes", *KINDS, "**peak**", "planned", "most gradients", "host memory"]
+    lines = [[*named(row), *figures(row, divisor)] for row in rows]
     text = (
         f"# Memory of a training step, by kind\n\nIn {unit}, at the peak, {what}; of several ranks the highest one's. "
         f"Rows x sequence are a rank's.\n\n" + report.table(header, lines)
@@ -149,16 +155,15 @@ def named(row: Row) -> list[str]:
     return [f"{work['model']} {work['precision']}, {shape}, {ranks}: {row['method']}{tiled}", recomputes]
 
 
-def figures(row: Row, divisor: float, compared: list[str]) -> list[str]:
-    """The other cells of a row; what its peak is compared with is in GiB."""
+def figures(row: Row, divisor: float) -> list[str]:
+    """The other cells of a row."""
     planned = f"{row['planned'] / divisor:.2f}" if row.get("planned") else ""
-    others = [f"{row[name] * 2**30 / divisor:.2f}" if row.get(name) else "" for name in compared]
     if row["outcome"] != "measured":
         outcome = DOES_NOT_FIT if row["outcome"] == DOES_NOT_FIT else "failed"
-        return [*["" for _ in KINDS], f"**{outcome}**", planned, *others, "", ""]
+        return [*["" for _ in KINDS], f"**{outcome}**", planned, "", ""]
     at_peak = [_told(row["at_peak"] and row["at_peak"][kind], divisor) for kind in KINDS]
     rest = (_told(row[name], divisor) for name in ("most_gradients", "resident"))
-    return [*at_peak, f"**{row['peak'] / divisor:.2f}**", planned, *others, *rest]
+    return [*at_peak, f"**{row['peak'] / divisor:.2f}**", planned, *rest]
 
 
 def _told(value: float | None, divisor: float) -> str:
@@ -166,9 +171,11 @@ def _told(value: float | None, divisor: float) -> str:
 
 
 def failures(rows: list[Row]) -> str:
-    """What went wrong, one line of each."""
+    """What went wrong, kernels that fell back included, one line of each."""
+    fallen_back = [(named(row)[0], remark) for row in rows for remark in fallbacks(row.get("kernels", {}))]
     broken = [row for row in rows if row["outcome"] not in ("measured", DOES_NOT_FIT)]
-    return "".join(f"\nFailed: {named(row)[0]}: `{row['outcome'].strip().splitlines()[-1]}`\n" for row in broken)
+    text = "".join(f"\n**{name}: {remark}**\n" for name, remark in fallen_back)
+    return text + "".join(f"\nFailed: {named(row)[0]}: `{row['outcome'].strip().splitlines()[-1]}`\n" for row in broken)
 
 
 def paper_table() -> str:
@@ -248,7 +255,11 @@ def main() -> None:
     given = parser.parse_args()
     report.require("matplotlib")
     options.settle(given, parser, max([1] if given.simulate_world else given.ranks))
-    results = measure_all(given)
+
+    def write(results: dict[str, Any]) -> None:
+        report.write_results(given.output_dir, "memory", results, describe(results), show=False)
+
+    results = measure_all(given, write)
     report.write_results(given.output_dir, "memory", results, describe(results), draw(results))
     if all(row["outcome"] not in ("measured", DOES_NOT_FIT) for row in results["rows"]):
         sys.exit("nothing could be measured")

@@ -99,6 +99,11 @@ def clips(name: str) -> bool:
     return CLIP in name
 
 
+def in_eight_bits(name: str) -> bool:
+    """Whether its weights are kept, or travel, in eight bits."""
+    return INT8 in name or QUANTIZED_GATHER in name
+
+
 def settled(name: str, work: Workload) -> Workload:
     """The workload with what a method's name adds to it."""
     if INT8 in name:

@@ -20,7 +20,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import methods, options, report
+from benchmarks.footprint import limit_allocator
+from benchmarks.kernels import fallbacks, kernels_of
 from benchmarks.memory import STAYS_GATHERED
 from benchmarks.workers import Desk, DoesNotFit, WorkerError, Workers
 from benchmarks.workload import LARGE, Workload, parameter_count
@@ -82,14 +84,18 @@ class Traffic:
         vars_of[0].pack, vars_of[1].down, vars_of[1].up = counted_pack, counted_down, counted_up
 
 
-def measure_link(desk: Desk, cap_gib: float) -> dict[str, float]:
+def limit(desk: Desk, cap_gib: float) -> None:
+    """On a rank: let the allocator have no more of a GPU than the cap."""
+    if torch.cuda.is_initialized():
+        limit_allocator(cap_gib)
+
+
+def measure_link(desk: Desk) -> dict[str, float]:
     """On a rank: bytes a second of pinned copies up, down, and of each while the other goes on too."""
     from deepspeed.accelerator import get_accelerator
 
     device = torch.device(get_accelerator().current_device_name())
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_per_process_memory_fraction(cap_gib * GIB / torch.cuda.mem_get_info()[1], device)
     size = 2**28 if on_gpu else 2**24
     hosts = [torch.ones(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
     devices = [torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -164,39 +170,55 @@ def measure(desk: Desk, work: Workload, steps: int) -> Row:
     }
 
 
-def measure_all(given: argparse.Namespace) -> dict[str, Any]:
-    """Every row that was asked for; what a batch cannot, a larger one cannot either."""
+def measure_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every row that was asked for; ``write`` is given what there is after each."""
     rows: list[Row] = []
-    link: dict[str, float] = {}
-    bar = tqdm(total=len(given.models) * len(given.methods) * len(given.batches), desc="measuring", unit=" rows")
-    for model in given.models:
-        for method in given.methods:
-            work = replace(options.workload(given, model, True), zero=OFFLOAD | given.zero)
-            if parameter_count(work) < STAYS_GATHERED:
-                work = replace(work, zero=NOTHING_STAYS | work.zero)
-            row: Row = {"model": model, "method": method, "workload": methods.settings(work)}
-            with Workers(1, given.device) as workers:
-                try:
-                    bar.set_postfix_str(f"making {model}, {method}")
-                    link = workers.call(measure_link, given.cap)[0]
-                    row["host"] = workers.call(build, method, work, timeout=given.timeout)[0]
-                    for batch in given.batches:
-                        bar.set_postfix_str(f"{model}, {method}, batch {batch}")
-                        found = workers.call(measure, replace(work, batch=batch), given.steps, timeout=given.timeout)[0]
-                        rows.append(row | {"outcome": "measured", "batch": batch, "link": link, **found})
-                        bar.update()
-                except DoesNotFit:
-                    rows.append(row | {"outcome": "does not fit"})
-                except WorkerError as error:
-                    rows.append(row | {"outcome": str(error)})
-    bar.close()
-    return {
+    results = {
         "environment": report.environment(),
         "device": given.device,
         "cap": given.cap,
         "rows": rows,
         "plans": plans(),
     }
+    bar = tqdm(total=len(given.models) * len(given.methods) * len(given.batches), desc="measuring", unit=" rows")
+    for model in given.models:
+        for method in given.methods:
+            for row in measure_batches(given, model, method, bar.set_postfix_str):
+                rows.append(row)
+                bar.update()
+                write(results)
+    bar.close()
+    return results
+
+
+def measure_batches(
+    given: argparse.Namespace, model: str, method: str, told: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """A row for each batch; what a batch cannot, a larger one cannot either."""
+    work = replace(options.workload(given, model, True), zero=OFFLOAD | given.zero)
+    if parameter_count(work) < STAYS_GATHERED:
+        work = replace(work, zero=NOTHING_STAYS | work.zero)
+    row: Row = {"model": model, "method": method, "workload": methods.settings(work)}
+    with Workers(1, given.device) as workers:
+        try:
+            told(f"making {model}, {method}")
+            workers.call(limit, given.cap)
+            row["link"] = workers.call(measure_link)[0]
+            row["host"] = workers.call(build, method, work, timeout=given.timeout)[0]
+            for batch in given.batches:
+                told(f"{model}, {method}, batch {batch}")
+                found = workers.call(measure, replace(work, batch=batch), given.steps, timeout=given.timeout)[0]
+                kernels = workers.call(kernels_in_use, methods.in_eight_bits(method))[0]
+                yield row | {"outcome": "measured", "batch": batch, "kernels": kernels, **found}
+        except DoesNotFit:
+            yield row | {"outcome": "does not fit"}
+        except WorkerError as error:
+            yield row | {"outcome": str(error)}
+
+
+def kernels_in_use(desk: Desk, int8: bool) -> dict[str, str]:
+    """On a rank: which Triton kernels its method trains with; see ``kernels_of``."""
+    return kernels_of(desk["built"].device, int8)
 
 
 def plans() -> list[Row]:
@@ -291,6 +313,7 @@ def describe(results: dict[str, Any]) -> str:
     for model, (gpus, rate) in PAPER.items():
         if any(row["model"] == model for row in results["rows"]):
             text += f"\nThe paper's {model} on {gpus}: {rate:.0f} tokens/s in all, 1024 a GPU and step.\n"
+    text += "".join(f"\n**{name(row)}: {remark}**\n" for row in measured for remark in fallbacks(row["kernels"]))
     text += describe_plans(results["plans"])
     broken = [row for row in results["rows"] if row["outcome"] not in ("measured", "does not fit")]
     return text + "".join(f"\nFailed: {name(row)}: `{row['outcome'].strip().splitlines()[-1]}`\n" for row in broken)
@@ -366,7 +389,11 @@ def main() -> None:
     given.batches = sorted(given.batches or (GPU_BATCHES if on_gpu else CPU_BATCHES))
     if not on_gpu:
         print("benchmarks/offload.py: there is no CUDA GPU here; this runs, but its times mean nothing")
-    results = measure_all(given)
+
+    def write(results: dict[str, Any]) -> None:
+        report.write_results(given.output_dir, "offload", results, describe(results), show=False)
+
+    results = measure_all(given, write)
     report.write_results(given.output_dir, "offload", results, describe(results), draw(results))
 
 

@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,25 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def require(*packages: str) -> None:
     """End with a sentence, before anything is measured, where one of ``packages`` is not installed."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
+    if missing := missing_of(packages):
         sys.exit(f"this benchmark needs {' and '.join(missing)}: pip install --editable '.[bench]'")
 
 
-def environment(*packages: str) -> dict[str, Any]:
+def missing_of(packages: Iterable[str]) -> list[str]:
+    """Those of ``packages`` that cannot be imported."""
+    return [package for package in packages if importlib.util.find_spec(package) is None]
+
+
+def environment(*packages: str, gpus: list[str] | None = None) -> dict[str, Any]:
     """Where figures come from.
 
     Args:
         packages: whose versions count beside those of ``VERSIONS``.
+        gpus: their names; None asks torch, which then takes memory of the first one for itself.
     """
-    versions = {package: importlib.metadata.version(package) for package in (*VERSIONS, *packages)}
+    if gpus is None:
+        gpus = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
+    versions = {package: version_of(package) for package in (*VERSIONS, *packages)}
     return {
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **versions},
@@ -48,7 +56,7 @@ def environment(*packages: str) -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-            "gpus": [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())],
+            "gpus": gpus,
         },
         "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
     }
@@ -65,26 +73,41 @@ def pyplot() -> Any:
 
 
 def write_results(
-    folder: Path, name: str, results: dict[str, Any], markdown: str, figure: Any, show: bool = True
+    folder: Path, name: str, results: dict[str, Any], markdown: str, figure: Any = None, show: bool = True
 ) -> None:
-    """Write ``name``.json, .md and .png, and print the Markdown.
+    """Write ``name``.json and .md, and .png, each in place of an older one at once, and print the Markdown.
 
     Args:
         results: with ``environment()`` under "environment".
         markdown: without the picture and the environment, which are added.
-        figure: matplotlib's.
+        figure: matplotlib's; None leaves the picture out, as while rows are still being measured.
         show: whether to print.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(
-        f"{markdown}\n![{name}]({name}.png)\n\n{_environment_table(results['environment'])}", encoding="utf-8"
-    )
-    figure.savefig(folder / f"{name}.png", dpi=160)
-    pyplot().close(figure)
+    picture = f"\n![{name}]({name}.png)\n" if figure is not None else ""
+    write_text(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / f"{name}.md", f"{markdown}{picture}\n{_environment_table(results['environment'])}")
+    if figure is not None:
+        figure.savefig(folder / f"{name}.png", dpi=160)
+        pyplot().close(figure)
     if show:
-        written = ", ".join(str(folder / f"{name}.{ending}") for ending in ("json", "md", "png"))
-        print(f"\n{markdown}\nresults: {written}")
+        endings = ["json", "md", *(["png"] if figure is not None else [])]
+        print(f"\n{markdown}\nresults: {', '.join(str(folder / f'{name}.{ending}') for ending in endings)}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put ``text`` in place of the file at once, so that who is killed leaves the old file or the new one."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package, in words where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -108,7 +131,10 @@ def _environment_table(found: dict[str, Any]) -> str:
 def _commit() -> str:
     """The commit that is checked out, with "-dirty" where a tracked file differs from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 

@@ -31,8 +31,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import methods, options, report
 from benchmarks.contest import Contest, Entrant, ratios, synchronize
-from benchmarks.memory import DOES_NOT_FIT
-from benchmarks.workers import Desk, Workers
+from benchmarks.kernels import fallbacks
+from benchmarks.workers import DOES_NOT_FIT, Desk, Workers
 from benchmarks.workload import DTYPES, flops_per_token
 
 METHODS = ["immediate", "stash+clip"]
@@ -92,15 +92,19 @@ def attainable(desk: Desk, precision: str) -> float:
     return best
 
 
+def known_gpu(name: str) -> str | None:
+    """The one of ``PEAK_TFLOPS`` that a GPU of this name is."""
+    return next((known for known in PEAK_TFLOPS if all(word in name for word in known.split())), None)
+
+
 def peak_flops(device: str, precision: str, given_tflops: float | None) -> tuple[float, str]:
     """Operations per second that a device can do, and where that figure comes from."""
     if given_tflops is not None:
         return given_tflops * 1e12, "as given"
     if device == "cuda" and precision != "fp32":
-        name = torch.cuda.get_device_name()
-        for known, tflops in PEAK_TFLOPS.items():
-            if all(word in name for word in known.split()):
-                return tflops * 1e12, f"the maker's figure for {known}"
+        known = known_gpu(torch.cuda.get_device_name())
+        if known is not None:
+            return PEAK_TFLOPS[known] * 1e12, f"the maker's figure for {known}"
     with Workers(1, device) as workers:
         return workers.call(attainable, precision)[0], "attained by a matrix multiplication on the idle machine"
 
@@ -117,10 +121,11 @@ def compare(
     """One contest with its ratios; all that a rank can compute in a second is ``flops``."""
     objections = {entrant.label: methods.objection(entrant.method, ranks) for entrant in entrants}
     able = [entrant for entrant in entrants if objections[entrant.label] is None]
-    rows = Contest(ranks, device, seconds, timeout, told).run(able)
-    for row, entrant in zip(rows, able, strict=True):
-        if row["outcome"] == "measured":
-            row["share_of_peak"] = row["tokens_per_second"] * flops_per_token(entrant.work) / flops
+    deadline = time.monotonic() + timeout
+    with Contest(able, ranks, device, told) as contest:
+        contest.build(deadline)
+        rows = contest.compare(seconds, deadline)
+    add_share_of_peak(rows, able, flops)
     return {
         "model": entrants[0].work.model,
         "ranks": ranks,
@@ -131,10 +136,23 @@ def compare(
     }
 
 
-def compare_all(given: argparse.Namespace) -> dict[str, Any]:
-    """Every row that was asked for."""
+def add_share_of_peak(rows: list[Row], entrants: list[Entrant], flops: float) -> None:
+    """Add to each measured row the share that its arithmetic is of ``flops``, operations a second."""
+    for row, entrant in zip(rows, entrants, strict=True):
+        if row["outcome"] == "measured":
+            row["share_of_peak"] = row["tokens_per_second"] * flops_per_token(entrant.work) / flops
+
+
+def compare_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every row that was asked for; ``write`` is given what there is after each."""
     flops, origin = peak_flops(given.device, given.precision, given.peak_tflops)
-    groups = []
+    results: dict[str, Any] = {
+        "environment": report.environment(*installed_peers()),
+        "device": given.device,
+        "peak_flops": flops,
+        "peak_flops_from": origin,
+        "groups": [],
+    }
     bar = tqdm(given.rows, desc="comparing", unit=" rows")
     for model, ranks in bar:
         work = options.workload(given, model, given.checkpointing)
@@ -143,14 +161,10 @@ def compare_all(given: argparse.Namespace) -> dict[str, Any]:
         entrants = [Entrant(name, name, work, leads=name in given.methods) for name in names]
         share = flops if given.device == "cuda" else flops / ranks
         told = bar.set_postfix_str
-        groups.append(compare(entrants, ranks, given.device, share, given.seconds, given.timeout, told))
-    return {
-        "environment": report.environment(*installed_peers()),
-        "device": given.device,
-        "peak_flops": flops,
-        "peak_flops_from": origin,
-        "groups": groups,
-    }
+        group = compare(entrants, ranks, given.device, share, given.seconds, given.timeout, told)
+        results["groups"].append(group)
+        write(results)
+    return results
 
 
 def installed_peers() -> list[str]:
@@ -182,6 +196,8 @@ def describe(results: dict[str, Any]) -> str:
         for name, reason in group["skipped"].items():
             text += f"\nLeft out: {name}: {reason}.\n"
         for row in group["rows"]:
+            for remark in fallbacks(row.get("kernels", {})):
+                text += f"\n**{row['label']}: {remark}**\n"
             if row["outcome"] not in ("measured", DOES_NOT_FIT):
                 text += f"\nFailed: {row['label']}: `{row['outcome'].strip().splitlines()[-1]}`\n"
     return text
@@ -282,7 +298,11 @@ def main() -> None:
     given = parser.parse_args()
     report.require("matplotlib")
     options.settle(given, parser, max(ranks for _, ranks in given.rows))
-    results = compare_all(given)
+
+    def write(results: dict[str, Any]) -> None:
+        report.write_results(given.output_dir, "throughput", results, describe(results), show=False)
+
+    results = compare_all(given, write)
     report.write_results(given.output_dir, "throughput", results, describe(results), draw(results))
 
 

@@ -3,8 +3,8 @@
     python benchmarks/update.py
 
 An update reads a shard and its gradient and writes the shard, so no update is faster than a plain copy that moves as
-many bytes. Of each kind of shard (fp32; bf16 rounded to nearest; bf16 and fp16 rounded stochastically), each size and
-each way to compute it, this reports
+many bytes. Of each kind of shard (fp32; bf16 rounded to nearest; bf16 and fp16 rounded stochastically; eight-bit
+weights, whose gradients are bf16), each size and each way to compute it, this reports
 
 - the update's bytes a second: what it must read and write, over the median of its times
 - its share of the copy's: the median, and the quartiles, of copy and update timed one after the other
@@ -32,7 +32,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import report
+from benchmarks.kernels import fallbacks, kernels_of
+from lomo_ds import int8
+from lomo_ds.int8 import eager
 from lomo_ds.numerics import pieces
+from lomo_ds.rules import Sgd, Values
 from lomo_ds.rules.sgd_eager import update_half, update_single
 
 GB = 1e9
@@ -44,21 +48,32 @@ CPU_ELEMENTS = [2**20]
 GPU_CACHE_BYTES = 2**28  # more than any GPU has
 WARM_UP = 2  # rounds that compile and are not counted
 
-Update = Callable[[Tensor, Tensor], None]  # writes a shard from its gradient
+Update = Callable[[Any, Tensor], None]  # writes a shard from its gradient
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Of a shard: its dtype, and how it is rounded."""
+    """Of a shard: its dtype, and how it is rounded. Gradients of eight-bit weights are bf16."""
 
     name: str
     dtype: torch.dtype
     stochastic: bool = False
 
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of the gradient that a shard is updated from."""
+        return torch.bfloat16 if self.dtype == torch.int8 else self.dtype
+
+    def shard(self, elements: int, device: torch.device) -> Values:
+        """A shard of random values."""
+        values = torch.randn(elements, device=device).to(self.gradient_dtype)
+        return int8.blocks_in(int8.buffer_of(values), elements) if self.dtype == torch.int8 else values
+
     def bytes_moved(self, elements: int) -> int:
-        """By an update, and so by the copy it is compared with: two reads and a write."""
-        return 3 * elements * self.dtype.itemsize
+        """By an update, and so by the copy it is compared with: shard and gradient are read, the shard is written."""
+        shard = int8.bytes_of_buffer(elements) if self.dtype == torch.int8 else elements * self.dtype.itemsize
+        return 2 * shard + elements * self.gradient_dtype.itemsize
 
 
 KINDS = [
@@ -66,6 +81,8 @@ KINDS = [
     Kind("bf16 nearest", torch.bfloat16),
     Kind("bf16 stochastic", torch.bfloat16, stochastic=True),
     Kind("fp16 stochastic", torch.float16, stochastic=True),
+    Kind("int8 nearest", torch.int8),
+    Kind("int8 stochastic", torch.int8, stochastic=True),
 ]
 
 
@@ -77,18 +94,30 @@ def ways_here(device: torch.device) -> list[str]:
     return [EAGER, COMPILED] if shutil.which("c++") else [EAGER]
 
 
+def ways_by_default(device: torch.device) -> list[str]:
+    """The ways that are compared unasked: on a CPU, which compiles for longer than all the rest takes, eager alone."""
+    return ways_here(device) if device.type == "cuda" else [EAGER]
+
+
+def ways_of(kind: Kind, ways: list[str]) -> list[str]:
+    """Those of ``ways`` that there are for shards of this kind."""
+    lacking = {torch.float32: TRITON, torch.int8: COMPILED}
+    return [way for way in ways if way != lacking.get(kind.dtype)]
+
+
 def update_of(way: str, kind: Kind, device: torch.device) -> Update:
     """One of the ways, for shards of this kind."""
     generator = torch.Generator(device).manual_seed(0) if kind.stochastic else None
     if way == COMPILED:
         return _compiled(kind)
+    if way == TRITON:  # by the rule, as in training
+        rule = Sgd(generator)
+        return lambda shard, gradient: rule.update([shard], [gradient], 1.0, LR, (1 - DECAY) / LR)
     if kind.dtype == torch.float32:
         return lambda shard, gradient: update_single([shard], [gradient], 1.0, LR, DECAY)
-    if way == TRITON:
-        from lomo_ds.rules import sgd_kernel
-
-        noise = (0, 0) if kind.stochastic else None
-        return lambda shard, gradient: sgd_kernel.update(shard, gradient, LR, DECAY, noise)
+    if kind.dtype == torch.int8:
+        noise = int8.Noise(0, 0, 0) if kind.stochastic else None
+        return lambda shard, gradient: eager.update_(shard.codes, shard.scales, gradient, LR, DECAY, noise)
 
     def update(shard: Tensor, gradient: Tensor) -> None:
         for part, of_gradient in pieces([shard], [gradient]):
@@ -138,12 +167,10 @@ class Clock:
         return events[0].elapsed_time(events[1]) / 1e3
 
 
-def measure(
-    kind: Kind, elements: int, updates: dict[str, Update], device: torch.device, repetitions: int, bar: Any
-) -> list[Row]:
+def measure(kind: Kind, elements: int, updates: dict[str, Update], device: torch.device, repetitions: int) -> list[Row]:
     """Time the copy and then every update, in turn, ``repetitions`` times: a row for each way."""
-    shard = torch.randn(elements, device=device).to(kind.dtype)
-    gradient = torch.randn(elements, device=device).to(kind.dtype)
+    shard = kind.shard(elements, device)
+    gradient = torch.randn(elements, device=device).to(kind.gradient_dtype)
     source = torch.zeros(kind.bytes_moved(elements) // 2, dtype=torch.int8, device=device)  # read, and written once
     target = torch.zeros_like(source)
     clock = Clock(device)
@@ -153,7 +180,6 @@ def measure(
         copies.append(clock(partial(target.copy_, source)))
         for way, update in updates.items():
             times[way].append(clock(partial(update, shard, gradient)))
-        bar.update()
     return [_row(kind, elements, way, copies[WARM_UP:], seconds[WARM_UP:]) for way, seconds in times.items()]
 
 
@@ -175,23 +201,31 @@ def _row(kind: Kind, elements: int, way: str, copies: list[float], times: list[f
     }
 
 
-def compare(all_elements: list[int], ways: list[str], repetitions: int, device: torch.device) -> dict[str, Any]:
-    """Measure every kind and size, and return all that is reported."""
-    rows = []
-    with tqdm(total=len(KINDS) * len(all_elements) * (WARM_UP + repetitions), desc="updating", unit=" rounds") as bar:
-        for kind in KINDS:
-            of_kind = [way for way in ways if way != TRITON or kind.dtype != torch.float32]
-            updates = {way: update_of(way, kind, device) for way in of_kind}
-            for elements in all_elements:
-                bar.set_postfix_str(f"{kind.name}, {elements:,} elements")
-                rows += measure(kind, elements, updates, device, repetitions, bar)
-    return {
+def compare(
+    all_elements: list[int],
+    ways: list[str],
+    repetitions: int,
+    device: torch.device,
+    write: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Measure every kind and size, and return all that is reported; ``write`` is given what there is after each."""
+    results: dict[str, Any] = {
         "environment": report.environment(*(["triton"] if TRITON in ways else [])),
         "device": device.type,
         "threads": torch.get_num_threads(),
         "repetitions": repetitions,
-        "rows": rows,
+        "rows": [],
     }
+    with tqdm(total=len(KINDS) * len(all_elements), desc="updating", unit=" shards") as bar:
+        for kind in KINDS:
+            updates = {way: update_of(way, kind, device) for way in ways_of(kind, ways)}
+            for elements in all_elements if updates else []:
+                bar.set_postfix_str(f"{kind.name}, {elements:,} elements")
+                results["rows"] += measure(kind, elements, updates, device, repetitions)
+                bar.update()
+                write(results)
+    results["kernels"] = kernels_of(device, int8=True) if TRITON in ways else {}
+    return results
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -225,9 +259,11 @@ def describe(results: dict[str, Any]) -> str:
 def findings(results: dict[str, Any]) -> list[str]:
     """The fastest way for each kind of shard, at the largest size, in sentences."""
     largest = max(row["elements"] for row in results["rows"])
-    found = []
+    found = [f"**{remark}**" for remark in fallbacks(results.get("kernels", {}))]
     for kind in KINDS:
         rows = [row for row in results["rows"] if row["kind"] == kind.name and row["elements"] == largest]
+        if not rows:
+            continue
         best = max(rows, key=lambda row: row["share_of_copy"])
         others = [f"{row['way']} {row['share_of_copy']:.0%}" for row in rows if row is not best]
         found.append(
@@ -293,11 +329,19 @@ def main() -> None:
     )
     parser.add_argument("--repetitions", type=int, default=10, help="rounds; 10 by default")
     parser.add_argument(
-        "--ways", nargs="+", choices=ways_here(device), default=ways_here(device), help="all that are here by default"
+        "--ways",
+        nargs="+",
+        choices=ways_here(device),
+        default=ways_by_default(device),
+        help="all that are here on a GPU, eager on a CPU, by default",
     )
     given = parser.parse_args()
     report.require("matplotlib")
-    results = compare(given.elements, given.ways, given.repetitions, device)
+
+    def write(results: dict[str, Any]) -> None:
+        report.write_results(given.output_dir, "update", results, describe(results), show=False)
+
+    results = compare(given.elements, given.ways, given.repetitions, device, write)
     report.write_results(given.output_dir, "update", results, describe(results), draw(results))
 
 

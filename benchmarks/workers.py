@@ -25,6 +25,7 @@ Desk = dict[str, Any]
 
 TIMEOUT = 600.0  # seconds that a call may take
 GRACE = 5.0  # seconds the other ranks have to say something when one has failed
+DOES_NOT_FIT = "does not fit"  # the outcome of what ran out of memory
 OUT_OF_HOST_MEMORY = "can't allocate memory"  # how torch's allocator on the CPU says it
 PRELOAD = ["benchmarks.methods", "lomo_ds.engine", "lomo_ds.models", "transformers.models.llama"]
 
@@ -82,7 +83,7 @@ class Workers:
 
     def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Start a call whose results ``finish`` will return."""
-        self.port = self.port or _free_port()
+        self.port = self.port or free_port()
         try:
             for connection in self.connections:
                 connection.send((self.port, function, arguments))
@@ -106,8 +107,8 @@ class Workers:
         if outcomes == {"returned"} and len(answers) == len(self.connections):
             return [answers[rank][1] for rank in range(len(self.connections))]
         self.stop()
-        if "does not fit" in outcomes:
-            raise DoesNotFit(next(text for outcome, text in answers.values() if outcome == "does not fit"))
+        if DOES_NOT_FIT in outcomes:
+            raise DoesNotFit(next(text for outcome, text in answers.values() if outcome == DOES_NOT_FIT))
         failures = [f"rank {rank}:\n{text}" for rank, (outcome, text) in answers.items() if outcome != "returned"]
         raise WorkerError("\n".join(failures) or f"no answer within {timeout:.0f} s")
 
@@ -130,14 +131,7 @@ def _receive(connection: Connection) -> tuple[str, Any]:
 
 def _serve(connection: Connection, rank: int, ranks: int, device: str, simulate_world: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes, and the first one stops the others
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(simulate_world or ranks),
-        "LOCAL_WORLD_SIZE": str(simulate_world or ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "DS_ACCELERATOR": device,
-    }
+    set_environment(rank, ranks, device, simulate_world)
     for module in PRELOAD:  # at once, while whoever started us has other things to do
         importlib.import_module(module)
     desk: Desk = {}
@@ -148,7 +142,7 @@ def _serve(connection: Connection, rank: int, ranks: int, device: str, simulate_
             try:
                 if not ready:
                     os.environ["MASTER_PORT"] = str(port)
-                    _get_ready(ranks, device, simulate_world)
+                    get_ready(device, simulate_world)
                     ready = True
                 answer = ("returned", function(desk, *arguments))
             except BaseException as error:
@@ -157,14 +151,30 @@ def _serve(connection: Connection, rank: int, ranks: int, device: str, simulate_
 
 
 def _outcome(error: BaseException) -> str:
+    return DOES_NOT_FIT if is_out_of_memory(error) else "raised"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had too little memory."""
     import torch
 
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or OUT_OF_HOST_MEMORY in str(error):
-        return "does not fit"
-    return "raised"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or OUT_OF_HOST_MEMORY in str(error)
 
 
-def _get_ready(ranks: int, device: str, simulate_world: int | None) -> None:
+def set_environment(rank: int, ranks: int, device: str, simulate_world: int | None) -> None:
+    """Make this process one of ``ranks`` on one host, before it imports deepspeed; see ``Workers``."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(simulate_world or ranks),
+        "LOCAL_WORLD_SIZE": str(simulate_world or ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "DS_ACCELERATOR": device,
+    }
+
+
+def get_ready(device: str, simulate_world: int | None) -> None:
+    """Join the process group that the environment names, and print nothing from here on."""
     import logging
     import warnings
 
@@ -184,7 +194,8 @@ def _get_ready(ranks: int, device: str, simulate_world: int | None) -> None:
         start_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

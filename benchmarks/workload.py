@@ -16,6 +16,7 @@ TOY_SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
+DRAWN_NUMEL = 2**26  # of weights in host memory: drawn at once, on the GPU
 # of zero_optimization: what DeepSpeed does with a model of many billions, asked of a small one
 LARGE = {
     "stage3_param_persistence_threshold": 0,
@@ -135,8 +136,11 @@ def draw(name: str, dimensions: int, tensor: Tensor) -> None:
     elif tensor.device.type == device.type:
         tensor.normal_(0.0, 0.02)
     else:
-        for part in tensor.view(-1).split(2**26):
-            part.copy_(torch.empty_like(part, device=device, pin_memory=False).normal_(0.0, 0.02))
+        parts = tensor.view(-1).split(DRAWN_NUMEL)
+        drawn = torch.empty_like(parts[0], device=device, pin_memory=False)
+        for part in parts:
+            part.copy_(drawn[: len(part)].normal_(0.0, 0.02), non_blocking=True)  # both in the order of one stream
+        get_accelerator().synchronize()
 
 
 def tile_logits(model: Any) -> None:
