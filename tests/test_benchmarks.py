@@ -25,6 +25,7 @@ from benchmarks.row_process import Results, Row, run_rows
 from benchmarks.workers import DoesNotFit, WorkerError, Workers
 from benchmarks.workload import Workload, flops_per_token
 from lomo_ds.buckets import MIN_BUCKET_NUMEL
+from tests.limits import HUNG
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +62,7 @@ def written(folder: Path, name: str) -> dict[str, Any]:
 @needs_bench
 def test_loading(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/loading.py"), "--gigabytes=0.05", "--ranks=2", "--repetitions=1"]
-    run = subprocess.run([*command, f"--output_dir={tmp_path}"], capture_output=True, text=True, timeout=240)
+    run = subprocess.run([*command, f"--output_dir={tmp_path}"], capture_output=True, text=True, timeout=HUNG)
     assert run.returncode == 0, run.stderr
     results = written(tmp_path, "loading")
     rows = {(row["method"], row["rank"]): row for row in results["rows"]}
@@ -82,7 +83,7 @@ def test_loading(tmp_path: Path) -> None:
 def test_update(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/update.py"), "--ways=eager", "--repetitions=3"]
     sizes = ["--elements", "10000", "50001"]
-    run = subprocess.run([*command, *sizes, f"--output_dir={tmp_path}"], capture_output=True, text=True, timeout=240)
+    run = subprocess.run([*command, *sizes, f"--output_dir={tmp_path}"], capture_output=True, text=True, timeout=HUNG)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "update.json").read_text())
     assert {"commit", "versions", "machine", "command"} <= results["environment"].keys()
@@ -105,7 +106,7 @@ def test_logits(tmp_path: Path) -> None:
     sizes = ["--vocabulary=1000", "--hidden_size=16", "--tile_mib=1", "--repetitions=1", "--tokens", "512", "2048"]
     command = [sys.executable, str(ROOT / "benchmarks/logits.py"), *sizes, f"--output_dir={tmp_path}"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HUNG, env=environment)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "logits.json").read_text())
     rows = {(row["method"], row["tokens"]): row for row in results["rows"]}

@@ -203,22 +203,42 @@ def test_runs_under_torchrun_and_plain_python(demo: Path, tmp_path: Path) -> Non
 # on real weights
 
 
-def test_shakespeare_reaches_2_80(ranks: GroupOf, assets: Path, tmp_path: Path) -> None:
-    """bf16 with stochastic rounding; plain PyTorch SGD with clip 1.0 reaches 2.75 in fp32."""
+def shakespeare(ranks: GroupOf, assets: Path, out: Path, **more: Any) -> list[float]:
+    """Held-out losses of a run on the real weights, before and after training."""
     arguments = {
         "model_name_or_path": assets / "stories260K",
         "train_file": assets / "text/tinyshakespeare_train.txt",
         "validation_file": assets / "text/tinyshakespeare_val.txt",
         "max_seq_length": 128,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 0.3,
-        "max_steps": 300,
-        "deepspeed": ROOT / "ds_configs/zero3_bf16.json",
-        "output_dir": tmp_path,
-    }
+        "output_dir": out,
+    } | more
     results = ranks(2).run(run_main, [f"--{name}={value}" for name, value in arguments.items()])
     assert results[0][0] == 0, results
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["eval_loss"] for record in records if "eval_loss" in record]
-    assert losses[0] == pytest.approx(4.98, abs=0.1)
-    assert losses[-1] < 2.80
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record["eval_loss"] for record in records if "eval_loss" in record]
+
+
+def test_shakespeare_reaches_2_80(ranks: GroupOf, assets: Path, tmp_path: Path) -> None:
+    """Plain PyTorch SGD with clip 1.0 reaches 2.75."""
+    config = ROOT / "ds_configs/zero3_fp32.json"
+    more = {"per_device_train_batch_size": 8, "learning_rate": 0.3, "max_steps": 300, "deepspeed": config}
+    before, after = shakespeare(ranks, assets, tmp_path, **more)
+    assert before == pytest.approx(4.98, abs=0.1)
+    assert after < 2.80
+
+
+def test_bf16_with_stochastic_rounding_learns_what_fp32_does(ranks: GroupOf, assets: Path, tmp_path: Path) -> None:
+    """At a small learning rate most updates are less than half of the distance to the next bf16 number."""
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text((assets / "text/tinyshakespeare_val.txt").read_text()[:10_000])
+    losses = {}
+    for precision, rounding in (("fp32", "auto"), ("bf16", "stochastic"), ("bf16", "nearest")):
+        config = json.loads((ROOT / f"ds_configs/zero3_{precision}.json").read_text())
+        config["optimizer"]["params"]["rounding"] = rounding
+        file = tmp_path / f"{precision}_{rounding}.json"
+        file.write_text(json.dumps(config))
+        more = {"per_device_train_batch_size": 4, "learning_rate": 0.02, "max_steps": 10, "deepspeed": file}
+        out = tmp_path / f"{precision}_{rounding}"
+        *_, losses[rounding] = shakespeare(ranks, assets, out, validation_file=held_out, **more)
+    assert losses["stochastic"] == pytest.approx(losses["auto"], abs=0.02), "fp32 and stochastic rounding"
+    assert losses["nearest"] > losses["auto"] + 0.1, "small updates are lost"

@@ -96,7 +96,7 @@ def test_a_job_at_its_time_limit_requeues_resumes_and_ends_as_if_never_stopped(
 ) -> None:
     out, uninterrupted = tmp_path / "out", tmp_path / "uninterrupted"
     metrics = out / "metrics.jsonl"
-    arguments = training(demo, max_steps=STEPS, deepspeed="ds_configs/zero3_bf16.json")
+    arguments = training(demo, max_steps=STEPS, deepspeed="ds_configs/zero3_fp32.json")
     options = ["--gpus-per-node=2", "--signal=B:USR1@600"]
     job = submit(slurm, "single_node.sbatch", repository, options, [*arguments, f"--output_dir={out}"])
 
