@@ -20,7 +20,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,26 +62,25 @@ class Traffic:
 
     def watch(self) -> None:
         """From now on, in this process."""
-        from lomo_ds.host_memory import Ferry
+        from lomo_ds.host_memory import Fetch, HostTransfer
         from lomo_ds.stores import AsKept
 
-        pack, down, up = AsKept.pack, Ferry.down, Ferry.up
+        pack, offload, start_fetch = AsKept.pack, HostTransfer.offload, HostTransfer.start_fetch
 
         def counted_pack(wire: AsKept, shard: Tensor) -> Tensor:
             self.up += shard.nbytes
             return pack(wire, shard)
 
-        def counted_down(ferry: Ferry, tensor: Tensor, home: Tensor) -> None:
+        def counted_offload(transfer: HostTransfer, tensor: Tensor, host_tensor: Tensor) -> None:
             self.down += tensor.nbytes
-            down(ferry, tensor, home)
+            offload(transfer, tensor, host_tensor)
 
-        def counted_up(ferry: Ferry, homes: Iterable[Tensor]) -> Iterator[Tensor]:
-            for tensor in up(ferry, homes):
-                self.up += tensor.nbytes
-                yield tensor
+        def counted_fetch(transfer: HostTransfer, host_tensor: Tensor) -> Fetch:
+            self.up += host_tensor.nbytes
+            return start_fetch(transfer, host_tensor)
 
-        vars_of: Any = (AsKept, Ferry)
-        vars_of[0].pack, vars_of[1].down, vars_of[1].up = counted_pack, counted_down, counted_up
+        vars_of: Any = (AsKept, HostTransfer)
+        vars_of[0].pack, vars_of[1].offload, vars_of[1].start_fetch = counted_pack, counted_offload, counted_fetch
 
 
 def limit(desk: Desk, cap_gib: float) -> None:

@@ -5,6 +5,7 @@ On the CPU, where both are the same memory, nothing is pinned and every copy is 
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -68,12 +69,30 @@ class PinnedMemory:
         return self.memory[slab][start : start + tensor.nbytes].view(tensor.dtype)
 
 
-class Ferry:
+@dataclass(frozen=True, eq=False)
+class Fetch:
+    """A copy on its way up; ``tensor`` may be used, or freed, once the computing stream waits for it."""
+
+    tensor: Tensor
+    arrived: torch.Event | None  # None on the CPU, where nothing is ever under way
+
+
+@dataclass(frozen=True, eq=False)
+class _Offload:
+    """A copy on its way down."""
+
+    tensor: Tensor
+    host_tensor: Tensor
+    copied: torch.Event | None
+
+
+class HostTransfer:
     """Copies between a device and its pinned memory, both ways at once and beside what is computed.
 
-    No call waits on the host. A copy's device tensor is held until the computing stream has been told to wait for the
-    copy, so what is allocated later may use its memory again, and no more than ``IN_FLIGHT_BYTES``, or one tensor,
-    is held so in either direction.
+    No call waits on the host. The computing stream is told to wait for a copy up when its tensor is taken, and for a
+    copy down when its tensor is let go of, to bound the bytes in flight or in ``flush``. Until then device tensors are
+    held, so that no memory is used again that a copy still reads or writes. Held so, in either direction, are at most
+    ``IN_FLIGHT_BYTES``, or one tensor that is larger.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -81,63 +100,84 @@ class Ferry:
         self.streams = torch.get_device_module(device)
         self.downward = self.streams.Stream(device)
         self.upward = self.streams.Stream(device)
-        self.leaving: deque[tuple[torch.Event | None, Tensor]] = deque()
+        self.leaving: deque[_Offload] = deque()
         self.leaving_bytes = 0
 
-    def down(self, tensor: Tensor, home: Tensor) -> None:
-        """Begin to copy ``tensor`` into ``home``; the caller must not write to ``tensor`` any more."""
+    def offload(self, tensor: Tensor, host_tensor: Tensor) -> None:
+        """Begin to copy ``tensor`` into ``host_tensor``; the caller must not write to ``tensor`` any more.
+
+        What bounds the bytes in flight is a wait for earlier copies, never for the one that begins here.
+        """
         self.downward.wait_stream(self._computing)
         with self.streams.stream(self.downward):
-            home.copy_(tensor, non_blocking=True)
-            self.leaving.append((self.downward.record_event(), tensor))
+            host_tensor.copy_(tensor, non_blocking=True)
+            self.leaving.append(_Offload(tensor, host_tensor, self.downward.record_event()))
         self.leaving_bytes += tensor.nbytes
-        self._let_go(IN_FLIGHT_BYTES)
+        while len(self.leaving) > 1 and self.leaving_bytes > IN_FLIGHT_BYTES:
+            self._release_oldest()
 
-    def up(self, homes: Iterable[Tensor]) -> Iterator[Tensor]:
-        """What lies in ``homes``, on the device, some of them copied ahead of being asked for."""
-        self.upward.wait_stream(self.downward)
-        coming: deque[tuple[Tensor, torch.Event | None]] = deque()
+    def fetch(self, host_tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """What lies in ``host_tensors``, on the device; the next ones are on their way while one is used."""
+        coming: deque[Fetch] = deque()
         coming_bytes = 0
         try:
-            for home in homes:
-                coming.append(self._fetch(home))
-                coming_bytes += home.nbytes
-                while coming_bytes > IN_FLIGHT_BYTES:
-                    coming_bytes -= coming[0][0].nbytes
-                    yield self._receive(*coming.popleft())
+            for host_tensor in host_tensors:
+                coming.append(self.start_fetch(host_tensor))
+                coming_bytes += host_tensor.nbytes
+                while len(coming) > 1 and coming_bytes > IN_FLIGHT_BYTES:
+                    coming_bytes -= coming[0].tensor.nbytes
+                    yield self.finish_fetch(coming.popleft())
             while coming:
-                yield self._receive(*coming.popleft())
-        finally:  # what nobody came for is freed no sooner than it is written
-            self._computing.wait_stream(self.upward)
+                yield self.finish_fetch(coming.popleft())
+        finally:
+            for unclaimed in coming:  # its copy must finish before its memory is freed
+                self.finish_fetch(unclaimed)
+
+    def start_fetch(self, host_tensor: Tensor) -> Fetch:
+        """Begin to copy ``host_tensor`` to the device, behind an offload into the same memory that is under way."""
+        tensor = torch.empty_like(host_tensor, device=self.device, pin_memory=False)  # in the computing stream's pool
+        self.upward.wait_stream(self._computing)
+        copied = self._offload_under_way(host_tensor)
+        if copied is not None:
+            self.upward.wait_event(copied)
+        with self.streams.stream(self.upward):
+            tensor.copy_(host_tensor, non_blocking=True)
+            return Fetch(tensor, self.upward.record_event())
+
+    def finish_fetch(self, fetch: Fetch) -> Tensor:
+        """Let the computing stream wait for a fetch, whose tensor can then be used or freed."""
+        if fetch.arrived is not None:
+            self._computing.wait_event(fetch.arrived)
+        return fetch.tensor
 
     def flush(self) -> None:
-        """Let go of every tensor on its way down; what comes up from here on is what has gone down."""
-        self._let_go(0)
-        self.downward.wait_stream(self.upward)  # which may be reading still, if what asked for it has failed
+        """Let go of every tensor on its way down; whatever comes later finds the host memory written."""
+        while self.leaving:
+            self._release_oldest()
 
     @property
     def _computing(self) -> torch.Stream:
         return self.streams.current_stream(self.device)
 
-    def _fetch(self, home: Tensor) -> tuple[Tensor, torch.Event | None]:
-        """Begin to copy ``home`` to the device, into memory that is the computing stream's to free."""
-        tensor = torch.empty_like(home, device=self.device, pin_memory=False)
-        self.upward.wait_stream(self._computing)
-        with self.streams.stream(self.upward):
-            tensor.copy_(home, non_blocking=True)
-            return tensor, self.upward.record_event()
+    def _offload_under_way(self, host_tensor: Tensor) -> torch.Event | None:
+        """The last copy down into that memory, or a part of it; None if the computing stream waits for it already."""
+        start, stop = _span(host_tensor)
+        for offload in reversed(self.leaving):
+            first, last = _span(offload.host_tensor)
+            if first < stop and start < last:
+                return offload.copied
+        return None
 
-    def _receive(self, tensor: Tensor, arrived: torch.Event | None) -> Tensor:
-        if arrived is not None:  # on the CPU nothing is under way
-            self._computing.wait_event(arrived)
-        return tensor
+    def _release_oldest(self) -> None:
+        offload = self.leaving.popleft()
+        if offload.copied is not None:
+            self._computing.wait_event(offload.copied)
+        self.leaving_bytes -= offload.tensor.nbytes
 
-    def _let_go(self, until: int) -> None:
-        while self.leaving and self.leaving_bytes > until:
-            copied, tensor = self.leaving.popleft()
-            if copied is not None:
-                self._computing.wait_event(copied)
-            self.leaving_bytes -= tensor.nbytes
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a contiguous tensor: its first byte, and the one behind its last."""
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

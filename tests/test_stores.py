@@ -1,7 +1,7 @@
 """Shards that are kept elsewhere: what crosses the link to them, and what is lent in their place."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed.comm as dist
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lomo_ds import memory
 from lomo_ds.errors import ConfigError
-from lomo_ds.host_memory import SMALLEST_SLAB, Ferry, PinnedMemory, Slabs, bytes_of
+from lomo_ds.host_memory import SMALLEST_SLAB, Fetch, HostTransfer, PinnedMemory, Slabs, bytes_of
 from lomo_ds.models import meta_model
 from lomo_ds.models.presets import preset_config
 from lomo_ds.stores import InHostMemory
@@ -27,21 +27,20 @@ GroupOf = Callable[..., Ranks]
 CPU = torch.device("cpu")
 
 
-class Watched(Ferry):
-    """Counts what a ferry carries."""
+class Watched(HostTransfer):
+    """Counts the bytes of copies."""
 
     def __init__(self) -> None:
         super().__init__(CPU)
-        self.carried_up = self.carried_down = 0
+        self.fetched = self.offloaded = 0
 
-    def down(self, tensor: Tensor, home: Tensor) -> None:
-        self.carried_down += tensor.nbytes
-        super().down(tensor, home)
+    def offload(self, tensor: Tensor, host_tensor: Tensor) -> None:
+        self.offloaded += tensor.nbytes
+        super().offload(tensor, host_tensor)
 
-    def up(self, homes: Iterable[Tensor]) -> Iterator[Tensor]:
-        for tensor in super().up(homes):
-            self.carried_up += tensor.nbytes
-            yield tensor
+    def start_fetch(self, host_tensor: Tensor) -> Fetch:
+        self.fetched += host_tensor.nbytes
+        return super().start_fetch(host_tensor)
 
 
 def bytes_carried(schedule: str, granularity: str) -> tuple[float, float]:
@@ -52,11 +51,11 @@ def bytes_carried(schedule: str, granularity: str) -> tuple[float, float]:
     names = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
     shards = sum(s.data.nbytes for name, s in zip(names, store.shards, strict=True) if name != "unused")
     engine.train_batch(part(whole_batch(0, rows=2), dist.get_rank(), dist.get_world_size()))
-    store.ferry = Watched()
+    store.transfer = Watched()
     engine.train_batch(part(whole_batch(1, rows=2), dist.get_rank(), dist.get_world_size()))
     assert not store.at_hand
-    assert not store.ferry.leaving
-    return store.ferry.carried_up / shards, store.ferry.carried_down / shards
+    assert not store.transfer.leaving
+    return store.transfer.fetched / shards, store.transfer.offloaded / shards
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ class Reduced:
         self.numels = rehearsal.numels
         self.itemsize = settings.dtype.itemsize
         self.buckets: Buckets[int] = Buckets(max(self.numels), settings.gpus, self._launch, self._land)
-        self.level = self.stashed = self.leaving = 0
+        self.leaving: deque[int] = deque()  # bytes of gradients on their way to host memory
+        self.level = self.stashed = 0
         self.held: set[int] = set()
         self.flights: deque[tuple[list[int], int, int]] = deque()  # members, elements, bytes of the shards
         groups = clipping_groups(rehearsal.names)
@@ -87,8 +88,8 @@ class Reduced:
         self.buckets.flush()
         for group in list(self.grouped):
             self._change(-self.grouped.pop(group))
-        self._change(-self.leaving)
-        self.leaving = 0
+        while self.leaving:
+            self._change(-self.leaving.popleft())
         self._send_home(0)
 
     def finish(self) -> None:
@@ -131,10 +132,13 @@ class Reduced:
             self.held.update(members)
             self._change(-size - (kept if kept != size else 0))
         elif self.keeps.on_host:
-            self.leaving += size
-            if self.leaving > self.keeps.in_flight:
-                self._change(self.keeps.in_flight - self.leaving)
-                self.leaving = self.keeps.in_flight
+            kept = self.keeps.bytes_of(size, self.itemsize)
+            if kept != size:  # converted, beside what came
+                self._change(kept)
+                self._change(-size)
+            self.leaving.append(kept)
+            while len(self.leaving) > 1 and sum(self.leaving) > self.keeps.in_flight:
+                self._change(-self.leaving.popleft())
         elif self.keeps.group:
             self._wait_for_group(members, size)
         else:
@@ -152,8 +156,8 @@ class Reduced:
             self.parts += self._part(index)
 
     def _send_home(self, until: int) -> None:
-        """See ``Ferry``."""
-        while self.sent and sum(self._part(p) for p in self.sent) > until:
+        """See ``HostTransfer``: the newest is let go of by the next one, or at the end."""
+        while len(self.sent) > (1 if until else 0) and sum(self._part(p) for p in self.sent) > until:
             p = self.sent.popleft()
             if self.settings.gpus == 1:
                 self.gathered.let_go(p)

@@ -19,7 +19,7 @@ class Keeps:
         passes: forward and backward passes of a step.
         on_device: all shards lie on the device until the step ends.
         on_host: all shards lie in pinned host memory until the step ends.
-        in_flight: the most bytes on their way there, on the device.
+        in_flight: the most bytes on their way there, on the device; a tensor that is larger goes by itself.
         group: the shards of a clipping group lie on the device until it is complete.
         itemsize: of a kept element; None: as it came.
     """

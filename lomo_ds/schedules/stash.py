@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds.clipping import Clipping
-from lomo_ds.host_memory import IN_FLIGHT_BYTES, Ferry, PinnedMemory
+from lomo_ds.host_memory import IN_FLIGHT_BYTES, HostTransfer, PinnedMemory
 from lomo_ds.rules import Rule
 from lomo_ds.schedules.base import Schedule, Target
 from lomo_ds.stores import Store
@@ -71,7 +71,7 @@ class HostStash(Schedule):
         self.dtype = dtype
         numel = sum(target.numel for target in targets)
         self.pinned = PinnedMemory(device, numel * (dtype or torch.bfloat16).itemsize)
-        self.ferry = Ferry(device)
+        self.transfer = HostTransfer(device)
         self.buffers: dict[int, Tensor] = {}  # each cut when its target's gradient first comes
         self.held: set[int] = set()
         super().__init__(targets, store, rule, clipping, device)
@@ -79,7 +79,7 @@ class HostStash(Schedule):
     def start(self, scale: float) -> None:
         super().start(scale)
         self.held.clear()
-        self.ferry.flush()  # there is something left where a step was cut short
+        self.transfer.flush()  # there is something left where a step was cut short
 
     def take(self, indices: list[int], gradients: list[Tensor]) -> None:
         sums = [self._sum(index, gradient) for index, gradient in zip(indices, gradients, strict=True)]
@@ -88,18 +88,18 @@ class HostStash(Schedule):
             buffer = self.buffers.get(index)
             if buffer is None or buffer.dtype != gradient.dtype:
                 buffer = self.buffers[index] = self.pinned.like(gradient)
-            self.ferry.down(gradient, buffer)
+            self.transfer.offload(gradient, buffer)
         self.held.update(indices)
 
     def flush(self) -> None:
         super().flush()
-        self.ferry.flush()
+        self.transfer.flush()
 
     def apply(self, coefficients: list[float]) -> None:
         indices = sorted(self.held)
         waiting: list[int] = []  # updated some at a time, so that a store can fetch their shards ahead too
         gradients: list[Tensor] = []
-        arriving = self.ferry.up(self.buffers[index] for index in indices)
+        arriving = self.transfer.fetch(self.buffers[index] for index in indices)
         for index, gradient in zip(indices, arriving, strict=True):
             waiting.append(index)
             gradients.append(gradient)
@@ -111,5 +111,5 @@ class HostStash(Schedule):
         """The gradient of the step so far."""
         if index not in self.held:
             return gradient.to(self.dtype or gradient.dtype)
-        (sum_so_far,) = self.ferry.up([self.buffers[index]])
+        (sum_so_far,) = self.transfer.fetch([self.buffers[index]])
         return sum_so_far.float().add_(gradient)

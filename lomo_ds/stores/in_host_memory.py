@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lomo_ds.host_memory import Ferry
+from lomo_ds.host_memory import HostTransfer
 from lomo_ds.numerics import GPU_PIECE_NUMEL
 from lomo_ds.rules import Values
 from lomo_ds.zero3 import Shard
@@ -24,7 +24,7 @@ class InHostMemory:
     def __init__(self, shards: Sequence[Shard], device: torch.device, rounded: bool = False) -> None:
         self.shards = shards
         self.rounded = rounded
-        self.ferry = Ferry(device)
+        self.transfer = HostTransfer(device)
         self.at_hand: dict[int, Tensor] = {}
 
     def note_whole(self, index: int, whole: Tensor) -> None:
@@ -43,18 +43,18 @@ class InHostMemory:
             if index in self.at_hand:
                 part = self.at_hand.pop(index)
                 yield [part], [gradient]
-                self.ferry.down(part, self.shards[index].data)
+                self.transfer.offload(part, self.shards[index].data)
             else:
                 away += [(index, *of_piece) for of_piece in self._pieces(index, gradient)]
-        arriving = self.ferry.up(home for _, home, _ in away)
+        arriving = self.transfer.fetch(home for _, home, _ in away)
         for (index, home, gradient), copy in zip(away, arriving, strict=True):
             yield [self.shards[index].values(index, copy) if copy.dtype == torch.int8 else copy], [gradient]
-            self.ferry.down(copy, home)
+            self.transfer.offload(copy, home)
 
     def flush(self) -> None:
         """See ``Store.flush``."""
         self.at_hand.clear()
-        self.ferry.flush()
+        self.transfer.flush()
 
     def _pieces(self, index: int, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """A shard and its gradient in parts of bounded length; eight-bit weights in one, half as long."""
