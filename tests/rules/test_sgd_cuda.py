@@ -52,16 +52,14 @@ def test_the_kernel_is_what_runs() -> None:
     assert kernel_for(torch.device("cuda", 0)) is not None
 
 
-@pytest.mark.parametrize("kept_on", ["gpu", "host"])
 @pytest.mark.parametrize("coefficient", COEFFICIENTS, ids=["float", "tensor"])
 @pytest.mark.parametrize("gradient_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_half_precision_equals_the_cpu_bit_for_bit(
-    dtype: torch.dtype, gradient_dtype: torch.dtype, coefficient: float | Tensor, kept_on: str
+    dtype: torch.dtype, gradient_dtype: torch.dtype, coefficient: float | Tensor
 ) -> None:
     expected, gradients = randn(dtype), randn(gradient_dtype, seed=1)
-    shards = on_gpu(expected) if kept_on == "gpu" else [shard.clone().pin_memory() for shard in expected]
-    there = on_gpu(gradients)
+    shards, there = on_gpu(expected), on_gpu(gradients)
     coefficient_there = coefficient.cuda() if isinstance(coefficient, Tensor) else coefficient
     Sgd().update(expected, gradients, coefficient, lr=0.1, weight_decay=0.1)
     Sgd().update(on_gpu(randn(dtype)), on_gpu(randn(gradient_dtype)), coefficient_there, 0.1, 0.1)  # compiles
@@ -71,13 +69,11 @@ def test_half_precision_equals_the_cpu_bit_for_bit(
     assert_same(shards, expected)
 
 
-@pytest.mark.parametrize("kept_on", ["gpu", "host"])
 @pytest.mark.parametrize("coefficient", COEFFICIENTS, ids=["float", "tensor"])
 @pytest.mark.parametrize("gradient_dtype", DTYPES)
-def test_fp32_equals_float64_arithmetic(gradient_dtype: torch.dtype, coefficient: float | Tensor, kept_on: str) -> None:
+def test_fp32_equals_float64_arithmetic(gradient_dtype: torch.dtype, coefficient: float | Tensor) -> None:
     weights, gradients = randn(torch.float32), randn(gradient_dtype, seed=1)
-    shards = on_gpu(weights) if kept_on == "gpu" else [shard.clone().pin_memory() for shard in weights]
-    there = on_gpu(gradients)
+    shards, there = on_gpu(weights), on_gpu(gradients)
     with no_waiting():
         Sgd().update(shards, there, coefficient, lr=0.1, weight_decay=0.1)
     torch.cuda.synchronize()
@@ -109,13 +105,12 @@ def test_stochastic_rounding_adds_philox(dtype: torch.dtype) -> None:
     assert torch.equal(found.cpu()[normal], expected[normal])
 
 
-@pytest.mark.parametrize("kept_on", ["gpu", "host"])
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_rounding_goes_on_from_a_saved_state(dtype: torch.dtype, kept_on: str) -> None:
+def test_rounding_goes_on_from_a_saved_state(dtype: torch.dtype) -> None:
     rule = Sgd(generator())
 
     def drawn() -> list[Tensor]:
-        shards = on_gpu(randn(dtype)) if kept_on == "gpu" else [shard.pin_memory() for shard in randn(dtype)]
+        shards = on_gpu(randn(dtype))
         rule.update(shards, on_gpu(randn(dtype, seed=1)), coefficient=1.0, lr=1e-3, weight_decay=0.0)
         torch.cuda.synchronize()
         return shards
