@@ -148,7 +148,7 @@ class FakeDevice(TorchDispatchMode):
         late_args, late_kwargs = tree_map_only(Tensor, self._memory_of, (args, kwargs))
         if func._schema.is_mutable:
             self._defer(lambda: func(*late_args, **late_kwargs))
-            return args[0]
+            return args[0] if func._schema.returns else None
         results = tree_map_only(Tensor, self._allocate, func(*meta[0], **meta[1]))
         memory = tree_map_only(Tensor, self._memory_of, results)
         self._defer(lambda: _fill(memory, func(*late_args, **late_kwargs)))

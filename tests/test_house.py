@@ -30,6 +30,7 @@ FLOORS = [
         "manifest",
         "int8",
         "host_budget",
+        "prefetch",
     ],
     ["zero3", "rules"],
     ["gathering", "reduction", "ds_config", "data.tokens", "data.packing", "ds_parse", "stores", "lifeline", "monitor"],

@@ -51,7 +51,7 @@ def bytes_carried(schedule: str, granularity: str) -> tuple[float, float]:
     names = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
     shards = sum(s.data.nbytes for name, s in zip(names, store.shards, strict=True) if name != "unused")
     engine.train_batch(part(whole_batch(0, rows=2), dist.get_rank(), dist.get_world_size()))
-    store.transfer = Watched()
+    store.transfer = store.ahead.transfer = Watched()
     engine.train_batch(part(whole_batch(1, rows=2), dist.get_rank(), dist.get_world_size()))
     assert not store.at_hand
     assert not store.transfer.leaving

@@ -8,8 +8,9 @@ from lomo_ds.buckets import Buckets
 from lomo_ds.clipping import clipping_groups
 from lomo_ds.host_memory import IN_FLIGHT_BYTES
 from lomo_ds.planner.gathered import Gathered
-from lomo_ds.planner.moments import Rehearsal
+from lomo_ds.planner.moments import Event, Rehearsal
 from lomo_ds.planner.settings import Settings
+from lomo_ds.prefetch import LOOK_AHEAD
 from lomo_ds.rules.declared import Temporaries
 from lomo_ds.schedules.declared import Keeps
 
@@ -58,7 +59,12 @@ class Reduced:
         gathered: Gathered,
     ) -> None:
         self.gathered = gathered
-        self.notes_whole = settings.offload_param != "none" and not (keeps.on_device or keeps.on_host)
+        in_backward = settings.offload_param != "none" and not (keeps.on_device or keeps.on_host)
+        self.notes_whole = in_backward and not settings.int8_weights
+        self.fetches_shards = in_backward and settings.int8_weights
+        order = [moment.index for moment in rehearsal.moments if moment.event is Event.GRADIENT]
+        self.behind = {p: order[position + 1 : position + 1 + LOOK_AHEAD] for position, p in enumerate(order)}
+        self.ahead = 0  # bytes on their way up
         self.sent: deque[int] = deque()  # parameters whose new shards are on their way to host memory
         self.parts = 0
         self.copied_by_gloo = int(on_cpu)  # which reduces a copy of a bucket, and scatters that
@@ -90,6 +96,7 @@ class Reduced:
             self._change(-self.grouped.pop(group))
         while self.leaving:
             self._change(-self.leaving.popleft())
+        self._look_ahead(0)
         self._send_home(0)
 
     def finish(self) -> None:
@@ -133,7 +140,10 @@ class Reduced:
             self._change(-size - (kept if kept != size else 0))
         elif self.keeps.on_host:
             kept = self.keeps.bytes_of(size, self.itemsize)
-            if kept != size:  # converted, beside what came
+            if members[0] in self.held:  # this micro-batch is not the first
+                self._look_ahead(self._ahead_of(members[-1]))
+            self.held.update(members)
+            if kept != size:  # converted, or added to what was fetched, beside what came
                 self._change(kept)
                 self._change(-size)
             self.leaving.append(kept)
@@ -142,9 +152,12 @@ class Reduced:
         elif self.keeps.group:
             self._wait_for_group(members, size)
         else:
+            if self.fetches_shards:
+                self.parts += sum(self._stored(p) for p in members)
+                self._look_ahead(self._ahead_of(members[-1]))
             self._update(size)
             self._change(-size)
-            if self.notes_whole:
+            if self.notes_whole or self.fetches_shards:
                 self.sent += members
                 self._send_home(IN_FLIGHT_BYTES)
 
@@ -157,12 +170,30 @@ class Reduced:
 
     def _send_home(self, until: int) -> None:
         """See ``HostTransfer``: the newest is let go of by the next one, or at the end."""
-        while len(self.sent) > (1 if until else 0) and sum(self._part(p) for p in self.sent) > until:
+        while len(self.sent) > (1 if until else 0) and sum(self._stored(p) for p in self.sent) > until:
             p = self.sent.popleft()
-            if self.settings.gpus == 1:
+            if self.notes_whole and self.settings.gpus == 1:
                 self.gathered.let_go(p)
             else:
-                self.parts -= self._part(p)
+                self.parts -= self._stored(p)
+
+    def _ahead_of(self, p: int) -> int:
+        """See ``Prefetcher``: bytes on their way up while the gradient of ``p`` is used."""
+        nbytes = 0
+        for number, follower in enumerate(self.behind[p]):
+            kept = self.keeps.bytes_of(self._part(follower), self.itemsize)
+            size = self._stored(follower) if self.fetches_shards else kept
+            if number and nbytes + size > IN_FLIGHT_BYTES:
+                break
+            nbytes += size
+        return nbytes
+
+    def _look_ahead(self, nbytes: int) -> None:
+        self.ahead, before = nbytes, self.ahead
+        self._change(nbytes - before)
+
+    def _stored(self, p: int) -> int:
+        return self.settings.stored_bytes(self.settings.shard_numel(self.numels[p]))
 
     def _part(self, p: int) -> int:
         return self.settings.shard_numel(self.numels[p]) * self.itemsize

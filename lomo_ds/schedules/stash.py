@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lomo_ds.clipping import Clipping
 from lomo_ds.host_memory import IN_FLIGHT_BYTES, HostTransfer, PinnedMemory
+from lomo_ds.prefetch import Prefetcher
 from lomo_ds.rules import Rule
 from lomo_ds.schedules.base import Schedule, Target
 from lomo_ds.stores import Store
@@ -74,42 +75,52 @@ class HostStash(Schedule):
         self.transfer = HostTransfer(device)
         self.buffers: dict[int, Tensor] = {}  # each cut when its target's gradient first comes
         self.held: set[int] = set()
+        self.ahead = Prefetcher(self.transfer, self._held_buffer)  # micro-batches bring gradients in the same order
         super().__init__(targets, store, rule, clipping, device)
 
     def start(self, scale: float) -> None:
         super().start(scale)
         self.held.clear()
-        self.transfer.flush()  # there is something left where a step was cut short
+        self._flush_copies()  # there is something left where a step was cut short
 
     def take(self, indices: list[int], gradients: list[Tensor]) -> None:
-        sums = [self._sum(index, gradient) for index, gradient in zip(indices, gradients, strict=True)]
+        for index in indices:
+            self.ahead.announce(index)
+        sums = [self._add(index, gradient) for index, gradient in zip(indices, gradients, strict=True)]
         self.note_norms(indices, sums)  # here, where they lie on the device
-        for index, gradient in zip(indices, sums, strict=True):
-            buffer = self.buffers.get(index)
-            if buffer is None or buffer.dtype != gradient.dtype:
-                buffer = self.buffers[index] = self.pinned.like(gradient)
-            self.transfer.offload(gradient, buffer)
-        self.held.update(indices)
 
     def flush(self) -> None:
         super().flush()
-        self.transfer.flush()
+        self._flush_copies()
 
     def apply(self, coefficients: list[float]) -> None:
         indices = sorted(self.held)
         waiting: list[int] = []  # updated some at a time, so that a store can fetch their shards ahead too
         gradients: list[Tensor] = []
         arriving = self.transfer.fetch(self.buffers[index] for index in indices)
-        for index, gradient in zip(indices, arriving, strict=True):
+        for index in indices:
             waiting.append(index)
-            gradients.append(gradient)
+            gradients.append(next(arriving))  # in no variable of its own, which would keep it during the next copy
             if index == indices[-1] or sum(held.nbytes for held in gradients) >= IN_FLIGHT_BYTES:
                 self.update(waiting, gradients, coefficients)
                 waiting, gradients = [], []
 
-    def _sum(self, index: int, gradient: Tensor) -> Tensor:
-        """The gradient of the step so far."""
-        if index not in self.held:
-            return gradient.to(self.dtype or gradient.dtype)
-        (sum_so_far,) = self.transfer.fetch([self.buffers[index]])
-        return sum_so_far.float().add_(gradient)
+    def _add(self, index: int, gradient: Tensor) -> Tensor:
+        """The gradient of the step so far, which is on its way to host memory."""
+        if index in self.held:
+            total = self.ahead.take(index).float().add_(gradient)
+        else:
+            total = gradient.to(self.dtype or gradient.dtype)
+        buffer = self.buffers.get(index)
+        if buffer is None or buffer.dtype != total.dtype:
+            buffer = self.buffers[index] = self.pinned.like(total)
+        self.transfer.offload(total, buffer)
+        self.held.add(index)
+        return total
+
+    def _held_buffer(self, index: int) -> Tensor | None:
+        return self.buffers[index] if index in self.held else None
+
+    def _flush_copies(self) -> None:
+        self.ahead.flush()
+        self.transfer.flush()

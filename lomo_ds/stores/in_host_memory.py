@@ -7,8 +7,11 @@ from torch import Tensor
 
 from lomo_ds.host_memory import HostTransfer
 from lomo_ds.numerics import GPU_PIECE_NUMEL
+from lomo_ds.prefetch import Prefetcher
 from lomo_ds.rules import Values
 from lomo_ds.zero3 import Shard
+
+Piece = tuple[int, int]  # index of a shard, and number of its piece
 
 
 class InHostMemory:
@@ -25,6 +28,8 @@ class InHostMemory:
         self.shards = shards
         self.rounded = rounded
         self.transfer = HostTransfer(device)
+        self.pieces = [_pieces_of(shard) for shard in shards]
+        self.ahead: Prefetcher[Piece] = Prefetcher(self.transfer, lambda piece: self.pieces[piece[0]][piece[1]])
         self.at_hand: dict[int, Tensor] = {}
 
     def note_whole(self, index: int, whole: Tensor) -> None:
@@ -38,27 +43,29 @@ class InHostMemory:
 
     def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[tuple[list[Values], list[Tensor]]]:
         """See ``Store.lend``."""
-        away: list[tuple[int, Tensor, Tensor]] = []
+        fetched: list[tuple[Piece, Tensor]] = []
         for index, gradient in zip(indices, gradients, strict=True):
             if index in self.at_hand:
                 part = self.at_hand.pop(index)
                 yield [part], [gradient]
                 self.transfer.offload(part, self.shards[index].data)
             else:
-                away += [(index, *of_piece) for of_piece in self._pieces(index, gradient)]
-        arriving = self.transfer.fetch(home for _, home, _ in away)
-        for (index, home, gradient), copy in zip(away, arriving, strict=True):
-            yield [self.shards[index].values(index, copy) if copy.dtype == torch.int8 else copy], [gradient]
-            self.transfer.offload(copy, home)
+                parts = gradient.split(GPU_PIECE_NUMEL) if len(self.pieces[index]) > 1 else [gradient]
+                fetched += [((index, number), part) for number, part in enumerate(parts)]
+        for piece, _ in fetched:
+            self.ahead.announce(piece)
+        for (index, number), part in fetched:
+            copy = self.ahead.take((index, number))
+            yield [self.shards[index].values(index, copy) if copy.dtype == torch.int8 else copy], [part]
+            self.transfer.offload(copy, self.pieces[index][number])
 
     def flush(self) -> None:
         """See ``Store.flush``."""
         self.at_hand.clear()
+        self.ahead.flush()
         self.transfer.flush()
 
-    def _pieces(self, index: int, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """A shard and its gradient in parts of bounded length; eight-bit weights in one, half as long."""
-        shard = self.shards[index]
-        if shard.data.dtype == torch.int8:
-            return iter([(shard.kept, gradient)])
-        return zip(shard.data.split(GPU_PIECE_NUMEL), gradient.split(GPU_PIECE_NUMEL), strict=True)
+
+def _pieces_of(shard: Shard) -> Sequence[Tensor]:
+    """A shard in parts of bounded length; eight-bit weights in one, half as long."""
+    return [shard.kept] if shard.data.dtype == torch.int8 else shard.data.split(GPU_PIECE_NUMEL)
