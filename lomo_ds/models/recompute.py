@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lomo_ds.errors import ConfigError
+from lomo_ds.models.activation_offload import ActivationOffload
 
 
 def recompute_activations(model: PreTrainedModel, offload: bool = False) -> None:
@@ -27,12 +25,11 @@ def recompute_activations(model: PreTrainedModel, offload: bool = False) -> None
         )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if offload:
-        for module in model.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = _checkpoint_in_host_memory
+        modules = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
+        offloading = ActivationOffload(len(modules))
 
+        def checkpoint(layer: Callable[..., Any], *inputs: Any) -> Any:  # which a copy of the model shares
+            return offloading.checkpoint(layer, *inputs)
 
-def _checkpoint_in_host_memory(layer: Callable[..., Any], *inputs: Any) -> Any:
-    """A layer whose inputs leave the device; what it saves inside is dropped and computed again, as ever."""
-    with save_on_cpu(pin_memory=torch.cuda.is_available()):
-        return checkpoint(layer, *inputs, use_reentrant=False)
+        for module in modules:
+            module._gradient_checkpointing_func = checkpoint

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
 
+from lomo_ds.host_memory import IN_FLIGHT_BYTES
 from lomo_ds.planner.gathered import Gathered, NothingGathered, OnDemand
 from lomo_ds.planner.gradients import Gradients, Partitioned, Reduced
 from lomo_ds.planner.machine import Machine
@@ -124,7 +125,7 @@ class _Ledger:
             sizes = [settings.shard_numel(numel) * itemsize for numel in reversed(self.rehearsal.numels)]
             host[STASH] = pinned_bytes([self.keeps.bytes_of(size, itemsize) for size in sizes])
         if settings.activation_offload:
-            host[CHECKPOINTS] = sum(self.rehearsal.checkpoints.values())
+            host[CHECKPOINTS] = pinned_bytes(list(self.rehearsal.checkpoints.values()))
 
     def _buffers_of_nvme(self) -> int:
         """Between the drive and the GPU, as DeepSpeed's defaults have them; torch pins powers of two."""
@@ -152,7 +153,10 @@ class _Ledger:
         self._see(moment.level, moment.logits_level, self.gathered.peak, moment.alive_level)
 
     def _follow_checkpoint(self, moment: Moment) -> None:
-        """A layer's input is kept from its forward to the end of its backward; two may be on their way to the host."""
+        """A layer's input is kept from its forward to the end of its backward.
+
+        Where they are offloaded, the last ones are on their way in forward, and in backward one beside that in use.
+        """
         if not self.settings.gradient_checkpointing:
             return
         if moment.event is Event.FETCH_FORWARD:
@@ -160,8 +164,8 @@ class _Ledger:
         elif moment.event is Event.FREE_BACKWARD:
             self.checkpoints.pop(moment.index, None)
         if self.settings.activation_offload:
-            alive = list(self.checkpoints.values())
-            self.away = sum(alive[:-2])
+            in_forward = moment.event in (Event.FETCH_FORWARD, Event.FREE_FORWARD)
+            self.away = _beyond(list(self.checkpoints.values()), IN_FLIGHT_BYTES if in_forward else 0)
 
     def _see_gradients(self) -> None:
         self._see(self.moment.level, self.moment.logits_level, self.gathered.level, self.moment.alive_level)
@@ -224,3 +228,13 @@ class _Ledger:
         self.memory.at_peak = {kind: found[kind] for kind in KINDS}
         self.memory.when = "in the optimizer's step"
         self.memory.sizes = {(kind, ""): size for kind, size in self.memory.at_peak.items()}
+
+
+def _beyond(sizes: list[int], limit: int) -> int:
+    """All of ``sizes`` but the last two, and those before them that fit into ``limit`` with them."""
+    near = 0
+    for number, size in enumerate(reversed(sizes)):
+        if number >= 2 and near + size > limit:
+            break
+        near += size
+    return sum(sizes) - near
