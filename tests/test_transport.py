@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lomo_ds import int8, zero3
 from lomo_ds.gathering import MAX_FETCH_EVENTS
+from lomo_ds.stores import AsKept
 from lomo_ds.zero3 import transport
 from tests.engines import make_engine, my_part
 from tests.ranks import Ranks
@@ -165,3 +166,12 @@ def test_bytes_bound_every_gather_where_deepspeed_counts_events(ranks: GroupOf, 
     for asked, most_events in ranks(2).run(asked_for_ahead, params):
         assert asked > 5
         assert most_events == sys.maxsize
+
+
+@pytest.mark.parametrize("numel", [1, 3])
+def test_what_is_cut_from_between_others_is_a_tensor_of_its_own(numel: int) -> None:
+    buffer = torch.arange(2 * 8.0).view(2, 8)  # a row for each rank
+    whole = AsKept(torch.device("cpu")).unpack(buffer[:, 2 : 2 + numel], numel, torch.float32)
+    assert whole.tolist() == [*range(2, 2 + numel), *range(10, 10 + numel)]
+    assert whole.is_contiguous()
+    assert whole.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr()

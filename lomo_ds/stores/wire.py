@@ -36,7 +36,8 @@ class AsKept:
     def unpack(self, packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
         """See ``Wire.unpack``."""
         if packed.dtype != torch.int8:
-            return packed.reshape(-1)  # in place, or from between other parameters
+            # in place, or copied from between other parameters; ``reshape`` would keep a view of rows of one element
+            return packed.contiguous().view(-1)
         whole = torch.empty(len(packed), numel, dtype=dtype, device=packed.device)
         int8.read(int8.blocks_in(packed, numel), whole)
         return whole.view(-1)
