@@ -10,6 +10,7 @@ PEERS  := .venv/peers
 OLDEST := .venv-oldest
 DEMO   := demo
 RANKS  ?= 2
+TWO_FILES := --numprocesses 2 --dist loadfile
 
 .PHONY: train test test-oldest bench bench-gpu setup lint format clean
 
@@ -20,12 +21,13 @@ train: setup $(DEMO)/model/config.json
 $(DEMO)/model/config.json: | setup
 	$(BIN)/python launch/make_demo.py --output_dir $(DEMO)
 
+# Two files at a time: many a test waits for something else than a core.
 test: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(TWO_FILES)
 
 # The oldest releases that are supported. PyPI's torch is the CUDA build, which runs on the CPU as well.
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest tests
+	$(OLDEST)/bin/python -m pytest tests $(TWO_FILES)
 
 $(OLDEST)/ready: setup.py
 	test -x $(OLDEST)/bin/python || python3.12 -m venv $(OLDEST)

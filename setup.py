@@ -41,6 +41,7 @@ setup(
             "hypothesis",
             "mypy>=1.15",
             "pytest>=8",
+            "pytest-xdist",
             "ruff>=0.11",
             "triton>=3.6; sys_platform == 'linux'",  # torch for CUDA brings its own; the kernels' tests need no GPU
             "types-psutil",
