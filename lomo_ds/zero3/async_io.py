@@ -20,6 +20,13 @@ PATIENCE = 5.0  # seconds after which one may wonder
 logger = logging.getLogger(__name__)
 
 
+class _Builder(AsyncIOBuilder):
+    """Compiles without debug information, which would take the compiler three quarters more time."""
+
+    def cxx_args(self) -> list[str]:
+        return [argument for argument in super().cxx_args() if argument != "-g"]
+
+
 def require_async_io() -> None:
     """Make sure that async_io can be used here, which may take minutes, once.
 
@@ -44,7 +51,7 @@ def require_async_io() -> None:
 def load_async_io() -> Any:
     """The extension; one process of a machine loads it at a time."""
     if _is_installed():
-        return AsyncIOBuilder().load(verbose=False)
+        return _Builder().load(verbose=False)
     folders = [Path(cpp_extension._get_build_directory(name, verbose=False)) for name in COMPILED]
     words = "DeepSpeed's async_io is being compiled in %s, which takes minutes, once"
     told = threading.Timer(PATIENCE, logger.info, [words, folders[-1]])
@@ -54,7 +61,7 @@ def load_async_io() -> Any:
             fcntl.flock(turn, fcntl.LOCK_EX)  # the kernel ends it with the process
             for folder in folders:
                 _remove_left_behind(folder / "lock")
-            return AsyncIOBuilder().load(verbose=False)
+            return _Builder().load(verbose=False)
     finally:
         told.cancel()
 
