@@ -19,7 +19,7 @@ LAYERS = 5
 
 @pytest.fixture(autouse=True)
 def tiny_tensors_leave_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_offload, "SMALLEST_BYTES", 0)
+    monkeypatch.setattr(activation_offload, "SMALLEST_BYTES", 1)
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 200)
 
 
