@@ -1,6 +1,6 @@
 # make train | test | lint | format | setup | clean        (make setup TORCH=2.11.0 for another torch)
 # make test-oldest                                         the tests under the oldest versions; downloads gigabytes
-# make bench | bench-gpu                                   what is claimed, measured: 5 minutes, 7 minutes on one GPU
+# make bench | bench-gpu                                   what is claimed, measured on the CPU; in 7 minutes on one GPU
 
 PYTHON ?= python3
 TORCH  ?= $(shell sed -n 's/^TORCH = "\(.*\)".*/\1/p' setup.py)
