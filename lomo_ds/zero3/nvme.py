@@ -1,24 +1,24 @@
-"""Shards in a file on NVMe, read and written by DeepSpeed's async_io (libaio with O_DIRECT).
+"""Shards in a file on NVMe, read and written past the page cache (O_DIRECT) by threads that wait for the drive.
 
 DeepSpeed's own swapper keeps a buffer for every parameter that is gathered, each as large as the largest shard. Here
-a shard only passes through one, in pieces where it is larger: what few buffers hold bounds the host memory.
+a shard only passes through one, in pieces where it is larger: what few buffers hold bounds the host memory. Its
+async_io (libaio) is not used either: it takes minutes to compile on each machine, and an error of the drive ends the
+process.
 """
 
+import contextlib
 import os
-import tempfile
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
 
 from lomo_ds.errors import ConfigError, OffloadError
-from lomo_ds.zero3.async_io import load_async_io
-from lomo_ds.zero3.nvme_settings import PAGE_BYTES, NvmeSettings
+from lomo_ds.zero3.nvme_settings import PAGE_BYTES, NvmeSettings, nameless_file
 
 Group = tuple["Place", ...]  # what is gathered at once
 
@@ -36,8 +36,8 @@ class SwapSpace:
     def __init__(self, settings: NvmeSettings, device: torch.device) -> None:
         self.settings = settings
         self.device = device
-        self.descriptor = _nameless_file(settings.path)
-        self.path = f"/proc/self/fd/{self.descriptor}"  # by which async_io can open it
+        self.descriptor = nameless_file(settings.path)
+        self.requests = ThreadPoolExecutor(settings.requests_at_once, "lomo_ds-nvme")
         self.end = 0  # bytes
         self.vacant: dict[int, list[int]] = defaultdict(list)  # where places of a size are that nobody uses any more
         self.lanes: list[_Lane] = []
@@ -48,7 +48,7 @@ class SwapSpace:
         self.last: tuple[Group, Group] = ((), ())  # what was gathered before the last and what last
         self.followers: dict[tuple[Group, Group], Group] = {}
         self.guard = threading.RLock()  # a checkpoint may be written by another thread
-        weakref.finalize(self, _clean_up, self.descriptor, self.lanes, os.getpid())
+        weakref.finalize(self, _clean_up, self.descriptor, self.lanes, self.requests, os.getpid())
 
     def takes(self, nbytes: int) -> bool:
         """Whether a shard is large enough for a place."""
@@ -132,7 +132,7 @@ class SwapSpace:
     def _take(self) -> "_Lane":
         """A lane that nothing is under way in."""
         if not self.free and len(self.lanes) < self.settings.buffer_count:
-            self.lanes.append(_Lane(self.settings, self.device, self.path))
+            self.lanes.append(_Lane(self.settings, self.device, self.descriptor, self.requests))
             return self.lanes[-1]
         if not self.free and self.ahead:
             self._drop(next(iter(self.ahead)))
@@ -202,25 +202,27 @@ class Place:
 
 
 class _Lane:
-    """A buffer with a handle of its own; one read or write at a time is under way in it."""
+    """A buffer through which one read or write at a time goes."""
 
-    def __init__(self, settings: NvmeSettings, device: torch.device, path: str) -> None:
+    def __init__(
+        self, settings: NvmeSettings, device: torch.device, descriptor: int, requests: ThreadPoolExecutor
+    ) -> None:
         self.settings = settings
         self.device = device
-        self.path = path
-        self.handle: Any = load_async_io().aio_handle(*settings.handle_arguments)
+        self.descriptor = descriptor
+        self.requests = requests
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.streams = torch.get_device_module(device)
         self.downward = self.streams.Stream(device)
         self.copied: torch.Event | None = None  # the device's last use of the buffer
         self.source: Tensor | None = None  # what is on its way into the buffer
         self.target: tuple[int, int] | None = None  # where it is to be written: start and bytes
-        self.moving = False
+        self.under_way: list[Future[None]] = []
 
     def start_read(self, start: int, nbytes: int) -> None:
         """Begin to read into the buffer."""
         self._reserve(nbytes)
-        self._submit(self.handle.async_pread, start, nbytes)
+        self._submit(os.preadv, start, nbytes)
 
     def copy_out(self, into: Tensor) -> None:
         """Copy what was read to ``into``, in the current stream of the device."""
@@ -243,65 +245,68 @@ class _Lane:
         if self.target is not None and (wait or self.copied is None or self.copied.query()):
             self._wait_for_copy()
             (start, nbytes), self.target = self.target, None
-            self._submit(self.handle.async_pwrite, start, nbytes)
+            self._submit(os.pwritev, start, nbytes)
 
     def finish(self) -> None:
-        """Wait for what is under way."""
+        """Wait for what is under way.
+
+        Raises:
+            OffloadError: the drive could not do it.
+        """
         self.start_write(wait=True)
-        if self.moving:
-            self.moving = False
-            if self.handle.wait() != 1:
-                raise self._failure()
+        requests, self.under_way = self.under_way, []
+        wait(requests)  # all of them, as they use the buffer
+        for request in requests:
+            if error := request.exception():
+                raise OffloadError(
+                    f"a shard in offload_param.nvme_path {self.settings.path} cannot be read or written: {error}; look "
+                    "at the drive, then resume from the last checkpoint"
+                ) from error
 
     def _reserve(self, nbytes: int) -> None:
         """Let the buffer, which nobody uses any more, have that size at least."""
         self._wait_for_copy()
         wanted = self.settings.aligned(nbytes)
         if self.buffer.numel() < wanted:
-            self.release()
-            if self.device.type == "cpu":
-                self.buffer = self.handle.new_cpu_locked_tensor(wanted, self.buffer)
-            else:
-                memory = torch.empty(wanted + PAGE_BYTES, dtype=torch.uint8, pin_memory=True)
-                start = -memory.data_ptr() % PAGE_BYTES  # which O_DIRECT wants, and torch promises nobody
-                self.buffer = memory[start : start + wanted]
-
-    def release(self) -> None:
-        """Give the buffer's memory back; nothing may be under way."""
-        if self.device.type == "cpu" and self.buffer.numel():
-            self.handle.free_cpu_locked_tensor(self.buffer)
-        self.buffer = torch.empty(0, dtype=torch.uint8)
+            self.buffer = self.buffer.new_empty(0)  # the old memory is free before the new is taken
+            memory = torch.empty(wanted + PAGE_BYTES, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
+            start = -memory.data_ptr() % PAGE_BYTES  # which O_DIRECT wants, and torch promises nobody
+            self.buffer = memory[start : start + wanted]
 
     def _wait_for_copy(self) -> None:
         if self.copied is not None:
             self.copied.synchronize()
         self.copied, self.source = None, None
 
-    def _submit(self, action: Any, start: int, nbytes: int) -> None:
-        if action(self.buffer[: self.settings.aligned(nbytes)], self.path, start) != 0:
-            raise self._failure()
-        self.moving = True
-
-    def _failure(self) -> OffloadError:
-        return OffloadError(
-            f"a shard in offload_param.nvme_path {self.settings.path} cannot be read or written; see what DeepSpeed's "
-            "async_io says above"
-        )
+    def _submit(self, call: "_Call", start: int, nbytes: int) -> None:
+        """Let ``call`` move that many bytes, in requests of a block each."""
+        memory = self.buffer.numpy().data[: self.settings.aligned(nbytes)]
+        for behind in range(0, len(memory), self.settings.block_size):
+            block = memory[behind : behind + self.settings.block_size]
+            self.under_way.append(self.requests.submit(_transfer, call, self.descriptor, block, start + behind))
 
 
-def _nameless_file(folder: Path) -> int:
-    try:
-        descriptor, name = tempfile.mkstemp(prefix="lomo_ds-", dir=folder)
-        Path(name).unlink()
-    except OSError as error:
-        raise ConfigError(f"offload_param.nvme_path {folder} cannot be written to: {error.strerror}") from None
-    return descriptor
+_Call = Callable[[int, Sequence[memoryview], int], int]  # os.preadv or os.pwritev
 
 
-def _clean_up(descriptor: int, lanes: list[_Lane], owner: int) -> None:
+def _transfer(call: _Call, descriptor: int, block: memoryview, start: int) -> None:
+    """Move a whole block, of which the kernel may move a part only.
+
+    Raises:
+        OSError: of the drive.
+    """
+    while block:
+        moved = call(descriptor, [block], start)
+        if not moved:
+            raise OSError(f"the file ends at {start}")
+        block, start = block[moved:], start + moved
+
+
+def _clean_up(descriptor: int, lanes: list[_Lane], requests: ThreadPoolExecutor, owner: int) -> None:
     if os.getpid() == owner:  # a forked process has no part in what is under way
         for lane in lanes:
             lane.target = None
-            lane.finish()
-            lane.release()
+            with contextlib.suppress(OffloadError):  # nobody reads it any more
+                lane.finish()
+        requests.shutdown()
     os.close(descriptor)

@@ -10,7 +10,6 @@ from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
 
 from lomo_ds.errors import ConfigError
-from lomo_ds.zero3.async_io import require_async_io
 
 PAGE_BYTES = 4096  # what O_DIRECT wants offsets, lengths and memory aligned to, at most
 
@@ -22,37 +21,25 @@ class NvmeSettings:
     Attributes:
         path: a folder.
         block_size: bytes that a request reads or writes; smaller shards stay in host memory.
-        queue_depth, single_submit, overlap_events, threads: see DeepSpeed's ``aio`` section.
+        requests_at_once: how many the drive has at a time, at most.
         buffer_bytes: of each buffer, at most.
         buffer_count: how many there are, at most.
     """
 
     path: Path
     block_size: int
-    queue_depth: int
-    single_submit: bool
-    overlap_events: bool
-    threads: int
+    requests_at_once: int
     buffer_bytes: int
     buffer_count: int
 
     @property
-    def handle_arguments(self) -> tuple[int, int, bool, bool, int]:
-        """Of async_io's ``aio_handle``."""
-        return self.block_size, self.queue_depth, self.single_submit, self.overlap_events, self.threads
-
-    @property
     def piece_bytes(self) -> int:
         """What one buffer holds of a file."""
-        return self.buffer_bytes // self._alignment * self._alignment
+        return self.buffer_bytes // PAGE_BYTES * PAGE_BYTES
 
     def aligned(self, nbytes: int) -> int:
         """``nbytes``, or what must be read or written for them."""
-        return -(-nbytes // self._alignment) * self._alignment
-
-    @property
-    def _alignment(self) -> int:
-        return PAGE_BYTES * self.threads
+        return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def nvme_settings(ds_config: dict[str, Any], itemsize: int) -> NvmeSettings:
@@ -83,17 +70,14 @@ def nvme_settings(ds_config: dict[str, Any], itemsize: int) -> NvmeSettings:
     settings = NvmeSettings(
         path=Path(offload.nvme_path),
         block_size=aio["block_size"],
-        queue_depth=aio["queue_depth"],
-        single_submit=bool(aio["single_submit"]),
-        overlap_events=bool(aio["overlap_events"]),
-        threads=aio["intra_op_parallelism"],
+        requests_at_once=aio["queue_depth"] * aio["intra_op_parallelism"],
         buffer_bytes=offload.buffer_size * itemsize,
         buffer_count=offload.buffer_count,
     )
     if settings.piece_bytes < 1:
         raise ConfigError(
-            f"offload_param.buffer_size must be at least {PAGE_BYTES * settings.threads // itemsize} elements, one "
-            f"page for each of aio.intra_op_parallelism {settings.threads}, got {offload.buffer_size}; leave it out"
+            f"offload_param.buffer_size must be at least {PAGE_BYTES // itemsize} elements, which are a page, got "
+            f"{offload.buffer_size}; leave it out"
         )
     return settings
 
@@ -102,7 +86,7 @@ def refuse_nvme_that_cannot_be(ds_config: dict[str, Any], itemsize: int) -> None
     """Refuse ``offload_param.device nvme`` where this machine cannot do it.
 
     Raises:
-        ConfigError: a setting is wrong, async_io or libaio is missing, or ``nvme_path`` cannot be written to.
+        ConfigError: a setting is wrong, or ``nvme_path`` cannot be written to past the page cache.
     """
     settings = nvme_settings(ds_config, itemsize)
     if not settings.path.is_dir():
@@ -110,25 +94,24 @@ def refuse_nvme_that_cannot_be(ds_config: dict[str, Any], itemsize: int) -> None
             f"offload_param.nvme_path must be a folder on an NVMe drive, got {settings.path}, which is none; make it, "
             "or give another"
         )
-    require_async_io()
-    try:
-        _try_direct_io(settings.path)
-    except OSError as error:
-        raise ConfigError(
-            f"offload_param.nvme_path {settings.path} cannot be used: {error.strerror}; give a folder that can be "
-            "written to past the page cache (O_DIRECT)"
-        ) from None
+    os.close(nameless_file(settings.path))
 
 
-def _try_direct_io(folder: Path) -> None:
-    """Open a file as async_io will.
+def nameless_file(folder: Path) -> int:
+    """A descriptor of a new file that is read and written past the page cache, and is gone when it is closed.
 
     Raises:
-        OSError: that cannot be done here.
+        ConfigError: that cannot be done in ``folder``.
     """
-    descriptor, name = tempfile.mkstemp(dir=folder)
-    os.close(descriptor)
     try:
-        os.close(os.open(name, os.O_RDWR | os.O_DIRECT))
-    finally:
-        Path(name).unlink()
+        descriptor, name = tempfile.mkstemp(prefix="lomo_ds-", dir=folder)
+        os.close(descriptor)
+        try:
+            return os.open(name, os.O_RDWR | os.O_DIRECT)
+        finally:
+            Path(name).unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"offload_param.nvme_path {folder} cannot be used: {error.strerror}; give a folder that can be "
+            "written to past the page cache (O_DIRECT)"
+        ) from None
