@@ -20,7 +20,7 @@ import torch
 from benchmarks import methods
 from benchmarks.contest import Contest, Entrant, ratios
 from benchmarks.workers import PRELOAD, free_port, get_ready, set_environment
-from benchmarks.workload import TOY, Workload
+from benchmarks.workload import TINY, Workload
 
 # Whatever imports deepspeed is imported in ``prepare``: deepspeed chooses its accelerator then.
 
@@ -43,9 +43,9 @@ class Measurement(Protocol):
         ...
 
 
-def toy_of(work: Workload) -> Workload:
+def tiny_of(work: Workload) -> Workload:
     """The workload at a size for trying it on the CPU."""
-    return replace(work, model=TOY, sequence=16, batch=1, precision="fp32", lomo={}, tiled_logits=False)
+    return replace(work, model=TINY, sequence=16, batch=1, precision="fp32", lomo={}, tiled_logits=False)
 
 
 def title_of(method: str, work: Workload, world: int = 1) -> str:
@@ -75,7 +75,7 @@ class Peak:
 
     def toy(self) -> "Peak":
         """See ``Measurement.toy``."""
-        return replace(self, work=toy_of(self.work), card=None)
+        return replace(self, work=tiny_of(self.work), card=None)
 
     def prepare(self, device: str) -> Measure:
         """See ``Measurement.prepare``."""
@@ -117,7 +117,7 @@ class Group:
 
     def toy(self) -> "Group":
         """See ``Measurement.toy``."""
-        return replace(self, entrants=tuple(replace(entrant, work=toy_of(entrant.work)) for entrant in self.entrants))
+        return replace(self, entrants=tuple(replace(entrant, work=tiny_of(entrant.work)) for entrant in self.entrants))
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class HostMemory:
 
     def toy(self) -> "HostMemory":
         """See ``Measurement.toy``."""
-        return replace(self, work=toy_of(self.work), batches=(1,), card=None, steps=1)
+        return replace(self, work=tiny_of(self.work), batches=(1,), card=None, steps=1)
 
     def prepare(self, device: str) -> Measure:
         """See ``Measurement.prepare``."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks import methods
-from benchmarks.workload import DTYPES, TOY, Workload
+from benchmarks.workload import DTYPES, TINY, TOY, Workload
 
 
 def add_workload(parser: argparse.ArgumentParser, models: list[str] | None, sequence: int, batch: int) -> None:
@@ -18,7 +18,7 @@ def add_workload(parser: argparse.ArgumentParser, models: list[str] | None, sequ
             "--models",
             nargs="+",
             default=models,
-            help=f"presets of lomo_ds.models, or {TOY}: 16 layers of hidden size 64; {' '.join(models)} by default",
+            help=f"presets of lomo_ds.models, {TOY} (16 narrow layers) or {TINY} (6); {' '.join(models)} by default",
         )
     parser.add_argument("--sequence", type=int, default=sequence, help=f"tokens of a row; {sequence} by default")
     parser.add_argument("--batch", type=int, default=batch, help=f"rows for each rank; {batch} by default")

@@ -280,7 +280,7 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument(
         "--rows", nargs="+", type=row_of, default=[row_of(text) for text in ROWS], metavar="MODEL:RANKS",
-        help=f"presets of lomo_ds.models, or toy, and numbers of ranks; {' '.join(ROWS)} by default",
+        help=f"presets of lomo_ds.models, toy or tiny, and numbers of ranks; {' '.join(ROWS)} by default",
     )  # fmt: skip
     options.add_workload(parser, models=None, sequence=128, batch=2)
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")

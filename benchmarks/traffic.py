@@ -166,7 +166,7 @@ def main() -> None:
     parser = report.parser(__doc__)
     options.add_workload(parser, models=None, sequence=32, batch=1)
     parser.set_defaults(precision="bf16")
-    parser.add_argument("--model", default="toy", help="a preset of lomo_ds.models, or toy; toy by default")
+    parser.add_argument("--model", default="toy", help="a preset of lomo_ds.models, toy or tiny; toy by default")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=options.methods_help(METHODS))
     parser.add_argument("--ranks", type=int, default=2, help="2 by default")
     parser.add_argument("--simulate_world", type=int, help="count on rank 0 of so many, in one process")

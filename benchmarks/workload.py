@@ -8,14 +8,15 @@ from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOY = "toy"  # sixteen narrow layers: what a step costs beside arithmetic is nowhere as large a share
-TOY_SHAPE = {
+TINY = "tiny"  # the same with few layers, to try a benchmark out
+NARROW = {
     "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 172,
-    "num_hidden_layers": 16,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
+SHAPES = {TOY: NARROW | {"num_hidden_layers": 16}, TINY: NARROW | {"num_hidden_layers": 6}}
 DRAWN_NUMEL = 2**26  # of weights in host memory: drawn at once, on the GPU
 # of zero_optimization: what DeepSpeed does with a model of many billions, asked of a small one
 LARGE = {
@@ -31,7 +32,7 @@ class Workload:
     """One model and what a rank trains on in a step.
 
     Attributes:
-        model: a preset of lomo_ds.models, or ``toy``.
+        model: one of ``SHAPES``, or a preset of lomo_ds.models.
         sequence: tokens of a row.
         batch: rows for each rank.
         precision: one of ``DTYPES``.
@@ -68,7 +69,7 @@ class Workload:
 
         from lomo_ds.models.presets import preset_config
 
-        config = LlamaConfig(**TOY_SHAPE) if self.model == TOY else preset_config(self.model)
+        config = LlamaConfig(**SHAPES[self.model]) if self.model in SHAPES else preset_config(self.model)
         config.use_cache = False
         return config
 

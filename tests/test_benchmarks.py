@@ -163,7 +163,7 @@ def toy_parameters() -> int:
 @needs_bench
 def test_throughput(results_of: Callable[..., dict[str, Any]]) -> None:
     results = results_of(
-        throughput, "--rows", "toy:1", "toy:2", "--seconds=0", *SMALL, "--methods", "immediate", "--vs", "plain"
+        throughput, "--rows", "tiny:1", "tiny:2", "--seconds=0", *SMALL, "--methods", "immediate", "--vs", "plain"
     )
     alone, two = results["groups"]
     assert two["skipped"] == {"plain": "it runs in one process only"}
@@ -175,12 +175,14 @@ def test_throughput(results_of: Callable[..., dict[str, Any]]) -> None:
     assert plain["last_loss"] == plain["first_loss"]
     for row in (immediate, plain):
         attained = row["share_of_peak"] * results["peak_flops"]
-        assert attained == pytest.approx(row["tokens_per_second"] * flops_per_token(Workload("toy", 16)))
+        assert attained == pytest.approx(row["tokens_per_second"] * flops_per_token(Workload("tiny", 16)))
 
 
 @needs_bench
 def test_traffic(results_of: Callable[..., dict[str, Any]]) -> None:
-    results = results_of(traffic, "--simulate_world=8", *SMALL, "--methods", "stash+clip", "deepspeed-sgd+clip")
+    results = results_of(
+        traffic, "--simulate_world=8", "--model=tiny", *SMALL, "--methods", "stash+clip", "deepspeed-sgd+clip"
+    )
     large = {row["method"]: row for row in results["rows"] if row["large"]}
     for method in ("stash+clip", "deepspeed-sgd+clip"):
         assert large[method]["total"] == pytest.approx(3.0, abs=0.05)
@@ -193,7 +195,7 @@ def test_offload(results_of: Callable[..., dict[str, Any]], monkeypatch: pytest.
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(offload, "PLANNED_BATCHES", [1])
-    results = results_of(offload, *SMALL, "--models=toy", "--methods", "immediate", "stash+clip", "--batches=2")
+    results = results_of(offload, *SMALL, "--models=tiny", "--methods", "immediate", "stash+clip", "--batches=2")
     parameters = 4 * sum(parameter.numel() for parameter in LlamaForCausalLM(Workload("toy").config()).parameters())
     for row in results["rows"]:
         stashed = row["method"] == "stash+clip"
@@ -219,7 +221,7 @@ def test_gpu_rows_on_the_cpu(tmp_path: Path) -> None:
     assert part["peak"] == sum(part["at_peak"].values()) <= 1.05 * part["planned_peak"]
     assert [part["kind"] for part in update_row["parts"]] == list(measurements.Updates().kinds)
     text = (tmp_path / "out/gpu.md").read_text()
-    assert text.count("\n| 1 | toy, 1 x 16: immediate |") == 1
+    assert text.count("\n| 1 | tiny, 1 x 16: immediate |") == 1
     assert text.count("\n| 3 | update of ") == 4
     assert {path.suffix for path in (tmp_path / "out").iterdir()} <= {".json", ".md", ".png"}
 
@@ -355,7 +357,7 @@ def test_rows_without_figures_are_told_and_drawn() -> None:
 
 
 def losses_of(name: str, clip: bool) -> list[float]:
-    method = methods.build(name + methods.CLIP * clip, Workload("toy", sequence=16, batch=2))
+    method = methods.build(name + methods.CLIP * clip, Workload("tiny", sequence=16, batch=2))
     return [float(method.step()) for _ in range(4)]
 
 

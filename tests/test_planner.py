@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.workload import LARGE, TOY, TOY_SHAPE, Workload
+from benchmarks.workload import LARGE, SHAPES, TINY, Workload
 from lomo_ds.arguments import parse_arguments
 from lomo_ds.config import refuse_what_cannot_be
 from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile
@@ -46,7 +46,7 @@ from tests.ranks import Ranks
 GroupOf = Callable[..., Ranks]
 GIB = 2**30
 OFFLOAD = {"offload_param": {"device": "cpu"}}
-TINY = {
+TWO_LAYERS = {
     "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }  # fmt: skip
@@ -55,7 +55,7 @@ TINY = {
 def tiny(**changes: Any) -> PlannedModel:
     from transformers import LlamaConfig
 
-    return PlannedModel(LlamaConfig(**TINY | changes), "tiny")
+    return PlannedModel(LlamaConfig(**TWO_LAYERS | changes), "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +92,16 @@ def storages() -> set[tuple[int, int]]:
     ("method", "ranks_of_it", "work"),
     [
         ("immediate", 2, Workload("40m", 64, 1, checkpointing=True, zero=LARGE)),
-        ("stash+clip", 2, Workload(TOY, 64, 4, zero=LARGE)),
-        ("stash+clip", 2, Workload(TOY, 128, 2, precision="bf16", checkpointing=True)),
-        ("two_pass+clip", 2, Workload(TOY, 128, 4, zero=LARGE, lomo={"gather_granularity": "module"})),
-        ("deepspeed-adamw", 2, Workload(TOY, 64, 2, checkpointing=True, zero=LARGE)),
-        ("deepspeed-sgd", 2, Workload(TOY, 128, 2, precision="bf16", zero=LARGE)),
-        ("immediate", 2, Workload(TOY, 128, 4, checkpointing=True, tiled_logits=True, zero=LARGE)),
-        ("stash+clip", 1, Workload(TOY, 128, 2)),
-        ("immediate", 2, Workload(TOY, 64, 2, zero=LARGE | OFFLOAD)),
-        ("two_pass+clip", 1, Workload(TOY, 64, 2, precision="bf16", checkpointing=True, zero=OFFLOAD)),
-        ("immediate", 4, Workload(TOY, 64, 4, zero=LARGE)),
+        ("stash+clip", 2, Workload(TINY, 64, 4, zero=LARGE)),
+        ("stash+clip", 2, Workload(TINY, 128, 2, precision="bf16", checkpointing=True)),
+        ("two_pass+clip", 2, Workload(TINY, 128, 4, zero=LARGE, lomo={"gather_granularity": "module"})),
+        ("deepspeed-adamw", 2, Workload(TINY, 64, 2, checkpointing=True, zero=LARGE)),
+        ("deepspeed-sgd", 2, Workload(TINY, 128, 2, precision="bf16", zero=LARGE)),
+        ("immediate", 2, Workload(TINY, 128, 4, checkpointing=True, tiled_logits=True, zero=LARGE)),
+        ("stash+clip", 1, Workload(TINY, 128, 2)),
+        ("immediate", 2, Workload(TINY, 64, 2, zero=LARGE | OFFLOAD)),
+        ("two_pass+clip", 1, Workload(TINY, 64, 2, precision="bf16", checkpointing=True, zero=OFFLOAD)),
+        ("immediate", 4, Workload(TINY, 64, 4, zero=LARGE)),
     ],
 )
 def test_the_peak_is_what_is_measured(ranks: GroupOf, method: str, ranks_of_it: int, work: Workload) -> None:
@@ -118,7 +118,7 @@ def test_few_layers_stand_for_many(checkpointing: bool, gpus: int) -> None:
     from transformers import LlamaConfig
 
     run = Settings(gpus=gpus, sequence=32, batch=2, precision="fp32", gradient_checkpointing=checkpointing)
-    config = LlamaConfig(**TOY_SHAPE)
+    config = LlamaConfig(**SHAPES[TINY])
     few, all_of_them = rehearse(config, run), rehearse(config, run, every_layer=True)
     for found in (few, all_of_them):  # operations are counted as a sum alone
         found.moments = [dataclasses.replace(moment, flops=0) for moment in found.moments]
@@ -132,7 +132,7 @@ def test_few_layers_stand_for_many(checkpointing: bool, gpus: int) -> None:
 def test_operations_are_those_of_matrix_products_and_attention() -> None:
     from benchmarks.workload import flops_per_token
 
-    work = Workload(TOY, 64, 2)
+    work = Workload(TINY, 64, 2)
     run = Settings(gpus=1, sequence=work.sequence, batch=work.batch, tiled_logits=False)
     counted = rehearse(work.config(), run).flops
     half_of_attention = 6 * 16 * 64 * work.sequence * work.tokens  # what a causal kernel leaves out, and computes again
@@ -305,7 +305,7 @@ MODEL = tiny()
 def test_more_memory_never_makes_a_plan_unfit(run: Settings, tight: int, more: int) -> None:
     context = Machine().context
     small, large = (Machine(context + 1 + size, 2**28 + 1000 * size) for size in (tight, tight + more))
-    before, after = plan(MODEL, run, small), plan(MODEL, run, large)
+    before, after = plan(MODEL, run, small, by_name=True), plan(MODEL, run, large)
     assert after.fits or not before.fits
     assert before.gpu_bytes == sum(before.memory.at_peak.values()) > before.memory.at_peak[CONTEXT]
     assert before.gpu_bytes == sum(before.memory.sizes.values())

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     """
     given = _parser().parse_args(argv)
     model = PlannedModel.of(given.model, given.trust_remote_code)
-    found = plan(model, _settings(given), _machine(given))
+    found = plan(model, _settings(given), _machine(given), by_name=given.moments)
     if given.moments:
         print(moments_as_text(found))
         return

@@ -4,8 +4,10 @@ It follows ``PartitionedParameterCoordinator`` of deepspeed 0.19 in a step whose
 third step on: fetch what a module needs, prefetch what comes next, free what is not used again soon.
 """
 
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 from lomo_ds.planner.moments import Event, Rehearsal
@@ -80,6 +82,12 @@ class OnDemand:
         self.modules = rehearsal.modules
         begins = (Event.FETCH_FORWARD, Event.FETCH_BACKWARD)
         self.order = [moment.index for moment in rehearsal.moments if moment.event in begins]
+        self.uses: dict[int, list[int]] = {}  # the steps that want a parameter
+        for step, module in enumerate(self.order):
+            for p in self.modules[module]:
+                self.uses.setdefault(p, []).append(step)
+        numels = [sum(self.numels[p] for p in self.modules[module]) for module in self.order]
+        self.traversed = [0, *accumulate(numels)]  # elements that the steps before each have wanted
         self.persistent = {p for p, numel in enumerate(self.numels) if numel <= settings.persistence_threshold}
         self.available: dict[int, int] = {}  # whole parameters, and their bytes
         self.lots: dict[int, _Lot] = {}  # in flight, by parameter
@@ -206,18 +214,18 @@ class OnDemand:
             self._add(-lot.size)
 
     def _free(self, module: int) -> None:
-        keep = set(self.persistent)
-        keep |= {p for p in self.modules[module] if self.fetched_for.get(p, -1) > self.step}
-        traversed = 0
-        for later in self.order[self.step :]:
-            if traversed >= self.settings.max_reuse_distance:
-                break
-            keep.update(self.modules[later])
-            traversed += sum(self.numels[p] for p in self.modules[later])
         for p in self.modules[module]:
             self.active.get(p, set()).discard(module)
-            if p not in keep:
+            if not (p in self.persistent or self.fetched_for.get(p, -1) > self.step or self._is_used_soon(p)):
                 self._release(p)
+
+    def _is_used_soon(self, p: int) -> bool:
+        """Whether less than ``max_reuse_distance`` is wanted before ``p`` is again."""
+        uses = self.uses[p]
+        later = bisect_left(uses, self.step)
+        if later == len(uses):
+            return False
+        return self.traversed[uses[later]] - self.traversed[self.step] < self.settings.max_reuse_distance
 
     def _release(self, p: int) -> None:
         if p in self.available and not self.active.get(p) and p not in self.lots:

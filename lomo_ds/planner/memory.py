@@ -32,7 +32,7 @@ class Memory:
     Attributes:
         at_peak: by kind, on the GPU at the moment when most is there.
         when: that moment, in words.
-        sizes: the same bytes by kind and name.
+        sizes: the same bytes by kind and name, where they were asked for.
         host: by kind, pinned in host memory.
         nvme: by kind, on a disk.
         gathered_forward: elements of the parameters that a forward pass gathers; ``gathered_backward``, a backward.
@@ -52,16 +52,22 @@ class Memory:
         return sum(self.at_peak.values())
 
 
-def count_memory(rehearsal: Rehearsal, settings: Settings, machine: Machine, keeps: Keeps) -> Memory:
-    """What one rank takes in a step that is neither the first nor the second, in which DeepSpeed learns the order."""
-    return _Ledger(rehearsal, settings, machine, keeps).run()
+def count_memory(
+    rehearsal: Rehearsal, settings: Settings, machine: Machine, keeps: Keeps, by_name: bool = False
+) -> Memory:
+    """What one rank takes in a step that is neither the first nor the second, in which DeepSpeed learns the order.
+
+    Args:
+        by_name: whether ``sizes`` are wanted, which takes a while.
+    """
+    return _Ledger(rehearsal, settings, machine, keeps, by_name).run()
 
 
 class _Ledger:
     """Adds up, and remembers the peak."""
 
-    def __init__(self, rehearsal: Rehearsal, settings: Settings, machine: Machine, keeps: Keeps) -> None:
-        self.rehearsal, self.settings, self.keeps = rehearsal, settings, keeps
+    def __init__(self, rehearsal: Rehearsal, settings: Settings, machine: Machine, keeps: Keeps, by_name: bool) -> None:
+        self.rehearsal, self.settings, self.keeps, self.by_name = rehearsal, settings, keeps, by_name
         self.memory = Memory()
         self.peak = -1
         self.moment = Moment(Event.END, -1, 0, 0)
@@ -184,7 +190,8 @@ class _Ledger:
         found[ACTIVATIONS] += activations - logits - checkpoints
         self.memory.at_peak = {kind: found[kind] for kind in KINDS}
         self.memory.when = self._when()
-        self.memory.sizes = self._name_sizes(alive)
+        if self.by_name:
+            self.memory.sizes = self._name_sizes(alive)
 
     def _name_sizes(self, alive: Alive) -> dict[tuple[str, str], int]:
         """``at_peak`` in its parts; what has no name of its own stands under its kind alone."""

@@ -153,8 +153,11 @@ class Plan:
         return " and ".join(lacks)
 
 
-def plan(model: PlannedModel, settings: Settings, machine: Machine) -> Plan:
+def plan(model: PlannedModel, settings: Settings, machine: Machine, by_name: bool = False) -> Plan:
     """What a run of ``settings`` takes on ``machine``, decided as the engine decides.
+
+    Args:
+        by_name: whether ``memory.sizes`` are wanted, which takes a while.
 
     Raises:
         ConfigError: the settings contradict each other.
@@ -174,7 +177,7 @@ def plan(model: PlannedModel, settings: Settings, machine: Machine) -> Plan:
         choice = dataclasses.replace(choice, stash_device="gpu")  # the one memory there is; see build_schedule
     kept = keeps(choice, settings.clip_group_norm is not None, _stash_dtype(settings))
     rehearsal = model.rehearse(settings, granularity)
-    memory = count_memory(rehearsal, _with_reach(model, settings, granularity), machine, kept)
+    memory = count_memory(rehearsal, _with_reach(model, settings, granularity), machine, kept, by_name)
     seconds = count_seconds(rehearsal, settings, machine, kept, memory)
     return Plan(model.name, settings, machine, choice, granularity, model.numel, rehearsal.tiled, memory, seconds)
 

@@ -33,8 +33,8 @@ def rehearse(
     Raises:
         ModelError: the model cannot run without data, or its logits cannot be tiled.
     """
-    whole = _structure(_model(config, settings, trust_remote_code))
     model = _model(config, settings, trust_remote_code)
+    whole = _structure(model)
     if not every_layer:
         _shorten(model)
     found = _run(model, config.get_text_config().vocab_size, settings)
