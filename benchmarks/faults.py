@@ -98,13 +98,13 @@ def _run_rank(argv: list[str], rank: int, world_size: int, port: int, log: str) 
     leave(runpy.run_path(str(ROOT / "launch/train.py"))["main"](argv))
 
 
-def training_arguments(demo: Path, output_dir: Path, steps: int) -> list[str]:
-    """A run in which everything draws random numbers, with a checkpoint every other step."""
+def training_arguments(demo: Path, output_dir: Path, steps: int, precision: str = "bf16") -> list[str]:
+    """A run with a checkpoint every other step; in bf16 rounding draws random numbers too."""
     arguments: dict[str, Any] = {
         "model_name_or_path": demo / "model",
         "train_file": demo / "train.txt",
         "output_dir": output_dir,
-        "deepspeed": ROOT / "ds_configs/zero3_bf16.json",
+        "deepspeed": ROOT / f"ds_configs/zero3_{precision}.json",
         "max_seq_length": 32,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,

@@ -25,7 +25,7 @@ def dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def left_alone(dropout: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The weights of a run that nothing happens to."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    job = Job(training_arguments(dropout, out, STEPS), 3, out.with_suffix(".log"))
+    job = Job(training_arguments(dropout, out, STEPS, "fp32"), 3, out.with_suffix(".log"))
     assert job.wait() == [0, 0, 0], job.log.read_text()
     return weights_of(out)
 
@@ -33,7 +33,7 @@ def left_alone(dropout: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes
 @pytest.fixture
 def job(dropout: Path, tmp_path: Path) -> Iterator[Job]:
     """A job of three ranks in the midst of training."""
-    started = Job(training_arguments(dropout, tmp_path / "out", STEPS), 3, tmp_path / "first.log")
+    started = Job(training_arguments(dropout, tmp_path / "out", STEPS, "fp32"), 3, tmp_path / "first.log")
     wait_for_step(started, tmp_path / "out", 3)
     yield started
     started.end()
@@ -47,7 +47,7 @@ def wait_for_step(job: Job, out: Path, step: int) -> None:
 
 
 def resumed(dropout: Path, tmp_path: Path) -> bytes:
-    again = Job([*training_arguments(dropout, tmp_path / "out", STEPS), *RESTART], 3, tmp_path / "second.log")
+    again = Job([*training_arguments(dropout, tmp_path / "out", STEPS, "fp32"), *RESTART], 3, tmp_path / "second.log")
     assert again.wait() == [0, 0, 0], again.log.read_text()
     assert "resumed: " in again.log.read_text()
     return weights_of(tmp_path / "out")

@@ -56,7 +56,7 @@ def fp16_in_motion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(folder: Path, out: Path, **more: Any) -> list[str]:
     defaults: dict[str, Any] = {
-        "validation_file": folder / "validation.txt", "deepspeed": ROOT / "ds_configs/zero3_bf16.json",
+        "validation_file": folder / "validation.txt", "deepspeed": ROOT / "ds_configs/zero3_fp32.json",
         "gradient_accumulation_steps": 2, "learning_rate": 0.5, "num_train_epochs": 2, "logging_steps": 2,
         "eval_steps": 3, "warmup_ratio": 0.2, "sample_prompt": "One day", "sample_tokens": 2,
     }  # fmt: skip
@@ -106,7 +106,7 @@ def test_stopped_twice_by_signals_and_resumed(
     ranks: GroupOf, dropout: Path, fp16_in_motion: Path, tmp_path: Path, precision: str
 ) -> None:
     """In the middle of an epoch, by either signal, to either rank, in the step of a log line and of an evaluation."""
-    more = {"deepspeed": fp16_in_motion} if precision == "fp16" else {}
+    more = {"deepspeed": fp16_in_motion if precision == "fp16" else ROOT / "ds_configs/zero3_bf16.json"}
     run(ranks(2), arguments(dropout, tmp_path / "whole", **more))
     argv = [*arguments(dropout, tmp_path / "stopped", **more), "--resume_from_checkpoint=auto"]
     said = run(ranks(2), argv, {(1, 5): "SIGUSR1"})
@@ -325,13 +325,13 @@ def test_training_ends_where_nothing_was_ever_saved(ranks: GroupOf, dropout: Pat
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system that holds one checkpoint of the demo's model, but not two of them, nor its export beside it."""
-    with mounted(tmp_path / "small", megabytes=4) as folder:
+    with mounted(tmp_path / "small", megabytes=8) as folder:
         yield folder
 
 
 def test_a_full_disk_while_training_and_at_its_end(ranks: GroupOf, dropout: Path, small_disk: Path) -> None:
     """Saves fail and training goes on; the model, which is the last to be written, does not fit: one sentence."""
-    (small_disk / "filler").write_bytes(bytes(1_300_000))
+    (small_disk / "filler").write_bytes(bytes(2_600_000))
     argv = arguments(dropout, small_disk, max_steps=6, save_steps=2, logging_steps=1)
     results = ranks(2).run(run_main, argv)
     assert [status for status, _, _ in results] == [2, 2], results
