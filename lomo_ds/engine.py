@@ -317,6 +317,13 @@ class LomoEngine(DeepSpeedEngine):
         """Writes this engine's checkpoints; made by all ranks at once, at the first save or load."""
         return Saver(torch.distributed.new_group(backend="gloo", timeout=TIMEOUT))
 
+    def destroy(self) -> None:
+        """Take every hook off the model, and end what saves its checkpoints."""
+        super().destroy()
+        if "saver" in vars(self):
+            self.saver.close()
+            del self.saver
+
     def _backward_prologue(self) -> None:
         if not self._in_train_batch:
             self._refuse_backward()

@@ -115,6 +115,7 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     together(lambda: _begin(output_dir, resolved, filled) if rank == 0 else None)
     with together(lambda: _open_monitor(output_dir, rank, steps.step)) as monitor, outlook.advising():
         Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, keeper, run_id).run()
+    engine.destroy()
 
 
 def _read_configs(

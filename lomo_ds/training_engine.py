@@ -37,3 +37,6 @@ class TrainingEngine(Protocol):
 
     def eval(self) -> Any:
         """Dropout off."""
+
+    def destroy(self) -> None:
+        """Take every hook off the model; nothing is trained any more."""

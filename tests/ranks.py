@@ -4,6 +4,8 @@ The processes of a world size are started once and wait for further functions. T
 has already imported torch, deepspeed and transformers, which is what takes the time.
 """
 
+import contextlib
+import gc
 import multiprocessing
 import os
 import socket
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from lomo_ds.errors import LomoError
 from tests.limits import HUNG
 
 GRACE = 10.0  # seconds the other ranks have to end when one has failed
@@ -97,6 +100,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, accele
 
     from lomo_ds.distributed import start_process_group
 
+    gc.freeze()  # what is imported is no test's, and need not be looked at again and again
     torch.set_num_threads(1)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     start_process_group()
@@ -113,6 +117,17 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, accele
             connection.send(("returned", function(*arguments)))
         except BaseException:
             connection.send(("raised", traceback.format_exc()))
+        _end_savers()
+
+
+def _end_savers() -> None:
+    """End the process groups of a test that has ended: their threads poll, and DeepSpeed's hooks keep engines alive."""
+    from lomo_ds.checkpoint.save import Saver
+
+    for thing in gc.get_objects():
+        if type(thing) is Saver and hasattr(thing, "group"):
+            with contextlib.suppress(LomoError):  # of a save in the background
+                thing.close()
 
 
 def _free_port() -> int:

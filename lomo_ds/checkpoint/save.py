@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -43,6 +44,8 @@ class Saver:
             initargs=(accelerator.current_device(),),
         )
         self.pending: Future[None] | None = None
+        self._end_group = weakref.finalize(self, _end, group)
+        self._end_group.atexit = False
 
     def save(
         self,
@@ -82,6 +85,16 @@ class Saver:
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
+
+    def close(self) -> None:
+        """Wait for what is under way, and end the group: a thread of it polls its connections until then.
+
+        Raises:
+            CheckpointError: see ``wait``.
+        """
+        self.wait()
+        self._end_group()
+        del self.group
 
     def _write(
         self,
@@ -139,6 +152,11 @@ class Saver:
             if failure is not None:
                 raise CheckpointError(f"{final} cannot be written: {failure}") from cause
         return cast(Result, result)
+
+
+def _end(group: ProcessGroup) -> None:
+    if torch.distributed.is_initialized():  # else it has ended with all others
+        torch.distributed.destroy_process_group(group)
 
 
 def _set_apart(snapshot: Snapshot) -> Snapshot:
