@@ -10,7 +10,7 @@ PEERS  := .venv/peers
 OLDEST := .venv-oldest
 DEMO   := demo
 RANKS  ?= 2
-TWO_FILES := --numprocesses 2 --dist loadfile
+TWO_FILES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test test-oldest bench bench-gpu setup lint format clean
 

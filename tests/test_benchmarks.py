@@ -196,7 +196,7 @@ def test_offload(results_of: Callable[..., dict[str, Any]], monkeypatch: pytest.
 
     monkeypatch.setattr(offload, "PLANNED_BATCHES", [1])
     results = results_of(offload, *SMALL, "--models=tiny", "--methods", "immediate", "stash+clip", "--batches=2")
-    parameters = 4 * sum(parameter.numel() for parameter in LlamaForCausalLM(Workload("toy").config()).parameters())
+    parameters = 4 * sum(parameter.numel() for parameter in LlamaForCausalLM(Workload("tiny").config()).parameters())
     for row in results["rows"]:
         stashed = row["method"] == "stash+clip"
         assert row["up"] == pytest.approx((3 if stashed else 2) * parameters), "forward, backward, and an update behind"
