@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -291,8 +292,14 @@ def medians(loads: list[list[Row]], counted: bool) -> list[Row]:
     return rows
 
 
-def compare(folder: Path, gigabytes: float, ranks: int, repetitions: int) -> dict[str, Any]:
-    """Write the checkpoint into ``folder``, load it with both in turn, and return all that is reported."""
+def compare(
+    folder: Path, gigabytes: float, ranks: int, repetitions: int, write: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Write the checkpoint into ``folder``, load it with both in turn, and return all that is reported.
+
+    Args:
+        write: is given what there is after each of the repetitions.
+    """
     from transformers import LlamaConfig
 
     config = llama_config(gigabytes)
@@ -303,29 +310,33 @@ def compare(folder: Path, gigabytes: float, ranks: int, repetitions: int) -> dic
     counted = reads_are_counted(warm_up)
     loads: dict[str, list[list[Row]]] = {OURS: [], THEIRS: []}
     sums = []
+    results: dict[str, Any] = {
+        "environment": report.environment("accelerate"),
+        "accelerator": os.environ["DS_ACCELERATOR"],
+        "ranks": ranks,
+        "bytes_read_counted_by": COUNTED_BY if counted else None,
+        "loads": loads,
+    }
     for method in tqdm([OURS, THEIRS] * repetitions, desc="loading", unit=" loads"):
         rows, of_ranks = load_on_ranks(method, checkpoint, warm_up, ranks)
         loads[method].append(rows)
         sums.append(of_ranks)
-    reported = {method: medians(of_method, counted) for method, of_method in loads.items()}
-    return {
-        "environment": report.environment("accelerate"),
-        "checkpoint": {
+        if method == OURS:
+            continue
+        reported = {method: medians(of_method, counted) for method, of_method in loads.items()}
+        results["checkpoint"] = {
             "bytes": total,
             "files": len(list(checkpoint.glob("*.safetensors"))),
             "largest_tensor_bytes": reported[OURS][0]["largest_tensor_bytes"],
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
-        },
-        "accelerator": os.environ["DS_ACCELERATOR"],
-        "ranks": ranks,
-        "repetitions": repetitions,
-        "bytes_read_counted_by": COUNTED_BY if counted else None,
-        "bound_holds": {method: all(row["within_bound"] for row in rows) for method, rows in reported.items()},
-        "same_shards": all(of_ranks == sums[0] for of_ranks in sums),
-        "rows": [*reported[OURS], *reported[THEIRS]],
-        "loads": loads,
-    }
+        }
+        results["repetitions"] = len(loads[THEIRS])
+        results["bound_holds"] = {name: all(row["within_bound"] for row in rows) for name, rows in reported.items()}
+        results["same_shards"] = all(of_ranks == sums[0] for of_ranks in sums)
+        results["rows"] = [*reported[OURS], *reported[THEIRS]]
+        write(results)
+    return results
 
 
 def rows_of(method: str, results: dict[str, Any]) -> list[Row]:
@@ -476,8 +487,12 @@ def main() -> None:
     gpu_each = torch.cuda.device_count() >= given.ranks
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu_each else "cpu")
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+
+    def write(results: dict[str, Any]) -> None:
+        report.write_results(given.output_dir, "loading", results, describe(results), show=False)
+
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        results = compare(Path(folder), given.gigabytes, given.ranks, given.repetitions)
+        results = compare(Path(folder), given.gigabytes, given.ranks, given.repetitions, write)
     report.write_results(given.output_dir, "loading", results, describe(results), draw(results))
 
 

@@ -16,6 +16,7 @@ clipping there are two passes.
 import dataclasses
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,30 +86,31 @@ def published(clips: bool) -> dict[str, float]:
     return {"all-gather": 1.0 * gathers, "reduce-scatter": 0.0, "all-reduce": 2.0 * all_reduces, "other": 0.0}
 
 
-def count_all(given: Any) -> dict[str, Any]:
-    """Every row."""
+def count_all(given: Any, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every row; ``write`` is given what there is after each."""
+    as_it_is = options.workload(given, given.model, given.checkpointing)
     rows: list[Row] = []
-    for method in tqdm(given.methods, desc="counting", unit=" methods"):
-        for large in (True, False):
-            work = dataclasses.replace(
-                options.workload(given, given.model, given.checkpointing), zero=LARGE if large else {}
-            )
-            with Workers(1 if given.simulate_world else given.ranks, given.device, given.simulate_world) as workers:
-                of_ranks = workers.call(count, method, work)
-            most = max(of_ranks, key=lambda moved: sum(moved.values()))
-            rows.append({"method": method, "large": large, "moved": most, "total": sum(most.values())})
-    for clips in (False, True):
-        moved = published(clips)
-        name = PUBLISHED + (methods.CLIP if clips else "")
-        rows.append({"method": name, "large": True, "moved": moved, "total": sum(moved.values())})
-    return {
+    results = {
         "environment": report.environment(),
         "device": given.device,
         "ranks": given.simulate_world or given.ranks,
         "simulated": given.simulate_world is not None,
-        "workload": methods.settings(work),
+        "workload": methods.settings(as_it_is),
         "rows": rows,
     }
+    for clips in (False, True):
+        moved = published(clips)
+        name = PUBLISHED + (methods.CLIP if clips else "")
+        rows.append({"method": name, "large": True, "moved": moved, "total": sum(moved.values())})
+    for method in tqdm(given.methods, desc="counting", unit=" methods"):
+        for large in (True, False):
+            work = dataclasses.replace(as_it_is, zero=LARGE) if large else as_it_is
+            with Workers(1 if given.simulate_world else given.ranks, given.device, given.simulate_world) as workers:
+                of_ranks = workers.call(count, method, work)
+            most = max(of_ranks, key=lambda moved: sum(moved.values()))
+            rows.append({"method": method, "large": large, "moved": most, "total": sum(most.values())})
+            write(results)
+    return results
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -177,7 +179,11 @@ def main() -> None:
     for method in given.methods:
         if objection := methods.objection(method, ranks=2):
             parser.error(f"{method} moves nothing between ranks: {objection}")
-    results = count_all(given)
+
+    def write(results: dict[str, Any]) -> None:
+        report.write_results(given.output_dir, "traffic", results, describe(results), show=False)
+
+    results = count_all(given, write)
     report.write_results(given.output_dir, "traffic", results, describe(results), draw(results))
 
 
