@@ -64,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--update_schedule", choices=get_args(UpdateSchedule), default="auto", help="auto by default")
     add("--stash_device", choices=get_args(StashDevice), default="auto", help="auto by default")
     add("--gather_granularity", choices=get_args(GatherGranularity), default="auto", help="auto by default")
+    add(
+        "--prefetch_bucket_size",
+        type=int,
+        help="elements gathered ahead, as in the DeepSpeed config, whose default it has",
+    )
     add("--gradient_clipping", type=float, default=1.0, help="of the global norm, 0 for none; 1 by default")
     add("--clip_group_norm", type=float, help="of each layer's norm instead")
     add("--gradient_checkpointing", action="store_true", help="compute activations again in backward")
@@ -92,6 +97,7 @@ def _machine(given: argparse.Namespace) -> Machine:
 
 
 def _settings(given: argparse.Namespace) -> Settings:
+    ahead = {} if given.prefetch_bucket_size is None else {"prefetch_bucket_size": given.prefetch_bucket_size}
     return Settings(
         gpus=given.gpus,
         hosts=given.hosts,
@@ -110,6 +116,7 @@ def _settings(given: argparse.Namespace) -> Settings:
         offload_param=given.offload_param,
         weights=given.weights,
         activation_offload=given.activation_offload,
+        **ahead,
     )
 
 
