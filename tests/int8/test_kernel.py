@@ -263,5 +263,21 @@ def test_updating_compiles_to_wide_loads_and_separate_roundings(
     code = compiled(int8_kernel._update, signature, constants)
     assert code.count("ld.global.v2.b32") == code.count("st.global.v2.b32") == 8, "8 codes"
     assert code.count("ld.global.v4.b32") == 8, "8 gradients of bfloat16"
-    assert "fma." not in code
+    elements, programs = 64, 2  # of a thread; with masks and without
+    assert code.count("fma.") == code.count("fma.rn.f32") == 2 * elements * programs, "two for a quotient, and no other"
     assert set(re.findall(r"div\.[.\w]*", code)) == {"div.rn.f32"}, "correctly rounded, as in eager mode"
+
+
+def test_a_quotient_by_the_reciprocal_of_a_scale_is_mended_to_the_correctly_rounded_one() -> None:
+    """The kernel's arithmetic, its fused operations in float64, which holds what they round; every 61st mantissa."""
+    values = (np.arange(0, 2**23, 61, dtype=np.uint32) | 0x3F800000).view(np.float32)
+    differing = 0
+    for mantissa in range(128):
+        scale = np.uint32((0x3F80 | mantissa) << 16).view(np.float32)
+        inverse = np.float32(1) / scale
+        quotient = values * inverse
+        rest = np.float32(values.astype(np.float64) - quotient.astype(np.float64) * np.float64(scale))
+        mended = np.float32(quotient.astype(np.float64) + rest.astype(np.float64) * np.float64(inverse))
+        assert (mended == values / scale).all()
+        differing += int((quotient != mended).sum())
+    assert differing > 0, "else there is nothing to mend"
