@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lomo_ds.int8 import eager as int8
+from lomo_ds.triton_launch import Launcher, alignment
 
 # Unfused, product and difference are rounded apart, as they are in eager mode.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -23,6 +24,7 @@ SHRINK = tl.constexpr(int8.SHRINK)
 SHARE = tl.constexpr(1 / int8.LARGEST)
 SMALLEST_SCALE = tl.constexpr(int8.SMALLEST_SCALE)
 INF_BITS = tl.constexpr(0x7F800000)
+PROGRAM_NUMEL = TILE.value * TILES.value
 
 
 def encode(values: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -30,8 +32,9 @@ def encode(values: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Te
     codes, scales = out or int8.empty_like(values)
     _check(codes, scales, values)
     if codes.numel() > 0:
-        with torch.cuda.device_of(codes):
-            _encode[_grid(codes)](values, codes, scales, codes.numel(), **OPTIONS)
+        aligned = alignment(values.data_ptr(), codes.data_ptr(), scales.data_ptr())
+        key = (codes.device, values.dtype, aligned)
+        _launch_encode((_programs(codes.numel()), 1, 1), key, values, codes, scales, codes.numel())
     return codes, scales
 
 
@@ -51,9 +54,9 @@ def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
         return
     rows = 1 if codes.dim() == 1 else len(codes)
     apart = (codes.stride(0), scales.stride(0), numel) if rows > 1 else (0, 0, 0)
-    grid = (triton.cdiv(numel, TILE.value * TILES.value), rows)
-    with torch.cuda.device_of(codes):
-        _decode[grid](codes, scales, out, numel, *apart, **OPTIONS)
+    aligned = alignment(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), *apart)
+    key = (codes.device, out.dtype, aligned)
+    _launch_decode((_programs(numel), rows, 1), key, codes, scales, out, numel, *apart)
 
 
 def update(
@@ -78,28 +81,31 @@ def update(
     """
     _check(codes, scales, gradient)
     assert codes.numel() < 2**35, "32 bits number the lanes"
-    assert squares is None or squares.shape == _grid(codes)
+    assert squares is None or squares.shape == (_programs(codes.numel()),)
     if codes.numel() == 0:
         return
     drawn = noise or int8.Noise(0, 0, 0)
-    with torch.cuda.device_of(codes):
-        _update[_grid(codes)](
-            codes,
-            scales,
-            gradient,
-            factor if isinstance(factor, Tensor) else float(factor),  # an int would be compiled in
-            float(decay),
-            None if limit is None else min(float(limit), torch.finfo(gradient.dtype).max),
-            squares,
-            codes.numel(),
-            drawn.seed,
-            drawn.shard,
-            drawn.window,
-            drawn.shift,
-            FACTOR_IN_MEMORY=isinstance(factor, Tensor),
-            STOCHASTIC=noise is not None,
-            **OPTIONS,
-        )
+    in_memory = isinstance(factor, Tensor)
+    aligned = alignment(codes.data_ptr(), scales.data_ptr(), gradient.data_ptr())
+    compiled_for = (in_memory, limit is None, squares is None, noise is None)
+    _launch_update(
+        (_programs(codes.numel()), 1, 1),
+        (codes.device, gradient.dtype, aligned, compiled_for),
+        codes,
+        scales,
+        gradient,
+        factor if in_memory else float(factor),  # an int would be compiled in
+        float(decay),
+        None if limit is None else min(float(limit), torch.finfo(gradient.dtype).max),
+        squares,
+        codes.numel(),
+        drawn.seed,
+        drawn.shard,
+        drawn.window,
+        drawn.shift,
+        in_memory,
+        noise is not None,
+    )
 
 
 def _check(codes: Tensor, scales: Tensor, values: Tensor) -> None:
@@ -108,12 +114,12 @@ def _check(codes: Tensor, scales: Tensor, values: Tensor) -> None:
     assert all(tensor.is_contiguous() for tensor in (codes, scales, values))
 
 
-def _grid(codes: Tensor) -> tuple[int]:
-    return (triton.cdiv(codes.numel(), TILE.value * TILES.value),)
+def _programs(numel: int) -> int:
+    return -(-numel // PROGRAM_NUMEL)
 
 
 @triton.jit(do_not_specialize=["numel"])
-def _encode(values: tl.tensor, codes: tl.tensor, scales: tl.tensor, numel: tl.tensor) -> None:
+def _encode(values: tl.tensor, codes: tl.tensor, scales: tl.tensor, numel: tl.int64) -> None:
     """One program reads ``TILES`` tiles of ``ROWS`` blocks."""
     first = tl.program_id(0).to(tl.int64) * TILES
     left = numel - first * TILE
@@ -124,6 +130,9 @@ def _encode(values: tl.tensor, codes: tl.tensor, scales: tl.tensor, numel: tl.te
     else:
         for tile in tl.static_range(TILES):
             _encode_tile(values, codes, scales, tile, left, True)
+
+
+_launch_encode = Launcher(_encode, OPTIONS)
 
 
 @triton.jit
@@ -150,10 +159,10 @@ def _decode(
     codes: tl.tensor,
     scales: tl.tensor,
     out: tl.tensor,
-    numel: tl.tensor,
-    codes_apart: tl.tensor,
-    scales_apart: tl.tensor,
-    out_apart: tl.tensor,
+    numel: tl.int64,
+    codes_apart: tl.int64,
+    scales_apart: tl.int64,
+    out_apart: tl.int64,
 ) -> None:
     """One program writes ``TILES`` tiles of ``ROWS`` blocks of a row.
 
@@ -170,6 +179,9 @@ def _decode(
     else:
         for tile in tl.static_range(TILES):
             _decode_tile(codes, scales, out, tile, left, True)
+
+
+_launch_decode = Launcher(_decode, OPTIONS)
 
 
 @triton.jit
@@ -190,7 +202,10 @@ def _decode_tile(
 
 
 # A launch's ``squares`` begin anywhere in a buffer; where that is at a multiple of 16 bytes must not compile anew.
-@triton.jit(do_not_specialize=["numel", "seed", "shard", "window", "shift"], do_not_specialize_on_alignment=["squares"])
+@triton.jit(
+    do_not_specialize=["numel", "seed", "shard", "window", "shift"],
+    do_not_specialize_on_alignment=["factor", "squares"],
+)
 def _update(
     codes: tl.tensor,
     scales: tl.tensor,
@@ -199,11 +214,11 @@ def _update(
     decay: tl.tensor,
     limit: tl.tensor,
     squares: tl.tensor,
-    numel: tl.tensor,
-    seed: tl.tensor,
-    shard: tl.tensor,
-    window: tl.tensor,
-    shift: tl.tensor,
+    numel: tl.int64,
+    seed: tl.uint64,
+    shard: tl.int64,
+    window: tl.int64,
+    shift: tl.int64,
     FACTOR_IN_MEMORY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ) -> None:
@@ -221,6 +236,9 @@ def _update(
         _tiles(
             codes, scales, gradients, factor, decay, limit, squares, left, seed, shard, window, shift, STOCHASTIC, True
         )
+
+
+_launch_update = Launcher(_update, OPTIONS)
 
 
 @triton.jit

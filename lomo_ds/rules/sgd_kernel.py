@@ -8,12 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lomo_ds.rules.square_sums import PROGRAM_NUMEL, slots_of
+from lomo_ds.triton_launch import Launcher, alignment
+
 # Unfused, product and difference are rounded apart, as they are in eager mode.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 BLOCK = tl.constexpr(8 * 32 * 4)  # 8 neighbours for each thread: 16 bytes, the widest load there is
 BLOCKS = tl.constexpr(8)  # of a program; one call of Philox gives a lane 4 words, 16 bits for each of 8 blocks
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al., SC 2011, table 2)
 FP16_SMALLEST_NORMAL = tl.constexpr(2.0**-14)
+assert BLOCK.value * BLOCKS.value == PROGRAM_NUMEL
 
 
 def update(
@@ -31,7 +35,7 @@ def update(
     are rounded together, as torch.optim.SGD does.
 
     Args:
-        shard: 1-D and contiguous, bfloat16, float16 or float32.
+        shard: 1-D and contiguous, bfloat16, float16 or float32, on the current device.
         gradient: as long as ``shard``, contiguous, on its device; any float dtype.
         factor: a float, or, unless ``shard`` is fp32, a 0-dim fp32 tensor on the same device.
         noise: seed and number of this call, both below 2 ** 64, for stochastic rounding: the same two give the same
@@ -45,30 +49,33 @@ def update(
     assert gradient.is_contiguous()
     assert shard.numel() < 2**35, "32 bits number the lanes"
     assert shard.dtype != torch.float32 or (noise is None and not isinstance(factor, Tensor))
-    programs = triton.cdiv(shard.numel(), BLOCK.value * BLOCKS.value)
+    programs = slots_of(shard.numel())
     assert squares is None or squares.shape == (programs,)
     if programs == 0:
         return
     seed, call = noise or (0, 0)
-    with torch.cuda.device_of(shard):
-        _sgd[(programs,)](
-            shard,
-            gradient,
-            factor if isinstance(factor, Tensor) else float(factor),  # an int would be compiled in
-            float(decay),
-            None if limit is None else min(float(limit), torch.finfo(gradient.dtype).max),
-            squares,
-            shard.numel(),
-            seed,
-            call,
-            FACTOR_IN_MEMORY=isinstance(factor, Tensor),
-            STOCHASTIC=noise is not None,
-            **OPTIONS,
-        )
+    in_memory = isinstance(factor, Tensor)
+    aligned = alignment(shard.data_ptr(), gradient.data_ptr())
+    compiled_for = (in_memory, limit is None, squares is None, noise is None)
+    _launch_sgd(
+        (programs, 1, 1),
+        (shard.device, shard.dtype, gradient.dtype, aligned, compiled_for),
+        shard,
+        gradient,
+        factor if in_memory else float(factor),  # an int would be compiled in
+        float(decay),
+        None if limit is None else min(float(limit), torch.finfo(gradient.dtype).max),
+        squares,
+        shard.numel(),
+        seed,
+        call,
+        in_memory,
+        noise is not None,
+    )
 
 
 # A launch's ``squares`` begin anywhere in a buffer; where that is at a multiple of 16 bytes must not compile anew.
-@triton.jit(do_not_specialize=["numel", "seed", "call"], do_not_specialize_on_alignment=["squares"])
+@triton.jit(do_not_specialize=["numel", "seed", "call"], do_not_specialize_on_alignment=["factor", "squares"])
 def _sgd(
     weights: tl.tensor,
     gradients: tl.tensor,
@@ -76,9 +83,9 @@ def _sgd(
     decay: tl.tensor,
     limit: tl.tensor,
     squares: tl.tensor,
-    numel: tl.tensor,
-    seed: tl.tensor,
-    call: tl.tensor,
+    numel: tl.int64,
+    seed: tl.uint64,
+    call: tl.uint64,
     FACTOR_IN_MEMORY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ) -> None:
@@ -92,6 +99,9 @@ def _sgd(
         _blocks(weights, gradients, factor, decay, limit, squares, left, seed, call, STOCHASTIC, False)
     else:
         _blocks(weights, gradients, factor, decay, limit, squares, left, seed, call, STOCHASTIC, True)
+
+
+_launch_sgd = Launcher(_sgd, OPTIONS)
 
 
 @triton.jit

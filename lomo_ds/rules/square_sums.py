@@ -23,6 +23,7 @@ class SquareSums:
 
     def __init__(self, numels: Sequence[int], device: torch.device) -> None:
         self.sums = torch.empty(sum(map(slots_of, numels)), dtype=torch.float32, device=device)
+        self.views: dict[tuple[int, int], Tensor] = {}  # the same at every step, and slow to make
         self.used = 0
 
     def clear(self) -> None:
@@ -32,8 +33,10 @@ class SquareSums:
     def take(self, numel: int) -> Tensor:
         """Slots for the sums of a gradient of so many elements, all to be written."""
         start, self.used = self.used, self.used + slots_of(numel)
-        assert self.used <= len(self.sums), "a gradient more than a step has"
-        return self.sums[start : self.used]
+        if (start, self.used) not in self.views:
+            assert self.used <= len(self.sums), "a gradient more than a step has"
+            self.views[start, self.used] = self.sums[start : self.used]
+        return self.views[start, self.used]
 
     def total(self) -> Tensor:
         """Their sum, 0-dim float64; inf or nan where a gradient was."""
