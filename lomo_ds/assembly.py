@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import deepspeed.comm as dist
 import torch
@@ -16,7 +17,16 @@ from lomo_ds.clipping import Clipping, clipping_groups
 from lomo_ds.config import LomoConfig
 from lomo_ds.distributed import all_reduce_min, together
 from lomo_ds.errors import ConfigError
-from lomo_ds.gathering import Gathering, OnDemand, Resident, choose_granularity, largest_use, reach_of_offload
+from lomo_ds.gathering import (
+    AHEAD_NUMEL,
+    Gathering,
+    OnDemand,
+    Resident,
+    choose_granularity,
+    largest_use,
+    overlaps,
+    reach_of_offload,
+)
 from lomo_ds.host_budget import told
 from lomo_ds.host_memory import bytes_of
 from lomo_ds.memory import free_bytes
@@ -87,7 +97,6 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
         **reach,
         timers=engine.timers if engine.wall_clock_breakdown() else NoopTimer(),
         ds_config=engine.config,
-        overlap_comm=engine.zero_overlap_comm(),
         max_reuse_distance=engine.zero_max_reuse_distance(),
         param_persistence_threshold=engine.zero_param_persistence_threshold(),
         model_persistence_threshold=engine.zero_model_persistence_threshold(),
@@ -98,15 +107,18 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     )
 
 
-def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable[[], None], bool, dict[str, int]]:
+def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable[[], None], bool, dict[str, Any]]:
     """Let shards travel as they must; how to undo that, whether by a wire, and what DeepSpeed may fetch and keep."""
     prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
-    largest, offload = largest_use(engine.module, granularity), zero3.offload_device(engine.config)
+    offload = zero3.offload_device(engine.config)
     if offload == "cpu":
+        largest = largest_use(engine.module, granularity)
         prefetch_numel, live_numel = reach_of_offload(prefetch_numel, live_numel, largest)
         prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", prefetch_numel)
         live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
-    exact, ahead_numel = AsKept(engine.device, copies=offload == "cpu"), 2 * largest + prefetch_numel
+    overlap = bool(_unless_asked(engine, "overlap_comm", overlaps(offload)))
+    ahead_numel = prefetch_numel + AHEAD_NUMEL if overlap else None
+    exact = AsKept(engine.device, copies=offload == "cpu")
     quantized = _travels_in_eight_bits(engine)
     wired = quantized or offload != "none" or zero3.keeps_eight_bits(engine.config)
     if wired:
@@ -114,7 +126,8 @@ def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callabl
         undo = zero3.gather_by(engine.module, wire, exact, ahead_numel)
     else:
         undo = zero3.gather_within(engine.module, ahead_numel)
-    return undo, wired, {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel}
+    reach = {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel, "overlap_comm": overlap}
+    return undo, wired, reach
 
 
 def _travels_in_eight_bits(engine: DeepSpeedEngine) -> bool:

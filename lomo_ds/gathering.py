@@ -19,6 +19,10 @@ from lomo_ds.layers import layer_of
 
 # What gathered layers may take of the free memory; the rest is for activations, gradients and a stash.
 LAYERS_SHARE = 0.25
+# Elements that may be asked for, beside what is prefetched, before others have been computed with; see ``zero3.Ahead``.
+# For small matrices enough to hide how long a host takes to launch what uses them; for large ones, which a device
+# computes with for much longer, none. 64 MiB in half precision.
+AHEAD_NUMEL = 2**25
 # of DeepSpeed's coordinator, which has no setting for it: parameters on their way, of whatever size
 MAX_FETCH_EVENTS = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
 
@@ -174,6 +178,19 @@ def reach_of_offload(prefetch_numel: int, live_numel: int, largest: int) -> tupl
     """
     prefetch_numel = max(prefetch_numel, largest)
     return prefetch_numel, max(live_numel, largest + prefetch_numel)
+
+
+def overlaps(offload: str) -> bool:
+    """DeepSpeed's ``overlap_comm`` where nobody asked for it: whether parameters are fetched in a stream of their own.
+
+    From other ranks they need none: NCCL has its own, so that what is prefetched arrives beside the computation anyway,
+    and memory that is released in the computing stream serves the next gather at once. In a stream of their own it does
+    so only when the device has computed with it, while the host asks for more. Copies from host memory need one.
+
+    Args:
+        offload: the device of ``offload_param``, or none.
+    """
+    return offload != "none"
 
 
 def choose_granularity(asked: str, model: Module, free_device_bytes: int) -> str:

@@ -143,28 +143,48 @@ def test_what_is_asked_for_ahead_is_bounded_by_elements_not_by_events(monkeypatc
     fake = SimpleNamespace(is_synchronized_device=lambda: False, current_stream=lambda: stream)
     monkeypatch.setattr(transport, "get_accelerator", lambda: fake)
     backlog = transport._Backlog(limit_numel=100)
-    for _ in range(20):
-        backlog.add(5)
-    assert not any(event.waited_for for event in events), "20 small ones are no reason to wait"
-    backlog.add(50)
-    assert [event.waited_for for event in events] == [True] * 10 + [False] * 11
-    backlog.add(1000)
-    assert [event.waited_for for event in events] == [True] * 21 + [False], "what is larger than the limit passes alone"
+
+    def waited_for_when_asking(numel: int) -> list[int]:
+        backlog.add(numel)
+        waited_for = [number for number, event in enumerate(events) if event.waited_for]
+        for event in events:
+            event.waited_for = False
+        return waited_for
+
+    assert not any(waited_for_when_asking(5) for _ in range(20)), "20 small ones are no reason to wait"
+    assert waited_for_when_asking(50) == [], "what is asked for now does not count"
+    assert waited_for_when_asking(1000) == [10], "the first ten have been computed with when the eleventh is asked for"
+    assert waited_for_when_asking(1) == [22], "what is larger than the limit has been computed with before the next"
+    assert waited_for_when_asking(1) == []
 
 
-def asked_for_ahead(params: dict[str, Any]) -> tuple[int, int]:
-    engine = make_engine(tiny_model(), "immediate", threshold=0, params=params)
-    with counting(transport._Backlog, "add") as asked:
+def asked_for_ahead(params: dict[str, Any], zero: dict[str, Any]) -> tuple[int, int]:
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **zero}
+    engine = make_engine(tiny_model(), "immediate", params=params, zero_optimization=zero)
+    bounds: list[Any] = []
+    with mock.patch.object(transport._Backlog, "add", lambda backlog, numel: bounds.append(backlog.ahead)):
         engine.train_batch(my_part(whole_batch(0, rows=2)))
     gathering: Any = engine.optimizer.gathering
     coordinator = gathering.offload.get_param_coordinator()
-    return len(asked), getattr(coordinator, MAX_FETCH_EVENTS)
+    return sum(bound is not None for bound in bounds), getattr(coordinator, MAX_FETCH_EVENTS)
 
 
-@pytest.mark.parametrize("params", [{}, {"weights": "int8"}], ids=["DeepSpeed's gathers", "over a wire"])
-def test_bytes_bound_every_gather_where_deepspeed_counts_events(ranks: GroupOf, params: dict[str, Any]) -> None:
-    for asked, most_events in ranks(2).run(asked_for_ahead, params):
-        assert asked > 5
+@pytest.mark.parametrize(
+    ("params", "zero", "bounded"),
+    [
+        ({}, {}, False),
+        ({"weights": "int8"}, {}, False),
+        ({}, {"overlap_comm": True}, True),
+        ({"weights": "int8"}, {"overlap_comm": True}, True),
+        ({}, {"offload_param": {"device": "cpu"}}, True),
+    ],
+    ids=["DeepSpeed's gathers", "over a wire", "DeepSpeed's, overlapping", "over a wire, overlapping", "offload"],
+)
+def test_elements_bound_what_is_fetched_in_a_stream_of_its_own_where_deepspeed_counts_events(
+    ranks: GroupOf, params: dict[str, Any], zero: dict[str, Any], bounded: bool
+) -> None:
+    for asked, most_events in ranks(2).run(asked_for_ahead, params, zero):
+        assert asked > 5 if bounded else asked == 0
         assert most_events == sys.maxsize
 
 

@@ -12,7 +12,9 @@ from typing import Protocol
 
 from lomo_ds.planner.moments import Event, Rehearsal
 from lomo_ds.planner.settings import Settings
-from lomo_ds.zero3 import lay_out
+from lomo_ds.zero3 import Ahead, lay_out
+
+LINGERING = "released, and not computed with yet"
 
 
 class Gathered(Protocol):
@@ -73,10 +75,17 @@ class _Lot:
 
 
 class OnDemand:
-    """DeepSpeed's hooks, on a rank."""
+    """DeepSpeed's hooks, on a rank.
 
-    def __init__(self, rehearsal: Rehearsal, settings: Settings) -> None:
-        self.settings = settings
+    Args:
+        ahead: what bounds a host that is ahead of its GPU, where parameters are fetched in a stream of their own. The
+            host is taken to be as far ahead as it may: what it has released gives its memory back when it has waited
+            for the GPU. None where it gives it back at once.
+    """
+
+    def __init__(self, rehearsal: Rehearsal, settings: Settings, ahead: Ahead | None) -> None:
+        self.settings, self.ahead = settings, ahead
+        self.lingering: deque[tuple[int, int]] = deque()  # released: number of the ask that came next, and bytes
         self.wired = settings.optimizer == "lomo" and (settings.offload_param != "none" or settings.int8_weights)
         self.names, self.numels = rehearsal.names, rehearsal.numels
         self.modules = rehearsal.modules
@@ -127,6 +136,7 @@ class OnDemand:
                         self._release(p)
             self.in_backward.clear()
             self._begin()
+            self._come_to(None)
 
     def hold(self, p: int) -> None:
         """See ``Gathered.hold``."""
@@ -143,7 +153,8 @@ class OnDemand:
         for lot in set(self.lots.values()):
             first, *others = sorted(lot.members)
             sizes[f"{self.names[first]}{f' and {len(others)} more' if others else ''}, received"] += lot.size
-        return sizes
+        sizes[LINGERING] = sum(size for _, size in self.lingering)
+        return +sizes
 
     def _fetch(self, module: int) -> None:
         wanted = sorted(self.modules[module])
@@ -176,10 +187,13 @@ class OnDemand:
         missing = [p for p in parameters if p not in self.available and p not in self.lots]
         if not missing:
             return
+        numel = sum(self.numels[p] for p in missing)
+        if self.ahead is not None and (number := self.ahead.ask(numel)) is not None:
+            self._come_to(number)
         lot = _Lot(missing, self._received(missing))
         self.lots.update(dict.fromkeys(missing, lot))
-        self.live_numel += sum(self.numels[p] for p in missing)
-        self.moved += sum(self.numels[p] for p in missing)
+        self.live_numel += numel
+        self.moved += numel
         self._add(lot.size)
 
     def _await(self, p: int) -> None:
@@ -233,8 +247,15 @@ class OnDemand:
             self.live_numel -= self.numels[p]
             if p in self.held:
                 self.kept[p] = size
-            else:
+            elif self.ahead is None:
                 self._add(-size)
+            else:
+                self.lingering.append((self.ahead.asked, size))
+
+    def _come_to(self, number: int | None) -> None:
+        """The GPU has computed all that comes before the ask of this number; None for all that was launched."""
+        while self.lingering and (number is None or self.lingering[0][0] <= number):
+            self._add(-self.lingering.popleft()[1])
 
     def _whole(self, p: int) -> int:
         """Bytes of the buffer that all ranks' partitions are received in."""

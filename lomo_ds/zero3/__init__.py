@@ -7,6 +7,7 @@ file on NVMe. Writing to it changes the model; a gathered copy made before the w
 ``Gathering.refresh`` ends every step.
 """
 
+from lomo_ds.zero3.ahead import Ahead
 from lomo_ds.zero3.nvme import Place
 from lomo_ds.zero3.nvme_settings import refuse_nvme_that_cannot_be
 from lomo_ds.zero3.persistent import PersistentCopies
@@ -25,6 +26,7 @@ from lomo_ds.zero3.transport import Wire, forget_unregistered, gather_by, gather
 
 __all__ = [
     "SCALES",
+    "Ahead",
     "PersistentCopies",
     "Place",
     "Shard",

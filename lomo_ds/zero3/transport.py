@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lomo_ds import int8
+from lomo_ds.zero3.ahead import Ahead
 from lomo_ds.zero3.shard import Partitioned, Shard, place_of
 
 ALIGNMENT = 16  # bytes, of each shard in the buffer that several are sent in: the widest load of a GPU
@@ -51,12 +52,13 @@ class Wire(Protocol):
         ...
 
 
-def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int) -> Callable[[], None]:
+def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int | None) -> Callable[[], None]:
     """Let the parameters of ``model``, which have been split, be gathered by ``wire``; returns what undoes it.
 
     Args:
         exact: what brings them to ``gathered`` and ``GatheredParameters``, which read or write the model itself.
-        ahead_numel: elements of whole parameters that may be asked for before they are computed with.
+        ahead_numel: elements of whole parameters that may be asked for before others have been computed with; None
+            where they are asked for in the computing stream.
     """
     backlog = _Backlog(ahead_numel)
 
@@ -84,7 +86,7 @@ def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int) -> Calla
     return undo
 
 
-def gather_within(model: Module, ahead_numel: int) -> Callable[[], None]:
+def gather_within(model: Module, ahead_numel: int | None) -> Callable[[], None]:
     """Let DeepSpeed's own gathering ask for no more ahead than ``gather_by`` does; returns what undoes it."""
     backlog = _Backlog(ahead_numel)
 
@@ -147,27 +149,26 @@ def _partition(
 class _Backlog:
     """Lets the host wait when it asks for parameters long before they are computed with, in place of DeepSpeed's limit.
 
-    To ask takes memory at once, and what was released gives its memory back no sooner than the device has computed
-    with it: a host that is far ahead would fill the device with layers to come.
+    See ``Ahead``.
     """
 
-    def __init__(self, limit_numel: int) -> None:
-        self.limit_numel = limit_numel
-        self.asked: deque[tuple[Any, int]] = deque()  # an event in the computing stream, and what was asked for then
-        self.asked_numel = 0
+    def __init__(self, limit_numel: int | None) -> None:
+        self.ahead = None if limit_numel is None else Ahead(limit_numel)
+        self.events: deque[Any] = deque()  # in the computing stream, of the latest asks
         accelerator = get_accelerator()
         self.computing = None if accelerator.is_synchronized_device() else accelerator.current_stream()
 
     def add(self, numel: int) -> None:
         """So much is asked for."""
-        if self.computing is None:
+        if self.computing is None or self.ahead is None:
             return
-        self.asked.append((self.computing.record_event(), numel))
-        self.asked_numel += numel
-        while self.asked_numel > self.limit_numel and len(self.asked) > 1:
-            computed, earlier_numel = self.asked.popleft()
-            computed.synchronize()
-            self.asked_numel -= earlier_numel
+        self.events.append(self.computing.record_event())
+        number = self.ahead.ask(numel)
+        if number is not None:
+            place = len(self.events) - (self.ahead.asked - number)
+            self.events[place].synchronize()
+            for _ in range(place + 1):
+                self.events.popleft()
 
 
 def _expect_reads(parameters: list[Partitioned]) -> None:
