@@ -18,7 +18,7 @@ from benchmarks.workload import Workload
 
 WARM_UP = 3  # steps; DeepSpeed traces the first ones
 LEAST_ROUNDS = 3
-TURN_SECONDS = 0.25  # that a turn takes at least, if one step does not
+TURN_SECONDS = {"cpu": 0.25, "cuda": 1.0}  # that a turn takes at least, if one step does not
 
 Row = dict[str, Any]
 
@@ -162,7 +162,7 @@ class Contest:
         while self.workers and (rounds < LEAST_ROUNDS or time.monotonic() - start < seconds):
             for label in list(self.workers):
                 self.told(f"round {rounds + 1}: {label}")
-                steps = max(1, round(TURN_SECONDS / self.expected[label]))
+                steps = max(1, round(TURN_SECONDS[self.device] / self.expected[label]))
                 # with caches filled anew, the allocator's above all; a long step fills the processor's by itself
                 untimed = 1 if self.device == "cuda" or steps > 1 else 0
                 found = self._ask(label, deadline, take_turn, steps, untimed)

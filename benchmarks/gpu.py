@@ -8,11 +8,14 @@ kills this command has all that was measured until then; at the end a picture jo
 installed. A row that fails, or runs out of memory, says so in its place, and the next one follows. Beside each peak and
 each time stands what lomo_ds.planner predicts for it, and a row whose Triton kernel did not work is marked.
 
+With --only, rows that the same commit and the same versions have left in FOLDER stay beside those measured now.
+
 It runs from a checkout, needs no network, and leaves out what needs a package that is not installed, saying so in its
 first line. Without a CUDA GPU it says so and ends; --try_on_cpu runs every row with a toy model instead.
 """
 
 import argparse
+import json
 import shutil
 import signal
 import sys
@@ -73,7 +76,7 @@ def rows() -> list[Wanted]:
     lean = replace(large, lomo={"gather_granularity": "module"}, zero={"stage3_prefetch_bucket_size": 0})
     return [
         Wanted("1", "the paper's Table 1", 25, 60, Peak("immediate", TILED_1, at_most=14.0, papers=14.58)),
-        Wanted("2", "throughput without clipping", 35, 90, TakingTurns(fused)),
+        Wanted("2", "throughput without clipping", 45, 120, TakingTurns(fused)),
         Wanted("3", "update kernels", 10, 30, Updates()),
         Wanted("4", "13B in host memory", 30, 80, _in_host_memory("13b", 1, 8), pins_memory=True),
         Wanted("5", "throughput with clipping", 25, 75, TakingTurns((clipped,))),
@@ -120,13 +123,21 @@ def measure_row(wanted: Wanted, device: str, path: Path) -> None:
         sys.exit(1)
 
 
-def write(folder: Path, results: Results, environment: dict[str, Any], picture: bool = False) -> None:
+def write(folder: Path, found: list[dict[str, Any]], environment: dict[str, Any], picture: bool = False) -> None:
     """Write all there is."""
-    gpus = list(dict.fromkeys(row["gpu"] for row in results.rows if "gpu" in row))
+    gpus = list(dict.fromkeys(row["gpu"] for row in found if "gpu" in row))
     machine = environment["machine"] | {"gpus": gpus}
-    found = {"environment": environment | {"machine": machine}, "rows": results.rows}
-    figure = gpu_report.draw(results.rows) if picture else None
-    report.write_results(folder, "gpu", found, gpu_report.describe(results.rows), figure, show=False)
+    results = {"environment": environment | {"machine": machine}, "rows": found}
+    figure = gpu_report.draw(found) if picture else None
+    report.write_results(folder, "gpu", results, gpu_report.describe(found), figure, show=False)
+
+
+def earlier_rows(folder: Path, environment: dict[str, Any], places: set[str]) -> list[dict[str, Any]]:
+    """Rows of ``places`` that were measured in this environment, as results in ``folder`` have them."""
+    path = folder / "gpu.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"environment": {}, "rows": []}
+    same = all(found["environment"].get(field) == environment[field] for field in ("commit", "versions"))
+    return [row for row in found["rows"] if same and row["place"] in places]
 
 
 def run(wanted: list[Wanted], folder: Path, minutes: float, try_on_cpu: bool) -> None:
@@ -134,7 +145,13 @@ def run(wanted: list[Wanted], folder: Path, minutes: float, try_on_cpu: bool) ->
     deadline = time.monotonic() + 60 * minutes
     environment = report.environment(*(package for package in methods.INSTALL), gpus=[])
     chosen = [row_of(row, try_on_cpu) for row in wanted]
-    results = Results(chosen, lambda: write(folder, results, environment))
+    places = [row.place for row in rows()]
+    others = earlier_rows(folder, environment, set(places) - {row.place for row in wanted})
+
+    def all_rows() -> list[dict[str, Any]]:
+        return sorted([*others, *results.rows], key=lambda row: places.index(row["place"]))
+
+    results = Results(chosen, lambda: write(folder, all_rows(), environment))
     scratch = Path(tempfile.mkdtemp(prefix="lomo_ds_gpu_"))
     try:
         run_rows(chosen, results, scratch, deadline, lambda text: print(text, flush=True))
@@ -142,9 +159,9 @@ def run(wanted: list[Wanted], folder: Path, minutes: float, try_on_cpu: bool) ->
         print("interrupted")
         raise
     finally:
-        write(folder, results, environment, picture=not report.missing_of(["matplotlib"]))
+        write(folder, all_rows(), environment, picture=not report.missing_of(["matplotlib"]))
         shutil.rmtree(scratch, ignore_errors=True)
-        print(f"\n{gpu_report.describe(results.rows)}\nresults: {folder}/gpu.json, {folder}/gpu.md")
+        print(f"\n{gpu_report.describe(all_rows())}\nresults: {folder}/gpu.json, {folder}/gpu.md")
 
 
 def _interrupt(signal_number: int, frame: Any) -> None:

@@ -298,7 +298,7 @@ def machine_of_nothing(device: str) -> Any:
     return machine_of(device)
 
 
-def machine_here(device: str, **known: float) -> Any:
+def machine_here(device: str, **known: Any) -> Any:
     """The machine to plan for: this GPU's arithmetic, and what else is known of it."""
     from benchmarks.planned import machine_of
     from benchmarks.throughput import PEAK_TFLOPS, known_gpu
@@ -306,9 +306,9 @@ def machine_here(device: str, **known: float) -> Any:
 
     if device != "cuda":
         return machine_of(device)
-    gpu = known_gpu(torch.cuda.get_device_name())
-    flops = PEAK_TFLOPS[gpu] * 1e12 if gpu is not None else this_machine(1).flops
-    return machine_of(device, flops=flops, **known)
+    gpu, here = known_gpu(torch.cuda.get_device_name()), this_machine(1)
+    flops = PEAK_TFLOPS[gpu] * 1e12 if gpu is not None else here.flops
+    return machine_of(device, flops=flops, workspace=here.workspace, **known)
 
 
 def planned_figures(method: str, work: Workload, world: int, machine: Any) -> Part:

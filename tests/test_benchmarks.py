@@ -226,6 +226,15 @@ def test_gpu_rows_on_the_cpu(tmp_path: Path) -> None:
     assert {path.suffix for path in (tmp_path / "out").iterdir()} <= {".json", ".md", ".png"}
 
 
+def test_gpu_rows_of_the_same_commit_and_versions_stay_beside_those_measured_anew(tmp_path: Path) -> None:
+    here = {"commit": "abc", "versions": {"torch": "2"}}
+    rows = [{"place": "1"}, {"place": "2"}]
+    (tmp_path / "gpu.json").write_text(json.dumps({"environment": here | {"command": "one"}, "rows": rows}))
+    assert gpu.earlier_rows(tmp_path, here | {"command": "another"}, {"2", "3"}) == [{"place": "2"}]
+    assert gpu.earlier_rows(tmp_path, here | {"commit": "def"}, {"2", "3"}) == []
+    assert gpu.earlier_rows(tmp_path / "none", here, {"2"}) == []
+
+
 def test_gpu_rows_that_are_terminated_leave_their_results(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--try_on_cpu", "--only", "1", f"--out={tmp_path}"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:

@@ -21,6 +21,7 @@ from lomo_ds.config import refuse_what_cannot_be
 from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError, ModelError
+from lomo_ds.gathering import AHEAD_NUMEL
 from lomo_ds.planner import (
     Machine,
     Plan,
@@ -37,7 +38,8 @@ from lomo_ds.planner import (
     suggested_ds_config,
 )
 from lomo_ds.planner.command import main
-from lomo_ds.planner.memory import CONTEXT, SHARDS, STASH
+from lomo_ds.planner.gathered import LINGERING
+from lomo_ds.planner.memory import CONTEXT, GATHERED, SHARDS, STASH
 from lomo_ds.planner.rehearsal import rehearse
 from tests.launching import ROOT, demo_arguments, run_main
 from tests.limits import HUNG
@@ -156,6 +158,18 @@ def test_int8_shards_take_a_byte_and_a_scale_for_each_block() -> None:
     for int8, size in ((False, 2.0), (True, 1.0 + 2 / 64)):
         found = plan(model, Settings(gpus=2, sequence=32, weights="int8" if int8 else "auto"), Machine())
         assert found.memory.at_peak[SHARDS] == pytest.approx(size * model.numel / 2, rel=0.01)
+
+
+def test_what_is_released_lingers_where_a_host_may_be_ahead_of_its_gpu(llama_7b: PlannedModel) -> None:
+    run = Settings(gradient_clipping=0.0, gradient_checkpointing=True, gather_granularity="module")
+
+    def lingering(run: Settings, machine: Machine) -> int:
+        return plan(llama_7b, run, machine, by_name=True).memory.sizes.get((GATHERED, LINGERING), 0)
+
+    from_host, largest = run.but(offload_param="cpu"), 32000 * 4096  # which is prefetched then
+    assert 0 < lingering(from_host, Machine()) <= 2 * (largest + AHEAD_NUMEL) * run.dtype.itemsize
+    assert lingering(run.but(gpus=2), Machine()) == 0, "gathers reuse memory in the order of the computing stream"
+    assert lingering(from_host, Machine(device="cpu")) == 0
 
 
 def test_of_what_is_pinned_a_host_has_all_its_ranks(llama_65b: PlannedModel) -> None:

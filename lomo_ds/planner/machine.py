@@ -6,7 +6,11 @@ from typing import Literal
 
 from lomo_ds.errors import ConfigError
 
-CONTEXT_BYTES = 768 * 2**20  # what CUDA, its libraries' kernels and cuBLAS' workspace take of a card beside tensors
+CONTEXT_BYTES = 768 * 2**20  # what CUDA and its libraries' kernels take of a card beside tensors
+# torch allocates a workspace of cuBLAS for each thread that multiplies: forward's and backward's
+WORKSPACES = 2
+WORKSPACE_BYTES = 8320 * 2**10
+WORKSPACE_BYTES_OF_HOPPER = 32 * 2**20
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -21,6 +25,7 @@ class Machine:
         nvme: bytes a second that a host reads, and writes; 0 for none.
         flops: of a GPU in a second, as its maker states them for bf16 with fp32 sums.
         utilisation: share of them that matrix products of this size get.
+        workspace: bytes of a GPU that cuBLAS works in.
         device: ``gpu``; ``cpu`` for ranks that compute on the host, as tests do.
     """
 
@@ -31,6 +36,7 @@ class Machine:
     nvme: float = 0.0
     flops: float = 71e12  # an RTX 3090
     utilisation: float = 0.5
+    workspace: int = WORKSPACES * WORKSPACE_BYTES
     device: Literal["gpu", "cpu"] = "gpu"
 
     def __post_init__(self) -> None:

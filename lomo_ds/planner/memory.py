@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
 
+from lomo_ds.gathering import AHEAD_NUMEL, overlaps
 from lomo_ds.host_memory import IN_FLIGHT_BYTES
 from lomo_ds.planner.gathered import Gathered, NothingGathered, OnDemand
 from lomo_ds.planner.gradients import Gradients, Partitioned, Reduced
@@ -13,13 +14,14 @@ from lomo_ds.planner.moments import Alive, Event, Moment, Rehearsal
 from lomo_ds.planner.pinned import pinned_bytes
 from lomo_ds.planner.recorder import CHECKPOINT
 from lomo_ds.planner.settings import Settings
-from lomo_ds.rules.declared import sgd_state_bytes, sgd_temporaries
+from lomo_ds.rules.declared import sgd_state_bytes, sgd_temporaries, square_sums_bytes
 from lomo_ds.schedules.declared import Keeps
+from lomo_ds.zero3 import Ahead
 
 SHARDS, GATHERED, IN_FLIGHT, STASH = "parameter shard", "gathered", "gradient in flight", "stash"
 CHECKPOINTS, LOGITS, ACTIVATIONS, STATE = "checkpoints", "logits", "other activations", "rule state"
-LEAVING, CONTEXT = "updated shards", "CUDA context"
-KINDS = (SHARDS, GATHERED, IN_FLIGHT, STASH, CHECKPOINTS, LOGITS, ACTIVATIONS, STATE, LEAVING, CONTEXT)
+LEAVING, WORKSPACE, CONTEXT = "updated shards", "cuBLAS workspaces", "CUDA context"
+KINDS = (SHARDS, GATHERED, IN_FLIGHT, STASH, CHECKPOINTS, LOGITS, ACTIVATIONS, STATE, LEAVING, WORKSPACE, CONTEXT)
 
 FP32 = 4
 ADAM_TEMPORARIES = 2  # fp32 copies of a partition, in an update that is not fused
@@ -76,7 +78,7 @@ class _Ledger:
         self.shard_numel = sum(settings.shard_numel(numel) for numel in rehearsal.numels)
         self.on_host = machine.device == "cpu"  # where no memory but the host's is
         self.base = self._base(machine)
-        self.gathered: Gathered = NothingGathered() if settings.resident else OnDemand(rehearsal, settings)
+        self.gathered: Gathered = self._gathered(machine)
         self.gradients: Gradients
         if settings.optimizer == "lomo":
             temporaries = sgd_temporaries(settings.dtype, machine.device)
@@ -102,6 +104,14 @@ class _Ledger:
         self._see(self.moment.level, self.moment.logits_level, self.gathered.refreshed, self.moment.alive_level)
         return self.memory
 
+    def _gathered(self, machine: Machine) -> Gathered:
+        settings = self.settings
+        if settings.resident:
+            return NothingGathered()
+        runs_ahead = machine.device == "gpu" and settings.optimizer == "lomo" and overlaps(settings.offload_param)
+        ahead = Ahead(settings.prefetch_bucket_size + AHEAD_NUMEL) if runs_ahead else None
+        return OnDemand(self.rehearsal, settings, ahead)
+
     def _base(self, machine: Machine) -> Counter[str]:
         """What is there all the time."""
         settings, found = self.settings, Counter({CONTEXT: machine.context, ACTIVATIONS: self.rehearsal.buffers})
@@ -109,8 +119,12 @@ class _Ledger:
             found[SHARDS] = settings.stored_bytes(self.shard_numel)
         elif self.on_host:
             found[SHARDS] = self._pinned_shards()
+        if not self.on_host:
+            found[WORKSPACE] = machine.workspace
         if settings.optimizer == "lomo":
             found[STATE] = sgd_state_bytes(self.shard_numel)
+            if self.keeps.square_sums and not self.on_host:
+                found[STATE] += sum(map(square_sums_bytes, map(settings.shard_numel, self.rehearsal.numels)))
         else:
             states = 2 if settings.optimizer == "adamw" else 0
             found[STATE] = (1 + states) * FP32 * self.shard_numel

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from lomo_ds.numerics import CPU_PIECE_NUMEL
+from lomo_ds.rules.square_sums import slots_of
 
 Temporaries = Callable[[int], int]  # bytes in passing of an update of so many elements
 
@@ -15,6 +16,11 @@ HALF_BYTES_PER_ELEMENT = 4 + 4 + 2 + 2
 def sgd_state_bytes(numel: int) -> int:
     """Of so many parameters, on a rank: SGD holds none."""
     return 0
+
+
+def square_sums_bytes(numel: int) -> int:
+    """Of a shard of so many elements, where a kernel adds up the squares of its gradient; see ``SquareSums``."""
+    return torch.float32.itemsize * slots_of(numel)
 
 
 def sgd_temporaries(dtype: torch.dtype, device: str) -> Temporaries:

@@ -22,6 +22,7 @@ class Keeps:
         in_flight: the most bytes on their way there, on the device; a tensor that is larger goes by itself.
         group: the shards of a clipping group lie on the device until it is complete.
         itemsize: of a kept element; None: as it came.
+        square_sums: whether a rule's kernel may add up the squares of gradients while it updates.
     """
 
     passes: int = 1
@@ -30,6 +31,7 @@ class Keeps:
     in_flight: int = 0
     group: bool = False
     itemsize: int | None = None
+    square_sums: bool = False
 
     def bytes_of(self, size: int, itemsize: int) -> int:
         """What shards of ``size`` bytes, of ``itemsize`` each, take where they are kept."""
@@ -39,7 +41,7 @@ class Keeps:
 def keeps(choice: Choice, clips_groups: bool = False, stash_dtype: torch.dtype | None = None) -> Keeps:
     """What the schedule of ``choice`` keeps; see ``build_schedule``, whose arguments these are."""
     if choice.schedule == "immediate":
-        return Keeps(Immediate.passes, group=clips_groups)
+        return Keeps(Immediate.passes, group=clips_groups, square_sums=not clips_groups)
     if choice.schedule == "two_pass":
         return Keeps(TwoPass.passes)
     on_host = choice.stash_device == "cpu"
