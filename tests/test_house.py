@@ -19,6 +19,7 @@ FLOORS = [
         "signals",
         "training_engine",
         "buckets",
+        "triton_launch",
     ],
     [
         "config",
