@@ -84,7 +84,7 @@ def rows() -> list[Wanted]:
         Wanted("7a", "7B, a row of 1024", 12, 30, Peak("immediate", TILED_2, at_most=13.3, papers=13.61)),
         Wanted("7b", "Table 1, untiled", 15, 30, Peak("immediate", TABLE_1, at_most=14.58, papers=14.58)),
         Wanted("7c", "65B int8 on 4", 20, 40, Peak("immediate+int8", large, world=4, at_most=24.0, card=CARD)),
-        Wanted("7d", "65B on 8, by layers", 20, 45, Peak("immediate", large, world=8, papers=19.18, card=CARD)),
+        Wanted("7d", "65B on 8, prefetching", 20, 45, Peak("immediate", large, world=8, papers=19.18, card=CARD)),
         Wanted("8", "30B in host memory", 80, 130, _in_host_memory("30b", 1, 8), pins_memory=True),
     ]
 

@@ -104,7 +104,7 @@ class OnDemand:
     resident = False
 
     def __init__(self, model: Module, granularity: str, undo: Callable[[], None], wired: bool, **offload: Any) -> None:
-        self.undo = undo
+        self.undo = [undo, zero3.keep_no_weights(model)]
         self.granularity = granularity
         self.leaves = layers(model) if granularity == "layer" else []
         for layer in self.leaves:
@@ -150,7 +150,8 @@ class OnDemand:
     def destroy(self) -> None:
         """See ``Gathering.destroy``."""
         self.offload.destroy()
-        self.undo()
+        for undo in self.undo:
+            undo()
         for layer in self.leaves:
             set_z3_leaf_module(layer, False)
 

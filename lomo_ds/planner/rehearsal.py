@@ -8,11 +8,15 @@ wants its parameters, has done with them, or that a parameter's gradient is ther
 Of many layers alike a few are run, see ``stretch``.
 """
 
+from collections.abc import Callable
+
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from torch import Tensor
 from torch.nn import ModuleList
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lomo_ds import zero3
 from lomo_ds.errors import ModelError, one_line
 from lomo_ds.gathering import layers
 from lomo_ds.models import can_tile_logits, meta_model, tile_logits
@@ -90,9 +94,8 @@ def _run(model: PreTrainedModel, vocabulary: int, settings: Settings) -> Rehears
     found = _structure(model)
     recorder = Recorder(found, vocabulary)
     watch(model, recorder)
-    linear = torch.nn.functional.linear if settings.resident else zero3_linear_wrap
     try:
-        with stand_ins(linear, recorder), recorder:
+        with stand_ins(_linear(settings), recorder), recorder:
             _step(model, settings, recorder)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(
@@ -101,6 +104,13 @@ def _run(model: PreTrainedModel, vocabulary: int, settings: Settings) -> Rehears
         ) from error
     found.flops = recorder.flops
     return found
+
+
+def _linear(settings: Settings) -> Callable[..., Tensor]:
+    """The function that linear layers compute by."""
+    if settings.resident:
+        return torch.nn.functional.linear
+    return zero3.linear if settings.optimizer == "lomo" else zero3_linear_wrap
 
 
 def _step(model: PreTrainedModel, settings: Settings, recorder: Recorder) -> None:

@@ -8,6 +8,7 @@ file on NVMe. Writing to it changes the model; a gathered copy made before the w
 """
 
 from lomo_ds.zero3.ahead import Ahead
+from lomo_ds.zero3.linear import keep_no_weights, linear
 from lomo_ds.zero3.nvme import Place
 from lomo_ds.zero3.nvme_settings import refuse_nvme_that_cannot_be
 from lomo_ds.zero3.persistent import PersistentCopies
@@ -36,10 +37,12 @@ __all__ = [
     "gather_by",
     "gather_within",
     "gathered",
+    "keep_no_weights",
     "keeps_eight_bits",
     "kept_tensors",
     "lay_out",
     "lie_here",
+    "linear",
     "make_whole",
     "names_in_eight_bits",
     "offload_device",
