@@ -133,11 +133,17 @@ def write(folder: Path, found: list[dict[str, Any]], environment: dict[str, Any]
 
 
 def earlier_rows(folder: Path, environment: dict[str, Any], places: set[str]) -> list[dict[str, Any]]:
-    """Rows of ``places`` that were measured in this environment, as results in ``folder`` have them."""
+    """Rows of ``places`` that were measured in this environment, as results in ``folder`` have them.
+
+    The command that measured them joins that of ``environment``.
+    """
     path = folder / "gpu.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"environment": {}, "rows": []}
     same = all(found["environment"].get(field) == environment[field] for field in ("commit", "versions"))
-    return [row for row in found["rows"] if same and row["place"] in places]
+    rows = [row for row in found["rows"] if same and row["place"] in places]
+    if rows:
+        environment["command"] = f"{found['environment']['command']}; {environment['command']}"
+    return rows
 
 
 def run(wanted: list[Wanted], folder: Path, minutes: float, try_on_cpu: bool) -> None:

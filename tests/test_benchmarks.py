@@ -230,7 +230,9 @@ def test_gpu_rows_of_the_same_commit_and_versions_stay_beside_those_measured_ane
     here = {"commit": "abc", "versions": {"torch": "2"}}
     rows = [{"place": "1"}, {"place": "2"}]
     (tmp_path / "gpu.json").write_text(json.dumps({"environment": here | {"command": "one"}, "rows": rows}))
-    assert gpu.earlier_rows(tmp_path, here | {"command": "another"}, {"2", "3"}) == [{"place": "2"}]
+    again = here | {"command": "another"}
+    assert gpu.earlier_rows(tmp_path, again, {"2", "3"}) == [{"place": "2"}]
+    assert again["command"] == "one; another"
     assert gpu.earlier_rows(tmp_path, here | {"commit": "def"}, {"2", "3"}) == []
     assert gpu.earlier_rows(tmp_path / "none", here, {"2"}) == []
 
