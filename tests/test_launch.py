@@ -218,12 +218,12 @@ def shakespeare(ranks: GroupOf, assets: Path, out: Path, **more: Any) -> list[fl
 
 
 def test_shakespeare_reaches_2_80(ranks: GroupOf, assets: Path, tmp_path: Path) -> None:
-    """torch.optim.SGD with the same clip (--optim sgd) reaches 2.740."""
+    """torch.optim.SGD with the same clip (--optim sgd) reaches 2.760."""
     config = ROOT / "ds_configs/zero3_fp32.json"
-    more = {"per_device_train_batch_size": 16, "learning_rate": 1.0, "max_steps": 100, "deepspeed": config}
+    more = {"per_device_train_batch_size": 16, "learning_rate": 1.0, "max_steps": 150, "deepspeed": config}
     before, after = shakespeare(ranks, assets, tmp_path, **more)
     assert before == pytest.approx(4.98, abs=0.1)
-    assert after == pytest.approx(2.740, abs=0.01)
+    assert after == pytest.approx(2.760, abs=0.01)
     assert after < 2.80
 
 
