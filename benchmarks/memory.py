@@ -98,8 +98,8 @@ def measure_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], Non
                 results["skipped"][f"{method} on {options.told(world, 'rank')}"] = objection
             else:
                 workers = Workers(1 if given.simulate_world else world, given.device, given.simulate_world)
+                planned = planned_peak(method, work, world, given.device)  # while they import what they need
                 row = measure_row(workers, method, work, given.timeout)
-                planned = planned_peak(method, work, world, given.device)
                 row |= {"ranks": world, "simulated": given.simulate_world is not None, "planned": planned}
                 results["rows"].append(row)
                 write(results)
