@@ -123,8 +123,8 @@ def markdown(rows: list[Row]) -> str:
     return (
         "# Where the time of a step goes\n\n16 layers of hidden size 64, 32 tokens a rank, fp32; milliseconds of a "
         "step (median), and of it what rank 0 was running, as looked at every millisecond. Linear layers "
-        "that keep no weight hold their matrix products too; collectives hold the wait for other ranks, and for the cores they share.\n\n"
-        + report.table(["", "step", *CAUSES, OTHER], shown)
+        "that keep no weight hold their matrix products too; collectives hold the wait for other ranks, and for the "
+        "cores they share.\n\n" + report.table(["", "step", *CAUSES, OTHER], shown)
     )
 
 
