@@ -76,6 +76,9 @@ class FakeModule:
         self.streams: list[FakeStream] = []
         self.current = self.Stream()
 
+    def is_available(self) -> bool:  # torch.utils.checkpoint asks which device has random states to keep
+        return False
+
     def Stream(self, device: Any = None) -> FakeStream:
         """Named by the order in which they are made: 0 is the one that computes."""
         self.streams.append(FakeStream(self, str(len(self.streams))))
