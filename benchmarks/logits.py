@@ -354,8 +354,8 @@ def main() -> None:
     on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"
     parser = report.parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536] if on_gpu else [512, 2048])
-    parser.add_argument("--vocabulary", type=int, default=32000 if on_gpu else 4000, help="rows of lm_head")
-    parser.add_argument("--hidden_size", type=int, default=4096 if on_gpu else 64, help="columns of lm_head")
+    parser.add_argument("--vocabulary", type=int, default=32000 if on_gpu else 8000, help="rows of lm_head")
+    parser.add_argument("--hidden_size", type=int, default=4096 if on_gpu else 128, help="columns of lm_head")
     parser.add_argument("--tile_mib", type=int, default=64 if on_gpu else 4, help="MiB of fp32 logits in a tile")
     parser.add_argument("--repetitions", type=int, default=10 if on_gpu else 2, help="of each figure's time")
     given = parser.parse_args()

@@ -124,10 +124,16 @@ def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callabl
     if wired:
         wire = Quantized(engine.device, exact.copies) if quantized else exact
         undo = zero3.gather_by(engine.module, wire, exact, ahead_numel)
-    else:
+    elif ahead_numel is not None:
         undo = zero3.gather_within(engine.module, ahead_numel)
+    else:
+        undo = _nothing_to_undo
     reach = {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel, "overlap_comm": overlap}
     return undo, wired, reach
+
+
+def _nothing_to_undo() -> None:
+    """DeepSpeed's own gathering is as it was."""
 
 
 def _travels_in_eight_bits(engine: DeepSpeedEngine) -> bool:

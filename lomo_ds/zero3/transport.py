@@ -86,7 +86,7 @@ def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int | None) -
     return undo
 
 
-def gather_within(model: Module, ahead_numel: int | None) -> Callable[[], None]:
+def gather_within(model: Module, ahead_numel: int) -> Callable[[], None]:
     """Let DeepSpeed's own gathering ask for no more ahead than ``gather_by`` does; returns what undoes it."""
     backlog = _Backlog(ahead_numel)
 
