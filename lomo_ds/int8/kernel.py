@@ -261,13 +261,12 @@ def _tiles(
     total = tl.zeros([ROWS], tl.float32)
     if STOCHASTIC:
         words = _random_words(seed, shard, window)
+    loaded = _load(codes, scales, gradients, 0, left, MASKED)
     for tile in tl.static_range(TILES):
-        places, blocks = _places(tile)
-        mask = places < left if MASKED else None
-        mask_of_blocks = blocks * BLOCK < left if MASKED else None
-        code = tl.load(codes + places, mask, 0 if MASKED else None)
-        scale = tl.load(scales + blocks, mask_of_blocks, 1 if MASKED else None).to(tl.float32)
-        gradient = tl.load(gradients + places, mask, 0 if MASKED else None).to(tl.float32)
+        code, scale, gradient = loaded
+        if tile + 1 < TILES and not MASKED:  # ahead of the store, for the compiler takes no load across one
+            loaded = _load(codes, scales, gradients, tile + 1, left, MASKED)
+        scale, gradient = scale.to(tl.float32), gradient.to(tl.float32)
         if squares is not None:
             total += tl.sum(gradient * gradient, axis=1)  # summing whole tiles would spill registers
         if limit is not None:
@@ -278,12 +277,32 @@ def _tiles(
         multiple = _multiple(exact, scale)
         if STOCHASTIC:
             began = (words[tile // 2] >> (16 * (tile % 2))).to(tl.int32)
-            below = tl.floor(multiple + _midpoint(began + shift.to(tl.int32)))
-            multiple = tl.minimum(tl.maximum(below, -LARGEST), LARGEST)
-        tl.store(codes + places, _nearest_codes(multiple, scale), mask)
+            multiple = tl.minimum(tl.maximum(multiple, -LARGEST), LARGEST) + _noise(began + shift.to(tl.int32))
+        places, blocks = _places(tile)
+        tl.store(codes + places, _nearest_codes(multiple, scale), places < left if MASKED else None)
+        mask_of_blocks = blocks * BLOCK < left if MASKED else None
         tl.store(scales + blocks, scale.to(scales.dtype.element_ty), mask_of_blocks)
+        if tile + 1 < TILES and MASKED:  # ahead, masks would need registers that the program above wants
+            loaded = _load(codes, scales, gradients, tile + 1, left, MASKED)
     if squares is not None:
         tl.store(squares + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def _load(
+    codes: tl.tensor,
+    scales: tl.tensor,
+    gradients: tl.tensor,
+    tile: tl.constexpr,
+    left: tl.tensor,
+    MASKED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Codes, scales and gradients of a tile."""
+    places, blocks = _places(tile)
+    mask = places < left if MASKED else None
+    code = tl.load(codes + places, mask, 0 if MASKED else None)
+    scale = tl.load(scales + blocks, blocks * BLOCK < left if MASKED else None, 1 if MASKED else None)
+    return code, scale, tl.load(gradients + places, mask, 0 if MASKED else None)
 
 
 @triton.jit
@@ -357,9 +376,12 @@ def _nearest_codes(multiple: tl.tensor, scale: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _midpoint(bits: tl.tensor) -> tl.tensor:
-    """The middle of one of 2 ** 16 parts of (0, 1), which the low 16 bits number."""
-    return ((bits & 0xFFFF) << 7 | 0x3F800040).to(tl.float32, bitcast=True) - 1.0
+def _noise(bits: tl.tensor) -> tl.tensor:
+    """The middle of one of 2 ** 16 parts of (-0.5, 0.5), which the low 16 bits number.
+
+    What is then rounded to nearest was rounded at random, without a slow ``floor``.
+    """
+    return ((bits & 0xFFFF) << 7 | 0x3F800040).to(tl.float32, bitcast=True) - 1.5
 
 
 @triton.jit
