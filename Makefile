@@ -6,11 +6,12 @@ PYTHON ?= python3
 TORCH  ?= $(shell sed -n 's/^TORCH = "\(.*\)".*/\1/p' setup.py)
 BIN    := .venv/bin
 READY  := .venv/ready-$(TORCH)
+COMPILED := .venv/compiled-$(TORCH)
 PEERS  := .venv/peers
 OLDEST := .venv-oldest
 DEMO   := demo
 RANKS  ?= 2
-FILES  := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+FILES  := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test test-oldest bench bench-gpu setup lint format clean
 
@@ -21,7 +22,7 @@ train: setup $(DEMO)/model/config.json
 $(DEMO)/model/config.json: | setup
 	$(BIN)/python launch/make_demo.py --output_dir $(DEMO)
 
-# Three files at a time: many a test waits for something else than a core.
+# As many files at a time as there are cores, four at most: many a test has ranks of its own.
 test: setup
 	$(BIN)/python -m pytest tests $(FILES)
 
@@ -53,29 +54,34 @@ bench-gpu: setup $(PEERS)
 $(PEERS): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps "torchtune==0.6.1" && touch $@ || true
 
-lint: setup
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup
+format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-setup: $(READY)
+setup: $(READY) $(COMPILED)
 
-# torch first and alone, so that no other package chooses its version. Of 13,000 files to compile, those that training,
-# planning and tests import are compiled here, also where Python is told to write no bytecode; the others when they are used.
-COMPILED := lomo_ds.job, lomo_ds.planner.command, deepspeed.launcher.runner, hypothesis, matplotlib.pyplot, pytest, \
-    torch.utils.tensorboard, torch.testing._internal.distributed.fake_pg, transformers.models.llama.modeling_llama, \
-    triton.compiler, triton.runtime.interpreter
+# torch first and alone, so that no other package chooses its version; by a pip that asks for lists of releases as JSON.
 $(READY): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade setuptools wheel
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet --no-compile "torch==$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev,bench]"
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c "import $(COMPILED)"
 	rm -f .venv/ready-*
+	touch $@
+
+# Of 13,000 files to compile, those that training, planning and tests import are compiled here, also where Python is told
+# to write no bytecode; the others when they are used.
+IMPORTED := lomo_ds.job, lomo_ds.planner.command, deepspeed.launcher.runner, hypothesis, matplotlib.pyplot, pytest, \
+    torch.utils.tensorboard, torch.testing._internal.distributed.fake_pg, transformers.models.llama.modeling_llama, \
+    triton.compiler, triton.runtime.interpreter
+$(COMPILED): $(READY)
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c "import $(IMPORTED)"
+	rm -f .venv/compiled-*
 	touch $@
 
 clean:

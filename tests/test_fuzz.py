@@ -197,7 +197,7 @@ def assert_of_its_type(arguments: TrainArguments, name: str) -> None:
     assert type(value) is kind or (kind is float and type(value) is int), f"{name} is {value!r}"
 
 
-@fuzz(600)
+@fuzz(300)
 @given(st.sampled_from(SHIPPED), replacements, agreeing_and_not)
 def test_ds_config_of_any_values(config: dict[str, Any], changes: list[tuple[str, Any]], argv: list[str]) -> None:
     check_ds_config(replaced(config, changes), argv)
@@ -251,7 +251,7 @@ spoilt = st.builds(  # a config with some bytes of it replaced
 )
 
 
-@fuzz(500)
+@fuzz(250)
 @given(
     content=st.binary(max_size=40)
     | st.text().map(lambda text: text.encode(errors="replace"))
@@ -313,7 +313,7 @@ YAML_MARKS = [": ", "\n", "- ", "[", "]", "{", "}", "&a ", "*a", "!!int ", "!!nu
 yamlish = st.lists(argument_names | st.sampled_from(YAML_MARKS), max_size=12).map("".join)
 
 
-@fuzz(600)
+@fuzz(300)
 @given(
     content=st.binary(max_size=40) | (st.text() | yaml_texts | yamlish).map(lambda text: text.encode(errors="replace"))
 )
@@ -409,7 +409,7 @@ words = (
 )
 
 
-@fuzz(500)
+@fuzz(250)
 @given(argv=st.lists(words, max_size=6), required=st.sampled_from([[], REQUIRED]))
 def test_command_lines_of_any_words(argv: list[str], required: list[str]) -> None:
     check_arguments([*required, *argv])
@@ -484,7 +484,7 @@ def test_documents_written_as_json_come_back(
     check_text_file(file, [document for document in documents if document.strip()])
 
 
-@fuzz(600)
+@fuzz(300)
 @given(lines=st.lists(row_bytes | any_bytes, max_size=4), end=line_ends)
 def test_jsonl_of_any_rows(folder: Path, lines: list[bytes], end: bytes) -> None:
     file = folder / "rows.jsonl"

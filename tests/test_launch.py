@@ -218,12 +218,12 @@ def shakespeare(ranks: GroupOf, assets: Path, out: Path, **more: Any) -> list[fl
 
 
 def test_shakespeare_reaches_2_80(ranks: GroupOf, assets: Path, tmp_path: Path) -> None:
-    """torch.optim.SGD with the same clip (--optim sgd) reaches 2.760."""
+    """torch.optim.SGD with the same clip (--optim sgd) reaches 2.788."""
     config = ROOT / "ds_configs/zero3_fp32.json"
-    more = {"per_device_train_batch_size": 16, "learning_rate": 1.0, "max_steps": 150, "deepspeed": config}
+    more = {"per_device_train_batch_size": 8, "learning_rate": 1.0, "max_steps": 150, "deepspeed": config}
     before, after = shakespeare(ranks, assets, tmp_path, **more)
     assert before == pytest.approx(4.98, abs=0.1)
-    assert after == pytest.approx(2.760, abs=0.01)
+    assert after == pytest.approx(2.790, abs=0.01)
     assert after < 2.80
 
 
@@ -237,7 +237,7 @@ def test_bf16_with_stochastic_rounding_learns_what_fp32_does(ranks: GroupOf, ass
         config["optimizer"]["params"]["rounding"] = rounding
         file = tmp_path / f"{precision}_{rounding}.json"
         file.write_text(json.dumps(config))
-        more = {"per_device_train_batch_size": 8, "learning_rate": 0.02, "max_steps": 10, "deepspeed": file}
+        more = {"per_device_train_batch_size": 4, "learning_rate": 0.02, "max_steps": 10, "deepspeed": file}
         out = tmp_path / f"{precision}_{rounding}"
         *_, losses[rounding] = shakespeare(ranks, assets, out, validation_file=held_out, **more)
     assert losses["stochastic"] == pytest.approx(losses["auto"], abs=0.02), "fp32 and stochastic rounding"

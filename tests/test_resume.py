@@ -39,7 +39,7 @@ TIMES = ("tokens_per_second", "tokens_per_second_per_gpu")
 def dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's model with dropout, and texts short enough for several epochs."""
     folder = demo_with_dropout(tmp_path_factory.mktemp("dropout"))
-    for name, lines in (("train.txt", 60), ("validation.txt", 10)):
+    for name, lines in (("train.txt", 40), ("validation.txt", 10)):
         (folder / name).write_text("\n".join((folder / name).read_text().splitlines()[:lines]))
     return folder
 
