@@ -16,7 +16,7 @@ from benchmarks.methods import Method
 from benchmarks.workers import DOES_NOT_FIT, Desk, DoesNotFit, WorkerError, Workers
 from benchmarks.workload import Workload
 
-WARM_UP = 3  # steps; DeepSpeed traces the first ones
+WARM_UP = 2  # steps; DeepSpeed traces the first, and goes by its trace from the second on
 LEAST_ROUNDS = 3
 TURN_SECONDS = {"cpu": 0.25, "cuda": 1.0}  # that a turn takes at least, if one step does not
 
@@ -147,8 +147,12 @@ class Contest:
             self.told(f"first step of {label}")
             found = self._ask(label, deadline, take_turn, 1, 1 if self.device == "cuda" else 0)
             if found is not None:
-                self.expected[label], self.turns[label] = max(turn["seconds"] for turn in found), []
+                slowest = max(found, key=lambda turn: turn["seconds"])
+                self.expected[label], self.turns[label] = slowest["seconds"], [slowest]
                 self._look_for_kernels(label, deadline)
+        # that step is a whole turn, and counts, where turns have one step
+        if any(self._steps_of_a_turn(label) > 1 for label in self.workers):
+            self.turns = {label: [] for label in self.turns}
         self._rounds(seconds, deadline, on_round)
         peaks = {label: self._follow(label, deadline) for label in list(self.workers)} if self.device == "cpu" else {}
         return [row | ({"peak": peaks.get(row["label"])} if peaks else {}) for row in self.rows()]
@@ -158,11 +162,11 @@ class Contest:
         return [self._row(entrant) for entrant in self.entrants]
 
     def _rounds(self, seconds: float, deadline: float, on_round: Callable[[list[Row]], None]) -> None:
-        start, rounds = time.monotonic(), 0
+        start, rounds = time.monotonic(), min((len(turns) for turns in self.turns.values()), default=0)
         while self.workers and (rounds < LEAST_ROUNDS or time.monotonic() - start < seconds):
             for label in list(self.workers):
                 self.told(f"round {rounds + 1}: {label}")
-                steps = max(1, round(TURN_SECONDS[self.device] / self.expected[label]))
+                steps = self._steps_of_a_turn(label)
                 # with caches filled anew, the allocator's above all; a long step fills the processor's by itself
                 untimed = 1 if self.device == "cuda" or steps > 1 else 0
                 found = self._ask(label, deadline, take_turn, steps, untimed)
@@ -172,6 +176,9 @@ class Contest:
                     self.expected[label] = min(self.expected[label], slowest["seconds"])
             rounds += 1
             on_round(self.rows())
+
+    def _steps_of_a_turn(self, label: str) -> int:
+        return max(1, round(TURN_SECONDS[self.device] / self.expected[label]))
 
     def _look_for_kernels(self, label: str, deadline: float) -> None:
         method = next(entrant.method for entrant in self.entrants if entrant.label == label)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations, islice
 
 from lomo_ds.errors import ConfigError
-from lomo_ds.planner.machine import Machine
 from lomo_ds.planner.plan import Plan, PlannedModel, plan
 from lomo_ds.planner.settings import Settings
 
@@ -38,40 +38,49 @@ class _Variant:
 
 
 Change = Callable[[Settings], Iterator[_Variant]]
+Attempt = Callable[[Settings], Plan | None]  # None where settings cannot be
 
 
 def advise(found: Plan, model: PlannedModel) -> Advice | None:
     """The smallest change with which ``found`` fits; None if it fits as it is, or with nothing known here."""
     if found.fits:
         return None
+
+    @cache  # changes that change nothing further lead to the same settings again
+    def attempt(settings: Settings) -> Plan | None:
+        try:
+            return plan(model, settings, found.machine)
+        except ConfigError:
+            return None
+
     free, dear = _free_changes(found, model), _dear_changes(found)
     pairs = sorted(combinations(range(len(free)), 2), key=sum)
     for change in (*free, *dear):
-        fitting = _mildest(found, model, [_first_variant(change)])
+        fitting = _mildest(found, attempt, [_first_variant(change)])
         if fitting is not None:
             return fitting
     for one, other in pairs:
-        fitting = _mildest(found, model, [free[one], free[other]])
+        fitting = _mildest(found, attempt, [free[one], free[other]])
         if fitting is not None:
             return fitting
-    return _several(found, model, [*free, *dear])
+    return _several(found, attempt, [*free, *dear])
 
 
-def _several(found: Plan, model: PlannedModel, changes: list[Change]) -> Advice | None:
+def _several(found: Plan, attempt: Attempt, changes: list[Change]) -> Advice | None:
     """One after another, as far as they help, until it fits; then without those not needed, the dearest first."""
     chosen: list[Change] = []
     least = _lack(found)
     for change in changes:
-        fitting = _mildest(found, model, [*chosen, change])
+        fitting = _mildest(found, attempt, [*chosen, change])
         if fitting is None:
-            tried = _try(model, _apply(found.settings, [*chosen, change])[1], found.machine)
+            tried = attempt(_apply(found.settings, [*chosen, change])[1])
             if tried is not None and _lack(tried) < least:
                 chosen, least = [*chosen, change], _lack(tried)
             continue
         needed = [*chosen, change]
         for superfluous in reversed(chosen):
             fewer = [other for other in needed if other is not superfluous]
-            without = _mildest(found, model, fewer)
+            without = _mildest(found, attempt, fewer)
             if without is not None:
                 needed, fitting = fewer, without
         return fitting
@@ -89,12 +98,12 @@ def _first_variant(change: Change) -> Change:
     return lambda settings: islice(change(settings), 1)
 
 
-def _mildest(found: Plan, model: PlannedModel, changes: list[Change]) -> Advice | None:
+def _mildest(found: Plan, attempt: Attempt, changes: list[Change]) -> Advice | None:
     """All of ``changes``, the last as mild as fits, those before it as far as they go."""
     *before, last = changes
     words, settings = _apply(found.settings, before)
     for variant in _possible(last, settings):
-        tried = _try(model, variant.settings, found.machine)
+        tried = attempt(variant.settings)
         if tried is not None and tried.fits:
             return Advice((*words, variant.words), tried)
     return None
@@ -113,13 +122,6 @@ def _apply(settings: Settings, changes: list[Change]) -> tuple[list[str], Settin
 
 def _possible(change: Change, settings: Settings) -> list[_Variant]:
     return list(change(settings))
-
-
-def _try(model: PlannedModel, settings: Settings, machine: Machine) -> Plan | None:
-    try:
-        return plan(model, settings, machine)
-    except ConfigError:
-        return None
 
 
 def _free_changes(found: Plan, model: PlannedModel) -> list[Change]:
