@@ -37,14 +37,23 @@ $(OLDEST)/ready: setup.py
 	$(OLDEST)/bin/python -m pip install --quiet --editable ".[dev,bench]"
 	touch $@
 
-# Ratios within one run, on CPU ranks.
+# On CPU ranks: ratios of times within one run; then, two at a time, what counts bytes, or one thread's own seconds.
+BESIDE_EACH_OTHER := bench-memory bench-logits bench-traffic
+.PHONY: $(BESIDE_EACH_OTHER)
 bench: setup $(PEERS)
 	$(BIN)/python benchmarks/throughput.py --device cpu
-	$(BIN)/python benchmarks/memory.py --device cpu --checkpointing on --methods deepspeed-adamw deepspeed-sgd immediate immediate+int8 stash+clip
-	$(BIN)/python benchmarks/traffic.py --device cpu --model tiny
 	$(BIN)/python benchmarks/update.py
-	$(BIN)/python benchmarks/logits.py
 	$(BIN)/python benchmarks/offload.py --device cpu --models tiny --sequence 64
+	$(MAKE) --no-print-directory --jobs 2 --output-sync $(BESIDE_EACH_OTHER)
+
+bench-memory:
+	$(BIN)/python benchmarks/memory.py --device cpu --checkpointing on --methods deepspeed-adamw deepspeed-sgd immediate immediate+int8 stash+clip
+
+bench-logits:
+	$(BIN)/python benchmarks/logits.py
+
+bench-traffic:
+	$(BIN)/python benchmarks/traffic.py --device cpu --model tiny
 
 # Every row that wants a GPU; says so and ends where there is none.
 bench-gpu: setup $(PEERS)

@@ -18,7 +18,7 @@ from tests.rules import philox
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NUMELS = [0, 1, BLOCK, BLOCK + 1, 8192, 8192 + 5 * BLOCK + 37]  # 8192 are a program's
+NUMELS = [0, BLOCK + 1, 8192, 8192 + 5 * BLOCK + 37]  # 8192 are a program's
 Interpreted = Callable[..., None]
 
 
