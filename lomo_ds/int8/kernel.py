@@ -379,7 +379,7 @@ def _nearest_codes(multiple: tl.tensor, scale: tl.tensor) -> tl.tensor:
 def _noise(bits: tl.tensor) -> tl.tensor:
     """The middle of one of 2 ** 16 parts of (-0.5, 0.5), which the low 16 bits number.
 
-    What is then rounded to nearest was rounded at random, without a slow ``floor``.
+    To add it and round to nearest is to round at random, without a slow ``floor``.
     """
     return ((bits & 0xFFFF) << 7 | 0x3F800040).to(tl.float32, bitcast=True) - 1.5
 
