@@ -8,11 +8,11 @@ from lomo_ds.models.load import (
     load_config,
     load_generation_config,
     load_model,
-    load_tokenizer,
-    verify_export,
 )
 from lomo_ds.models.recompute import recompute_activations
 from lomo_ds.models.tiled_logits import can_tile_logits, tile_logits
+from lomo_ds.models.tokenizer import load_tokenizer
+from lomo_ds.models.verify import verify_export
 
 __all__ = [
     "Export",

@@ -1,6 +1,5 @@
 """A Hugging Face folder, or a preset, into ZeRO-3 shards: each rank reads or draws its own part and no more."""
 
-import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,19 +9,15 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from lomo_ds import zero3
 from lomo_ds.errors import ModelError
-from lomo_ds.manifest import MANIFEST, read_manifest, share, verify
 from lomo_ds.models.build import meta_model, saved_buffers
 from lomo_ds.models.files import WeightFiles, first_line, some
 from lomo_ds.models.presets import PRESETS, is_preset, preset_config
@@ -89,44 +84,6 @@ def load_generation_config(model: PreTrainedModel, folder: str) -> None:
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except (ValueError, OSError, TypeError) as error:
             raise ModelError(f"{folder}/generation_config.json cannot be read: {first_line(error)}") from None
-
-
-def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
-    if is_preset(folder):
-        raise ModelError(f"the preset {folder} has no tokenizer of its own; give one with --tokenizer_name FOLDER")
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise ModelError(f"{folder} holds no tokenizer that transformers can read: {first_line(error)}") from None
-
-
-def verify_export(folder: str, rank: int = 0, world_size: int = 1, weights: bool = True) -> None:
-    """Compare this rank's share of a folder's files with the manifest that lomo_ds wrote there, if it did.
-
-    Args:
-        weights: which files: the weights, or all the others, which are small.
-
-    Raises:
-        DamagedError: one of them is not what was written.
-    """
-    if (Path(folder) / MANIFEST).exists() or _claims_manifest(Path(folder)):
-        files = read_manifest(Path(folder))
-        wanted = {name: entry for name, entry in files.items() if name.endswith(".safetensors") == weights}
-        verify(Path(folder), share(wanted, rank, world_size))
-
-
-def _claims_manifest(folder: Path) -> bool:
-    """Whether a weight file says that it was exported with a manifest, which a copy may lack."""
-    for file in folder.glob("model*.safetensors"):
-        with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as opened:
-            if "manifest" in (opened.metadata() or {}):
-                return True
-    return False
 
 
 def load_model(
