@@ -67,7 +67,7 @@ def write_checkpoint(folder: Path, config: Any, parts: int) -> int:
     model = meta_model(config, DTYPE)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     total = DTYPE.itemsize * sum(shape.numel() for shape in shapes.values())
-    export = Export(folder, dict(model.named_parameters()), f"{-(-total // (parts * 10**6))}MB")
+    export = Export(folder, model, f"{-(-total // (parts * 10**6))}MB")
     export.start()
     bar = tqdm(desc=f"writing {folder.name}", total=total, unit="B", unit_scale=True)
     for file, names in export.files.items():

@@ -42,7 +42,7 @@ def export_checkpoint(
     kept = kept_tensors(tensors, in_eight_bits, found.record["world_size"])
     refuse_other_model(checkpoint, found.record, tensor_record(kept))
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    export = Export(output_dir, tensors, max_shard_size)
+    export = Export(output_dir, model, max_shard_size)
     export.start()
     for file, names in tqdm(export.files.items(), desc="exporting", unit=" files", disable=None):
         wanted = {name: tensors[name] for name in names}

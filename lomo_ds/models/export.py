@@ -21,7 +21,9 @@ from lomo_ds import zero3
 from lomo_ds.distributed import together
 from lomo_ds.errors import ModelError
 from lomo_ds.manifest import MANIFEST, entries, sync_folder, write_manifest
-from lomo_ds.models.build import saved_buffers
+from lomo_ds.models.build import meta_copy, saved_buffers, saved_tensors
+from lomo_ds.models.conversion import saved_sources
+from lomo_ds.models.sources import Source, Stored, stored_names
 
 MAX_SHARD_SIZE = "5GB"  # transformers' own
 INDEX = "model.safetensors.index.json"
@@ -54,10 +56,7 @@ def save_pretrained(
         with zero3.gathered([parameters[name]]):
             return parameters[name].detach().to("cpu", copy=True) if main else None
 
-    shapes = {name: zero3.whole_shape(parameter) for name, parameter in parameters.items()}
-    weights = {name: torch.empty(shape, dtype=model.dtype, device="meta") for name, shape in shapes.items()}
-    weights |= {name: buffer.to("meta") for name, buffer in buffers.items()}
-    export = together(lambda: Export(folder, weights, max_shard_size))
+    export = together(lambda: Export(folder, meta_copy(model), max_shard_size))
     _on_main(export.start)
     for file, names in export.files.items():
         tensors = {name: tensor for name in names if (tensor := whole(name)) is not None}
@@ -75,15 +74,27 @@ class Export:
     """An exported folder in the making: written aside file by file, and moved into place when whole.
 
     Args:
-        weights: every tensor to come, on the meta device.
+        model: on the meta device, with the shapes and dtype of the weights to come.
+
+    Attributes:
+        files: the names of the model's tensors that each output file needs.
     """
 
-    def __init__(self, folder: Path, weights: dict[str, Tensor], max_shard_size: str = MAX_SHARD_SIZE) -> None:
+    def __init__(self, folder: Path, model: PreTrainedModel, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         self.folder = folder
         self.partial = folder / ".saving"
+        self.values: dict[str, Tensor] = {}  # of the model's tensors that the file under way needs
+        self.sources = saved_sources(
+            model,
+            {
+                name: Stored(tensor.shape, tensor.dtype, name, partial(self._copy_piece, name))
+                for name, tensor in saved_tensors(model).items()
+            },
+        )
+        meta = {name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in self.sources.items()}
         try:
             self.split = split_state_dict_into_shards_factory(
-                weights,
+                meta,
                 get_storage_size=lambda tensor: tensor.numel() * tensor.itemsize,
                 filename_pattern="model{suffix}.safetensors",
                 max_shard_size=max_shard_size,
@@ -92,11 +103,10 @@ class Export:
             raise ModelError(
                 f'--max_shard_size must be a size such as "5GB" or "500MB", got {max_shard_size!r}'
             ) from None
-
-    @property
-    def files(self) -> dict[str, list[str]]:
-        """The names of the tensors in each output file."""
-        return self.split.filename_to_tensors
+        self.files = {
+            file: list(dict.fromkeys(stored for name in names for stored in stored_names(self.sources[name])))
+            for file, names in self.split.filename_to_tensors.items()
+        }
 
     def start(self) -> None:
         """Make room, dropping what an export cut short has left.
@@ -108,15 +118,24 @@ class Export:
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
 
-    def write(self, file: str, tensors: dict[str, Tensor]) -> None:
-        """Write one of ``files``.
+    def write(self, file: str, values: dict[str, Tensor]) -> None:
+        """Write one of ``files`` from the values of the model's tensors that it needs.
 
         Raises:
             ModelError: it cannot be written.
         """
+        self.values = values
+        tensors = {name: self._saved(self.sources[name]) for name in self.split.filename_to_tensors[file]}
         with self._writing():
             save_file(tensors, self.partial / file, metadata={"format": "pt", "manifest": MANIFEST})
             _order_metadata(self.partial / file)
+        self.values = {}
+
+    def _saved(self, source: Source) -> Tensor:
+        return self.values[source.name] if isinstance(source, Stored) else source.read_whole().contiguous()
+
+    def _copy_piece(self, name: str, start: int, out: Tensor) -> None:
+        out.copy_(self.values[name].view(-1)[start : start + out.numel()])
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Add what belongs to the weights, and move all of it into place, ``config.json`` last.

@@ -5,6 +5,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lomo_ds.errors import ModelError
+from lomo_ds.models.sources import Stored
 
 # safetensors' names of what weights and buffers come in
 DTYPES = {
@@ -40,54 +42,26 @@ class WeightFiles:
     """Tensors in ``model.safetensors``, in its parts with their index, or in ``pytorch_model*.bin``.
 
     Attributes:
-        shapes: of each tensor, by name.
+        sources: each tensor as it is stored, by name.
 
     Raises:
         ModelError: there are none, or one of them is not whole.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of: dict[str, Path] = {}
-        self._place_of: dict[str, tuple[str, int]] = {}  # in a safetensors file: the dtype's name, the first byte
+        self.sources: dict[str, Stored] = {}
         self._mapped: tuple[Path | None, dict[str, Tensor]] = (None, {})  # the .bin file that was read from last
         for file in _weight_files(folder):
-            found = self._shapes_in(file)
-            self.shapes |= found
-            self._file_of |= dict.fromkeys(found, file)
+            self.sources |= self._pickled_in(file) if file.suffix == ".bin" else _safetensors_in(file)
 
-    def copy_piece(self, name: str, start: int, out: Tensor) -> None:
-        """Fill ``out`` (1-D, any dtype and device) from element ``start`` of the flattened tensor on.
-
-        Of a safetensors file these bytes alone are read, into ``out`` itself where that is host memory of their dtype.
-
-        Raises:
-            ModelError: the file cannot be read.
-        """
-        file = self._file_of[name]
-        if not out.numel():
-            return
-        if file.suffix == ".bin":
+    def _pickled_in(self, file: Path) -> dict[str, Stored]:
+        def copy_piece(name: str, start: int, out: Tensor) -> None:
             out.copy_(self._tensors_in(file)[name].reshape(-1)[start : start + out.numel()])
-            return
-        dtype_name, begin = self._place_of[name]
-        if dtype_name not in DTYPES:
-            raise ModelError(f"{name} in {file} must be one of {', '.join(DTYPES)}, got {dtype_name}")
-        dtype = DTYPES[dtype_name]
-        direct = out.device.type == "cpu" and out.dtype == dtype
-        piece = out if direct else torch.empty(out.numel(), dtype=dtype)
-        with _reading(file):
-            _read(file, begin + start * dtype.itemsize, piece)
-        if piece is not out:
-            out.copy_(piece)
 
-    def _shapes_in(self, file: Path) -> dict[str, tuple[int, ...]]:
-        if file.suffix == ".bin":
-            return {name: tuple(tensor.shape) for name, tensor in self._tensors_in(file).items()}
-        with _reading(file):
-            data, header = _header(file)
-        self._place_of |= {name: (entry["dtype"], data + entry["data_offsets"][0]) for name, entry in header.items()}
-        return {name: tuple(entry["shape"]) for name, entry in header.items()}
+        return {
+            name: Stored(tensor.shape, tensor.dtype, name, partial(copy_piece, name))
+            for name, tensor in self._tensors_in(file).items()
+        }
 
     def _tensors_in(self, file: Path) -> dict[str, Tensor]:
         """The tensors of a .bin file, mapped; nothing else can be in it, and no code of its pickle runs."""
@@ -98,6 +72,36 @@ class WeightFiles:
                     raise pickle.UnpicklingError("it is no dictionary of tensors")
                 self._mapped = (file, found)
         return self._mapped[1]
+
+
+def _safetensors_in(file: Path) -> dict[str, Stored]:
+    with _reading(file):
+        data, header = _header(file)
+    sources = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ModelError(f"{name} in {file} must be one of {', '.join(DTYPES)}, got {entry['dtype']}")
+        dtype, begin = DTYPES[entry["dtype"]], data + entry["data_offsets"][0]
+        sources[name] = Stored(torch.Size(entry["shape"]), dtype, name, partial(_copy_piece, file, dtype, begin))
+    return sources
+
+
+def _copy_piece(file: Path, dtype: torch.dtype, begin: int, start: int, out: Tensor) -> None:
+    """Fill ``out`` from element ``start`` of the tensor that begins at byte ``begin`` of ``file``.
+
+    These bytes alone are read, into ``out`` itself where that is host memory of their dtype.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    if not out.numel():
+        return
+    direct = out.device.type == "cpu" and out.dtype == dtype
+    piece = out if direct else torch.empty(out.numel(), dtype=dtype)
+    with _reading(file):
+        _read(file, begin + start * dtype.itemsize, piece)
+    if piece is not out:
+        out.copy_(piece)
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:

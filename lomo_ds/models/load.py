@@ -1,6 +1,5 @@
 """A Hugging Face folder, or a preset, into ZeRO-3 shards: each rank reads or draws its own part and no more."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from transformers import (
 from lomo_ds import zero3
 from lomo_ds.errors import ModelError
 from lomo_ds.models.build import meta_model, saved_buffers
-from lomo_ds.models.files import WeightFiles, first_line, some
+from lomo_ds.models.conversion import find_sources
+from lomo_ds.models.files import WeightFiles, first_line
 from lomo_ds.models.presets import PRESETS, is_preset, preset_config
 from lomo_ds.models.random_weights import random_piece
 from lomo_ds.zero3 import Shard
@@ -112,14 +112,12 @@ def load_model(
         return _fill(
             model, ds_config, dtype, lambda shard: shard.data.copy_(_random(shard, config, seed)), free_host_bytes
         )
-    files = WeightFiles(Path(name))
-    _refuse_mismatch(name, files, model)
-    for buffer_name, buffer in saved_buffers(model).items():
-        value = torch.empty_like(buffer, device="cpu")
-        files.copy_piece(buffer_name, 0, value.view(-1))
-        _set_buffer(model, buffer_name, value)
+    sources = find_sources(model, WeightFiles(Path(name)), name)
+    for buffer_name in saved_buffers(model):
+        if buffer_name in sources:
+            _set_buffer(model, buffer_name, sources[buffer_name].read_whole())
     return _fill(
-        model, ds_config, dtype, lambda shard: files.copy_piece(shard.name, shard.start, shard.data), free_host_bytes
+        model, ds_config, dtype, lambda shard: sources[shard.name].copy_flat(shard.start, shard.data), free_host_bytes
     )
 
 
@@ -165,22 +163,3 @@ def _fill(
     for buffer in model.buffers():  # the engine moves only what it partitions itself
         buffer.data = buffer.data.to(device)
     return model.train()
-
-
-def _refuse_mismatch(folder: str, files: WeightFiles, model: PreTrainedModel) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *saved_buffers(model).items()]}
-    tied = set(getattr(model, "all_tied_weights_keys", ()))
-    # what older checkpoints hold beside the weights; transformers drops it too
-    dropped = re.compile("|".join([r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]))
-    problems = {
-        "missing": [name for name in shapes if name not in files.shapes],
-        "unexpected": [name for name in files.shapes if name not in tied | shapes.keys() and not dropped.search(name)],
-        "of another shape": [
-            f"{name} {files.shapes[name]} for {shape}"
-            for name, shape in shapes.items()
-            if files.shapes.get(name, shape) != shape
-        ],
-    }
-    told = [f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
-    if told:
-        raise ModelError(f"the weights in {folder} do not fit its config.json; {'; '.join(told)}")

@@ -1,0 +1,205 @@
+"""Where the values of a tensor come from: one that is stored, or others joined, cut or permuted; read piecewise."""
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Box = tuple[tuple[int, int], ...]  # [start, stop) in each dimension
+SMALLEST_READ = 4096  # bytes; shorter runs are read together with what lies between them
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """The values of one tensor, in host memory once they are read."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @abstractmethod
+    def read(self, box: Box) -> Tensor:
+        """Read the values within ``box``."""
+
+    def read_whole(self) -> Tensor:
+        """Read all values."""
+        return self.read(tuple((0, size) for size in self.shape))
+
+    def copy_flat(self, start: int, out: Tensor) -> None:
+        """Fill ``out`` (1-D, any dtype and device) from element ``start`` of the flattened tensor on."""
+        filled = 0
+        for box in boxes_of_range(self.shape, start, start + out.numel()):
+            piece = self.read(box).reshape(-1)
+            out[filled : filled + piece.numel()].copy_(piece)
+            filled += piece.numel()
+
+
+@dataclass(frozen=True)
+class Stored(Source):
+    """A tensor that is stored under ``name``; ``copy_piece`` is its ``copy_flat``."""
+
+    name: str
+    copy_piece: Callable[[int, Tensor], None]
+
+    def read(self, box: Box) -> Tensor:
+        """Read each run of elements that lie side by side; one range around all of them where they are short."""
+        sizes = [stop - start for start, stop in box]
+        split = max((dim for dim, size in enumerate(sizes) if size != self.shape[dim]), default=0)
+        runs, numel = math.prod(sizes[:split]), math.prod(sizes[split:])
+        if runs > 1 and numel * self.dtype.itemsize < SMALLEST_READ:
+            return _read_around(self, box, self.shape)
+        out = torch.empty(sizes, dtype=self.dtype)
+        strides = _strides(self.shape)
+        firsts = itertools.product(*(range(*bounds) for bounds in box[:split]))
+        for piece, first in zip(out.view(runs, numel), firsts, strict=True):
+            index = [*first, *(start for start, _ in box[split:])]
+            self.copy_piece(sum(i * stride for i, stride in zip(index, strides, strict=True)), piece)
+        return out
+
+    def copy_flat(self, start: int, out: Tensor) -> None:
+        """Read straight into ``out``."""
+        self.copy_piece(start, out)
+
+
+@dataclass(frozen=True)
+class Cast(Source):
+    """``source`` in another dtype."""
+
+    source: Source
+
+    def read(self, box: Box) -> Tensor:
+        """Convert what is read."""
+        return self.source.read(box).to(self.dtype)
+
+    def copy_flat(self, start: int, out: Tensor) -> None:
+        """Convert once, to the dtype of ``out``, where that is the same."""
+        if out.dtype == self.dtype:
+            self.source.copy_flat(start, out)
+        else:
+            super().copy_flat(start, out)
+
+
+@dataclass(frozen=True)
+class Joined(Source):
+    """``torch.cat`` of ``parts``."""
+
+    parts: tuple[Source, ...]
+    dim: int
+
+    def read(self, box: Box) -> Tensor:
+        """Read from those parts that ``box`` reaches into."""
+        pieces, begin = [], 0
+        for part in self.parts:
+            size = part.shape[self.dim]
+            start, stop = (min(max(bound - begin, 0), size) for bound in box[self.dim])
+            if start < stop:
+                pieces.append(part.read(_replaced(box, self.dim, start, stop)))
+            begin += size
+        return torch.cat(pieces, self.dim) if pieces else torch.empty([b - a for a, b in box], dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Narrowed(Source):
+    """``source`` from ``start`` on in ``dim``."""
+
+    source: Source
+    dim: int
+    start: int
+
+    def read(self, box: Box) -> Tensor:
+        """Read further on in the source."""
+        start, stop = box[self.dim]
+        return self.source.read(_replaced(box, self.dim, start + self.start, stop + self.start))
+
+
+@dataclass(frozen=True)
+class Permuted(Source):
+    """``source`` with its dimensions in the order ``dims``."""
+
+    source: Source
+    dims: tuple[int, ...]
+
+    def read(self, box: Box) -> Tensor:
+        """Read the same box in the source's order."""
+        inverse = sorted(range(len(self.dims)), key=self.dims.__getitem__)
+        return self.source.read(tuple(box[dim] for dim in inverse)).permute(self.dims)
+
+
+@dataclass(frozen=True)
+class Reshaped(Source):
+    """The elements of ``source`` in row-major order, in another shape."""
+
+    source: Source
+
+    def read(self, box: Box) -> Tensor:
+        """Read the range of elements around ``box``, which is no box in the source's shape."""
+        return _read_around(self.source, box, self.shape)
+
+
+@dataclass(frozen=True)
+class Computed(Source):
+    """The result of a function that needs its arguments whole; ``sources`` are among them."""
+
+    sources: tuple[Source, ...]
+    compute: Callable[[], Tensor]
+
+    def read(self, box: Box) -> Tensor:
+        """Compute all of it, and cut."""
+        return self.compute()[tuple(slice(*bounds) for bounds in box)]
+
+
+def stored_names(source: Source) -> Iterator[str]:
+    """Name what is stored that a tensor's values come from."""
+    if isinstance(source, Stored):
+        yield source.name
+    for part in vars(source).values():
+        for below in part if isinstance(part, tuple) else (part,):
+            if isinstance(below, Source):
+                yield from stored_names(below)
+
+
+def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """Cut elements ``start`` to ``stop`` of a flattened tensor into boxes, in their order: at most two a dimension."""
+    if start >= stop:
+        return
+    if not shape:
+        yield ()
+        return
+    inner = math.prod(shape[1:])
+    first, last = -(-start // inner), stop // inner  # the rows between them are whole
+    if start < first * inner:
+        yield from _boxes_in_row(shape, first - 1, start, stop)
+    if first < last:
+        yield ((first, last), *((0, size) for size in shape[1:]))
+    if first <= last and last * inner < stop:
+        yield from _boxes_in_row(shape, last, start, stop)
+
+
+def _boxes_in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:
+    inner = math.prod(shape[1:])
+    for box in boxes_of_range(shape[1:], max(start - row * inner, 0), min(stop - row * inner, inner)):
+        yield ((row, row + 1), *box)
+
+
+def _read_around(source: Source, box: Box, shape: torch.Size) -> Tensor:
+    """Read the shortest range of the flattened ``source`` around ``box``, which is a box in ``shape``."""
+    sizes = [stop - start for start, stop in box]
+    if not math.prod(sizes):
+        return torch.empty(sizes, dtype=source.dtype)
+    strides = _strides(shape)
+    first = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+    last = sum((stop - 1) * stride for (_, stop), stride in zip(box, strides, strict=True))
+    around = torch.empty(last + 1 - first, dtype=source.dtype)
+    source.copy_flat(first, around)
+    return around.as_strided(sizes, strides)
+
+
+def _replaced(box: Box, dim: int, start: int, stop: int) -> Box:
+    return (*box[:dim], (start, stop), *box[dim + 1 :])
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
