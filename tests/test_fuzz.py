@@ -27,6 +27,7 @@ from lomo_ds.ds_config import SAME_MEANING, fill_scheduler, read_ds_config, reco
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError, DataError, LomoError
 from lomo_ds.models import load_tokenizer
+from tests.data.tokenizers import Letters
 
 SECONDS = 60  # more than any test here may take: what is not done by then hangs
 SHIPPED = [json.loads(path.read_text()) for path in sorted((Path(__file__).parent.parent / "ds_configs").iterdir())]
@@ -435,7 +436,7 @@ def check_text_file(file: Path, wanted: list[str], bad_line: int | None = None) 
     """Exactly the documents that are wanted and their tokens, or what is wrong, in which file and line."""
     try:
         assert list(read_documents(file)) == wanted
-        assert tokens_of(file, Characters()) == [token for text in wanted for token in [0, *map(ord, text), 1]]
+        assert tokens_of(file, Letters()) == [token for text in wanted for token in [0, *map(ord, text), 1]]
         refusal = ""
     except DataError as error:
         refusal = str(error)
@@ -443,18 +444,6 @@ def check_text_file(file: Path, wanted: list[str], bad_line: int | None = None) 
         assert str(file) in refusal
     assert bool(refusal) == (wanted == [])
     assert bad_line is None or re.search(rf"line {bad_line}\b", refusal)
-
-
-class Characters:
-    """A tokenizer whose tokens are characters, the begin 0 and the end 1."""
-
-    bos_token_id, eos_token_id = 0, 1
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(character) for character in text]}
-
-    def get_vocab(self) -> dict[str, int]:
-        return {}
 
 
 def tokens_of(file: Path, tokenizer: Any) -> list[int]:
@@ -574,7 +563,7 @@ def test_the_tokenizer_of_a_model_reads_what_nobody_writes(demo: Path, tmp_path:
 
 
 def test_a_tokenizer_that_fails_is_told_with_its_file(tmp_path: Path) -> None:
-    class Failing(Characters):
+    class Failing(Letters):
         def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
             raise Exception("no unknown\ntoken")  # as tokenizers do it
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lomo_ds.data.tokens import TokenArray
+from lomo_ds.data.pieces import TokenArray
 from lomo_ds.loss import IGNORE_INDEX
 
 DIGESTED = 256  # blocks, at most

@@ -9,23 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from lomo_ds.data import PackedBlocks, Position, TrainingSteps, evaluation_batches, tokenize_file, tokens
+from lomo_ds.data import PackedBlocks, Position, TrainingSteps, evaluation_batches, tokenize_file
 from lomo_ds.loss import IGNORE_INDEX
-
-
-class Letters:
-    """A tokenizer whose tokens are characters, the begin 0 and the end 1."""
-
-    bos_token_id = 0
-    eos_token_id = 1
-    calls = 0
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        self.calls += 1
-        return {"input_ids": [ord(letter) for letter in text]}
-
-    def get_vocab(self) -> dict[str, int]:
-        return {chr(number): number for number in range(128)}
+from tests.data.tokenizers import Letters
 
 
 def letters() -> Any:
@@ -40,14 +26,6 @@ def test_each_document_stands_between_begin_and_end(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "ab"}\n{"text": "c"}\n')
     assert tokenize_file(file, letters(), tmp_path / "cache").tolist() == [0, *ids("ab"), 1, 0, *ids("c"), 1]
-
-
-def test_a_long_document_is_cut_behind_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "SEGMENT_CHARACTERS", 8)
-    text = "one\ntwo\nthree four five six\nx\n"
-    assert "".join(tokens._segments(text)) == text
-    assert next(iter(tokens._segments(text))) == "one\ntwo\n"
-    assert max(map(len, tokens._segments(text))) <= 8
 
 
 def test_tokens_are_made_once_and_anew_when_the_file_changes(tmp_path: Path) -> None:

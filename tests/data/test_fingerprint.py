@@ -1,0 +1,115 @@
+"""Kept tokens are used again for the same file, tokenizer and libraries only."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lomo_ds.data import fingerprint as fingerprint_module
+from lomo_ds.data import tokenize_file
+from lomo_ds.data.fingerprint import fingerprint
+from lomo_ds.errors import DataError
+from tests.data.tokenizers import Letters, byte_level
+
+
+def set_part(name: str, part: Any) -> Callable[[PreTrainedTokenizerFast], None]:
+    return lambda tokenizer: setattr(tokenizer.backend_tokenizer, name, part)
+
+
+CHANGES: dict[str, Callable[[PreTrainedTokenizerFast], Any]] = {
+    "another end": lambda tokenizer: setattr(tokenizer, "eos_token", "<s>"),
+    "no begin": lambda tokenizer: setattr(tokenizer, "bos_token", None),
+    "a normalizer": set_part("normalizer", normalizers.Lowercase()),
+    "another splitting into words": set_part("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "a token added": lambda tokenizer: tokenizer.add_tokens(["quick brown"]),
+    "a special token added": lambda tokenizer: tokenizer.add_special_tokens(
+        {"extra_special_tokens": [AddedToken("fox", lstrip=True)]}
+    ),
+    "other merges": set_part("model", models.BPE({chr(33 + n): n for n in range(300)}, [])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_a_tokenizer_makes_tokens_anew(
+    tmp_path: Path, change: Callable[[PreTrainedTokenizerFast], Any]
+) -> None:
+    """As a user does it: between two runs, in the tokenizer's folder."""
+    file, cache = tmp_path / "a.txt", tmp_path / "cache"
+    file.write_text("The quick brown fox</s>")
+    before = byte_level()
+    tokenize_file(file, before, cache)
+    after = byte_level()
+    change(after)
+    after.save_pretrained(tmp_path / "changed")
+    after = AutoTokenizer.from_pretrained(tmp_path / "changed")
+    assert fingerprint(file, before) != fingerprint(file, after)
+    kept, anew = (tokenize_file(file, after, folder).tolist() for folder in (cache, tmp_path / "empty"))
+    assert kept == anew
+
+
+@pytest.mark.parametrize(
+    "setting", [{"eos_token": "<s>"}, {"bos_token": None}, {"split_special_tokens": True}, {"chat_template": "none"}]
+)
+def test_a_setting_that_is_edited_makes_tokens_anew(tmp_path: Path, setting: dict[str, Any]) -> None:
+    (tmp_path / "a.txt").write_text("The quick brown fox</s>")
+    byte_level().save_pretrained(tmp_path / "model")
+    before = fingerprint(tmp_path / "a.txt", AutoTokenizer.from_pretrained(tmp_path / "model"))
+    file = tmp_path / "model/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+    assert fingerprint(tmp_path / "a.txt", AutoTokenizer.from_pretrained(tmp_path / "model")) != before
+
+
+def test_the_same_tokenizer_is_the_same_wherever_it_is_loaded_from(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    byte_level().save_pretrained(tmp_path / "one")
+    once = AutoTokenizer.from_pretrained(tmp_path / "one")
+    once.save_pretrained(tmp_path / "two")
+    twice = AutoTokenizer.from_pretrained(tmp_path / "two", local_files_only=True)
+    names = {fingerprint(tmp_path / "a.txt", tokenizer) for tokenizer in (once, copy.deepcopy(once), twice)}
+    assert len(names) == 1
+
+
+@pytest.mark.parametrize(("module", "name"), [(transformers, "__version__"), (fingerprint_module, "FORMAT")])
+def test_other_libraries_make_tokens_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    letters: Any = Letters()
+    before = fingerprint(tmp_path / "a.txt", letters)
+    monkeypatch.setattr(module, name, "another")
+    assert fingerprint(tmp_path / "a.txt", letters) != before
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_refused_before_training(tmp_path: Path) -> None:
+    class Homemade(Letters):
+        def save_pretrained(self, folder: Path) -> None:
+            raise NotImplementedError("no save_vocabulary\nhere")
+
+    (tmp_path / "a.txt").write_text("text")
+    homemade: Any = Homemade()
+    with pytest.raises(DataError, match=r"cannot be saved, as the trained model's must be: no save_vocabulary here$"):
+        fingerprint(tmp_path / "a.txt", homemade)
+
+
+def test_settings_of_every_name_count_but_for_places(tmp_path: Path) -> None:
+    class Noted(Letters):
+        def __init__(self, **settings: Any) -> None:
+            self.settings = settings
+
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "tokenizer_config.json").write_text(json.dumps(self.settings))
+
+    def name_of(**settings: Any) -> str:
+        noted: Any = Noted(**settings)
+        return fingerprint(tmp_path / "a.txt", noted)
+
+    (tmp_path / "a.txt").write_text("text")
+    assert name_of(a=1, name_or_path="here") == name_of(name_or_path="there", is_local=True, a=1)
+    assert name_of(a=1) != name_of(a=2)
+    assert name_of(chat_template="a") != name_of()

@@ -1,0 +1,84 @@
+"""A long document's tokens are those of tokenizing it at once."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lomo_ds.data import pieces
+from lomo_ds.data.pieces import token_ids
+from tests.data.tokenizers import KINDS, Letters
+
+
+def at_once(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 301)
+    monkeypatch.setattr(pieces, "OVERLAP", 120)
+
+
+words = st.sampled_from(
+    ["the", "fox", "quick", " ", "  ", "\n", "\n\n", ", ", "été", "中文", "\U0001f600", "12345", "x"]
+)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_pieces_of_any_text_make_the_whole(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+    tokenizer = make()
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(words, min_size=20, max_size=60), st.integers(1, 30), st.randoms(use_true_random=False))
+    def check(drawn: list[str], times: int, chance: random.Random) -> None:
+        text = "".join(chance.choice(drawn) for _ in range(40 * times))
+        assert token_ids(text, tokenizer).tolist() == at_once(text, tokenizer)
+
+    check()
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_pieces_are_used_and_no_cut_adds_a_space(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+    tokenizer = make()
+    text = "the quick brown fox\njumps over the lazy dog\n" * 99
+    joined = pieces._joined_pieces(text, tokenizer)
+    assert joined is not None
+    assert len(joined) > 10
+    assert np.concatenate(joined).tolist() == at_once(text, tokenizer)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_pieces_without_a_token_in_common_are_given_up() -> None:
+    """Digits are counted by threes from the left, and so stand elsewhere in every piece."""
+    numbers = Tokenizer(models.WordLevel({"111": 0, "11": 1, "1": 2}, unk_token="1"))
+    numbers.pre_tokenizer = pre_tokenizers.Split(Regex("1{1,3}"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=numbers)
+    text = "1" * 1001
+    assert pieces._joined_pieces(text, tokenizer) is None
+    assert token_ids(text, tokenizer).tolist() == [0] * 333 + [1]
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_tokenizer_in_python_gets_the_whole_document() -> None:
+    tokenizer: Any = Letters()
+    assert token_ids("text " * 300, tokenizer).tolist() == [ord(letter) for letter in "text " * 300]
+    assert tokenizer.calls == 1
+
+
+@pytest.mark.parametrize("folder", ["stories260K", "llama_tokenizer"])
+def test_shakespeare_on_one_line_and_on_many(assets: Path, folder: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(assets / folder)
+    text = (assets / "text/tinyshakespeare_train.txt").read_text()[:200_000]
+    for document in (text, text.replace("\n", " ")):
+        assert len(pieces._joined_pieces(document, tokenizer) or []) > 2
+        assert token_ids(document, tokenizer).tolist() == at_once(document, tokenizer)
