@@ -12,7 +12,7 @@ def main(argv: list[str]) -> int:
     """Parse, train, and return the exit status."""
     with StopRequest() as stop:  # before the imports, which take longer than some schedulers wait
         from lomo_ds.arguments import help_text, parse_arguments
-        from lomo_ds.cli import run_on_all_ranks
+        from lomo_ds.cli import run_on_all_ranks, traceback_shown
         from lomo_ds.distributed import is_main_process
         from lomo_ds.job import train
 
@@ -20,7 +20,13 @@ def main(argv: list[str]) -> int:
             if is_main_process():
                 print(help_text())
             return 0
-        return run_on_all_ranks(lambda: train(*parse_arguments(argv), stop))
+
+        def run() -> None:
+            arguments, given = parse_arguments(argv)
+            with traceback_shown(arguments.debug):
+                train(arguments, given, stop)
+
+        return run_on_all_ranks(run)
 
 
 if __name__ == "__main__":

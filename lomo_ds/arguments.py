@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from lomo_ds.errors import ConfigError, did_you_mean, one_line
 from lomo_ds.precision import Precision
 
+MAX_SEQ_LENGTH = 2048  # where none is given: longer sequences are asked for by those who have the memory
 LEARNING_RATES: dict[str, float] = {"lomo": 0.03, "adamw": 5e-5, "sgd": 0.03}  # where none is given
 
 
@@ -33,7 +34,9 @@ class TrainArguments:
     validation_file: str | None = _argument(None, "Held-out text, .txt or .jsonl; without it nothing is evaluated.")
     tokenizer_name: str | None = _argument(None, "Tokenizer folder, if not the model's own.")
     trust_remote_code: bool = _argument(False, "Run the code that comes with a model, where it has its own.")
-    max_seq_length: int | None = _argument(None, "Tokens per training sequence; by default all the model's positions.")
+    max_seq_length: int | None = _argument(
+        None, f"Tokens per training sequence; by default the model's positions, {MAX_SEQ_LENGTH:,} at most."
+    )
     per_device_train_batch_size: int = _argument(8, "Sequences per GPU and micro-batch.")
     per_device_eval_batch_size: int = _argument(8, "Sequences per GPU when evaluating.")
     gradient_accumulation_steps: int = _argument(1, "Micro-batches per optimizer step.")
@@ -78,6 +81,7 @@ class TrainArguments:
     deepspeed: str = _argument("ds_configs/zero3_bf16.json", "DeepSpeed config; its fields may be auto.")
     sample_prompt: str | None = _argument(None, "Print how the model continues this text before and after training.")
     sample_tokens: int = _argument(40, "Tokens in that continuation.")
+    debug: bool = _argument(False, "Show the traceback behind an error message, too.")
     local_rank: int = _argument(-1, "Set by the deepspeed launcher; RANK and LOCAL_RANK are what counts.")
 
     def __post_init__(self) -> None:

@@ -6,7 +6,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import psutil
@@ -63,9 +64,25 @@ def run_alone(main: Callable[[], None]) -> int:
     return 0
 
 
+@contextmanager
+def traceback_shown(wanted: bool) -> Iterator[None]:
+    """Print the traceback of a user's error where it is told, if ``wanted``, with the library's error behind it."""
+    try:
+        yield
+    except LomoError as error:
+        if wanted and _is_told_here(error):
+            error.__suppress_context__ = False  # of `raise ... from None`
+            traceback.print_exc()
+        raise
+
+
+def _is_told_here(error: LomoError) -> bool:
+    return error.only_here or (is_main_process() and not isinstance(error, PeerError))
+
+
 def tell(error: LomoError) -> None:
     """Print the sentence of ``error``, or be silent for as long as another rank needs to."""
-    if error.only_here or (is_main_process() and not isinstance(error, PeerError)):
+    if _is_told_here(error):
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(SILENT_RANK_DELAY)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lomo_ds import zero3
-from lomo_ds.arguments import TrainArguments
+from lomo_ds.arguments import MAX_SEQ_LENGTH, TrainArguments
 from lomo_ds.baseline import initialize_baseline
 from lomo_ds.checkpoint import (
     MODEL,
@@ -28,12 +28,20 @@ from lomo_ds.checkpoint import (
     tensor_record,
 )
 from lomo_ds.config import refuse_what_cannot_be, refuse_what_no_baseline_can
-from lomo_ds.data import PackedBlocks, TrainingSteps, tokenize_file
+from lomo_ds.data import (
+    PackedBlocks,
+    TrainingSteps,
+    highest_id,
+    refuse_unknown_rows,
+    refuse_unknown_rows_of_prompt,
+    tokenize_file,
+    warn_of_unknown_tokens,
+)
 from lomo_ds.distributed import gather_objects, is_local_main_process, together
 from lomo_ds.ds_config import fill_precision, fill_scheduler, read_ds_config, reconcile, warmup_steps
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine import initialize
-from lomo_ds.errors import CheckpointError, ConfigError, DataError, ModelError
+from lomo_ds.errors import CheckpointError, ConfigError, DataError
 from lomo_ds.keeper import CheckpointKeeper, Keeper, NoCheckpoints
 from lomo_ds.memory import free_bytes
 from lomo_ds.models import (
@@ -80,7 +88,7 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     together(lambda: _make_folder(output_dir))
     name = _find_model(arguments)
     config, tokenizer, length = together(lambda: _load_vocabulary(name, arguments))
-    training, validation = _load_blocks(arguments, tokenizer, length, output_dir / "cache")
+    training, validation = _load_blocks(arguments, tokenizer, length, config.vocab_size)
     anew = _steps(arguments, training, Progress())
     run_id = {"steps": anew.total, "model": arguments.model_name_or_path, "data": anew.data, "optim": arguments.optim}
     if arguments.resume_from_checkpoint == "auto" and _is_done(output_dir, run_id):
@@ -336,38 +344,61 @@ def _load_vocabulary(name: str, arguments: TrainArguments) -> tuple[PretrainedCo
     """The model's configuration, the tokenizer, and a sequence length that both allow."""
     config = load_config(name, arguments.trust_remote_code)
     tokenizer = load_tokenizer(arguments.tokenizer_name or name, arguments.trust_remote_code)
-    if len(tokenizer) > config.vocab_size:
-        raise ModelError(
-            f"the tokenizer's vocabulary of {len(tokenizer)} does not fit the model's embedding of "
-            f"{config.vocab_size} rows; give the model's own tokenizer with --tokenizer_name"
-        )
-    positions = getattr(config, "max_position_embeddings", None)
-    length = arguments.max_seq_length or positions
+    if (highest := highest_id(tokenizer)) >= config.vocab_size:
+        logger.info(
+            "the tokenizer has tokens up to number %d, and the model's embedding rows up to %d; a text with a token "
+            "beyond them will be refused", highest, config.vocab_size - 1,
+        )  # fmt: skip
+    if arguments.sample_prompt is not None:
+        refuse_unknown_rows_of_prompt(arguments.sample_prompt, tokenizer, config.vocab_size)
+    return config, tokenizer, _sequence_length(config, arguments)
+
+
+def _sequence_length(config: PretrainedConfig, arguments: TrainArguments) -> int:
+    """The tokens of a training sequence: as many as were asked for, or a usual number that the model allows."""
+    positions, length = _positions(config), arguments.max_seq_length
+    if positions is None:
+        if length is None:
+            raise ConfigError("the model's config.json names no max_position_embeddings; give --max_seq_length")
+        return length
     if length is None:
-        raise ConfigError("the model's config.json names no max_position_embeddings; give --max_seq_length")
-    if positions is not None and length > positions:
+        length = min(positions, MAX_SEQ_LENGTH)
+        logger.info("--max_seq_length was not given: %d, where the model has %d positions", length, positions)
+    if length > positions:
         raise ConfigError(
             f"--max_seq_length {length} is longer than the model's {positions} positions; use at most {positions}"
         )
-    return config, tokenizer, length
+    return length
+
+
+def _positions(config: PretrainedConfig) -> int | None:
+    """The longest sequence that the model allows; None if its configuration does not say."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _load_blocks(
-    arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase, length: int, cache: Path
+    arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase, length: int, rows: int
 ) -> tuple[PackedBlocks, PackedBlocks | None]:
-    def tokenized(file: str) -> PackedBlocks:
-        tokens = tokenize_file(Path(file), tokenizer, cache)
-        if len(tokens) < 2:
-            raise DataError(f"{file} gives {len(tokens)} token; there is nothing to predict in fewer than 2")
-        return PackedBlocks(tokens, length)
+    """Training and validation text in blocks of ``length`` tokens, for a model whose embedding has ``rows`` rows."""
+    files = [Path(file) for file in (arguments.train_file, arguments.validation_file) if file]
+    cache = Path(arguments.output_dir) / "cache"
 
-    def both() -> tuple[PackedBlocks, PackedBlocks | None]:
-        return tokenized(arguments.train_file), tokenized(
-            arguments.validation_file
-        ) if arguments.validation_file else None
+    def tokenized() -> list[PackedBlocks]:
+        return [_packed(file, tokenizer, cache, rows, length) for file in files]
 
-    together(lambda: both() if is_local_main_process() else None)  # one rank of each host tokenizes, the others map
-    return together(both)
+    together(lambda: tokenized() if is_local_main_process() else None)  # one rank of each host tokenizes, others map
+    training, *validation = together(tokenized)
+    for file, blocks in zip(files, [training, *validation], strict=True):
+        warn_of_unknown_tokens(blocks.tokens, file, tokenizer)
+    return training, validation[0] if validation else None
+
+
+def _packed(file: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, rows: int, length: int) -> PackedBlocks:
+    tokens = tokenize_file(file, tokenizer, cache)
+    if len(tokens) < 2:
+        raise DataError(f"{file} gives {len(tokens)} token; there is nothing to predict in fewer than 2")
+    refuse_unknown_rows(tokens, file, tokenizer, rows)
+    return PackedBlocks(tokens, length)
 
 
 def _scheduler(arguments: TrainArguments, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:

@@ -146,7 +146,10 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"train_file": "{broken}/fields.jsonl"}, 'fields.jsonl line 2 must be an object with a "text"'),
         ({"validation_file": "{broken}/empty.txt"}, "empty.txt holds no text"),
         ({"model_name_or_path": "{broken}/empty_folder"}, "holds a config.json"),
-        ({"model_name_or_path": "{broken}/small"}, "vocabulary of 512 does not fit the model's embedding of 100 rows"),
+        (
+            {"model_name_or_path": "{broken}/small"},
+            "document 1 of .*has the token .* embedding has 100 rows, .* --tokenizer_name",
+        ),
         ({"max_seq_length": 4096}, "--max_seq_length 4096 is longer than the model's 128 positions"),
         ({"learning_rte": 1}, "unknown argument --learning_rte; did you mean '--learning_rate'"),
         (
@@ -175,6 +178,17 @@ def test_says_no_in_one_sentence(
     assert len(lines) == 1
     assert "Traceback" not in speeches[0]
     assert re.search(sentence, lines[0]), lines[0]
+
+
+def test_debug_shows_the_traceback_and_the_library_s_error(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    argv = demo_arguments(demo, tmp_path / "out", tokenizer_name=tmp_path)
+    (status, _, shown), (_, _, other) = ranks(2).run(run_main, [*argv, "--debug"])
+    assert status == 2
+    assert "JSONDecodeError: " in shown
+    assert shown.splitlines()[-1].startswith("error: ")
+    assert not other.strip(), "one rank speaks"
 
 
 def launched(launcher: list[str], arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,113 @@
+"""Tokens that the model has no row for, or that say no more than that a text is unknown."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lomo_ds.data import (
+    highest_id,
+    refuse_unknown_rows,
+    refuse_unknown_rows_of_prompt,
+    tokenize_file,
+    warn_of_unknown_tokens,
+)
+from lomo_ds.errors import DataError
+from tests.data.tokenizers import Letters, byte_level
+
+
+@pytest.fixture
+def padded() -> tuple[PreTrainedTokenizerFast, int]:
+    """A model's own tokenizer with a <pad> more than the embedding has rows, as CodeLlama's; and those rows."""
+    tokenizer = byte_level()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    return tokenizer, rows
+
+
+def check(file: Path, tokenizer: Any, rows: int) -> None:
+    for _ in range(2):  # from the file, and from the cache
+        refuse_unknown_rows(tokenize_file(file, tokenizer, file.parent / "cache"), file, tokenizer, rows)
+
+
+def test_a_token_without_a_row_may_be_in_the_tokenizer(tmp_path: Path, padded: tuple[Any, int]) -> None:
+    (tmp_path / "a.txt").write_text("the fox")
+    check(tmp_path / "a.txt", *padded)
+    refuse_unknown_rows_of_prompt("the fox", *padded)
+
+
+def test_but_not_in_a_text(tmp_path: Path, padded: tuple[Any, int]) -> None:
+    tokenizer, rows = padded
+    (tmp_path / "a.jsonl").write_text('{"text": "the"}\n{"text": "fox"}\n{"text": "a <pad>"}\n{"text": "<pad>"}\n')
+    sentence = f"has the token '<pad>', number {rows}, .* has {rows} rows.* --resize_embeddings"
+    with pytest.raises(DataError, match=rf"^document 3 of .*a\.jsonl {sentence}"):
+        check(tmp_path / "a.jsonl", tokenizer, rows)
+    with pytest.raises(DataError, match=f"^--sample_prompt {sentence}"):
+        refuse_unknown_rows_of_prompt("<pad>", tokenizer, rows)
+    check(tmp_path / "a.jsonl", tokenizer, rows + 1)
+
+
+def test_ids_with_a_gap(tmp_path: Path) -> None:
+    """Few tokens, and yet one beyond the embedding."""
+
+    class Gap(Letters):
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": ord("a"), "\u02bd": 701}
+
+    gap: Any = Gap()
+    assert highest_id(gap) == 701
+    (tmp_path / "a.txt").write_text("abc")
+    check(tmp_path / "a.txt", gap, 512)
+    (tmp_path / "b.txt").write_text("ab\u02bd")
+    with pytest.raises(DataError, match="number 701"):
+        check(tmp_path / "b.txt", gap, 512)
+
+
+def test_a_text_of_which_nothing_becomes_a_token(tmp_path: Path) -> None:
+    """A row of it may, but not all: the begin and the end would be all that is learnt."""
+
+    class Deaf(Letters):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return super().__call__(text.replace("x", ""))
+
+    deaf: Any = Deaf()
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "xx"}\n{"text": "axb"}\n')
+    assert tokenize_file(file, deaf, tmp_path).tolist() == [0, 1, 0, ord("a"), ord("b"), 1]
+    file.write_text('{"text": "xx"}\n{"text": "xxx"}\n')
+    with pytest.raises(DataError, match=r"has no token for any text in .*a\.jsonl"):
+        tokenize_file(file, deaf, tmp_path)
+    with pytest.raises(DataError, match="--sample_prompt must hold at least one token"):
+        refuse_unknown_rows_of_prompt("xx", deaf, 128)
+
+
+def test_ids_that_are_no_numbers(tmp_path: Path) -> None:
+    """Tokenizers in Python give None where they have no token for unknown text."""
+
+    class Strange(Letters):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[Any]]:
+            return {"input_ids": [None]}
+
+    (tmp_path / "a.txt").write_text("text")
+    strange: Any = Strange()
+    with pytest.raises(DataError, match="fails at document 1 of"):
+        tokenize_file(tmp_path / "a.txt", strange, tmp_path)
+    with pytest.raises(DataError, match="fails at --sample_prompt"):
+        refuse_unknown_rows_of_prompt("text", strange, 128)
+
+
+def test_a_text_of_mostly_unknown_tokens_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "fox": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    for name, text in (("known.txt", "the quick fox"), ("unknown.txt", "der schnelle the Fuchs")):
+        (tmp_path / name).write_text(text)
+        tokens = tokenize_file(tmp_path / name, tokenizer, tmp_path)
+        with caplog.at_level(logging.WARNING, "lomo_ds"):
+            warn_of_unknown_tokens(tokens, tmp_path / name, tokenizer)
+    assert len(caplog.messages) == 1
+    assert "75% of the tokens of " in caplog.messages[0]
+    assert "unknown.txt are <unk>" in caplog.messages[0]
