@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from lomo_ds.errors import DamagedError
 MANIFEST = "lomo_ds_manifest.json"
 
 Entry = dict[str, Any]  # "bytes" and "sha256" of one file
+
+logger = logging.getLogger(__name__)
 
 
 def entries(folder: Path, files: Iterable[Path]) -> dict[str, Entry]:
@@ -35,11 +38,17 @@ def write_manifest(folder: Path, files: dict[str, Entry]) -> None:
         sync_folder(below)
 
 
-def read_manifest(folder: Path) -> dict[str, Entry]:
-    """The entries of the manifest in ``folder``, each file of which exists and has the size that it names.
+def read_manifest(folder: Path, editable: Callable[[str], bool]) -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """The entries of the manifest in ``folder``.
+
+    Args:
+        editable: whether people edit the file of this name.
+
+    Returns:
+        The entries of the files that nobody edits, each of which exists and has the size that it names; the others'.
 
     Raises:
-        DamagedError: the manifest is missing or damaged, or a file is missing or of another size.
+        DamagedError: the manifest is missing or damaged, or a file that nobody edits is missing or of another size.
     """
     path = folder / MANIFEST
     try:
@@ -54,13 +63,14 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         whole = False
     if not whole:
         raise DamagedError(f"{path} is damaged: it is not what was written")
-    for name, entry in files.items():
+    fixed = {name: entry for name, entry in files.items() if not editable(name)}
+    for name, entry in fixed.items():
         file = folder / name
         if not file.is_file():
             raise DamagedError(f"{file} is missing; {path} names it")
         if file.stat().st_size != entry["bytes"]:
             raise DamagedError(f"{file} is damaged: it has {file.stat().st_size} bytes of {entry['bytes']}")
-    return files
+    return fixed, {name: entry for name, entry in files.items() if name not in fixed}
 
 
 def verify(folder: Path, files: dict[str, Entry]) -> None:
@@ -81,6 +91,30 @@ def verify(folder: Path, files: dict[str, Entry]) -> None:
                 f"{file} is damaged: its checksum is not the one in {MANIFEST}; if it was changed on purpose, save the "
                 "model anew with transformers' save_pretrained, which leaves the manifest behind"
             )
+
+
+def warn_of_edits(folder: Path, files: dict[str, Entry]) -> None:
+    """Log the names of those of ``files`` that a person has changed or removed.
+
+    Raises:
+        DamagedError: one cannot be read, or is no JSON any more.
+    """
+    names = []
+    for name, entry in files.items():
+        try:
+            content = (folder / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                names.append(name)
+                if name.endswith(".json"):
+                    json.loads(content)
+        except FileNotFoundError:
+            names.append(name)
+        except OSError as error:
+            raise DamagedError(f"{folder / name} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(f"{folder / name} was changed and is no JSON any more: {error}") from None
+    if names:
+        logger.warning("changed in %s since lomo_ds wrote it, and used as it is now: %s", folder, ", ".join(names))
 
 
 def share(files: dict[str, Entry], rank: int, world_size: int) -> dict[str, Entry]:

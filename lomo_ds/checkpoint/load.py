@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from lomo_ds.checkpoint.folders import newest_first
 from lomo_ds.checkpoint.state import (
+    MODEL,
     RECORD,
     WEIGHTS,
     Snapshot,
@@ -24,14 +25,14 @@ from lomo_ds.checkpoint.state import (
 from lomo_ds.checkpoint.weights import load_weights
 from lomo_ds.distributed import gather_objects, together
 from lomo_ds.errors import CheckpointError, LomoError
-from lomo_ds.manifest import Entry, read_manifest, share, verify
+from lomo_ds.manifest import Entry, read_manifest, share, verify, warn_of_edits
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every byte is what was written."""
+    """A checkpoint whose every byte is what was written, but for settings that people edit."""
 
     folder: Path
     record: dict[str, Any]
@@ -59,12 +60,15 @@ def open_checkpoint(
     """
 
     def opened() -> Checkpoint:
-        files, found = _described(folder)
+        files, settings, found = _described(folder)
         refuse_other_blocks(folder, found.record, torch.distributed.get_world_size(group))
         refuse_other_model(folder, found.record, tensors)
         if check is not None:
             check(folder, found.record)
-        verify(folder, share(files, torch.distributed.get_rank(group), torch.distributed.get_world_size(group)))
+        rank = torch.distributed.get_rank(group)
+        verify(folder, share(files, rank, torch.distributed.get_world_size(group)))
+        if rank == 0:
+            warn_of_edits(folder, settings)
         return found
 
     return together(opened, group)
@@ -76,19 +80,23 @@ def open_alone(folder: Path) -> Checkpoint:
     Raises:
         LomoError: it is missing or damaged.
     """
-    files, found = _described(folder)
+    files, settings, found = _described(folder)
     verify(folder, files)
+    warn_of_edits(folder, settings)
     return found
 
 
-def _described(folder: Path) -> tuple[dict[str, Entry], Checkpoint]:
-    """The files of a checkpoint, all of them there, and its record, of which every byte is as it was written."""
+def _described(folder: Path) -> tuple[dict[str, Entry], dict[str, Entry], Checkpoint]:
+    """The files of a checkpoint, all of them there; those of its model folder, which people edit; and its record.
+
+    Of the record every byte is as it was written.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint {folder}")
-    files = read_manifest(folder)
+    files, settings = read_manifest(folder, editable=lambda name: name.startswith(f"{MODEL}/"))
     refuse_strangers(folder, files)
     verify(folder, {name: entry for name, entry in files.items() if name == RECORD})
-    return files, Checkpoint(folder, read_record(folder, files))
+    return files, settings, Checkpoint(folder, read_record(folder, files))
 
 
 def newest_whole(

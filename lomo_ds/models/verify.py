@@ -1,26 +1,48 @@
-"""A model folder that lomo_ds exported, compared with the manifest it was exported with."""
+"""Files of a model folder that are not what they should be: changed since an export, or never fetched."""
 
 import contextlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from lomo_ds.manifest import MANIFEST, read_manifest, share, verify
+from lomo_ds.errors import ModelError
+from lomo_ds.manifest import MANIFEST, read_manifest, share, verify, warn_of_edits
+
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that git-lfs has not fetched yet
 
 
 def verify_export(folder: str, rank: int = 0, world_size: int = 1, weights: bool = True) -> None:
-    """Compare this rank's share of a folder's files with the manifest that lomo_ds wrote there, if it did.
+    """Compare a folder's files with the manifest that lomo_ds wrote there, if it did.
+
+    Weights must be what was written. Settings and tokenizers, which people edit, may differ, and rank 0 names them.
 
     Args:
-        weights: which files: the weights, or all the others, which are small.
+        weights: which files: this rank's share of the weights, or all the others, which are small.
 
     Raises:
-        DamagedError: one of them is not what was written.
+        DamagedError: a weight file is not what was written, or another is no JSON any more.
     """
-    if (Path(folder) / MANIFEST).exists() or _claims_manifest(Path(folder)):
-        files = read_manifest(Path(folder))
-        wanted = {name: entry for name, entry in files.items() if name.endswith(".safetensors") == weights}
-        verify(Path(folder), share(wanted, rank, world_size))
+    path = Path(folder)
+    if not (path / MANIFEST).exists() and not _claims_manifest(path):
+        return
+    wanted, others = read_manifest(path, editable=lambda name: not name.endswith(WEIGHTS))
+    if weights:
+        verify(path, share(wanted, rank, world_size))
+    elif rank == 0:
+        warn_of_edits(path, others)
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Check that no file is what git leaves in place of one that git-lfs keeps.
+
+    Raises:
+        ModelError: one is; it is named.
+    """
+    for file in sorted(file for file in folder.glob("*") if file.is_file()):
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            if opened.read(len(POINTER)) == POINTER:
+                raise ModelError(f"{file} is a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`")
 
 
 def _claims_manifest(folder: Path) -> bool:
