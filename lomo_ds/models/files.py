@@ -188,6 +188,6 @@ def some(names: list[str], at_most: int = 10) -> str:
     return ", ".join(names[:at_most]) + (f" and {more} more" if more > 0 else "")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception of a library says, short enough for a sentence of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

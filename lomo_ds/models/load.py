@@ -1,5 +1,6 @@
 """A Hugging Face folder, or a preset, into ZeRO-3 shards: each rank reads or draws its own part and no more."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from lomo_ds.models.presets import PRESETS, is_preset, preset_config
 from lomo_ds.models.random_weights import random_piece
 from lomo_ds.zero3 import Shard
 
+logger = logging.getLogger(__name__)
+
 # beside the weights, what a tokenizer and a configuration consist of
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+SMALL_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 
 
 def find_model(name: str, download: bool = True, trust_remote_code: bool = False) -> str:
@@ -68,9 +71,19 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     if not (Path(name) / "config.json").is_file():
         raise ModelError(f"a model folder holds a config.json, got {name}, which has none")
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise ModelError(f"{name}/config.json is not a model configuration: {first_line(error)}") from None
+    _drop_pad_without_row(config)
+    return config
+
+
+def _drop_pad_without_row(config: PretrainedConfig) -> None:
+    """Forget a padding token beyond the embedding, which torch refuses to build; nothing is padded with it here."""
+    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:
+        logger.warning("the model's pad_token_id %d has no row in its embedding of %d, and is left out", pad, rows)
+        config.pad_token_id = None
 
 
 def load_generation_config(model: PreTrainedModel, folder: str) -> None:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from lomo_ds import zero3
+from lomo_ds.data.fingerprint import fingerprint
 from lomo_ds.errors import ModelError
 from lomo_ds.models import (
     export,
@@ -313,6 +314,16 @@ def test_a_folder_without_config_or_tokenizer(tmp_path: Path) -> None:
         load_config(str(tmp_path))
     with pytest.raises(ModelError, match="holds no tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def kept_tokens_name(file: str, folder: str) -> str:
+    return fingerprint(Path(file), load_tokenizer(folder))
+
+
+def test_all_ranks_look_for_the_same_tokens(ranks: GroupOf, demo: Path, assets: Path) -> None:
+    """One of each host has written them; Python's own hashes differ between processes."""
+    for folder in (demo / "model", assets / "llama_tokenizer"):
+        assert len(set(ranks(2).run(kept_tokens_name, str(demo / "train.txt"), str(folder)))) == 1
 
 
 def left_whole(folder: str) -> int:

@@ -1,0 +1,196 @@
+"""The tokenizer of a model folder: a working one, or a sentence that says what is wrong with the folder."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lomo_ds.data import tokenize_file
+from lomo_ds.errors import DataError, ModelError
+from lomo_ds.models import load_config, load_tokenizer
+from lomo_ds.models.build import meta_model
+from tests.data.tokenizers import byte_level
+
+JSON = dict[str, Any]
+
+
+@pytest.fixture
+def folder(demo: Path, tmp_path: Path) -> Path:
+    """A LLaMA's folder with a SentencePiece model."""
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(demo / "model" / name, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def with_json(tmp_path: Path) -> Path:
+    """A folder with a tokenizer.json."""
+    byte_level().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(file: Path, **changes: Any) -> None:
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | changes))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ModelError) as error:
+        load_tokenizer(str(folder))
+    assert str(folder) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+# vocabulary files that are missing or not whole, of which transformers makes a tokenizer without words
+
+
+def test_without_its_sentencepiece_model(folder: Path) -> None:
+    (folder / "tokenizer.model").unlink()
+    assert "a LlamaTokenizer reads its vocabulary from a file, and it holds no tokenizer.model" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer", "BertTokenizer", "GemmaTokenizer", "T5Tokenizer"])
+def test_without_any_vocabulary_file(tmp_path: Path, name: str) -> None:
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class=name)
+    assert "holds no tokenizer" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_sentencepiece_model_cut_short(folder: Path, size: int) -> None:
+    file = folder / "tokenizer.model"
+    file.write_bytes(file.read_bytes()[:size])
+    assert "tokenizer.model" in refusal(folder)
+
+
+def test_a_vocabulary_without_merges(with_json: Path) -> None:
+    """Every text would be tokens of one character."""
+    content = json.loads((with_json / "tokenizer.json").read_text())
+    edit(with_json / "tokenizer.json", model=content["model"] | {"merges": []})
+    assert "nothing in tokenizer.json says how they are merged" in refusal(with_json)
+    (with_json / "tokenizer.json").unlink()
+    (with_json / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+    edit(with_json / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    assert "it holds a vocab.json and no merges.txt" in refusal(with_json)
+    (with_json / "merges.txt").write_text("")
+    assert "merges" in refusal(with_json)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_config.json"])
+def test_a_file_that_git_lfs_has_not_fetched(folder: Path, name: str) -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 499723\n")
+    assert f"{folder / name} is a pointer of git-lfs" in refusal(folder)
+
+
+def test_a_class_that_has_its_vocabulary_in_itself(tmp_path: Path) -> None:
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class="ByT5Tokenizer")
+    assert len(load_tokenizer(str(tmp_path))("fox").input_ids) == 4
+
+
+def test_a_tokenizer_with_code_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "letters.py").write_text(
+        "from transformers import PreTrainedTokenizer\n"
+        "class Letters(PreTrainedTokenizer):\n"
+        "    vocab_size = 128\n"
+        "    def get_vocab(self): return {chr(n): n for n in range(128)}\n"
+        "    def _tokenize(self, text): return list(text)\n"
+        "    def _convert_token_to_id(self, token): return ord(token)\n"
+        "    def _convert_id_to_token(self, number): return chr(number)\n"
+    )
+    edit(tmp_path / "config.json", model_type="llama")
+    edit(tmp_path / "tokenizer_config.json", auto_map={"AutoTokenizer": ["letters.Letters", None]})
+    assert load_tokenizer(str(tmp_path), trust_remote_code=True)("fox").input_ids == [ord(letter) for letter in "fox"]
+
+
+# folders as they are found
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_the_first_conversions_of_llama(demo: Path, folder: Path, file: str) -> None:
+    """Their special tokens are called "", and their class by a name that no release has."""
+    (folder / "tokenizer_config.json").unlink()
+    edit(folder / "tokenizer_config.json", tokenizer_class="LLaMATokenizer", model_max_length=1e30)
+    edit(folder / file, bos_token="", eos_token="", unk_token={"content": ""} if "map" in file else "")
+    old, new = load_tokenizer(str(folder)), load_tokenizer(str(demo / "model"))
+    assert (old.bos_token, old.eos_token, old.unk_token) == ("<s>", "</s>", "<unk>")
+    text = (demo / "validation.txt").read_text() + "  1234 été\t\U0001f600"
+    assert old(text, add_special_tokens=False).input_ids == new(text, add_special_tokens=False).input_ids
+
+
+def test_a_tokenizer_json_of_a_newer_release(with_json: Path) -> None:
+    edit(with_json / "tokenizer.json", pre_tokenizer={"type": "Futuristic"})
+    assert "upgrade: pip install -U tokenizers" in refusal(with_json)
+
+
+def test_a_padding_token_beyond_the_embedding(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit(folder / "config.json", pad_token_id=512)
+    config = load_config(str(folder))
+    assert config.pad_token_id is None
+    assert "pad_token_id 512 has no row in its embedding of 512" in caplog.text
+    assert meta_model(config, torch.float32).config.vocab_size == 512
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+        ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json is not JSON"),
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json must hold an object, got a list"),
+        ("tokenizer_config.json", '{"model_max_length": "big"}', "TypeError"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"3": 4}}', "added_tokens_decoder"),
+        ("tokenizer_config.json", '{"bos_token": 3}', "bos_token has to be either str or AddedToken"),
+        ("tokenizer.json", "", "tokenizer.json is not JSON"),
+        ("tokenizer.json", "{}", "added_tokens"),
+        ("tokenizer.json", '{"added_tokens": [], "model": null}', "holds no tokenizer"),
+        ("special_tokens_map.json", "{,}", "special_tokens_map.json is not JSON"),
+    ],
+)
+def test_names_what_is_wrong(with_json: Path, file: str, content: str, sentence: str) -> None:
+    (with_json / file).write_text(content)
+    assert sentence in refusal(with_json)
+
+
+# and whatever else a file may hold
+
+scalars = st.none() | st.booleans() | st.integers(-3, 2**40) | st.floats() | st.sampled_from(["", "<s>", "x", "left"])
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["content", "0", "x"]), inner),
+    max_leaves=5,
+)
+SETTINGS = [
+    "tokenizer_class", "model_max_length", "added_tokens_decoder", "bos_token", "eos_token", "unk_token", "pad_token",
+    "extra_special_tokens", "additional_special_tokens", "chat_template", "padding_side", "truncation_side",
+    "clean_up_tokenization_spaces", "split_special_tokens", "add_prefix_space", "auto_map", "init_inputs", "vocab",
+    "merges", "backend", "model_input_names", "legacy", "sp_model_kwargs", "fast_tokenizer_files", "errors",
+]  # fmt: skip
+PARTS = ["model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding"]
+CLASSES = st.sampled_from(["LlamaTokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast", "T5Tokenizer", "Nothing"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=CLASSES,
+    changed=st.dictionaries(st.sampled_from(SETTINGS), values, max_size=3),
+    special=st.dictionaries(st.sampled_from(["bos_token", "eos_token", "extra_special_tokens"]), values, max_size=1),
+    parts=st.dictionaries(st.sampled_from(PARTS), values, max_size=1),
+)
+def test_any_settings_load_or_are_refused(
+    with_json: Path, name: str, changed: JSON, special: JSON, parts: JSON
+) -> None:
+    byte_level().save_pretrained(with_json)
+    edit(with_json / "tokenizer_config.json", **{"tokenizer_class": name} | changed)
+    (with_json / "special_tokens_map.json").write_text(json.dumps(special))
+    edit(with_json / "tokenizer.json", **parts)
+    (with_json / "a.txt").write_text("the fox")
+    said = ""
+    try:
+        tokenize_file(with_json / "a.txt", load_tokenizer(str(with_json)), with_json / "cache")
+    except (ModelError, DataError) as error:
+        said = str(error)
+    assert len(said.splitlines()) <= 1
