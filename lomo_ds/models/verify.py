@@ -22,8 +22,10 @@ def verify_export(folder: str, rank: int = 0, world_size: int = 1, weights: bool
 
     Raises:
         DamagedError: a weight file is not what was written, or another is no JSON any more.
+        ModelError: a file is none, see ``refuse_pointers``.
     """
     path = Path(folder)
+    refuse_pointers(path)
     if not (path / MANIFEST).exists() and not _claims_manifest(path):
         return
     wanted, others = read_manifest(path, editable=lambda name: not name.endswith(WEIGHTS))

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lomo_ds.errors import DamagedError, ModelError
 from lomo_ds.manifest import MANIFEST, entries, write_manifest
-from lomo_ds.models.verify import refuse_pointers, verify_export
+from lomo_ds.models.verify import verify_export
 from tests.data.tokenizers import byte_level
 
 
@@ -84,4 +84,4 @@ def test_a_setting_that_no_editor_leaves_behind(exported: Path, content: bytes) 
 def test_weights_that_git_lfs_has_not_fetched(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(ModelError, match=r"model\.safetensors is a pointer of git-lfs.*git lfs pull"):
-        refuse_pointers(tmp_path)
+        verify_export(str(tmp_path), weights=False)
