@@ -5,8 +5,11 @@ import re
 import shutil
 from pathlib import Path
 
-from lomo_ds.manifest import sync_folder
+from lomo_ds.errors import CheckpointError
+from lomo_ds.manifest import MANIFEST, sync_folder
 
+WEIGHTS = "weights"  # folder of every rank's shards, the first that a save makes
+RECORD = "state.json"
 LATEST = "latest"  # the file that names the checkpoint written last, as DeepSpeed's does
 # what a process that was killed leaves behind: in the making, being deleted, replaced
 UNFINISHED = (".partial", ".deleting", ".replaced")
@@ -24,9 +27,31 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """All checkpoints, whole or not, the lowest step first."""
-    folders = [folder for folder in output_dir.glob("checkpoint-*") if folder.is_dir() and step_of(folder) >= 0]
+    """All checkpoints of lomo_ds, whole or not, the lowest step first."""
+    folders = [folder for folder in output_dir.glob("checkpoint-*") if step_of(folder) >= 0 and is_checkpoint(folder)]
     return sorted(folders, key=step_of)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether ``folder`` is a checkpoint of lomo_ds, damaged perhaps; other programs give theirs the same names."""
+    signs = [(folder / WEIGHTS).is_dir(), (folder / RECORD).is_file(), (folder / MANIFEST).is_file()]
+    return sum(signs) >= 2
+
+
+def refuse_to_replace(folder: Path) -> None:
+    """Check that a save to ``folder`` deletes nothing but a checkpoint, or what a save cut short has left.
+
+    Raises:
+        CheckpointError: something else is there.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    for place, is_ours in ((folder, is_checkpoint(folder)), (partial, (partial / WEIGHTS).is_dir())):
+        is_empty = place.is_dir() and not any(place.iterdir())
+        if os.path.lexists(place) and not is_empty and not is_ours:
+            raise CheckpointError(
+                f"a checkpoint takes the place of a checkpoint alone, and {place} is none that lomo_ds has written; "
+                "give another tag or folder"
+            )
 
 
 def newest_first(output_dir: Path) -> list[Path]:
@@ -75,9 +100,7 @@ def rotate(output_dir: Path, limit: int, protected: set[str]) -> None:
     found = checkpoints_in(output_dir)
     surplus = max(len(found) - limit, 0)
     for folder in [folder for folder in found if folder.name not in protected][:surplus]:
-        deleting = folder.with_name(folder.name + ".deleting")
-        folder.rename(deleting)  # at no moment is there a checkpoint with half its files
-        shutil.rmtree(deleting, ignore_errors=True)  # a file that someone holds open goes with the next start
+        remove(folder)
 
 
 def remove_unfinished(output_dir: Path) -> None:
@@ -85,10 +108,19 @@ def remove_unfinished(output_dir: Path) -> None:
 
     A checkpoint that was moved aside for one of the same name comes back, if the other has not taken its place.
     """
-    for replaced in output_dir.glob("checkpoint-*.replaced"):
-        original = replaced.with_suffix("")
-        if not original.exists():
-            replaced.rename(original)
-    for ending in UNFINISHED:
-        for folder in output_dir.glob(f"checkpoint-*{ending}"):
+    found = [folder for folder in output_dir.glob("checkpoint-*.*") if folder.suffix in UNFINISHED]
+    for folder in found:
+        original = folder.with_suffix("")
+        if step_of(original) < 0:
+            continue
+        if folder.suffix == ".replaced" and not original.exists():
+            folder.rename(original)
+        else:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; at no moment is there one with half its files."""
+    deleting = folder.with_name(folder.name + ".deleting")
+    folder.rename(deleting)
+    shutil.rmtree(deleting, ignore_errors=True)  # a file that someone holds open goes with the next start

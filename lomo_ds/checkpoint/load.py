@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lomo_ds.checkpoint.folders import newest_first
+from lomo_ds.checkpoint.folders import WEIGHTS, newest_first
 from lomo_ds.checkpoint.state import (
     MODEL,
-    RECORD,
-    WEIGHTS,
     Snapshot,
     read_rank,
     read_record,
@@ -86,16 +84,30 @@ def open_alone(folder: Path) -> Checkpoint:
     return found
 
 
+def newest_alone(run: Path) -> Checkpoint:
+    """The newest whole checkpoint of a run's folder, verified in one process; damaged ones are passed over, and logged.
+
+    Raises:
+        CheckpointError: none of them is whole.
+    """
+    for folder in newest_first(run):
+        try:
+            return open_alone(folder)
+        except LomoError as error:
+            logger.warning("checkpoint passed over: %s", error)
+    raise CheckpointError(f"none of the checkpoints in {run} is whole, see above; give the folder of another run")
+
+
 def _described(folder: Path) -> tuple[dict[str, Entry], dict[str, Entry], Checkpoint]:
     """The files of a checkpoint, all of them there; those of its model folder, which people edit; and its record.
 
-    Of the record every byte is as it was written.
+    All but weights and random states are verified.
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint {folder}")
     files, settings = read_manifest(folder, editable=lambda name: name.startswith(f"{MODEL}/"))
     refuse_strangers(folder, files)
-    verify(folder, {name: entry for name, entry in files.items() if name == RECORD})
+    verify(folder, {name: entry for name, entry in files.items() if not name.endswith(".safetensors")})
     return files, settings, Checkpoint(folder, read_record(folder, files))
 
 

@@ -15,10 +15,10 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from torch.distributed import ProcessGroup
 
-from lomo_ds.checkpoint.folders import point_latest, publish
-from lomo_ds.checkpoint.state import FORMAT, RECORD, WEIGHTS, Snapshot, rank_file
+from lomo_ds.checkpoint.folders import RECORD, WEIGHTS, point_latest, publish, refuse_to_replace
+from lomo_ds.checkpoint.state import FORMAT, Snapshot, rank_file
 from lomo_ds.checkpoint.weights import files_of_rank, save_weights
-from lomo_ds.distributed import gather_objects
+from lomo_ds.distributed import gather_objects, together
 from lomo_ds.errors import CheckpointError
 from lomo_ds.manifest import entries, write_manifest
 
@@ -65,10 +65,12 @@ class Saver:
             is_latest: let ``latest`` name it.
 
         Raises:
-            CheckpointError: it could not be written, on every rank in the same words; nothing that was there before
-                has changed. Of a save in the background, the next ``save`` or ``wait`` raises it.
+            CheckpointError: ``final`` is something else than a checkpoint, which the rank that knows says; or it could
+                not be written, on every rank in the same words. Nothing that was there before has changed. Of a save in
+                the background, the next ``save`` or ``wait`` raises it.
         """
         self.wait()
+        self._refuse_to_replace(final)
         put_in_place = partial(_put_in_place, final, is_latest, then)
         if in_background:
             copied = self._on_all(lambda: _set_apart(snapshot), final)
@@ -136,6 +138,10 @@ class Saver:
         found = self._on_all(lambda: entries(aside, mine), final)
         every = {name: entry for part in gather_objects(found, self.group) for name, entry in part.items()}
         self._on_main(lambda: write_manifest(aside, every), final)
+
+    def _refuse_to_replace(self, final: Path) -> None:
+        """Before anything is written; where one rank sees what is in the way, all raise."""
+        together(lambda: refuse_to_replace(final) if self.rank == 0 else None, self.group)
 
     def _on_main(self, action: Callable[[], None], final: Path) -> None:
         self._on_all(lambda: action() if self.rank == 0 else None, final)

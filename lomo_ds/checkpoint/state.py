@@ -12,12 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lomo_ds.checkpoint.folders import RECORD, WEIGHTS
 from lomo_ds.errors import CheckpointError, DamagedError
 from lomo_ds.int8 import BLOCK
 from lomo_ds.zero3 import SCALES, Shard
 
-WEIGHTS = "weights"  # folder of every rank's shards
-RECORD = "state.json"
 MODEL = "model"  # folder of configuration and tokenizer, in a checkpoint of launch/train.py
 FORMAT = 1
 
