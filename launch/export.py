@@ -14,8 +14,8 @@ from lomo_ds.export_checkpoint import export_checkpoint
 def main(argv: list[str]) -> int:
     """Parse, export, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint, or of a run")
+    parser.add_argument("--output_dir", type=Path, required=True, help="new folder to write the model to")
     parser.add_argument("--max_shard_size", default="5GB", help="of one output file (default %(default)s)")
     parser.add_argument("--model_name_or_path", help="configuration and tokenizer, where the checkpoint has none")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")

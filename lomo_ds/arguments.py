@@ -16,6 +16,7 @@ from lomo_ds.precision import Precision
 
 MAX_SEQ_LENGTH = 2048  # where none is given: longer sequences are asked for by those who have the memory
 LEARNING_RATES: dict[str, float] = {"lomo": 0.03, "adamw": 5e-5, "sgd": 0.03}  # where none is given
+HEADER = "# Written by lomo_ds, and written anew by the next run in this folder."  # first line of a dumped config.yaml
 
 
 def _argument(default: Any, help: str) -> Any:
@@ -31,6 +32,9 @@ class TrainArguments:
     )
     train_file: str = field(metadata={"help": 'Training text: .txt, or .jsonl with a "text" in every row.'})
     output_dir: str = field(metadata={"help": "Where the model, its tokenizer, config.yaml, metrics and runs/ go."})
+    overwrite_output_dir: bool = _argument(
+        False, "Begin anew where another run has been: its checkpoints are deleted, its model is replaced at the end."
+    )
     validation_file: str | None = _argument(None, "Held-out text, .txt or .jsonl; without it nothing is evaluated.")
     tokenizer_name: str | None = _argument(None, "Tokenizer folder, if not the model's own.")
     trust_remote_code: bool = _argument(False, "Run the code that comes with a model, where it has its own.")
@@ -59,7 +63,9 @@ class TrainArguments:
     save_total_limit: int | None = _argument(None, "Keep so many checkpoints; older ones are deleted, the best is not.")
     async_save: bool = _argument(False, "Write checkpoints beside training, from a copy of the shards in host memory.")
     resume_from_checkpoint: str | None = _argument(
-        None, "auto: go on from the newest whole checkpoint in output_dir, if there is one; or a checkpoint's folder."
+        None,
+        "auto: go on from the newest whole checkpoint in output_dir, if there is one; latest: there must be one; or "
+        "the folder of a checkpoint or run.",
     )
     load_best_model_at_end: bool = _argument(False, "Export the checkpoint with the lowest held-out loss.")
     seed: int = _argument(42, "Of data order, dropout and stochastic rounding.")
@@ -137,7 +143,7 @@ class TrainArguments:
         """Write every argument as YAML that ``--config`` reads back to the same run."""
         values = dataclasses.asdict(self)
         del values["local_rank"]  # of one process, not of the run
-        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        path.write_text(f"{HEADER}\n{yaml.safe_dump(values, sort_keys=False)}", encoding="utf-8")
 
 
 def parse_arguments(argv: list[str]) -> tuple[TrainArguments, frozenset[str]]:

@@ -4,9 +4,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lomo_ds.checkpoint import MODEL, dtype_of, open_alone, refuse_other_model, tensor_record, whole_tensors
+from lomo_ds.checkpoint import (
+    MODEL,
+    checkpoints_in,
+    dtype_of,
+    is_run,
+    newest_alone,
+    open_alone,
+    refuse_other_model,
+    tensor_record,
+    whole_tensors,
+)
 from lomo_ds.errors import CheckpointError
 from lomo_ds.models import Export, load_config, load_generation_config, load_tokenizer, meta_model, saved_tensors
+from lomo_ds.places import refuse_full_folder, refuse_what_is_read
 from lomo_ds.zero3 import SCALES, kept_tensors
 
 
@@ -20,13 +31,20 @@ def export_checkpoint(
     """Write the weights of ``checkpoint`` to ``output_dir``; in memory, one output file at a time.
 
     Args:
+        checkpoint: its folder, or that of a run, whose newest whole one is meant.
+        output_dir: a folder that is new or empty.
         model_name_or_path: folder of the configuration and tokenizer; by default the checkpoint's own.
         trust_remote_code: whether to run the code that comes with the model.
 
     Raises:
-        LomoError: the checkpoint is damaged or of another model, or the folder cannot be written.
+        LomoError: the checkpoint is damaged or of another model, or the folder cannot or must not be written.
     """
-    found = open_alone(checkpoint)
+    refuse_full_folder(output_dir)
+    of_run = is_run(checkpoint)
+    read = checkpoints_in(checkpoint) if of_run else [checkpoint]
+    refuse_what_is_read(output_dir, [*read, Path(model_name_or_path)] if model_name_or_path else read)
+    found = newest_alone(checkpoint) if of_run else open_alone(checkpoint)
+    checkpoint = found.folder
     folder = model_name_or_path or str(checkpoint / MODEL)
     if not Path(folder).is_dir():
         raise CheckpointError(

@@ -31,7 +31,8 @@ class Monitor:
         runs = output_dir / "runs"
         self.writer = None
         if rank == 0 or self.gpu is not None:
-            self.writer = SummaryWriter(str(runs if rank == 0 else runs / f"rank{rank}"), purge_step=step + 1)
+            first = step + 1 if step else 0  # from which on older events are hidden
+            self.writer = SummaryWriter(str(runs if rank == 0 else runs / f"rank{rank}"), purge_step=first)
         self.file = _open_records(output_dir / "metrics.jsonl", step) if rank == 0 else None
 
     def __enter__(self) -> "Monitor":

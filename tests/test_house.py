@@ -37,7 +37,7 @@ FLOORS = [
     ["gathering", "reduction", "ds_config", "data.tokens", "data.packing", "ds_parse", "stores", "lifeline", "monitor"],
     ["schedules", "data", "models", "checkpoint"],
     ["backward", "demo", "cli", "progress", "planner"],
-    ["optimizer", "outlook"],
+    ["optimizer", "outlook", "places", "resume"],
     ["assembly", "engine_state"],
     ["engine", "baseline"],
     ["evaluate", "keeper"],

@@ -1,7 +1,7 @@
 """Models in and out: a Hugging Face folder or a preset into ZeRO-3 shards, and back."""
 
 from lomo_ds.models.build import meta_model, saved_tensors
-from lomo_ds.models.export import Export, save_pretrained, save_settings
+from lomo_ds.models.export import SAVING, Export, save_pretrained, save_settings
 from lomo_ds.models.load import (
     empty_model,
     find_model,
@@ -15,6 +15,7 @@ from lomo_ds.models.tokenizer import load_tokenizer
 from lomo_ds.models.verify import verify_export
 
 __all__ = [
+    "SAVING",
     "Export",
     "can_tile_logits",
     "empty_model",

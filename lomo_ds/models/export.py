@@ -28,6 +28,7 @@ from lomo_ds.models.sources import Source, Stored, stored_names
 MAX_SHARD_SIZE = "5GB"  # transformers' own
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+SAVING = ".saving"  # the folder of an export in the making, within its own
 WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"  # the names that an export gives
 
 
@@ -82,7 +83,7 @@ class Export:
 
     def __init__(self, folder: Path, model: PreTrainedModel, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         self.folder = folder
-        self.partial = folder / ".saving"
+        self.partial = folder / SAVING
         self.values: dict[str, Tensor] = {}  # of the model's tensors that the file under way needs
         self.sources = saved_sources(
             model,
