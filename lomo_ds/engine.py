@@ -34,8 +34,8 @@ from lomo_ds.checkpoint import (
 from lomo_ds.config import read_lomo_config, refuse_what_cannot_be
 from lomo_ds.distributed import TIMEOUT, agree, gather_objects, start_process_group
 from lomo_ds.ds_parse import parse_ds_config
-from lomo_ds.engine_state import capture_engine, restore_engine
-from lomo_ds.errors import ConfigError
+from lomo_ds.engine_state import advance_scheduler, capture_engine, restore_engine, restore_weights
+from lomo_ds.errors import CheckpointError, ConfigError
 from lomo_ds.loss import Batch
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.random_states import RandomStates
@@ -270,16 +270,19 @@ class LomoEngine(DeepSpeedEngine):
 
         Raises:
             ConfigError: a step is under way, whose gradients no checkpoint holds.
-            CheckpointError: see ``Saver.save``.
+            CheckpointError: ``tag`` is a path; or see ``Saver.save``.
         """
         if self.optimizer.backward_passes:
             raise ConfigError(
                 f"save_checkpoint saves between steps, but {self.optimizer.backward_passes} engine.backward of an "
                 "unfinished step came before it; call engine.step() first"
             )
+        tag = tag or checkpoint_name(self.global_steps)
+        if Path(tag).name != tag or tag == "..":
+            raise CheckpointError(f"a checkpoint's tag must be the name of one folder in save_dir, got {tag!r}")
         self.saver.save(
             capture_engine(self, client_state),
-            Path(save_dir) / (tag or checkpoint_name(self.global_steps)),
+            Path(save_dir) / tag,
             add_files,
             then,
             in_background,
@@ -287,30 +290,55 @@ class LomoEngine(DeepSpeedEngine):
         )
         return True
 
-    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[str | None, dict[str, Any] | None]:
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
         """Go on from the checkpoint ``load_dir/tag``, or the one that was saved there last; every rank calls it.
 
         The number of ranks may be another than the one that saved; weights are the same bit for bit then, and dropout
         and stochastic rounding draw other numbers.
 
+        Args:
+            load_module_strict: must be True: every tensor is loaded.
+            load_optimizer_states: whether to go on with the saved dynamic loss scale and state of the update rule.
+            load_lr_scheduler_states: whether to go on with the saved scheduler, its settings (a base learning rate,
+                milestones) included, and learning rates; if not, this engine's stay as they are.
+            load_module_only: load the weights, and nothing else.
+            custom_load_fn: must be None.
+
         Returns:
             The folder and its ``client_state``; None and None where nothing was ever saved.
 
         Raises:
-            LomoError: the checkpoint is damaged, or of another model.
+            LomoError: the checkpoint is damaged, or of another model or type of scheduler.
         """
+        _refuse_partial_loading(load_module_strict, custom_load_fn)
         self.saver.wait()
         tag = tag or gather_objects(read_latest(Path(load_dir)), self.saver.group)[0]
         if tag is None:
             return None, None
         snapshot = capture_engine(self)
         found = open_checkpoint(Path(load_dir) / tag, snapshot.tensors, self.saver.group)
-        self.restore(found)
+        if load_module_only:
+            restore_weights(self, found, self.saver.group)
+        else:
+            restore_engine(self, found, self.saver.group, load_optimizer_states, load_lr_scheduler_states)
         return str(found.folder), found.record["client_state"]
 
     def restore(self, found: Checkpoint) -> None:
-        """Go on from a checkpoint that has been verified; every rank calls it."""
-        restore_engine(self, found, self.saver.group)
+        """Go on from a checkpoint that has been verified; every rank calls it.
+
+        The learning rate is the one that this engine's own scheduler gives after as many steps.
+        """
+        restore_engine(self, found, self.saver.group, scheduler=False)
+        advance_scheduler(self)
 
     @cached_property
     def saver(self) -> Saver:
@@ -370,6 +398,19 @@ class LomoEngine(DeepSpeedEngine):
     @property
     def _ranks(self) -> ProcessGroup:
         return self.seq_data_parallel_group
+
+
+def _refuse_partial_loading(load_module_strict: bool, custom_load_fn: None) -> None:
+    if not load_module_strict:
+        raise ConfigError(
+            "load_module_strict False is not supported, as each rank loads its own shards of every tensor; load into "
+            "the model that was saved, or export the checkpoint and load that"
+        )
+    if custom_load_fn is not None:
+        raise ConfigError(
+            "custom_load_fn is not supported, as no rank ever holds a whole state_dict; export the checkpoint, change "
+            "the exported model, and begin from that"
+        )
 
 
 def _join_process_group(distributed_port: int, dist_init_required: bool | None) -> None:

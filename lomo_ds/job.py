@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from lomo_ds.baseline import initialize_baseline
 from lomo_ds.checkpoint import (
     MODEL,
     Checkpoint,
-    checkpoints_in,
+    is_run,
     newest_whole,
     open_checkpoint,
+    remove,
     remove_unfinished,
-    step_of,
     tensor_record,
 )
 from lomo_ds.config import refuse_what_cannot_be, refuse_what_no_baseline_can
@@ -61,8 +62,17 @@ from lomo_ds.models import (
 )
 from lomo_ds.monitor import Monitor
 from lomo_ds.outlook import Outlook
+from lomo_ds.places import (
+    alone_in,
+    checkpoints_of_another_run,
+    refuse_another_run,
+    refuse_input_files,
+    refuse_what_is_read,
+    refuse_what_others_wrote,
+)
 from lomo_ds.precision import DTYPES, FastPrecision, fast_precision, is_fast, slowest
 from lomo_ds.progress import FINISHED, Progress, is_finished
+from lomo_ds.resume import log_changes, refuse_another_function, refuse_what_stays, resume_from
 from lomo_ds.signals import StopRequest
 from lomo_ds.trainer import Trainer
 from lomo_ds.training_engine import TrainingEngine
@@ -80,26 +90,40 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     Raises:
         LomoError: in the user's words, on the rank that knows; the others raise ``PeerError``.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    world_size = dist.get_world_size()
     fast = slowest(gather_objects(fast_precision(_device_type())))
     ds_config, arguments = together(lambda: _read_configs(arguments, given, world_size, fast))
     _warn_of_emulation(arguments)
     output_dir = Path(arguments.output_dir)
-    together(lambda: _make_folder(output_dir))
     name = _find_model(arguments)
+    together(lambda: _claim_folder(output_dir, name, arguments))
+    with together(lambda: _alone(output_dir)):
+        _train_in(output_dir, name, ds_config, arguments, stop)
+
+
+def _train_in(
+    output_dir: Path, name: str, ds_config: dict[str, Any], arguments: TrainArguments, stop: StopRequest
+) -> None:
+    """Train in a folder that may be written, the model whose folder is ``name``."""
+    rank = dist.get_rank()
     config, tokenizer, length = together(lambda: _load_vocabulary(name, arguments))
+    arguments = dataclasses.replace(arguments, max_seq_length=length)
     training, validation = _load_blocks(arguments, tokenizer, length, config.vocab_size)
     anew = _steps(arguments, training, Progress())
     run_id = {"steps": anew.total, "model": arguments.model_name_or_path, "data": anew.data, "optim": arguments.optim}
     if arguments.resume_from_checkpoint == "auto" and _is_done(output_dir, run_id):
         return
     found = _find_checkpoint(arguments, config, anew.data)
-    progress = _progress(found, output_dir)
+    others = together(lambda: _others(arguments, found))
+    together(lambda: refuse_another_run(arguments, found.folder if found else None, others))
+    progress = _progress(found, arguments, validation)
     steps = _steps(arguments, training, progress)
-    together(lambda: _refuse_fewer_steps(steps))
+    together(lambda: _refuse_fewer_steps(steps, arguments))
     filled = together(lambda: _checked(fill_scheduler(_as_saved(ds_config, found), arguments, steps.total), arguments))
     outlook = Outlook(config, filled, arguments, length)
     together(outlook.say)
+    if found and rank == 0:
+        log_changes(found, arguments, filled)
 
     torch.manual_seed(arguments.seed + rank)
     free_host = min(gather_objects(free_bytes()[1]))  # before any rank takes of it
@@ -110,17 +134,16 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     if arguments.gradient_checkpointing:
         together(lambda: recompute_activations(model, arguments.activation_offload))
     scheduler = None if "scheduler" in filled else _scheduler(arguments, steps.total)
-    resolved = dataclasses.replace(arguments, max_seq_length=length)
 
     def add_files(folder: Path) -> None:
         """What a checkpoint needs to be exported, and to be understood, without the rest of the run."""
-        _write_settings(folder, resolved, filled)
+        _write_settings(folder, arguments, filled)
         (folder / MODEL).mkdir()
         save_settings(model, tokenizer, folder / MODEL)
 
     with outlook.advising():
         engine, keeper = _engine_and_keeper(model, filled, scheduler, found, arguments, progress, add_files)
-    together(lambda: _begin(output_dir, resolved, filled) if rank == 0 else None)
+    together(lambda: _begin(arguments, filled, others) if rank == 0 else None)
     with together(lambda: _open_monitor(output_dir, rank, steps.step)) as monitor, outlook.advising():
         Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, keeper, run_id).run()
     engine.destroy()
@@ -168,21 +191,25 @@ def _steps(arguments: TrainArguments, blocks: PackedBlocks, progress: Progress) 
     )
 
 
-def _progress(found: Checkpoint | None, output_dir: Path) -> Progress:
-    """What the run goes on from; a checkpoint of another folder's run is none of this one's."""
+def _progress(found: Checkpoint | None, arguments: TrainArguments, validation: PackedBlocks | None) -> Progress:
+    """How far the run has come in ``found``."""
+    held_out = None if validation is None else validation.digest()
     if found is None:
-        return Progress()
-    progress = Progress(**found.record["client_state"]["progress"])
-    if found.folder.resolve().parent != output_dir.resolve():
-        progress.saved_step, progress.best, progress.best_step = None, None, None
-    return progress
+        return Progress(held_out=held_out, prompt=arguments.sample_prompt)
+    in_place = found.folder.resolve().parent == Path(arguments.output_dir).resolve()
+    return Progress.resumed(found.record["client_state"]["progress"], held_out, arguments.sample_prompt, in_place)
 
 
-def _refuse_fewer_steps(steps: TrainingSteps) -> None:
+def _refuse_fewer_steps(steps: TrainingSteps, arguments: TrainArguments) -> None:
     if steps.step > steps.total:
         raise CheckpointError(
             f"the checkpoint to resume from is {steps.step} steps old, and the run is to have {steps.total}; give at "
             f"least --max_steps {steps.step}, or resume from an older one"
+        )
+    if arguments.max_steps <= 0 and steps.is_past_end:
+        raise CheckpointError(
+            f"the checkpoint to resume from has seen the text {steps.epochs:g} times, and the run is to see it "
+            f"{arguments.num_train_epochs:g} times; give a larger --num_train_epochs, or resume from an older one"
         )
 
 
@@ -212,6 +239,8 @@ def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, data: 
     tensors = together(lambda: tensor_record(_kept_tensors(config, arguments)))
 
     def check(folder: Path, record: dict[str, Any]) -> None:
+        refuse_what_stays(folder, arguments)
+        refuse_another_function(folder, config)
         theirs = record["client_state"].get("data")
         if theirs != data:
             raise CheckpointError(
@@ -220,11 +249,16 @@ def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, data: 
             )
 
     together(lambda: remove_unfinished(output_dir) if dist.get_rank() == 0 else None)
-    if arguments.resume_from_checkpoint == "auto":
-        return newest_whole(output_dir, tensors, check=check)
-    folder = None if arguments.resume_from_checkpoint is None else Path(arguments.resume_from_checkpoint)
-    together(lambda: _refuse_checkpoints_of_another_run(output_dir, folder))
-    return None if folder is None else open_checkpoint(folder, tensors, check=check)
+    folder = together(lambda: resume_from(arguments))
+    if folder is None:
+        return None
+    if folder == output_dir or together(lambda: is_run(folder)):
+        found = newest_whole(folder, tensors, check=check)
+    else:
+        found = open_checkpoint(folder, tensors, check=check)
+    if found and found.folder.resolve().parent != output_dir.resolve():
+        together(lambda: refuse_what_is_read(output_dir, [found.folder]))
+    return found
 
 
 def _kept_tensors(config: PretrainedConfig, arguments: TrainArguments) -> dict[str, Tensor]:
@@ -234,19 +268,6 @@ def _kept_tensors(config: PretrainedConfig, arguments: TrainArguments) -> dict[s
     if arguments.weights != "int8":
         return whole
     return zero3.kept_tensors(whole, zero3.names_in_eight_bits(model), dist.get_world_size())
-
-
-def _refuse_checkpoints_of_another_run(output_dir: Path, resumed: Path | None) -> None:
-    """A later ``auto`` would mistake them for this run's: all of them, but ``resumed`` and those before it."""
-    up_to = -1
-    if resumed is not None and resumed.resolve().parent == output_dir.resolve():
-        up_to = step_of(resumed)
-    others = [folder for folder in checkpoints_in(output_dir) if step_of(folder) > up_to]
-    if others:
-        raise ConfigError(
-            f"--output_dir {output_dir} holds {others[-1].name} of another run; go on from it with "
-            "--resume_from_checkpoint auto, remove it, or give another --output_dir"
-        )
 
 
 def _open_monitor(output_dir: Path, rank: int, step: int) -> Monitor:
@@ -308,16 +329,39 @@ def _engine_and_keeper(
     return engine, CheckpointKeeper(engine, arguments, progress, add_files)
 
 
-def _make_folder(folder: Path) -> None:
+def _claim_folder(output_dir: Path, model: str, arguments: TrainArguments) -> None:
+    """Make the folder to write into, if nothing good is there that would be lost."""
+    refuse_what_is_read(output_dir, [model, *([arguments.tokenizer_name] if arguments.tokenizer_name else [])])
+    refuse_what_others_wrote(output_dir)
+    refuse_input_files(arguments)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
+        raise ConfigError(f"--output_dir {output_dir} cannot be made: {error.strerror}") from None
 
 
-def _begin(output_dir: Path, arguments: TrainArguments, ds_config: dict[str, Any]) -> None:
-    """Say in ``output_dir`` what runs there now."""
+def _alone(output_dir: Path) -> ExitStack:
+    """Hold the folder against other jobs, on the rank that writes there first, until the stack is left."""
+    with ExitStack() as stack:
+        if dist.get_rank() == 0:
+            stack.enter_context(alone_in(output_dir))
+        return stack.pop_all()
+
+
+def _others(arguments: TrainArguments, found: Checkpoint | None) -> list[Path]:
+    """The checkpoints of another run in the output folder; of this run, newer ones were passed over as damaged."""
+    if resume_from(arguments) == Path(arguments.output_dir):
+        return []
+    return checkpoints_of_another_run(Path(arguments.output_dir), found.folder if found else None)
+
+
+def _begin(arguments: TrainArguments, ds_config: dict[str, Any], others: list[Path]) -> None:
+    """Say in the output folder what runs there now, and delete the checkpoints of another run."""
+    output_dir = Path(arguments.output_dir)
     (output_dir / FINISHED).unlink(missing_ok=True)
+    for folder in others:
+        logger.info("%s of another run is deleted, as --overwrite_output_dir asks", folder)
+        remove(folder)
     _write_settings(output_dir, arguments, ds_config)
 
 

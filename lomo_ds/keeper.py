@@ -134,7 +134,7 @@ class CheckpointKeeper:
         best = self.progress.best_step
         if not self.arguments.load_best_model_at_end or best is None or best == step:
             return None
-        self.engine.load_checkpoint(self.output_dir, checkpoint_name(best))
+        self.engine.load_checkpoint(self.output_dir, checkpoint_name(best), load_module_only=True)
         return f"best model: {checkpoint_name(best)}, held-out loss {self.progress.best:.4f}"
 
     def way_on(self) -> str:

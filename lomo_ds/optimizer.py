@@ -167,12 +167,20 @@ class LomoOptimizer(ZeROOptimizer):
             "lr": [group["lr"] for group in self.param_groups],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict``; the shards have been filled, and are gathered anew where they must be."""
-        for name, value in state["loss_scaler"].items():
-            setattr(self.loss_scaler, name, value)
+    def load_loss_scale(self, state: dict[str, Any]) -> None:
+        """Go on with the loss scale of a ``state_dict``; a fixed one is the config's, then and now."""
+        saved = state["loss_scaler"]
+        if self.dynamic_loss_scale and set(saved) == set(self.state_dict()["loss_scaler"]):
+            for name, value in saved.items():
+                setattr(self.loss_scaler, name, value)
+
+    def load_learning_rates(self, state: dict[str, Any]) -> None:
+        """Go on with the learning rates of a ``state_dict``."""
         for group, lr in zip(self.param_groups, state["lr"], strict=True):
             group["lr"] = lr
+
+    def begin_anew(self) -> None:
+        """Let the next step see shards that have been filled, and the loss scale as it is now."""
         self.gathering.refresh()
         self._start_step()
 

@@ -212,7 +212,8 @@ class Trainer:
                 f"held-out loss: {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after (nats per token)"
             )
         if sample_after is not None:
-            self._say(f"before: {self.progress.sample_before!r}\nafter:  {sample_after!r}")
+            before_it = f"before: {self.progress.sample_before!r}\n" if self.progress.sample_before is not None else ""
+            self._say(f"{before_it}after:  {sample_after!r}")
         self._say(
             f"model, tokenizer and config.yaml: {output_dir}\nmetrics: {output_dir / 'metrics.jsonl'}\n"
             f"TensorBoard: tensorboard --logdir {output_dir / 'runs'}"

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import math
 import os
 import runpy
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -86,6 +88,23 @@ def run(ranks: Ranks, argv: list[str], signals: dict[tuple[int, int], str] | Non
     results = ranks.run(run_signalled, argv, signals or {})
     assert [status for status, _, _ in results] == [0] * ranks.world_size, results
     return results[0][1] + results[0][2]
+
+
+def run_listening(argv: list[str]) -> tuple[int, str]:
+    """launch/train.py; its exit status, and what it logs."""
+    log = io.StringIO()
+    logging.getLogger("lomo_ds").addHandler(handler := logging.StreamHandler(log))
+    try:
+        return run_main(argv)[0], log.getvalue()
+    finally:
+        logging.getLogger("lomo_ds").removeHandler(handler)
+
+
+def logged(ranks: Ranks, argv: list[str]) -> str:
+    """What rank 0 logged; all ranks must have ended well."""
+    results = ranks.run(run_listening, argv)
+    assert [status for status, _ in results] == [0] * ranks.world_size, results
+    return results[0][1]
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -227,9 +246,27 @@ def test_a_finished_run_is_not_run_again(ranks: GroupOf, dropout: Path, two_save
 
 def test_a_run_is_made_longer(ranks: GroupOf, dropout: Path, two_saved: Path, tmp_path: Path) -> None:
     shutil.copytree(two_saved, copy := tmp_path / "copy")
-    said = run(ranks(2), [*arguments(dropout, copy, max_steps=6, logging_steps=1), "--resume_from_checkpoint=auto"])
-    assert "resumed: 4 steps of 6" in said
-    assert records(copy)[-1]["step"] == 6
+    argv = arguments(dropout, copy, max_steps=6, logging_steps=1, learning_rate=0.1)
+    said = logged(ranks(2), [*argv, f"--resume_from_checkpoint={copy}/"])
+    assert "changed since checkpoint-4 was saved: --learning_rate 0.5 -> 0.1, --max_steps 4 -> 6" in said
+    rates = {record["step"]: record["learning_rate"] for record in records(copy) if "learning_rate" in record}
+    assert [rates[5], rates[6]] == pytest.approx([0.1 * 2 / 5, 0.1 * 1 / 5]), "of a run of 6 steps, 1 of them warm-up"
+    assert yaml.safe_load((copy / "config.yaml").read_text())["learning_rate"] == 0.1
+    assert json.loads((copy / "ds_config.json").read_text())["optimizer"]["params"]["lr"] == 0.1
+
+
+def test_a_run_that_is_given_up_leaves_no_checkpoint_behind(
+    ranks: GroupOf, dropout: Path, two_saved: Path, tmp_path: Path
+) -> None:
+    """A later auto cannot mistake them; and without --overwrite_output_dir not even a model is replaced."""
+    shutil.copytree(two_saved, copy := tmp_path / "copy")
+    argv = arguments(dropout, copy, max_steps=1, save_steps=1, learning_rate=0.1)
+    said = logged(ranks(2), [*argv, "--overwrite_output_dir"])
+    assert "checkpoint-4 of another run is deleted" in said
+    assert [folder.name for folder in checkpoints_in(copy)] == ["checkpoint-1"]
+    assert [record["step"] for record in records(copy)] == [0, 1]
+    shutil.rmtree(copy / "checkpoint-1")
+    assert "holds the model of another run; give another, " in refused(ranks(2), argv)
 
 
 def test_damaged_checkpoints_are_passed_over(ranks: GroupOf, dropout: Path, two_saved: Path, tmp_path: Path) -> None:
@@ -255,13 +292,13 @@ def test_another_text_or_order_is_refused(ranks: GroupOf, dropout: Path, two_sav
     assert "resume with the same text, length and seed" in said
     assert "there is no checkpoint" in refused(ranks(2), [*argv, "--resume_from_checkpoint=nowhere"])
     argv = [*arguments(dropout, two_saved, seed=43), f"--resume_from_checkpoint={two_saved}/checkpoint-4"]
-    assert "'seed': 43" in refused(ranks(2), argv)
+    assert "--seed 43 against 42 then" in refused(ranks(2), argv)
     argv = [*arguments(dropout, two_saved, max_steps=3), "--resume_from_checkpoint=auto"]
     assert "give at least --max_steps 4" in refused(ranks(2), argv)
 
 
 def test_a_run_goes_on_in_another_folder(ranks: GroupOf, dropout: Path, two_saved: Path, tmp_path: Path) -> None:
-    argv = [*arguments(dropout, tmp_path, max_steps=4), f"--resume_from_checkpoint={two_saved}/checkpoint-2"]
+    argv = [*arguments(dropout, tmp_path, max_steps=4), f"--resume_from_checkpoint={two_saved}/checkpoint-2/"]
     assert "resumed: 2 steps of 4" in run(ranks(2), argv)
     one, other = (load_file(folder / "model.safetensors") for folder in (two_saved, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -349,7 +386,7 @@ def test_a_full_disk_while_training_and_at_its_end(ranks: GroupOf, dropout: Path
 
 
 def test_export_from_a_checkpoint_is_the_run_s_own(two_saved: Path, tmp_path: Path) -> None:
-    assert export(two_saved / "checkpoint-4", tmp_path / "parts", "--max_shard_size=100KB").count("error") == 0
+    assert export(two_saved, tmp_path / "parts", "--max_shard_size=100KB").count("error") == 0, "its newest"
     one, parts = (AutoModelForCausalLM.from_pretrained(folder) for folder in (two_saved, tmp_path / "parts"))
     assert all(torch.equal(one.state_dict()[name], parts.state_dict()[name]) for name in one.state_dict())
     ids = torch.arange(9).view(1, 9)
@@ -363,6 +400,8 @@ def test_export_says_no(two_saved: Path, tmp_path: Path) -> None:
     assert "there is no checkpoint" in export(tmp_path / "nowhere", tmp_path / "out")
     shutil.copytree(two_saved / "checkpoint-4", copy := tmp_path / "copy")
     assert '--max_shard_size must be a size such as "5GB"' in export(copy, tmp_path / "out", "--max_shard_size=big")
+    assert "holds cache, and an export needs a folder that is new or empty" in export(two_saved, two_saved)
+    assert f"--output_dir {copy}/model/new lies in {copy}, which is read" in export(copy, copy / "model/new")
     weights = next((copy / "weights").iterdir())
     weights.write_bytes(weights.read_bytes()[:-8] + b"12345678")
     assert f"{weights.name} is damaged" in export(copy, tmp_path / "out")

@@ -82,6 +82,12 @@ class TrainingSteps:
         return self.position.epoch + self.position.consumed / len(self.blocks)
 
     @property
+    def is_past_end(self) -> bool:
+        """Whether more sequences are done than are wanted."""
+        done = self.position.epoch * len(self.blocks) + self.position.consumed
+        return self.wanted is not None and done > self.wanted
+
+    @property
     def tokens(self) -> int:
         """Tokens that are done, over all ranks."""
         return (self.position.epoch * len(self.blocks) + self.position.consumed) * self.blocks.length
