@@ -104,7 +104,7 @@ def test_a_signal_ends_it_with_nothing_saved(ranks: GroupOf, demo: Path, tmp_pat
 
 
 def test_a_finished_baseline_is_not_a_finished_lomo(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
-    for optim, more in (("sgd", {}), ("lomo", {"resume_from_checkpoint": "auto"})):
+    for optim, more in (("sgd", {}), ("lomo", {"resume_from_checkpoint": "auto", "overwrite_output_dir": True})):
         results = ranks(2).run(run_main, demo_arguments(demo, tmp_path, optim=optim, max_steps=1, **more))
         assert results[0][0] == 0, results
         assert "nothing to do" not in results[0][1] + results[0][2]
