@@ -142,7 +142,7 @@ class TrainArguments:
     def dump(self, path: Path) -> None:
         """Write every argument as YAML that ``--config`` reads back to the same run."""
         values = dataclasses.asdict(self)
-        del values["local_rank"]  # of one process, not of the run
+        del values["local_rank"], values["overwrite_output_dir"]  # of one process, and of one start
         path.write_text(f"{HEADER}\n{yaml.safe_dump(values, sort_keys=False)}", encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """Arguments from YAML and the command line."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,9 @@ def test_each_optimizer_has_its_own_learning_rate(tmp_path: Path, optim: str, le
 
 
 def test_what_is_dumped_reads_back(tmp_path: Path) -> None:
+    """But for the leave to overwrite, which is given once."""
     arguments, _ = parse_arguments([*REQUIRED, "--gradient_checkpointing", "--lr_scheduler_type", "cosine"])
-    arguments.dump(tmp_path / "config.yaml")
+    dataclasses.replace(arguments, overwrite_output_dir=True).dump(tmp_path / "config.yaml")
     assert parse_arguments(["--config", str(tmp_path / "config.yaml")])[0] == arguments
 
 

@@ -162,6 +162,10 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "DeepSpeed refuses DeepSpeedZeroConfig reduce_bucket_size: .* greater than 0; stage3_typo: ",
         ),
         ({"deepspeed": "{broken}/nowhere.json"}, "nowhere.json cannot be read"),
+        (
+            {"model_name_or_path": "{broken}/small", "output_dir": "{broken}/small/out"},
+            "small/out lies in .*small, which is read, and nothing may be written there; give .*small-2 say",
+        ),
         ({"output_dir": "{broken}/file/below"}, "--output_dir .* cannot be made: Not a directory"),
     ],
 )
