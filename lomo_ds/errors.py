@@ -6,10 +6,12 @@ traceback; a program that calls the library sees an ordinary exception, a ValueE
 
 import difflib
 
+NEAR = 0.83  # of two equal names 1: a letter or a short word more, less or other is near, half a name is not
+
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """The end of a sentence that names the nearest of ``known``; empty if none is near."""
-    matches = difflib.get_close_matches(name, known, n=1)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 

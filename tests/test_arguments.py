@@ -85,6 +85,35 @@ def test_refuses_in_yaml(tmp_path: Path, text: str, sentence: str) -> None:
         parse_arguments(["--config", yaml_file(tmp_path, text)])
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("loging_steps", "logging_steps"),
+        ("weigth_decay", "weight_decay"),
+        ("max_step", "max_steps"),
+        ("max_length", "max_seq_length"),
+        ("max_seq_len", "max_seq_length"),
+        ("gradient_accumulation", "gradient_accumulation_steps"),
+        ("gradient_checkpoint", "gradient_checkpointing"),
+        ("per_gpu_train_batch_size", "per_device_train_batch_size"),
+        ("train_files", "train_file"),
+        ("seeds", "seed"),
+        *((name, None) for name in (
+            "ddp_timeout", "do_train", "do_eval", "overwrite_output_dir", "report_to", "block_size", "save_strategy",
+            "eval_strategy", "logging_strategy", "logging_dir", "eval_accumulation_steps", "warmup_steps", "run_name",
+            "optimizer", "dataset_name", "fp8", "tf32", "fp32", "push_to_hub", "data_seed", "lr", "batch_size",
+            "epochs", "save_only_model", "adam_beta1", "dataloader_num_workers", "group_by_length", "no_cuda",
+        )),
+    ],
+)  # fmt: skip
+def test_only_a_near_name_is_suggested(name: str, meant: str | None) -> None:
+    ending = f"; did you mean '--{meant}'?" if meant else "; --help lists all"
+    with pytest.raises(ConfigError) as refusal:
+        parse_arguments([*REQUIRED, f"--{name}", "1"])
+    assert str(refusal.value) == f"unknown argument --{name}{ending}"
+
+
 def test_help_documents_every_field() -> None:
     text = help_text()
     for name in vars(parse_arguments(REQUIRED)[0]):
