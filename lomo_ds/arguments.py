@@ -54,7 +54,11 @@ class TrainArguments:
     weight_decay: float = _argument(0.0, "Decoupled weight decay.")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = _argument("linear", "Learning rate after warm-up.")
     warmup_ratio: float = _argument(0.0, "Share of all steps in which the learning rate rises from 0.")
-    max_grad_norm: float = _argument(1.0, "Clip the global gradient norm to this; 0 clips nothing.")
+    max_grad_norm: float = _argument(
+        1.0,
+        "Clip the global gradient norm to this; 0 clips nothing. The default gives way to clip_grad_value, "
+        "clip_group_norm or update_schedule immediate in the DeepSpeed config.",
+    )
     num_train_epochs: float = _argument(1.0, "Passes over the training text.")
     max_steps: int = _argument(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
     logging_steps: int = _argument(10, "Steps between two lines of metrics.jsonl.")
@@ -84,7 +88,11 @@ class TrainArguments:
         None,
         "Compute the loss a tile of logits at a time, and return none; by default wherever the architecture allows it.",
     )
-    deepspeed: str = _argument("ds_configs/zero3_bf16.json", "DeepSpeed config; its fields may be auto.")
+    deepspeed: str = _argument(
+        "zero3_bf16",
+        "DeepSpeed config: a JSON file, or zero3_auto, zero3_bf16, zero3_bf16_offload_cpu, zero3_fp16 or zero3_fp32, "
+        "which come with lomo_ds. What is absent or auto in it takes the argument's value.",
+    )
     sample_prompt: str | None = _argument(None, "Print how the model continues this text before and after training.")
     sample_tokens: int = _argument(40, "Tokens in that continuation.")
     debug: bool = _argument(False, "Show the traceback behind an error message, too.")

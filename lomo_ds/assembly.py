@@ -52,6 +52,8 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
         for shard, group, parameter in zip(shards, clipping_groups(list(trained)), trained.values(), strict=True)
     ]
     clipping = Clipping(lomo.clip_grad_value, lomo.clip_group_norm, engine.gradient_clipping() or None)
+    if engine.global_rank == 0:
+        logger.info("clipping: %s", clipping)
     stash_dtype = torch.float32 if engine.gradient_accumulation_steps() > 1 else _communication_dtype(engine)
     stash_bytes = sum(t.numel for t in targets) * (stash_dtype or engine.get_data_types()[0]).itemsize
     choice = _choose_schedule(engine, lomo, stash_bytes)
@@ -116,7 +118,7 @@ def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callabl
         prefetch_numel, live_numel = reach_of_offload(prefetch_numel, live_numel, largest)
         prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", prefetch_numel)
         live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
-    overlap = bool(_unless_asked(engine, "overlap_comm", overlaps(offload)))
+    overlap = _unless_asked(engine, "overlap_comm", overlaps(offload))
     ahead_numel = prefetch_numel + AHEAD_NUMEL if overlap else None
     exact = AsKept(engine.device, copies=offload == "cpu")
     quantized = _travels_in_eight_bits(engine)
@@ -143,8 +145,9 @@ def _travels_in_eight_bits(engine: DeepSpeedEngine) -> bool:
 
 def _unless_asked(engine: DeepSpeedEngine, name: str, ours: int) -> int:
     """What the ds_config says of ``name``, or ours."""
-    asked = engine.config["zero_optimization"]
-    return int(asked.get(name, asked.get(f"stage3_{name}", ours)))
+    zero = engine.config["zero_optimization"]
+    asked = any(zero.get(written) is not None for written in (name, f"stage3_{name}"))
+    return getattr(engine._config.zero_config, name) if asked else ours
 
 
 def _build_store(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> Store:

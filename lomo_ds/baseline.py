@@ -17,11 +17,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from lomo_ds import loss as losses
+from lomo_ds.clipping import Clipping
 from lomo_ds.config import refuse_what_no_baseline_can
 from lomo_ds.distributed import agree, start_process_group
+from lomo_ds.ds_fields import settle
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError, one_line
 from lomo_ds.loss import Batch
+from lomo_ds.warmup import build_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ def initialize_baseline(
     try:
         refuse_what_no_baseline_can(config)
         start_process_group()
+        config = settle(config, dist.get_world_size())
         engine = BaselineEngine(
             args=None, model=model, lr_scheduler=lr_scheduler, config=config, config_class=parse_ds_config(config)
         )
@@ -53,6 +57,7 @@ def initialize_baseline(
         restore_init_context()
     if engine.global_rank == 0:
         logger.info("optimizer: torch.optim.%s on DeepSpeed's ZeRO-3", type(engine.basic_optimizer).__name__)
+        logger.info("clipping: %s", Clipping(global_norm=engine.gradient_clipping() or None))
     return engine
 
 
@@ -153,7 +158,8 @@ class BaselineEngine(DeepSpeedEngine):
         return {**super().dynamic_loss_scale_args(), "raise_error_at_min_scale": False}
 
     def _scheduler_from_config(self, optimizer: Any) -> Any:
-        return super()._scheduler_from_config(self.basic_optimizer)  # torch's schedulers want one of torch's
+        name = self.scheduler_name()
+        return name and build_scheduler(name, self.scheduler_params(), self.basic_optimizer)
 
     def _agree(self, value: Tensor) -> float:
         return float(agree(value.to(self.device), self.seq_data_parallel_group))

@@ -25,6 +25,13 @@ class Clipping:
     group_norm: float | None = None
     global_norm: float | None = None
 
+    def __str__(self) -> str:
+        if self.global_norm is not None:
+            return f"the global gradient norm to {self.global_norm:g} (gradient_clipping)"
+        if self.group_norm is not None:
+            return f"each layer's gradient norm to {self.group_norm:g} (clip_group_norm)"
+        return "none" if self.value is None else f"each gradient element to {self.value:g} (clip_grad_value)"
+
     def limit(self, scale: float) -> float | None:
         """The largest magnitude of an element of gradients that are ``scale`` times their true values."""
         return None if self.value is None else self.value * scale

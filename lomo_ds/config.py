@@ -13,13 +13,37 @@ Rounding = Literal["auto", "nearest", "stochastic"]
 GatherGranularity = Literal["auto", "module", "layer"]
 Weights = Literal["auto", "int8"]
 SECTIONS = (
-    "optimizer", "optimizer.params", "scheduler", "scheduler.params", "zero_optimization", "bf16", "fp16",
+    "optimizer", "optimizer.params", "scheduler", "scheduler.params", "zero_optimization", "bf16", "bfloat16", "fp16",
     # what DeepSpeed takes for an object without looking
     "activation_checkpointing", "autotuning", "checkpoint", "checkpoint.parallel_write", "comms_logger", "compile",
     "data_efficiency", "data_types", "flops_profiler", "hybrid_engine", "pipeline", "tensor_parallel", "timers",
     "torch_autocast", "weight_quantization",
 )  # fmt: skip
 DEEPEST = 50  # levels of a ds_config; DeepSpeed and copies of it recurse
+# what no engine here does, by the values that do not ask for it
+OTHER_ENGINES: dict[str, tuple[tuple[Any, ...], str]] = {
+    "sequence_parallel_size": ((1,), "all ranks are data-parallel"),
+    "tensor_parallel.autotp_size": ((0, 1), "all ranks are data-parallel"),
+    "expert_parallel.enabled": ((False,), "all ranks are data-parallel"),
+    "zero_optimization.zenflow": ((), "it is another optimizer"),
+    "hybrid_engine.enabled": ((False,), "it is another engine"),
+    "compile.deepcompile": ((False,), "it rewrites the backward pass"),
+    "data_efficiency.enabled": ((False,), "batches are trained on as they are given"),
+    "weight_quantization": (({},), "it is for inference"),
+    "checkpoint.load_universal": ((False,), "checkpoints are those of lomo_ds, which any number of ranks reads"),
+}
+# what DeepSpeed's own optimizers read, and LOMO has no use for, by the value that does not ask for it
+IDLE: dict[str, Any] = {
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+    "zero_allow_untested_optimizer": False,
+    "zero_force_ds_cpu_optimizer": True,
+    "bf16.immediate_grad_update": False,
+    "bf16.check_grad_overflow": True,
+    "bf16.bf16_master_weights_and_grads": False,
+    "bf16.bf16_optimizer_states": False,
+    "fp16.fp16_master_weights_and_grads": False,
+}
 
 
 @dataclass(frozen=True)
@@ -131,6 +155,7 @@ def refuse_what_cannot_be(ds_config: dict[str, Any]) -> None:
     _require_step(ds_config)
     _refuse_optimizer_offload(ds_config)
     _refuse_other_engines(ds_config)
+    _refuse_other_sums(ds_config)
     _refuse_two_quantizations(ds_config, lomo)
     _refuse_clips_that_compete(ds_config, lomo)
     _refuse_what_the_schedule_cannot(ds_config, lomo)
@@ -161,7 +186,9 @@ def refuse_what_no_baseline_can(ds_config: dict[str, Any]) -> None:
 
 def _require_step(ds_config: dict[str, Any]) -> None:
     _require_number(ds_config.get("gradient_clipping", 0.0), "gradient_clipping", at_least=0.0)
-    accumulation = ds_config.get("gradient_accumulation_steps", 1)
+    accumulation = ds_config.get("gradient_accumulation_steps")
+    if accumulation is None:
+        return
     if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
         raise ConfigError(f"gradient_accumulation_steps must be an integer of at least 1, got {accumulation!r}")
 
@@ -174,10 +201,9 @@ def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
             f"lomo_ds keeps parameters in the shards of ZeRO stage 3, got zero_optimization.stage {stage!r}; "
             "set it to 3 (on one GPU too: nothing is gathered there)"
         )
-    if zero.get("zenflow") is not None:
-        raise ConfigError("zero_optimization.zenflow is not supported, as it is another optimizer; remove it")
-    if (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0) not in (0, 1):
-        raise ConfigError("tensor_parallel is not supported, as all ranks are data-parallel; remove it")
+    for path, (unasked, why) in OTHER_ENGINES.items():
+        if value_at(ds_config, path) not in (None, *unasked):
+            raise ConfigError(f"{path} is not supported, as {why}; remove it")
     for name, default in (
         ("zero_hpz_partition_size", 1),
         ("zero_quantized_gradients", False),
@@ -197,6 +223,25 @@ def _refuse_other_engines(ds_config: dict[str, Any]) -> None:
         raise ConfigError(
             "managed_gradient_accumulation false is not supported, because the last backward of a step "
             "must be known for it; remove it and set gradient_accumulation_steps, or use engine.train_batch"
+        )
+
+
+def idle_fields(ds_config: dict[str, Any]) -> list[str]:
+    """The fields of ``ds_config`` that ask DeepSpeed's own optimizers for something, and mean nothing to LOMO."""
+    return [path for path, unasked in IDLE.items() if value_at(ds_config, path) not in (None, unasked)]
+
+
+def _refuse_other_sums(ds_config: dict[str, Any]) -> None:
+    dtype = value_at(ds_config, "data_types.grad_accum_dtype")
+    if dtype not in (None, "fp32", "float32", "float", "torch.float32"):
+        raise ConfigError(
+            f"data_types.grad_accum_dtype {dtype} is not supported, as LOMO adds gradients up in fp32; remove it"
+        )
+    kept = value_at(ds_config, "data_types.keep_in_fp32_modules")
+    if kept not in (None, "auto", []):
+        raise ConfigError(
+            f"data_types.keep_in_fp32_modules {kept} is not supported, as LOMO trains weights of one precision; "
+            "remove it"
         )
 
 
@@ -260,7 +305,15 @@ def _refuse_what_the_schedule_cannot(ds_config: dict[str, Any], lomo: LomoConfig
 
 
 def _enabled(ds_config: dict[str, Any], section: str) -> bool:
-    return bool((ds_config.get(section) or {}).get("enabled", False))
+    return bool(value_at(ds_config, f"{section}.enabled"))
+
+
+def value_at(ds_config: dict[str, Any], path: str) -> Any:
+    """What stands at ``path``, keys joined by dots; None where nothing does."""
+    value: Any = ds_config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _device(section: Any) -> str:

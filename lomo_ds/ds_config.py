@@ -3,15 +3,21 @@
 import copy
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 from lomo_ds.arguments import TrainArguments
-from lomo_ds.config import require_sections
+from lomo_ds.config import require_sections, value_at
+from lomo_ds.ds_fields import KINDS, normalized, section_of
 from lomo_ds.errors import ConfigError, one_line
 from lomo_ds.precision import Precision
+
+logger = logging.getLogger(__name__)
+
+SHIPPED = Path(__file__).with_name("ds_configs")
 
 # where a field of the ds_config and an argument mean the same thing
 SAME_MEANING = {
@@ -32,27 +38,31 @@ BASELINES: dict[str, dict[str, Any]] = {
 }
 # of a ds_config's optimizer.params, what --optim adamw and sgd know, or need not: their master weights are fp32
 KNOWN = {"lr", "weight_decay", "rounding", "seed", "torch_adam", "fused"}
-KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a word"}
 
 
 def read_ds_config(file: str) -> dict[str, Any]:
-    """The DeepSpeed config in a JSON file.
+    """The DeepSpeed config in a JSON file, or of the name, ``zero3_bf16`` for one, by which it comes with lomo_ds.
 
     Raises:
-        ConfigError: it cannot be read, or is not a JSON object with each field once.
+        ConfigError: it cannot be read, is not a JSON object with each field once, or see ``normalized``.
     """
+    shipped = SHIPPED / f"{file}.json"
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        path = shipped if shipped.parent == SHIPPED and shipped.exists() else Path(file)
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         config = json.loads(text, object_pairs_hook=dict_raise_error_on_duplicate_keys)
     except OSError as error:
-        raise ConfigError(f"--deepspeed {file} cannot be read: {error.strerror}") from None
+        names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.json")))
+        raise ConfigError(
+            f"--deepspeed {file} cannot be read: {error.strerror}; give the path of a JSON file, or one of {names}"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"--deepspeed {file} is not JSON: {error}") from None
     except RecursionError:
         raise ConfigError(f"--deepspeed {file} is not a DeepSpeed config: it is nested too deep to be read") from None
     if not isinstance(config, dict):
         raise ConfigError(f"--deepspeed {file} must hold a JSON object, got {type(config).__name__}")
-    return config
+    return normalized(config)
 
 
 def fill_precision(
@@ -70,7 +80,7 @@ def fill_precision(
         The config, and whether ``fast`` decided.
     """
     require_sections(ds_config)
-    asked = {name: _get(ds_config, f"{name}.enabled") for name in ("bf16", "fp16")}
+    asked = {name: value_at(ds_config, f"{name}.enabled") for name in ("bf16", "fp16")}
     autos = [name for name, value in asked.items() if value == "auto"]
     if not autos or any(name in given or value not in (None, False, "auto") for name, value in asked.items()):
         return ds_config, False
@@ -84,6 +94,8 @@ def reconcile(
     ds_config: dict[str, Any], arguments: TrainArguments, given: frozenset[str], world_size: int
 ) -> tuple[dict[str, Any], TrainArguments]:
     """One truth from two sources: ``auto`` takes the argument, an argument not given takes the ds_config's value.
+
+    A field that is absent is ``auto``, and so is the optimizer, which is then LOMO.
 
     Args:
         given: the arguments that were given, as opposed to left at their default.
@@ -100,10 +112,10 @@ def reconcile(
         name: str if get_origin(hint) is Literal else hint for name, hint in get_type_hints(TrainArguments).items()
     }
     for path, name in SAME_MEANING.items():
-        theirs = _get(config, path)
+        theirs = value_at(config, path)
         _require_kind(theirs, path, kinds[name])
-        if path == "gradient_clipping" and name not in given and (theirs is None or _clips_otherwise(config)):
-            theirs = 0.0 if theirs in (None, "auto") else theirs
+        if path == "gradient_clipping" and theirs in (None, "auto") and name not in given:
+            theirs = _default_clip(config, theirs)
         if theirs in (None, "auto"):
             _set(config, path, getattr(arguments, name))
         elif name in given and theirs != getattr(arguments, name):
@@ -126,8 +138,7 @@ def reconcile(
         )
     arguments = dataclasses.replace(arguments, **adopted)
     _settle_train_batch_size(config, arguments, world_size)
-    if arguments.optim != "lomo":
-        _replace_optimizer(config, ds_config.get("optimizer") or {}, arguments)
+    _settle_optimizer(config, ds_config.get("optimizer") or {}, arguments)
     return config, arguments
 
 
@@ -135,7 +146,7 @@ def fill_scheduler(config: dict[str, Any], arguments: TrainArguments, total_step
     """``config`` with what only the length of the training text tells: the ``auto`` fields of its scheduler.
 
     Raises:
-        ConfigError: something else is still ``auto``, or the scheduler needs what no training gives it.
+        ConfigError: the scheduler needs what no training gives it.
     """
     config = copy.deepcopy(config)
     if config.get("scheduler", {}).get("type") == "ReduceLROnPlateau":
@@ -143,23 +154,69 @@ def fill_scheduler(config: dict[str, Any], arguments: TrainArguments, total_step
             "scheduler ReduceLROnPlateau needs a metric at each step, which training does not give it; "
             "use another, or lr_scheduler_type"
         )
-    params = config.get("scheduler", {}).get("params", {})
     known = {
         "warmup_min_lr": 0.0,
+        "warmup_min_ratio": 0.0,
         "warmup_max_lr": arguments.learning_rate,
+        "cycle_max_lr": arguments.learning_rate,
         "warmup_num_steps": warmup_steps(arguments, total_steps),
         "total_num_steps": total_steps,
     }
-    params.update({name: value for name, value in known.items() if params.get(name) == "auto"})
-    unfilled = [one_line(path) for path in _autos(config)]
-    if unfilled:
-        raise ConfigError(f'"auto" stands for nothing in the DeepSpeed config\'s {", ".join(unfilled)}; give a value')
+    _fill(section_of(config, "scheduler.params"), known)
     return config
+
+
+def fill_buckets(config: dict[str, Any], model_config: Any) -> dict[str, Any]:
+    """``config`` with what only the model tells: the ``auto`` sizes of ZeRO-3, which Hugging Face's Trainer fills so.
+
+    Args:
+        model_config: as transformers reads it; without a hidden size nothing is filled in.
+    """
+    config = copy.deepcopy(config)
+    hidden = _hidden_size(model_config)
+    if hidden is not None:
+        known = {
+            "reduce_bucket_size": hidden * hidden,
+            "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+            "stage3_param_persistence_threshold": 10 * hidden,
+        }
+        _fill(section_of(config, "zero_optimization"), known)
+    return config
+
+
+def _hidden_size(model_config: Any) -> int | None:
+    """The model's, or of a model of text and images that of its text part; the largest where layers differ."""
+    for part in (model_config, getattr(model_config, "text_config", None)):
+        sizes = getattr(part, "hidden_size", None) or getattr(part, "hidden_sizes", None)
+        if sizes:
+            return max(sizes) if isinstance(sizes, list | tuple) else int(sizes)
+    return None
+
+
+def _fill(section: dict[str, Any], known: dict[str, Any]) -> None:
+    section.update({name: value for name, value in known.items() if section.get(name) == "auto"})
 
 
 def warmup_steps(arguments: TrainArguments, total_steps: int) -> int:
     """Steps in which the learning rate rises."""
     return round(arguments.warmup_ratio * total_steps)
+
+
+def _settle_optimizer(config: dict[str, Any], theirs: dict[str, Any], arguments: TrainArguments) -> None:
+    """Let the optimizer be the one that ``--optim`` names."""
+    if arguments.optim != "lomo":
+        _replace_optimizer(config, theirs, arguments)
+        return
+    kind = theirs.get("type", "LOMO")
+    if str(kind).lower() != "lomo":
+        raise ConfigError(
+            f"the DeepSpeed config names the optimizer {one_line(repr(kind))}, and --optim is lomo; write "
+            '"optimizer": {"type": "LOMO", "params": {"lr": "auto"}}, leave the section out, or train with '
+            "--optim adamw or sgd"
+        )
+    if "type" not in theirs:
+        logger.info("optimizer: LOMO, as the DeepSpeed config names none and --optim is lomo")
+        config["optimizer"]["type"] = "LOMO"
 
 
 def _replace_optimizer(config: dict[str, Any], theirs: dict[str, Any], arguments: TrainArguments) -> None:
@@ -186,7 +243,7 @@ def _settle_train_batch_size(config: dict[str, Any], arguments: TrainArguments, 
     micro, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     size = micro * accumulation * world_size
     theirs = config.get("train_batch_size", "auto")
-    if theirs not in ("auto", size):
+    if theirs not in (None, "auto", size):
         raise ConfigError(
             f"train_batch_size {json.dumps(theirs)} in the DeepSpeed config is not "
             f"per_device_train_batch_size {micro} x "
@@ -201,18 +258,15 @@ def _require_kind(value: Any, path: str, kind: type) -> None:
         raise ConfigError(f'{path} in the DeepSpeed config must be {KINDS[kind]} or "auto", got {value!r}')
 
 
-def _clips_otherwise(config: dict[str, Any]) -> bool:
-    """Whether the default of --max_grad_norm, which nobody asked for, would contradict what LOMO was asked for."""
-    lomo = _get(config, "optimizer.params") or {}
-    clips = lomo.get("clip_grad_value") is not None or lomo.get("clip_group_norm") is not None
-    return clips or lomo.get("update_schedule") == "immediate"
-
-
-def _get(config: dict[str, Any], path: str) -> Any:
-    value: Any = config
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+def _default_clip(config: dict[str, Any], theirs: Any) -> Any:
+    """``theirs``, for the default of --max_grad_norm; or 0, where that would contradict what LOMO was asked for."""
+    lomo = section_of(config, "optimizer.params")
+    asked = [name for name in ("clip_grad_value", "clip_group_norm") if lomo.get(name) is not None]
+    asked += ["update_schedule immediate"] if lomo.get("update_schedule") == "immediate" else []
+    if not asked:
+        return theirs
+    logger.info("gradient_clipping: none, as the default of --max_grad_norm gives way to %s", asked[0])
+    return 0.0
 
 
 def _set(config: dict[str, Any], path: str, value: Any) -> None:
@@ -221,17 +275,3 @@ def _set(config: dict[str, Any], path: str, value: Any) -> None:
         config[key] = config.get(key) or {}
         config = config[key]
     config[last] = value
-
-
-def _autos(config: Any, path: str = "") -> Any:
-    if isinstance(config, dict):
-        for key, value in config.items():
-            yield from _autos(value, f"{path}.{key}" if path else key)
-    elif config == "auto" and path not in (
-        "optimizer.params.update_schedule",
-        "optimizer.params.stash_device",
-        "optimizer.params.rounding",
-        "optimizer.params.gather_granularity",
-        "optimizer.params.weights",
-    ):
-        yield path

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.utils.logging import get_log_level_from_string
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 
 from lomo_ds import zero3
 from lomo_ds.errors import ConfigError, one_line
+from lomo_ds.warmup import build_scheduler
 
 # DeepSpeed looks at the type of few values; over the others it stumbles, with one of these
 STUMBLES = (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
@@ -39,6 +39,7 @@ def parse_ds_config(ds_config: dict[str, Any]) -> DeepSpeedConfig:
     power = parsed.float16_config.initial_scale_power
     if not 0 <= power <= 127:
         raise ConfigError(f"fp16.initial_scale_power must be between 0 and 127, as float32 holds no more, got {power}")
+    _require_param_dtype(parsed)
     accelerator = get_accelerator()
     for name, enabled, supported in (
         ("fp16", parsed.float16_config.enabled, accelerator.is_fp16_supported()),
@@ -66,17 +67,26 @@ def _parsed(ds_config: dict[str, Any]) -> DeepSpeedConfig:
         _ = 1 % parsed.steps_per_print
     if parsed.log_level is not None:
         get_log_level_from_string(parsed.log_level)
-    if parsed.grad_accum_dtype is not None:
-        DtypeEnum(parsed.grad_accum_dtype)
+    for dtype in (parsed.grad_accum_dtype, parsed.param_dtype, parsed.buffer_dtype):
+        if dtype is not None:
+            DtypeEnum(dtype)
     if parsed.scheduler_name is not None:
         _try_scheduler(parsed.scheduler_name, parsed.scheduler_params)
     return parsed
 
 
+def _require_param_dtype(parsed: DeepSpeedConfig) -> None:
+    precision = "fp16" if parsed.float16_config.enabled else "bf16" if parsed.bfloat16_config.enabled else "fp32"
+    if parsed.param_dtype is not None and DtypeEnum(parsed.param_dtype) != DtypeEnum(precision):
+        raise ConfigError(
+            f"data_types.param_dtype {parsed.param_dtype} is not the {precision} that bf16.enabled and fp16.enabled "
+            "ask for; remove it"
+        )
+
+
 def _try_scheduler(name: str, params: dict[str, Any]) -> None:
-    known = lr_schedules if hasattr(lr_schedules, name) else torch.optim.lr_scheduler
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    scheduler = getattr(known, name)(optimizer, **params)
+    scheduler = build_scheduler(name, params, optimizer)
     optimizer.step()
     if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):  # which wants a metric at each step
         scheduler.step()

@@ -31,8 +31,9 @@ from lomo_ds.checkpoint import (
     open_checkpoint,
     read_latest,
 )
-from lomo_ds.config import read_lomo_config, refuse_what_cannot_be
+from lomo_ds.config import idle_fields, read_lomo_config, refuse_what_cannot_be
 from lomo_ds.distributed import TIMEOUT, agree, gather_objects, start_process_group
+from lomo_ds.ds_fields import settle
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine_state import advance_scheduler, capture_engine, restore_engine, restore_weights
 from lomo_ds.errors import CheckpointError, ConfigError
@@ -40,6 +41,7 @@ from lomo_ds.loss import Batch
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.random_states import RandomStates
 from lomo_ds.schedules import Schedule
+from lomo_ds.warmup import build_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +86,13 @@ def initialize(
                 )
         if model is None:
             raise ConfigError("lomo_ds.initialize needs a model, got None")
-        ds_config = _load_config(args, config, config_params)
+        ds_config = settle(_load_config(args, config, config_params))
         refuse_what_cannot_be(ds_config)
         _join_process_group(distributed_port, dist_init_required)
+        ds_config = settle(ds_config, dist.get_world_size())
+        refuse_what_cannot_be(ds_config)  # again, as accumulation may follow from the number of ranks
+        if dist.get_rank() == 0 and (idle := idle_fields(ds_config)):
+            logger.info("of the DeepSpeed config LOMO has no use for %s", ", ".join(idle))
         engine = LomoEngine(
             args=args,
             model=model,
@@ -387,7 +393,8 @@ class LomoEngine(DeepSpeedEngine):
         return optimizer_name.lower() == "lomo"
 
     def _scheduler_from_config(self, optimizer: LomoOptimizer) -> Any:
-        return super()._scheduler_from_config(optimizer.optimizer)  # torch's schedulers want one of torch's
+        name = self.scheduler_name()
+        return name and build_scheduler(name, self.scheduler_params(), optimizer.optimizer)
 
     def _configure_optimizer(self, client_optimizer: None, model_parameters: list[Any]) -> None:
         lomo = read_lomo_config(self.config)

@@ -39,7 +39,15 @@ from lomo_ds.data import (
     warn_of_unknown_tokens,
 )
 from lomo_ds.distributed import gather_objects, is_local_main_process, together
-from lomo_ds.ds_config import fill_precision, fill_scheduler, read_ds_config, reconcile, warmup_steps
+from lomo_ds.ds_config import (
+    fill_buckets,
+    fill_precision,
+    fill_scheduler,
+    read_ds_config,
+    reconcile,
+    warmup_steps,
+)
+from lomo_ds.ds_fields import settle
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine import initialize
 from lomo_ds.errors import CheckpointError, ConfigError, DataError
@@ -119,7 +127,7 @@ def _train_in(
     progress = _progress(found, arguments, validation)
     steps = _steps(arguments, training, progress)
     together(lambda: _refuse_fewer_steps(steps, arguments))
-    filled = together(lambda: _checked(fill_scheduler(_as_saved(ds_config, found), arguments, steps.total), arguments))
+    filled = together(lambda: _filled(_as_saved(ds_config, found), arguments, steps.total, config))
     outlook = Outlook(config, filled, arguments, length)
     together(outlook.say)
     if found and rank == 0:
@@ -166,7 +174,7 @@ def _warn_of_emulation(arguments: TrainArguments) -> None:
     if not is_fast(arguments.precision, _device_type()):
         logger.warning(
             "%s was asked for, but this processor has no %s instructions and emulates them, several times slower than "
-            "fp32; use --deepspeed ds_configs/zero3_auto.json, which takes fp32 here",
+            "fp32; use --deepspeed zero3_auto (ds_configs/zero3_auto.json), which takes fp32 here",
             arguments.precision, arguments.precision,
         )  # fmt: skip
 
@@ -300,8 +308,12 @@ def _tile_logits(model: PreTrainedModel, asked: bool | None) -> None:
         logger.info("the loss is computed a tile of logits at a time; --tiled_logits false computes them whole")
 
 
-def _checked(ds_config: dict[str, Any], arguments: TrainArguments) -> dict[str, Any]:
-    """The config itself, refused before a model is loaded for nothing."""
+def _filled(
+    ds_config: dict[str, Any], arguments: TrainArguments, total_steps: int, config: PretrainedConfig
+) -> dict[str, Any]:
+    """``ds_config`` with nothing left to fill in, or refused before a model is loaded for nothing."""
+    ds_config = fill_buckets(fill_scheduler(ds_config, arguments, total_steps), config)
+    ds_config = settle(ds_config, dist.get_world_size())
     if arguments.optim == "lomo":
         refuse_what_cannot_be(ds_config)
     else:

@@ -1,24 +1,43 @@
 """The ds_config and the command line made one."""
 
 import json
+import logging
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPT2Config, LlamaConfig, SegformerConfig
 
 from lomo_ds.arguments import TrainArguments, parse_arguments
 from lomo_ds.config import refuse_what_cannot_be, refuse_what_no_baseline_can
-from lomo_ds.ds_config import fill_scheduler, read_ds_config, reconcile
+from lomo_ds.ds_config import fill_buckets, fill_precision, fill_scheduler, read_ds_config, reconcile
+from lomo_ds.ds_fields import settle
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError
 
-SHIPPED = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 REQUIRED = ["--model_name_or_path", "m", "--train_file", "t.txt", "--output_dir", "o"]
 
 
 def merged(config: dict[str, Any], *argv: str, world_size: int = 2) -> tuple[dict[str, Any], TrainArguments]:
     arguments, given = parse_arguments([*REQUIRED, *argv])
     return reconcile(config, arguments, given, world_size)
+
+
+def trained_on(config: dict[str, Any], *argv: str) -> dict[str, Any]:
+    """The config that a run of launch/train.py on one rank, of 10 steps and a model 64 wide, would train with."""
+    arguments, given = parse_arguments([*REQUIRED, *argv])
+    config = fill_precision(config, arguments, given, "fp32")[0]
+    config, arguments = reconcile(config, arguments, given, world_size=1)
+    config = fill_buckets(fill_scheduler(config, arguments, total_steps=10), LlamaConfig(hidden_size=64))
+    config = settle(config, world_size=1)
+    (refuse_what_cannot_be if arguments.optim == "lomo" else refuse_what_no_baseline_can)(config)
+    parse_ds_config(config)
+    return config
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -37,20 +56,28 @@ def test_an_argument_not_given_takes_the_ds_configs_value() -> None:
     assert (arguments.bf16, arguments.max_grad_norm, arguments.learning_rate) == (True, 0.5, 0.7)
 
 
-def test_a_field_that_is_absent_takes_the_argument_or_means_what_deepspeed_means() -> None:
-    config, arguments = merged({})
+@pytest.mark.parametrize("written", [{}, {"gradient_clipping": None}, {"gradient_clipping": "auto"}], ids=str)
+def test_a_field_that_is_absent_takes_the_argument_and_its_default(written: dict[str, Any]) -> None:
+    config, arguments = merged(written)
     assert config["train_micro_batch_size_per_gpu"] == 8
-    assert (config["gradient_clipping"], arguments.max_grad_norm) == (0.0, 0.0)
-    assert merged({}, "--max_grad_norm", "2")[0]["gradient_clipping"] == 2.0
+    assert config["gradient_clipping"] == arguments.max_grad_norm == TrainArguments.max_grad_norm == 1.0
+    assert merged(written, "--max_grad_norm", "2")[0]["gradient_clipping"] == 2.0
+    assert merged(written, "--max_grad_norm", "0")[0]["gradient_clipping"] == 0.0
 
 
 @pytest.mark.parametrize(
     "params", [{"clip_group_norm": 1.0}, {"clip_grad_value": 1.0}, {"update_schedule": "immediate"}]
 )
-def test_the_default_clip_gives_way_to_what_was_asked_for(params: dict[str, Any]) -> None:
-    config = {"gradient_clipping": "auto", "optimizer": {"params": params}}
-    merged_config, arguments = merged(config)
+@pytest.mark.parametrize("written", [{}, {"gradient_clipping": "auto"}], ids=str)
+def test_the_default_clip_gives_way_to_what_was_asked_for(
+    params: dict[str, Any], written: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {**written, "optimizer": {"type": "LOMO", "params": params}}
+    with caplog.at_level(logging.INFO, logger="lomo_ds"):
+        merged_config, arguments = merged(config)
     assert (merged_config["gradient_clipping"], arguments.max_grad_norm) == (0.0, 0.0)
+    asked = next(iter(params))
+    assert f"gradient_clipping: none, as the default of --max_grad_norm gives way to {asked}" in caplog.text
     assert merged(config, "--max_grad_norm", "1")[0]["gradient_clipping"] == 1.0
 
 
@@ -130,9 +157,8 @@ def test_what_means_nothing_to_a_baseline(optimizer: dict[str, Any], sentence: s
 
 
 def test_an_auto_that_stands_for_nothing() -> None:
-    config, arguments = merged({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}})
-    with pytest.raises(ConfigError, match=r"zero_optimization\.reduce_bucket_size; give a value"):
-        fill_scheduler(config, arguments, total_steps=1)
+    with pytest.raises(ConfigError, match=r"zero_optimization\.sub_group_size \(write an integer\)"):
+        trained_on({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}})
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
@@ -155,3 +181,150 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_the_timer_that_waits_for_the_device_runs_only_where_it_is_asked_for(timers: Any, enabled: bool) -> None:
     config = {"train_micro_batch_size_per_gpu": 1} | ({} if timers is None else {"timers": timers})
     assert parse_ds_config(config).timers_config.enabled is enabled
+
+
+# --- files that others publish
+
+# transformers' documentation of DeepSpeed, ZeRO-3
+HUGGING_FACE: dict[str, Any] = {
+    "fp16": {
+        "enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}  # fmt: skip
+# LLaMA-Factory's ds_z3_config.json
+LLAMA_FACTORY: dict[str, Any] = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+    "fp16": HUGGING_FACE["fp16"],
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+FILLED_SIZES = {
+    "reduce_bucket_size": 4096,
+    "stage3_prefetch_bucket_size": 3686,
+    "stage3_param_persistence_threshold": 640,
+}
+
+
+def test_llama_factorys_file_trains_with_lomo_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lomo_ds"):
+        config = trained_on(LLAMA_FACTORY)
+    assert config["optimizer"] == {
+        "type": "LOMO", "params": {"lr": 0.03, "weight_decay": 0.0, "seed": 42, "weights": "auto"}
+    }  # fmt: skip
+    assert "optimizer: LOMO, as the DeepSpeed config names none" in caplog.text
+    assert config["zero_optimization"] == LLAMA_FACTORY["zero_optimization"] | FILLED_SIZES
+    assert (config["bf16"]["enabled"], config["fp16"]["enabled"], config["gradient_clipping"]) == (False, False, 1.0)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_llama_factorys_file_trains_a_baseline_as_it_is(optim: str) -> None:
+    assert trained_on(LLAMA_FACTORY, "--optim", optim)["optimizer"]["type"].lower() == optim
+
+
+def test_hugging_faces_file_trains_adamw_as_it_is_and_says_what_lomo_wants() -> None:
+    config = trained_on(HUGGING_FACE, "--optim", "adamw", "--bf16")
+    assert config["optimizer"]["params"]["lr"] == config["scheduler"]["params"]["warmup_max_lr"] == 5e-5
+    assert config["scheduler"]["params"]["warmup_num_steps"] == 0
+    assert {name: config["zero_optimization"][name] for name in FILLED_SIZES} == FILLED_SIZES
+    with pytest.raises(ConfigError, match=r"names the optimizer 'AdamW', .* write \"optimizer\": \{\"type\": \"LOMO\""):
+        trained_on(HUGGING_FACE)
+    adapted = HUGGING_FACE | {"optimizer": {"type": "LOMO", "params": {"lr": "auto"}}}
+    with pytest.raises(ConfigError, match="offload_optimizer was asked for, but LOMO has no optimizer state"):
+        trained_on(adapted)
+    adapted["zero_optimization"] = HUGGING_FACE["zero_optimization"] | {"offload_optimizer": {"device": "none"}}
+    assert trained_on(adapted)["optimizer"]["type"] == "LOMO"
+
+
+def test_fp16_and_bf16_that_are_both_auto_follow_the_arguments() -> None:
+    for argument in ("bf16", "fp16"):
+        config = merged(LLAMA_FACTORY, f"--{argument}")[0]
+        assert {name: config[name]["enabled"] for name in ("bf16", "fp16")} == {
+            name: name == argument for name in ("bf16", "fp16")
+        }
+    assert trained_on(LLAMA_FACTORY | {"fp16": {"loss_scale": 0}})["fp16"] == {"loss_scale": 0, "enabled": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "hidden"),
+    [
+        (LlamaConfig(hidden_size=32), 32),
+        (GPT2Config(n_embd=48), 48),
+        (SegformerConfig(hidden_sizes=[8, 16]), 16),
+        (type("OfTextAndImages", (), {"text_config": LlamaConfig(hidden_size=96)}), 96),
+    ],
+)
+def test_the_auto_sizes_follow_from_the_width_of_the_model(model: Any, hidden: int) -> None:
+    zero = dict.fromkeys(FILLED_SIZES, "auto")
+    filled = fill_buckets({"zero_optimization": zero}, model)["zero_optimization"]
+    assert list(filled.values()) == [hidden**2, int(0.9 * hidden**2), 10 * hidden]
+
+
+# --- configs that come with lomo_ds
+
+
+def test_the_default_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, _ = parse_arguments(REQUIRED)
+    arguments.dump(tmp_path / "config.yaml")
+    again, _ = parse_arguments(["--config", "config.yaml"])
+    assert read_ds_config(again.deepspeed) == read_ds_config(str(ROOT / "ds_configs/zero3_bf16.json"))
+    for path in SHIPPED:
+        assert read_ds_config(path.stem) == read_ds_config(str(path))
+    with pytest.raises(
+        ConfigError, match=r"cannot be read: No such .* give the path of a JSON file, or one of zero3_au"
+    ):
+        read_ds_config("ds_configs/zero3_bf16.json")
+
+
+def test_a_wheel_holds_the_configs(tmp_path: Path) -> None:
+    code = "import setuptools; from setuptools.build_meta import build_wheel; build_wheel(__import__('sys').argv[1])"
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "lomo_ds"):
+        (source / name).symlink_to(ROOT / name)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"lomo_ds/ds_configs/{path.name}" for path in SHIPPED} <= set(names)

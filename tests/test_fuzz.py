@@ -24,6 +24,7 @@ from lomo_ds.config import LomoConfig, refuse_what_cannot_be, refuse_what_no_bas
 from lomo_ds.data.text import read_documents
 from lomo_ds.data.tokens import tokenize_file
 from lomo_ds.ds_config import SAME_MEANING, fill_scheduler, read_ds_config, reconcile
+from lomo_ds.ds_fields import settle
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError, DataError, LomoError
 from lomo_ds.models import load_tokenizer
@@ -116,7 +117,7 @@ ZERO = [f"zero_optimization.{name}" for name in DeepSpeedZeroConfig.model_fields
 DEEPSPEED = [
     "optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "torch_autocast", "activation_checkpointing",
     "comms_logger", "flops_profiler", "autotuning", "hybrid_engine", "pipeline", "compile", "data_efficiency",
-    "checkpoint", "data_types", "aio", "timers", "tensor_parallel", "expert_parallel", "datastates",
+    "checkpoint", "data_types", "aio", "timers", "tensor_parallel", "expert_parallel", "datastates_ckpt",
     "weight_quantization", "tensorboard", "wandb", "csv_monitor", "comet", "amp", "sparse_attention", "elasticity",
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "managed_gradient_accumulation", "gradient_clipping", "prescale_gradients", "gradient_predivide_factor",
@@ -134,7 +135,9 @@ DEEPSPEED = [
     "autotuning.enabled", "autotuning.fast", "data_efficiency.enabled", "data_efficiency.data_sampling",
     "data_efficiency.data_sampling.curriculum_learning", "data_efficiency.data_routing",
     "checkpoint.tag_validation", "checkpoint.parallel_write", "checkpoint.parallel_write.pipeline_stage",
-    "data_types.grad_accum_dtype", "data_types.keep_in_fp32_modules", "aio.block_size", "timers.throughput",
+    "data_types.grad_accum_dtype", "data_types.keep_in_fp32_modules", "data_types.param_dtype",
+    "data_types.buffer_dtype", "bfloat16", "zero_optimization.stage3_prefetch_bucket_size", "gradient_cliping",
+    "aio.block_size", "timers.throughput",
     "tensor_parallel.autotp_size", "expert_parallel.enabled",
 ]  # fmt: skip
 fields = st.sampled_from([*LOMO, *SAME_MEANING]) | st.sampled_from(DEEPSPEED) | st.sampled_from(ZERO) | names
@@ -169,6 +172,7 @@ def settled(config: dict[str, Any], argv: list[str]) -> tuple[DeepSpeedConfig, T
     arguments, given_names = parse_arguments([*REQUIRED, *argv])
     config, arguments = reconcile(config, arguments, given_names, world_size=1)
     config = fill_scheduler(config, arguments, total_steps=10)
+    config = settle(config, world_size=1)
     refuse = refuse_what_cannot_be if arguments.optim == "lomo" else refuse_what_no_baseline_can
     refuse(config)
     return parse_ds_config(config), arguments

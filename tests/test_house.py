@@ -20,6 +20,7 @@ FLOORS = [
         "training_engine",
         "buckets",
         "triton_launch",
+        "warmup",
     ],
     [
         "config",
@@ -33,7 +34,7 @@ FLOORS = [
         "host_budget",
         "prefetch",
     ],
-    ["zero3", "rules"],
+    ["zero3", "rules", "ds_fields"],
     ["gathering", "reduction", "ds_config", "data.tokens", "data.packing", "ds_parse", "stores", "lifeline", "monitor"],
     ["schedules", "data", "models", "checkpoint"],
     ["backward", "demo", "cli", "progress", "planner"],

@@ -3,6 +3,7 @@
 import shlex
 from typing import Any
 
+from lomo_ds.ds_fields import settle
 from lomo_ds.errors import ConfigError
 from lomo_ds.planner.plan import Plan
 from lomo_ds.planner.settings import Settings
@@ -60,17 +61,21 @@ def settings_of(ds_config: dict[str, Any], **others: Any) -> Settings:
 
     Args:
         others: the settings that are no part of it, ``sequence`` for one.
+
+    Raises:
+        ConfigError: see ``settle``.
     """
+    ds_config = settle(ds_config, others.get("gpus", 1))
     zero, optimizer = ds_config["zero_optimization"], ds_config["optimizer"]
     kind = str(optimizer["type"]).lower()
     lomo = optimizer["params"] if kind == "lomo" else {}
-    found: dict[str, Any] = {name: int(zero[theirs]) for name, theirs in ZERO.items() if theirs in zero}
+    found: dict[str, Any] = {name: zero[theirs] for name, theirs in ZERO.items() if theirs in zero}
     found |= {name: lomo[name] for name in LOMO if lomo.get(name) is not None}
     precision = next((name for name in ("bf16", "fp16") if (ds_config.get(name) or {}).get("enabled")), "fp32")
     return Settings(
         batch=ds_config["train_micro_batch_size_per_gpu"],
-        accumulation=ds_config.get("gradient_accumulation_steps") or 1,
-        gradient_clipping=ds_config.get("gradient_clipping") or 0.0,
+        accumulation=ds_config["gradient_accumulation_steps"],
+        gradient_clipping=ds_config["gradient_clipping"],
         precision=precision,  # type: ignore[arg-type]
         optimizer=kind,  # type: ignore[arg-type]
         offload_param=(zero.get("offload_param") or {}).get("device", "none"),
