@@ -6,10 +6,12 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import GPT2Config, LlamaConfig, SegformerConfig
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from lomo_ds.arguments import TrainArguments, parse_arguments
 from lomo_ds.config import refuse_what_cannot_be, refuse_what_no_baseline_can
@@ -295,10 +297,16 @@ def test_fp16_and_bf16_that_are_both_auto_follow_the_arguments() -> None:
         (type("OfTextAndImages", (), {"text_config": LlamaConfig(hidden_size=96)}), 96),
     ],
 )
-def test_the_auto_sizes_follow_from_the_width_of_the_model(model: Any, hidden: int) -> None:
-    zero = dict.fromkeys(FILLED_SIZES, "auto")
-    filled = fill_buckets({"zero_optimization": zero}, model)["zero_optimization"]
-    assert list(filled.values()) == [hidden**2, int(0.9 * hidden**2), 10 * hidden]
+def test_the_auto_sizes_are_those_of_hugging_faces_trainer(model: Any, hidden: int) -> None:
+    config = {"zero_optimization": {"stage": 3, **dict.fromkeys(FILLED_SIZES, "auto")}}
+    filled = fill_buckets(config, model)
+    sizes = [hidden**2, int(0.9 * hidden**2), 10 * hidden]
+    assert filled["zero_optimization"] == {"stage": 3, **dict(zip(FILLED_SIZES, sizes, strict=True))}
+    pytest.importorskip("accelerate")
+    theirs = HfTrainerDeepSpeedConfig(config)
+    arguments = SimpleNamespace(get_warmup_steps=lambda steps: 0)
+    theirs.trainer_config_finalize(arguments, SimpleNamespace(config=model), num_training_steps=10)
+    assert theirs.config["zero_optimization"] == filled["zero_optimization"]
 
 
 # --- configs that come with lomo_ds
