@@ -52,11 +52,9 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
         for shard, group, parameter in zip(shards, clipping_groups(list(trained)), trained.values(), strict=True)
     ]
     clipping = Clipping(lomo.clip_grad_value, lomo.clip_group_norm, engine.gradient_clipping() or None)
-    if engine.global_rank == 0:
-        logger.info("clipping: %s", clipping)
     stash_dtype = torch.float32 if engine.gradient_accumulation_steps() > 1 else _communication_dtype(engine)
     stash_bytes = sum(t.numel for t in targets) * (stash_dtype or engine.get_data_types()[0]).itemsize
-    choice = _choose_schedule(engine, lomo, stash_bytes)
+    choice = _choose_schedule(engine, lomo, clipping, stash_bytes)
     _announce_host_memory(engine, shards, choice, stash_bytes)
     schedule = build_schedule(
         choice,
@@ -177,7 +175,7 @@ def _build_rule(engine: DeepSpeedEngine, lomo: LomoConfig) -> Rule:
     return Sgd(generator=torch.Generator(engine.device).manual_seed(lomo.seed + rank))
 
 
-def _choose_schedule(engine: DeepSpeedEngine, lomo: LomoConfig, stash_bytes: int) -> Choice:
+def _choose_schedule(engine: DeepSpeedEngine, lomo: LomoConfig, clipping: Clipping, stash_bytes: int) -> Choice:
     free_device, free_host = _free_bytes(engine)
     choice = choose_schedule(
         lomo,
@@ -189,7 +187,7 @@ def _choose_schedule(engine: DeepSpeedEngine, lomo: LomoConfig, stash_bytes: int
         free_host_bytes=free_host,
     )
     if engine.global_rank == 0:
-        logger.info("update_schedule %s: %s", lomo.update_schedule, choice)
+        logger.info("update_schedule %s: %s; clipping: %s", lomo.update_schedule, choice, clipping)
     return choice
 
 

@@ -56,8 +56,8 @@ def initialize_baseline(
     finally:
         restore_init_context()
     if engine.global_rank == 0:
-        logger.info("optimizer: torch.optim.%s on DeepSpeed's ZeRO-3", type(engine.basic_optimizer).__name__)
-        logger.info("clipping: %s", Clipping(global_norm=engine.gradient_clipping() or None))
+        name, clipping = type(engine.basic_optimizer).__name__, Clipping(global_norm=engine.gradient_clipping() or None)
+        logger.info("optimizer: torch.optim.%s on DeepSpeed's ZeRO-3; clipping: %s", name, clipping)
     return engine
 
 

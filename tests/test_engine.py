@@ -242,6 +242,8 @@ def test_auto_is_resolved_and_logged_once(ranks: GroupOf, sections: dict[str, An
     granularity, update_schedule = records
     assert granularity == "gather_granularity auto: layer"
     assert update_schedule.startswith(f"update_schedule auto: {schedule.lower()}")
+    limit = "the global gradient norm to 1 (gradient_clipping)" if "global_norm" in sections else "none"
+    assert update_schedule.endswith(f"; clipping: {limit}")
 
 
 def events_of_deepspeeds_tensorboard(folder: str) -> None:
