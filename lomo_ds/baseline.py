@@ -45,6 +45,7 @@ def initialize_baseline(
     """
     shutdown_init_context()
     try:
+        config = settle(config)
         refuse_what_no_baseline_can(config)
         start_process_group()
         config = settle(config, dist.get_world_size())

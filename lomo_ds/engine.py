@@ -36,7 +36,7 @@ from lomo_ds.distributed import TIMEOUT, agree, gather_objects, start_process_gr
 from lomo_ds.ds_fields import settle
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine_state import advance_scheduler, capture_engine, restore_engine, restore_weights
-from lomo_ds.errors import CheckpointError, ConfigError
+from lomo_ds.errors import CheckpointError, ConfigError, one_line
 from lomo_ds.loss import Batch
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.random_states import RandomStates
@@ -434,4 +434,14 @@ def _load_config(args: Any, config: Any, config_params: Any) -> dict[str, Any]:
     given = [c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None]
     if len(given) != 1:
         raise ConfigError(f"give one DeepSpeed config, as config= or in args.deepspeed_config, got {len(given)}")
-    return given[0] if isinstance(given[0], dict) else load_ds_config(given[0])
+    if isinstance(given[0], dict):
+        return given[0]
+    try:
+        loaded = load_ds_config(given[0])
+    except Exception as error:  # whatever its JSON reader and its decoders raise
+        raise ConfigError(f"the DeepSpeed config {one_line(given[0])} cannot be read: {one_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"the DeepSpeed config {one_line(given[0])} must hold a JSON object, got {type(loaded).__name__}"
+        )
+    return loaded

@@ -1,6 +1,7 @@
 """A field of a DeepSpeed config means the same to whoever reads it, also where it is absent."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,10 +251,27 @@ def test_a_name_that_nobody_knows_is_told_and_left_out(caplog: pytest.LogCapture
     assert caplog.messages == ["DeepSpeed knows no '_comment' in its config, so it is ignored"]
 
 
+def test_what_accelerate_writes_passes() -> None:
+    nowhere = {"device": "none", "nvme_path": None}
+    zero = {"stage": 3, "offload_optimizer": nowhere, "offload_param": nowhere}
+    settled(steps_per_print=float("inf"), zero_allow_untested_optimizer=True, zero_optimization=zero)
+
+
 def test_what_only_deepspeeds_optimizers_read_is_named() -> None:
     assert idle_fields(settled()) == []
     asked = settled(zero_allow_untested_optimizer=True, bf16={"enabled": True, "check_grad_overflow": False})
     assert idle_fields(asked) == ["zero_allow_untested_optimizer", "bf16.check_grad_overflow"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"), [(None, "cannot be read"), ("{,}", "cannot be read"), ("[1]", "got list")]
+)
+def test_a_config_that_is_no_file_of_one_is_refused(text: str | None, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "ds_config.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=f"the DeepSpeed config .*ds_config.json .*{sentence}"):
+        lomo_ds.initialize(model=torch.nn.Linear(1, 1), config=str(file))
 
 
 # --- "auto"
