@@ -7,6 +7,7 @@ cost there. Only what a step is comes from lomo_ds: the batch of all ranks and m
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import deepspeed.comm as dist
@@ -16,14 +17,15 @@ from deepspeed.runtime.zero.partition_parameters import restore_init_context, sh
 from torch import Tensor
 from torch.nn import Module
 
-from lomo_ds import loss as losses
+from lomo_ds.batches import Batch
 from lomo_ds.clipping import Clipping
 from lomo_ds.config import refuse_what_no_baseline_can
 from lomo_ds.distributed import agree, start_process_group
 from lomo_ds.ds_fields import settle
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError, one_line
-from lomo_ds.loss import Batch
+from lomo_ds.items import LabelWatch
+from lomo_ds.step_batch import StepBatch
 from lomo_ds.warmup import build_scheduler
 
 logger = logging.getLogger(__name__)
@@ -74,23 +76,16 @@ class BaselineEngine(DeepSpeedEngine):
         """The loss scale of the next step; 1 unless training in fp16."""
         return float(self.optimizer.loss_scale)
 
-    def train_batch(self, batch: Batch | Sequence[Batch]) -> Tensor:
+    def train_batch(self, batch: Batch | Sequence[Batch], num_items: int | Sequence[int] | None = None) -> Tensor:
         """One whole optimizer step: the one plain PyTorch would take on all ranks' batches at once.
 
-        Takes and returns what ``LomoEngine.train_batch`` does, of any number of micro-batches.
-
-        Raises:
-            ConfigError: there is no micro-batch.
+        Takes, returns and raises what ``LomoEngine.train_batch`` does, of any number of micro-batches.
         """
-        micro_batches = losses.micro_batches_of(batch)
-        shifts = losses.shifts_labels(self.module)
-        # counted where the labels lie, which is the host: on the device each count would wait for it
-        counts = [losses.count_items(micro_batch, shifts) for micro_batch in micro_batches]
-        items = self._agree(torch.tensor(sum(counts), dtype=torch.float64))
-        if not items:
-            return self._skip("no label in it counts", math.nan, scale_is_to_blame=False)
+        step_batch = StepBatch(batch, num_items, self._labels, self.device, self.seq_data_parallel_group)
         try:
-            loss = self._agree(self._backward_all(micro_batches, counts, 1.0 / items))
+            loss = self._agree(self._backward_all(step_batch))
+            if step_batch.skip_reason is not None:
+                return self._skip(step_batch.skip_reason, math.nan, step_batch.scale_is_to_blame)
             if not math.isfinite(loss):
                 return self._skip("a loss was not finite", loss, scale_is_to_blame=True)
             self._step_whole()
@@ -101,21 +96,26 @@ class BaselineEngine(DeepSpeedEngine):
             self._is_gradient_accumulation_boundary = None
         return torch.tensor(loss, dtype=torch.float32, device=self.device)
 
-    def _backward_all(self, micro_batches: list[Batch], counts: list[int], share: float) -> Tensor:
-        """Forward and backward of each micro-batch, its loss weighted by its ``share`` of the step's labels.
+    @cached_property
+    def _labels(self) -> LabelWatch:
+        return LabelWatch(self.module)
+
+    def _backward_all(self, step_batch: StepBatch) -> Tensor:
+        """Forward and backward of each micro-batch, its loss weighted by its share of the step's labels.
 
         Returns:
             This rank's part of the step's loss; 0-dim, float64.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for position, (micro_batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
-            self.set_gradient_accumulation_boundary(position == len(micro_batches) - 1)
-            inputs = micro_batch if count else losses.with_any_labels(micro_batch)
-            loss = losses.loss_of(self(**losses.on_device(inputs, self.device)))
-            total += loss.detach().double() * (count * share)
+        for position in range(len(step_batch)):
+            self.set_gradient_accumulation_boundary(position == len(step_batch) - 1)
+            loss = step_batch.forward(self, position)
+            if step_batch.skip_reason is not None:
+                break
+            weight = step_batch.weight(position)
+            total += loss.detach().double() * weight
             # ranks' gradients are averaged: what is a share of the step is that times the ranks on each rank
-            weight = count * share * dist.get_world_size(self.seq_data_parallel_group)
-            self.backward(loss * weight, scale_wrt_gas=False)
+            self.backward(loss * (weight * dist.get_world_size(self.seq_data_parallel_group)), scale_wrt_gas=False)
         return total
 
     def _step_whole(self) -> None:

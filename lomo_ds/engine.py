@@ -22,8 +22,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 from torch.utils.data import Dataset
 
-from lomo_ds import loss as losses
 from lomo_ds.assembly import build_optimizer
+from lomo_ds.batches import Batch
 from lomo_ds.checkpoint import (
     Checkpoint,
     Saver,
@@ -37,10 +37,12 @@ from lomo_ds.ds_fields import settle
 from lomo_ds.ds_parse import parse_ds_config
 from lomo_ds.engine_state import advance_scheduler, capture_engine, restore_engine, restore_weights
 from lomo_ds.errors import CheckpointError, ConfigError, one_line
-from lomo_ds.loss import Batch
+from lomo_ds.items import LabelWatch
+from lomo_ds.loss import as_scalar
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.random_states import RandomStates
 from lomo_ds.schedules import Schedule
+from lomo_ds.step_batch import StepBatch
 from lomo_ds.warmup import build_scheduler
 
 logger = logging.getLogger(__name__)
@@ -125,33 +127,33 @@ class LomoEngine(DeepSpeedEngine):
         """The update schedule in force."""
         return self.optimizer.schedule
 
-    def train_batch(self, batch: Batch | Sequence[Batch]) -> Tensor:
+    def train_batch(self, batch: Batch | Sequence[Batch], num_items: int | Sequence[int] | None = None) -> Tensor:
         """One whole optimizer step under any schedule: the step plain PyTorch would take on all ranks' batches at once.
 
         Args:
             batch: the keyword arguments of the model's forward; or a list of them, this rank's micro-batches. The
                 counts of labelled tokens (labels other than -100) may differ between ranks and micro-batches; the
                 number of micro-batches may not.
+            num_items: how many items the loss is a mean over, for each micro-batch; None counts them, see ``items``.
 
         Returns:
             The model's loss averaged over the labelled tokens of the whole step, all ranks and micro-batches; 0-dim,
             float32. It is not finite where the step was skipped for that.
 
         Raises:
-            ConfigError: several micro-batches under a schedule that keeps no gradients, or a step begun with
-                ``engine.backward`` is not finished.
+            ConfigError: several micro-batches under a schedule that keeps no gradients; a step begun with
+                ``engine.backward`` is not finished; the batch names no arguments; the model returns no loss; or it is
+                not known what losses weigh.
+            PeerError: the model returns no loss on another rank.
         """
-        micro_batches = losses.micro_batches_of(batch)
-        self._refuse_train_batch(micro_batches)
-        # counted where the labels lie, which is the host: on the device each count would wait for it
-        counts = [losses.count_items(micro_batch, self._shifts_labels) for micro_batch in micro_batches]
-        micro_batches = [losses.on_device(micro_batch, self.device) for micro_batch in micro_batches]
+        step_batch = StepBatch(batch, num_items, self._labels, self.device, self._ranks)
+        self._refuse_train_batch(len(step_batch))
         self._in_train_batch = True
         try:
             if self.schedule.passes == 2:
-                self._backward_twice(micro_batches, counts)
+                self._backward_twice(step_batch)
             else:
-                self._backward_all(micro_batches, counts)
+                self._backward_all(step_batch)
             self.set_gradient_accumulation_boundary(True)
             self.step()
         except BaseException:
@@ -164,10 +166,10 @@ class LomoEngine(DeepSpeedEngine):
         self.micro_steps += self.gradient_accumulation_steps() - 1
         return torch.tensor(self.optimizer.loss, dtype=torch.float32, device=self.device)
 
-    def _refuse_train_batch(self, micro_batches: list[Batch]) -> None:
-        if len(micro_batches) > 1 and not self.schedule.keeps_gradients:
+    def _refuse_train_batch(self, micro_batches: int) -> None:
+        if micro_batches > 1 and not self.schedule.keeps_gradients:
             raise ConfigError(
-                f"train_batch got {len(micro_batches)} micro-batches, but this schedule keeps no gradients to add up; "
+                f"train_batch got {micro_batches} micro-batches, but this schedule keeps no gradients to add up; "
                 "use update_schedule stash, or one larger micro-batch"
             )
         if self.optimizer.backward_passes:
@@ -176,59 +178,40 @@ class LomoEngine(DeepSpeedEngine):
                 "step came before it; call engine.step() first"
             )
 
-    def _backward_twice(self, micro_batches: list[Batch], counts: list[int]) -> None:
+    def _backward_twice(self, step_batch: StepBatch) -> None:
         """Measure, agree, and if the step is sound, compute the same gradients again and update."""
         random_states = RandomStates.capture()
-        share = self._backward_all(micro_batches, counts)
+        self._backward_all(step_batch)
         if self.optimizer.skip_reason is None:
             coefficients = self.optimizer.agree_on_step()
             if self.optimizer.skip_reason is None:
                 self.schedule.apply(coefficients)
                 random_states.restore()  # the same dropout again
-                self._backward_all(micro_batches, counts, share)
+                self._backward_all(step_batch)
 
-    def _backward_all(self, micro_batches: list[Batch], counts: list[int], share: float | None = None) -> float:
-        """Forward and backward of each micro-batch, its loss weighted by its share of the step's labels.
-
-        Args:
-            share: of one label, where an earlier pass over the same micro-batches has found it.
-
-        Returns:
-            The share of one label in the step; 0 if the step must be skipped.
-        """
-        measured = share is not None
-        for position, (micro_batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
-            loss = losses.loss_of(self(**(micro_batch if count else losses.with_any_labels(micro_batch))))
-            if share is None:
-                share = self._share_of_one_item(sum(counts), loss.detach())
-            if not share:
-                return share
-            if not measured:
-                self.optimizer.add_loss(loss.detach().double() * (count * share))
-            self.set_gradient_accumulation_boundary(position == len(micro_batches) - 1)
+    def _backward_all(self, step_batch: StepBatch) -> None:
+        """Forward and backward of each micro-batch, its loss weighted by its share of the step's labels."""
+        is_first_pass = step_batch.share is None
+        for position in range(len(step_batch)):
+            loss = step_batch.forward(self, position)
+            if step_batch.skip_reason is not None:
+                return self.optimizer.skip_step(step_batch.skip_reason, step_batch.scale_is_to_blame)
+            weight = step_batch.weight(position)
+            if is_first_pass:
+                self.optimizer.add_loss(loss.detach().double() * weight)
+            self.set_gradient_accumulation_boundary(position == len(step_batch) - 1)
             # ranks' gradients are averaged: what is a share of the step is that times the ranks on each rank
-            self.backward(loss * (count * share * dist.get_world_size(self._ranks)), scale_wrt_gas=False)
-        assert share is not None
-        return share
-
-    def _share_of_one_item(self, items: int, first_loss: Tensor) -> float:
-        """One over the items of the whole step, all ranks; 0, and the step is skipped, where that makes no sense."""
-        local = torch.stack(
-            [torch.full_like(first_loss, items, dtype=torch.float64), (~first_loss.isfinite()).double()]
-        )
-        all_items, bad_losses = agree(local, self._ranks).tolist()
-        if bad_losses:
-            self.optimizer.skip_step("a loss was not finite")
-        elif not all_items:
-            self.optimizer.skip_step("no label in it counts", scale_is_to_blame=False)
-        return 1.0 / all_items if all_items and not bad_losses else 0.0
+            self.backward(loss * (weight * dist.get_world_size(self._ranks)), scale_wrt_gas=False)
+        return None
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """``DeepSpeedEngine.backward``; the gradients of all ranks are averaged, as DeepSpeed's are.
 
         Raises:
-            ConfigError: the schedule in force cannot do this; see ``train_batch``.
+            ConfigError: the schedule in force cannot do this, see ``train_batch``; or nothing can go backward from
+                ``loss``.
         """
+        loss = as_scalar(loss)
         if not self._in_train_batch:
             self._refuse_backward()
         if self.schedule.updates_in_backward and not self._in_train_batch:
@@ -354,6 +337,7 @@ class LomoEngine(DeepSpeedEngine):
     def destroy(self) -> None:
         """Take every hook off the model, and end what saves its checkpoints."""
         super().destroy()
+        self._labels.remove()
         if "saver" in vars(self):
             self.saver.close()
             del self.saver
@@ -400,7 +384,7 @@ class LomoEngine(DeepSpeedEngine):
         lomo = read_lomo_config(self.config)
         self.basic_optimizer = ParameterGroups(model_parameters, lomo.lr, lomo.weight_decay)
         self.optimizer = build_optimizer(self, self.basic_optimizer, lomo)
-        self._shifts_labels = losses.shifts_labels(self.module)
+        self._labels = LabelWatch(self.module)
 
     @property
     def _ranks(self) -> ProcessGroup:

@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lomo_ds.distributed import agree
-from lomo_ds.loss import count_items, loss_of, shifts_labels
+from lomo_ds.items import Count, LabelWatch, items_of, sums_of
+from lomo_ds.step_batch import StepBatch
 from lomo_ds.training_engine import TrainingEngine
 
 
@@ -21,20 +22,25 @@ def evaluate_loss(
         interrupted: asked before each batch, with the same answer on every rank; True ends it with None.
     """
     training = engine.module.training
+    watch = LabelWatch(engine.module)
     engine.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss times tokens, tokens
-    shifts = shifts_labels(engine.module)
-    for batch in batches:
-        if interrupted():
-            engine.train(training)
-            return None
-        items = count_items(batch, shifts)
-        loss = loss_of(engine(**{name: value.to(engine.device) for name, value in batch.items()}))
-        if items:
-            total += torch.stack([loss.double() * items, torch.full_like(loss, items, dtype=torch.float64)])
-    engine.train(training)
-    summed, tokens = agree(total, engine.seq_data_parallel_group).tolist()
-    return summed / tokens
+    try:
+        total = torch.zeros(1, dtype=torch.float64, device=engine.device)  # of losses times items
+        counts: list[Count] = []
+        for batch in batches:
+            if interrupted():
+                return None
+            step_batch = StepBatch(batch, None, watch, engine.device, engine.seq_data_parallel_group)
+            loss = step_batch.measure(engine, 0)
+            counts += step_batch.counts
+            if counts[-1].items:
+                total += loss.double() * counts[-1].items
+    finally:
+        watch.remove()
+        engine.train(training)
+    sums = torch.tensor(sums_of(counts), dtype=torch.float64).to(engine.device)
+    summed, *sums_of_all = agree(torch.cat([total, sums]), engine.seq_data_parallel_group).tolist()
+    return summed / items_of(sums_of_all)
 
 
 @torch.no_grad()

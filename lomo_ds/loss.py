@@ -1,74 +1,81 @@
-"""The loss of a step as an average over its tokens: what a micro-batch weighs, and where a model keeps its loss."""
+"""The loss in what a model's forward returned: one number to go backward from, or the reason why there is none."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lomo_ds.errors import ConfigError
 
 IGNORE_INDEX = -100
 
-Batch = Mapping[str, Any]
-
-
-def micro_batches_of(batch: Batch | Sequence[Batch]) -> list[Batch]:
-    """What ``train_batch`` is given, one micro-batch or several, as a list.
-
-    Raises:
-        ConfigError: it is empty.
-    """
-    micro_batches = [batch] if isinstance(batch, Mapping) else list(batch)
-    if not micro_batches:
-        raise ConfigError("train_batch needs at least one micro-batch, got an empty list")
-    return micro_batches
-
-
-def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """``batch`` with its tensors on ``device``, or on their way there."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
-
 
 def loss_of(output: Any) -> Tensor:
-    """The loss in what a model's forward returned: the tensor itself, ``.loss``, ``["loss"]`` or the first item."""
+    """Find the loss in a model's output: the tensor itself, ``["loss"]``, ``.loss``, or the one in a tuple.
+
+    Returns:
+        0-dim.
+
+    Raises:
+        ConfigError: there is none, or nothing can go backward from it.
+    """
     if isinstance(output, Tensor):
-        return output
+        return as_scalar(output)
     if isinstance(output, Mapping):
-        return output["loss"]
-    return output.loss if hasattr(output, "loss") else output[0]
+        return as_scalar(output.get("loss"))
+    if hasattr(output, "loss"):
+        return as_scalar(output.loss)
+    if isinstance(output, list | tuple):
+        return as_scalar(_loss_among(output))
+    raise ConfigError(
+        f"the model returned no loss, but a {type(output).__name__}; its forward must return a tensor, a tuple that "
+        'holds one loss, a dict with "loss" or an object with .loss'
+    )
 
 
-def count_items(batch: Mapping[str, Any], shifts_labels: bool) -> int:
-    """How many items the mean in the model's own loss is taken over.
+def as_scalar(loss: Any) -> Tensor:
+    """``loss`` as a 0-dim tensor.
 
-    Integer labels other than -100 count; a causal language model predicts none of the first ones in each row.
-    Without labels, or with real-valued ones, every row counts the same.
+    Raises:
+        ConfigError: it is not one number, or nothing can go backward from it.
     """
-    labels = batch["shift_labels"] if "shift_labels" in batch else batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
-        return next(len(value) for value in batch.values() if isinstance(value, Tensor))
-    if shifts_labels and "shift_labels" not in batch:
-        labels = labels[..., 1:]
-    return int((labels != IGNORE_INDEX).sum())
+    if loss is None:
+        raise ConfigError(
+            "the model returned no loss; labels must be in the batch, and its forward must make use of them"
+        )
+    if not isinstance(loss, Tensor):
+        hint = "; give its .loss" if isinstance(getattr(loss, "loss", None), Tensor) else ""
+        raise ConfigError(f"a loss must be a tensor, got a {type(loss).__name__}{hint}")
+    if loss.numel() != 1:
+        raise ConfigError(
+            f"a loss must be one number, got a tensor of shape {list(loss.shape)}; reduce it to its mean in the model"
+        )
+    if not loss.is_floating_point():
+        raise ConfigError(f"a loss must be of floats, got {str(loss.dtype).removeprefix('torch.')}")
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise ConfigError(
+            "the loss depends on no parameter that trains; do not detach it, nor compute it under torch.no_grad()"
+        )
+    return loss.reshape(())
 
 
-def shifts_labels(model: Module) -> bool:
-    """Whether the model's loss compares each position with the label of the next (transformers' causal models)."""
-    causal = getattr(model, "loss_type", None) == "ForCausalLM"
-    return causal or getattr(model, "loss_function", None) is ForCausalLMLoss  # of GPT2LMHeadModel, which has no type
-
-
-def with_any_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A micro-batch without a single label, given some: it must run for the other ranks' sake, and weighs nothing.
-
-    The mean over no labels would be nan, and nan times the weight 0 is nan too.
-    """
-    return {
-        name: torch.zeros_like(value) if name in ("labels", "shift_labels") else value for name, value in batch.items()
-    }
+def _loss_among(items: list[Any] | tuple[Any, ...]) -> Tensor | None:
+    """Of what a tuple holds, the one number with a graph; without graphs, the one number."""
+    losses = [item for item in items if isinstance(item, Tensor) and item.dim() == 0 and item.is_floating_point()]
+    if torch.is_grad_enabled():
+        losses = [loss for loss in losses if loss.requires_grad] or losses
+    if len(losses) > 1:
+        raise ConfigError(
+            f"the model returned a {type(items).__name__} with {len(losses)} numbers that may be its loss; return a "
+            'dict with "loss", and detach the others'
+        )
+    if not losses and items and not any(isinstance(item, Tensor) for item in items):
+        return None
+    if not losses:
+        shapes = ", ".join(str(list(item.shape)) for item in items if isinstance(item, Tensor))
+        raise ConfigError(
+            f"the model returned no loss, but a {type(items).__name__} of tensors of shapes {shapes}; labels must be "
+            "in the batch, and one item must be the loss, a 0-dim tensor"
+        )
+    return losses[0]

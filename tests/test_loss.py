@@ -1,46 +1,83 @@
-"""What a micro-batch weighs."""
+"""The loss in what a model returns: found wherever a model may put it, or refused for the true reason."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import Tensor
 
-from lomo_ds.loss import count_items, loss_of, shifts_labels, with_any_labels
-from tests.reference import tiny_model
+from lomo_ds.errors import ConfigError
+from lomo_ds.loss import as_scalar, loss_of
 
-LABELS = torch.tensor([[5, -100, 7, 8], [-100, -100, -100, 9]])
-
-
-def test_counts_the_labels_that_a_loss_averages_over() -> None:
-    assert count_items({"labels": LABELS}, shifts_labels=False) == 4
-    assert count_items({"labels": LABELS}, shifts_labels=True) == 3, "nothing predicts the first of a row"
-    assert count_items({"labels": LABELS, "shift_labels": LABELS[:, 2:]}, shifts_labels=True) == 3
+LOSS = torch.tensor(1.0, requires_grad=True)
+LOGITS = torch.zeros(3, 2, requires_grad=True)
 
 
-@pytest.mark.parametrize("batch", [{"x": torch.zeros(3, 2)}, {"scale": 2.0, "labels": torch.zeros(3, 2)}])
-def test_rows_count_where_labels_do_not_tell(batch: dict[str, torch.Tensor]) -> None:
-    assert count_items(batch, shifts_labels=True) == 3
+@dataclass
+class Output:
+    """As a model of one's own may return it."""
+
+    logits: Tensor
+    loss: Tensor | None
 
 
-def test_causal_models_shift_labels() -> None:
-    assert shifts_labels(tiny_model())
-    tiny_gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=4, n_layer=1, n_head=1))
-    assert shifts_labels(tiny_gpt2), "its name does not say so, and it uses the loss that does"
-    assert not shifts_labels(torch.nn.Linear(1, 1))
+@pytest.mark.parametrize(
+    "output",
+    [
+        LOSS,
+        {"logits": LOGITS, "loss": LOSS},
+        Output(LOGITS, LOSS),
+        (LOSS, LOGITS),
+        (LOGITS, LOSS),
+        [LOGITS, None, LOSS],
+        (LOGITS, torch.tensor(0.5), LOSS),  # an accuracy has no graph
+        (torch.tensor(3), LOSS),
+    ],
+)
+def test_finds_the_loss(output: Any) -> None:
+    loss = loss_of(output)
+    assert loss.data_ptr() == LOSS.data_ptr()
+    assert loss.requires_grad
 
 
-def test_finds_the_loss() -> None:
-    loss = torch.tensor(1.0)
-
-    class Output:
-        def __init__(self) -> None:
-            self.loss = loss
-
-    assert all(loss_of(output) is loss for output in (loss, (loss, None), {"loss": loss}, Output()))
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_one_number_is_a_loss_of_any_shape(shape: tuple[int, ...]) -> None:
+    loss = loss_of(LOSS.reshape(shape))
+    assert (loss.shape, loss.requires_grad) == ((), True)
 
 
-def test_any_labels_make_a_loss_without_changing_the_batch() -> None:
-    batch = {"input_ids": torch.tensor([[3, 4]]), "labels": torch.tensor([[-100, -100]])}
-    filled = with_any_labels(batch)
-    assert filled["labels"].tolist() == [[0, 0]]
-    assert filled["input_ids"] is batch["input_ids"]
-    assert batch["labels"].tolist() == [[-100, -100]]
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (None, "returned no loss, but a NoneType"),
+        ({"logits": LOGITS}, "labels must be in the batch"),
+        ({"loss": None}, "labels must be in the batch"),
+        (Output(LOGITS, None), "labels must be in the batch"),
+        ((LOGITS,), r"tuple of tensors of shapes \[3, 2\]; labels must be in the batch"),
+        ((None, None), "labels must be in the batch"),
+        ((LOSS, LOGITS, LOSS * 2), "2 numbers that may be its loss"),
+        (LOGITS, r"shape \[3, 2\]; reduce it to its mean"),
+        ({"loss": torch.zeros(0)}, r"shape \[0\]"),
+        ({"loss": 1.0}, "must be a tensor, got a float"),
+        ("loss", "returned no loss, but a str"),
+        (LOSS.detach(), "depends on no parameter that trains"),
+        ((LOSS.detach(), LOGITS), "depends on no parameter that trains"),
+        (torch.tensor(3), "of floats, got int64"),
+        (torch.tensor(1j), "of floats, got complex64"),
+    ],
+)
+def test_refuses_what_is_no_loss(output: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        loss_of(output)
+
+
+def test_a_loss_needs_no_graph_where_nothing_trains() -> None:
+    with torch.no_grad():
+        assert loss_of((LOGITS.detach(), LOSS.detach())) == 1.0
+
+
+def test_an_output_in_place_of_its_loss() -> None:
+    with pytest.raises(ConfigError, match=r"got a SimpleNamespace; give its \.loss"):
+        as_scalar(SimpleNamespace(loss=LOSS))
