@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lomo_ds.batches import Batch
+from lomo_ds.client_arguments import refuse_idle_scheduler, refuse_scheduler
 from lomo_ds.clipping import Clipping
 from lomo_ds.config import refuse_what_no_baseline_can
 from lomo_ds.distributed import agree, start_process_group
@@ -49,6 +50,7 @@ def initialize_baseline(
     try:
         config = settle(config)
         refuse_what_no_baseline_can(config)
+        refuse_scheduler(lr_scheduler)
         start_process_group()
         config = settle(config, dist.get_world_size())
         engine = BaselineEngine(
@@ -161,6 +163,11 @@ class BaselineEngine(DeepSpeedEngine):
     def _scheduler_from_config(self, optimizer: Any) -> Any:
         name = self.scheduler_name()
         return name and build_scheduler(name, self.scheduler_params(), self.basic_optimizer)
+
+    def _configure_lr_scheduler(self) -> None:
+        super()._configure_lr_scheduler()
+        if self.client_lr_scheduler is not None:
+            refuse_idle_scheduler(self.lr_scheduler, (self.basic_optimizer, self.optimizer))
 
     def _agree(self, value: Tensor) -> float:
         return float(agree(value.to(self.device), self.seq_data_parallel_group))

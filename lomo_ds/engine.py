@@ -31,6 +31,13 @@ from lomo_ds.checkpoint import (
     open_checkpoint,
     read_latest,
 )
+from lomo_ds.client_arguments import (
+    needs_metric,
+    read_parameters,
+    refuse_data,
+    refuse_idle_scheduler,
+    refuse_scheduler,
+)
 from lomo_ds.config import idle_fields, read_lomo_config, refuse_what_cannot_be
 from lomo_ds.distributed import TIMEOUT, agree, gather_objects, start_process_group
 from lomo_ds.ds_fields import settle
@@ -69,6 +76,8 @@ def initialize(
         model: its parameters are split over the ranks, unless ``deepspeed.zero.Init`` has done so.
         optimizer, mpu, mesh_param: must be None; LOMO is named in ``config``, and its ranks are data-parallel.
         model_parameters: what to train, tensors or param groups with their own ``lr`` and ``weight_decay``.
+        lr_scheduler: a function that builds one for the optimizer it is given; a scheduler that is built acts on
+            another optimizer.
         config: an ordinary DeepSpeed config (path or dict) with ``"optimizer": {"type": "LOMO", ...}`` and ZeRO
             stage 3; see ``LomoConfig`` for the optimizer's parameters.
 
@@ -88,6 +97,9 @@ def initialize(
                 )
         if model is None:
             raise ConfigError("lomo_ds.initialize needs a model, got None")
+        model_parameters = read_parameters(model, model_parameters)
+        refuse_scheduler(lr_scheduler)
+        refuse_data(training_data, collate_fn)
         ds_config = settle(_load_config(args, config, config_params))
         refuse_what_cannot_be(ds_config)
         _join_process_group(distributed_port, dist_init_required)
@@ -167,6 +179,7 @@ class LomoEngine(DeepSpeedEngine):
         return torch.tensor(self.optimizer.loss, dtype=torch.float32, device=self.device)
 
     def _refuse_train_batch(self, micro_batches: int) -> None:
+        self._refuse_step_without_metric(None)
         if micro_batches > 1 and not self.schedule.keeps_gradients:
             raise ConfigError(
                 f"train_batch got {micro_batches} micro-batches, but this schedule keeps no gradients to add up; "
@@ -226,8 +239,13 @@ class LomoEngine(DeepSpeedEngine):
             raise
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        """``DeepSpeedEngine.step``; says so where the step was skipped."""
+        """``DeepSpeedEngine.step``; says so where the step was skipped.
+
+        Raises:
+            ConfigError: the learning-rate scheduler needs a metric, and ``lr_kwargs`` has none.
+        """
         skipped = self.skipped_steps
+        self._refuse_step_without_metric(lr_kwargs)
         super().step(lr_kwargs)
         if self.skipped_steps > skipped and self.global_rank == 0:
             logger.warning(
@@ -348,6 +366,14 @@ class LomoEngine(DeepSpeedEngine):
         self.optimizer.gathering.begin_backward()
         super()._backward_prologue()
 
+    def _refuse_step_without_metric(self, lr_kwargs: dict[str, Any] | None) -> None:
+        """DeepSpeed would give the scheduler the batch size in its place."""
+        if needs_metric(self.lr_scheduler) and not lr_kwargs:
+            raise ConfigError(
+                f"{type(self.lr_scheduler).__name__} steps by a metric, which train_batch has none of; use another "
+                "scheduler, or engine.backward(loss) and engine.step({'metrics': metric})"
+            )
+
     def _refuse_backward(self) -> None:
         """DeepSpeed's idiom cannot always be followed; found here, ``loss.backward()`` is refused too."""
         if self.schedule.passes == 2:
@@ -379,6 +405,11 @@ class LomoEngine(DeepSpeedEngine):
     def _scheduler_from_config(self, optimizer: LomoOptimizer) -> Any:
         name = self.scheduler_name()
         return name and build_scheduler(name, self.scheduler_params(), optimizer.optimizer)
+
+    def _configure_lr_scheduler(self) -> None:
+        super()._configure_lr_scheduler()
+        if self.client_lr_scheduler is not None:
+            refuse_idle_scheduler(self.lr_scheduler, (self.basic_optimizer, self.optimizer))
 
     def _configure_optimizer(self, client_optimizer: None, model_parameters: list[Any]) -> None:
         lomo = read_lomo_config(self.config)

@@ -34,6 +34,7 @@ def methods_of(owner: type) -> dict[str, ast.FunctionDef]:
         (DeepSpeedEngine, "step", ["self", "lr_kwargs"]),
         (DeepSpeedEngine, "set_gradient_accumulation_boundary", ["self", "is_boundary"]),
         (DeepSpeedEngine, "_scheduler_from_config", ["self", "optimizer"]),
+        (DeepSpeedEngine, "_configure_lr_scheduler", ["self"]),
         (DeepSpeedEngine, "dynamic_loss_scale_args", ["self"]),
         (ZeROOptimizer, "scale_if_loss", ["self", "value"]),
         (ZeROOptimizer, "needs_scaler", ["self"]),

@@ -25,6 +25,7 @@ FLOORS = [
     [
         "config",
         "batches",
+        "client_arguments",
         "loss",
         "distributed",
         "clipping",
