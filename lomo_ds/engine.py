@@ -47,6 +47,7 @@ from lomo_ds.errors import CheckpointError, ConfigError, one_line
 from lomo_ds.items import LabelWatch
 from lomo_ds.loss import as_scalar
 from lomo_ds.optimizer import LomoOptimizer, ParameterGroups
+from lomo_ds.parameter_access import ParameterAccess
 from lomo_ds.random_states import RandomStates
 from lomo_ds.schedules import Schedule
 from lomo_ds.step_batch import StepBatch
@@ -356,6 +357,7 @@ class LomoEngine(DeepSpeedEngine):
         """Take every hook off the model, and end what saves its checkpoints."""
         super().destroy()
         self._labels.remove()
+        self._access.remove()
         if "saver" in vars(self):
             self.saver.close()
             del self.saver
@@ -416,6 +418,7 @@ class LomoEngine(DeepSpeedEngine):
         self.basic_optimizer = ParameterGroups(model_parameters, lomo.lr, lomo.weight_decay)
         self.optimizer = build_optimizer(self, self.basic_optimizer, lomo)
         self._labels = LabelWatch(self.module)
+        self._access = ParameterAccess(self.module)
 
     @property
     def _ranks(self) -> ProcessGroup:

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 from typing import Any
 
 import deepspeed
@@ -15,6 +16,7 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 import lomo_ds
+from lomo_ds.parameter_access import ParameterAccess
 
 
 def methods_of(owner: type) -> dict[str, ast.FunctionDef]:
@@ -85,6 +87,14 @@ def test_the_limit_of_fetch_events_is_lifted_by_its_name() -> None:
         "DeepSpeed's coordinator no longer limits its fetch events by __max_ongoing_fetch_events, so "
         "gathering.MAX_FETCH_EVENTS lifts no limit"
     )
+
+
+def test_safe_get_and_set_ask_parameters_by_name() -> None:
+    module = importlib.import_module("deepspeed.utils.tensor_fragment")
+    called = set(re.findall(r"\._z3_optimizer\.(\w+)\(", inspect.getsource(module)))
+    called |= {"get_hp_param_device"}  # by deepspeed.runtime.utils
+    ours = {name for name in vars(ParameterAccess) if not name.startswith("_")} - {"remove"}
+    assert called == ours, "DeepSpeed's safe_get_* and safe_set_* call other methods than ParameterAccess has"
 
 
 def test_initialize_has_deepspeeds_arguments() -> None:

@@ -39,6 +39,7 @@ FLOORS = [
     ["zero3", "rules", "ds_fields", "items"],
     [
         "step_batch",
+        "parameter_access",
         "gathering",
         "reduction",
         "ds_config",
