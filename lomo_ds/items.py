@@ -76,9 +76,9 @@ def shifts_labels(model: Module) -> bool | None:
 
     transformers' models compute their loss by ``self.loss_function``, or by one of two idioms in their forward.
     """
-    if not isinstance(model, PreTrainedModel):
-        return None
     forward: Any = inspect.unwrap(model.forward)
+    if not isinstance(model, PreTrainedModel) or not hasattr(forward, "__code__"):
+        return None
     names = {*forward.__code__.co_names, *forward.__code__.co_varnames}
     if "loss_function" in names:
         shifts_itself = any(name.startswith("shift_") for name in names)

@@ -66,12 +66,6 @@ class ParameterAccess:
         _refuse_value(value, _padded_numel(shard))
         self._write(param, shard, value.detach().reshape(-1)[: shard.data.numel()])
 
-    def get_hp_param_device(self, param: Parameter, optim_state_key: str | None = None) -> torch.device:
-        """Where this rank's part lies; its file counts as host memory."""
-        _refuse_state(optim_state_key)
-        shard = zero3.Shard.of("", param)
-        return shard.data.device if shard.place is None else torch.device("cpu")
-
     def get_fp32_grad_for_param(self, param: Parameter) -> Never:
         """Refuse; as all that follow."""
         _refuse_gradient()
