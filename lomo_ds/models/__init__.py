@@ -1,12 +1,11 @@
 """Models in and out: a Hugging Face folder or a preset into ZeRO-3 shards, and back."""
 
 from lomo_ds.models.build import meta_model, saved_tensors
+from lomo_ds.models.config import load_config, load_generation_config
 from lomo_ds.models.export import SAVING, Export, save_pretrained, save_settings
 from lomo_ds.models.load import (
     empty_model,
     find_model,
-    load_config,
-    load_generation_config,
     load_model,
 )
 from lomo_ds.models.recompute import recompute_activations

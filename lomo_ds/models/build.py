@@ -1,7 +1,8 @@
 """A causal language model without memory: its modules, shapes and ties, on the meta device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,22 +10,31 @@ from torch.nn import Module, Parameter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from lomo_ds.errors import ModelError
+from lomo_ds.models.files import first_line
+
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of ``config``: parameters on the meta device, what is in no file (rotary frequencies) computed."""
+    """The model of ``config``: parameters on the meta device, what is in no file (rotary frequencies) computed.
+
+    Raises:
+        ModelError: transformers, or the code that comes with the model, can make none of it.
+    """
+    try:
+        return _on_meta(partial(AutoModelForCausalLM.from_config, config, trust_remote_code=trust_remote_code), dtype)
+    except Exception as error:  # of whatever kind: sizes that do not go together, unknown names, missing packages
+        name = config.name_or_path or f"a {config.model_type} configuration"
+        raise ModelError(f"no model can be built from {name}: {first_line(error)}") from error
+
+
+def meta_of_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the class ``kind``, as ``meta_model`` makes it."""
+    return _on_meta(partial(kind._from_config, config), dtype)
+
+
+def _on_meta(build: Callable[..., PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
     with no_init_weights(), _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    return _finished(model, dtype)
-
-
-def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Another model of the class, configuration and dtype of ``model``, as ``meta_model`` makes it."""
-    with no_init_weights(), _parameters_on_meta():
-        copy = type(model)._from_config(model.config, dtype=model.dtype)
-    return _finished(copy, model.dtype)
-
-
-def _finished(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        model = build(dtype=dtype)
     model.tie_weights()
     for parameter in model.parameters():
         if parameter.is_floating_point():  # some models declare one in float32, whatever they are asked for

@@ -4,7 +4,9 @@ Renamed keys, prefixes, merged experts and ties are transformers'; here they are
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch.nn import Parameter
@@ -16,21 +18,27 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from lomo_ds.errors import ModelError
-from lomo_ds.models.build import saved_buffers
-from lomo_ds.models.files import WeightFiles, some
+from lomo_ds.models.build import saved_buffers, saved_tensors
+from lomo_ds.models.files import WeightFiles, quantization_method, some
 from lomo_ds.models.lazy_tensor import LazyTensor
-from lomo_ds.models.sources import Source
+from lomo_ds.models.sources import Source, stored_names
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+QUANTIZED = "the model in {folder} is quantized ({method}); full fine-tuning needs its original weights"
+QUANTIZED_NAMES = re.compile(r"\.(qweight|qzeros|scales|absmax|weight_scale|weight_scale_inv|weight_packed)$")
+# a buffer of older releases, beside those that transformers itself passes over
+OBSOLETE = re.compile(r"\.masked_bias$")
 
 
-def find_sources(model: PreTrainedModel, files: WeightFiles, folder: str) -> dict[str, Source]:
+def find_sources(model: PreTrainedModel, folder: Path) -> dict[str, Source]:
     """Where the values of each parameter and saved buffer of a meta model come from, by name.
 
-    Parameters are tied afterwards as they are where transformers loads the folder.
+    Parameters are tied afterwards as they are where transformers loads the folder: not, if it holds two that differ.
 
     Raises:
-        ModelError: tensors are missing, unexpected, of another shape, or cannot be converted.
+        ModelError: tensors are missing, unexpected, of another shape, quantized, or cannot be converted.
     """
-    tensors = {name: LazyTensor(source) for name, source in files.sources.items()}
+    tensors = {name: LazyTensor(source) for name, source in WeightFiles(folder).sources.items()}
     mapping = get_model_conversion_mapping(model)
     with _without_progress_bar():
         report, _ = convert_and_load_state_dict_in_model(
@@ -44,10 +52,35 @@ def find_sources(model: PreTrainedModel, files: WeightFiles, folder: str) -> dic
         for name, tensor in [*parameters.items(), *saved_buffers(model).items()]
         if isinstance(tensor, LazyTensor)
     }
+    _refuse_quantized(folder, [tensors[stored] for name in parameters for stored in _stored_below(sources.get(name))])
     without_source = [name for name in parameters if name not in sources or name in report.missing_keys]
     _refuse_mismatch(folder, report, without_source)
     _put_on_meta(model)
     return sources
+
+
+def find_text_sources(model: PreTrainedModel, whole: PreTrainedModel, folder: Path) -> dict[str, Source]:
+    """As ``find_sources``, for the text model that is a part of the model in ``folder``.
+
+    Args:
+        whole: the model in ``folder``, on the meta device.
+
+    Raises:
+        ModelError: see ``find_sources``; or it has no such part.
+    """
+    kind = type(model.config)
+    parts = [name for name, module in whole.named_modules() if type(getattr(module, "config", None)) is kind]
+    if not parts:
+        raise ModelError(f"no part of the {whole.config.model_type} model in {folder} is a {model.config.model_type}")
+    sources, base = find_sources(whole, folder), f"{model.base_model_prefix}."
+    found: dict[str, Source] = {}
+    for name in saved_tensors(model):
+        places = (f"{parts[0]}.{name}", f"{parts[0]}.{name.removeprefix(base)}", name)
+        place = next((place for place in places if place in sources), None)
+        if place is None:
+            raise ModelError(f"the {whole.config.model_type} model in {folder} has no {name} for its text model")
+        found[name] = sources[place]
+    return found
 
 
 def saved_sources(model: PreTrainedModel, sources: dict[str, Source]) -> dict[str, Source]:
@@ -76,20 +109,37 @@ def _put_on_meta(model: PreTrainedModel) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
 
 
-def _refuse_mismatch(folder: str, report: LoadStateDictInfo, without_source: list[str]) -> None:
+def _stored_below(source: Source | None) -> Iterator[str]:
+    return iter(()) if source is None else stored_names(source)
+
+
+def _refuse_quantized(folder: Path, tensors: list[LazyTensor]) -> None:
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.dtype not in FLOATS})
+    if dtypes:
+        method = quantization_method(folder) or f"its weights are {' and '.join(dtypes)}"
+        raise ModelError(QUANTIZED.format(folder=folder, method=method))
+
+
+def _refuse_mismatch(folder: Path, report: LoadStateDictInfo, without_source: list[str]) -> None:
     mismatched = {name: f"{name} {tuple(stored)} for {tuple(shape)}" for name, stored, shape in report.mismatched_keys}
     reported = mismatched.keys() | report.conversion_errors.keys()
     missing = [name for name in without_source if name not in reported]
-    missing += sorted(report.missing_keys - {*missing} - reported)
     problems = {
-        "missing": missing,
-        "unexpected": sorted(report.unexpected_keys),
+        "missing": missing + sorted(report.missing_keys - {*missing} - reported),
+        "unexpected": sorted(name for name in report.unexpected_keys if not OBSOLETE.search(name)),
         "of another shape": sorted(mismatched.values()),
         "that cannot be converted": sorted(report.conversion_errors),
     }
     listed = [f"{len(names)} {problem}: {some(names)}" for problem, names in problems.items() if names]
+    method = quantization_method(folder) or _method_by_names(report.unexpected_keys)
+    if listed and method:
+        raise ModelError(QUANTIZED.format(folder=folder, method=method))
     if listed:
         raise ModelError(f"the weights in {folder} do not fit its config.json; {'; '.join(listed)}")
+
+
+def _method_by_names(unexpected: set[str]) -> str | None:
+    return next((name for name in sorted(unexpected) if QUANTIZED_NAMES.search(name)), None)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from lomo_ds import zero3
 from lomo_ds.distributed import together
 from lomo_ds.errors import ModelError
 from lomo_ds.manifest import MANIFEST, entries, sync_folder, write_manifest
-from lomo_ds.models.build import meta_copy, saved_buffers, saved_tensors
+from lomo_ds.models.build import meta_of_class, saved_buffers, saved_tensors
 from lomo_ds.models.conversion import saved_sources
 from lomo_ds.models.sources import Source, Stored, stored_names
 
@@ -57,7 +57,7 @@ def save_pretrained(
         with zero3.gathered([parameters[name]]):
             return parameters[name].detach().to("cpu", copy=True) if main else None
 
-    export = together(lambda: Export(folder, meta_copy(model), max_shard_size))
+    export = together(lambda: Export(folder, meta_of_class(type(model), model.config, model.dtype), max_shard_size))
     _on_main(export.start)
     for file, names in export.files.items():
         tensors = {name: tensor for name in names if (tensor := whole(name)) is not None}

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lomo_ds.errors import ModelError
+from lomo_ds.errors import ModelError, one_line
 from lomo_ds.models.sources import Stored
 
 # safetensors' names of what weights and buffers come in
@@ -29,7 +29,16 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    # of quantized weights, which are refused by name
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
+QUANTIZATION = "quantization_config"  # of config.json
+WHOLE = ("model.safetensors", "pytorch_model.bin")
 MAX_HEADER = 100_000_000  # bytes; safetensors opens no file with a longer one
 
 CONVERT = (
@@ -154,8 +163,29 @@ def _reading(file: Path) -> Iterator[None]:
         ) from None
 
 
+def quantization_method(folder: Path) -> str | None:
+    """How the weights in a folder are quantized, as its configuration says; None if it says nothing."""
+    try:
+        section = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(QUANTIZATION)
+        return str(section.get("quant_method") or "unknown method") if section else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights, whole or not, rather than a configuration alone."""
+    return any((folder / f"{whole}{ending}").is_file() for whole in WHOLE for ending in ("", ".index.json"))
+
+
+def adapter_hint(folder: Path) -> str:
+    """Say what to do about a LoRA adapter, where a folder without a model holds one."""
+    if not (folder / "adapter_config.json").is_file():
+        return ""
+    return "; it holds a LoRA adapter: merge it into its model first, with merge_and_unload and save_pretrained of peft"
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    for whole in ("model.safetensors", "pytorch_model.bin"):
+    for whole in WHOLE:
         index = folder / f"{whole}.index.json"
         if index.is_file():
             return _indexed(index)
@@ -163,7 +193,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / whole]
     raise ModelError(
         f"a model folder must hold model.safetensors or pytorch_model.bin, or its parts and their index, got {folder}, "
-        "which has none"
+        f"which has none{adapter_hint(folder)}"
     )
 
 
@@ -190,4 +220,7 @@ def some(names: list[str], at_most: int = 10) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, short enough for a sentence of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [""]
+    line = " ".join([lines[0], *(lines[1:2] if lines[0].endswith(":") else [])])
+    named = isinstance(error, LookupError | ArithmeticError | AssertionError | TypeError) or not line
+    return f"{type(error).__name__}: {one_line(line)}".removesuffix(": ") if named else one_line(line)

@@ -1,31 +1,25 @@
 """A Hugging Face folder, or a preset, into ZeRO-3 shards: each rank reads or draws its own part and no more."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from deepspeed.accelerator import get_accelerator
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lomo_ds import zero3
 from lomo_ds.errors import ModelError
-from lomo_ds.models.build import meta_model, saved_buffers
-from lomo_ds.models.conversion import find_sources
-from lomo_ds.models.files import WeightFiles, first_line
-from lomo_ds.models.presets import PRESETS, is_preset, preset_config
+from lomo_ds.models.build import meta_model, meta_of_class, saved_buffers
+from lomo_ds.models.config import whole_config
+from lomo_ds.models.conversion import find_sources, find_text_sources
+from lomo_ds.models.files import first_line
+from lomo_ds.models.presets import PRESETS, is_preset
 from lomo_ds.models.random_weights import random_piece
+from lomo_ds.models.sources import Source
 from lomo_ds.zero3 import Shard
-
-logger = logging.getLogger(__name__)
 
 # beside the weights, what a tokenizer and a configuration consist of
 SMALL_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
@@ -53,50 +47,11 @@ def find_model(name: str, download: bool = True, trust_remote_code: bool = False
         folder = snapshot_download(name, allow_patterns=wanted, local_files_only=not download)
         if not list(Path(folder).glob("model*.safetensors")):
             folder = snapshot_download(name, allow_patterns=["pytorch_model*.bin"], local_files_only=not download)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # huggingface_hub's, httpx's and the operating system's
         raise ModelError(
             f"{name} is no local folder, and cannot be had from the Hugging Face hub: {first_line(error)}"
-        ) from None
+        ) from error
     return folder
-
-
-def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of the model in a folder, or of a preset.
-
-    Raises:
-        ModelError: ``name`` is neither.
-    """
-    if is_preset(name):
-        return preset_config(name)
-    if not (Path(name) / "config.json").is_file():
-        raise ModelError(f"a model folder holds a config.json, got {name}, which has none")
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        raise ModelError(f"{name}/config.json is not a model configuration: {first_line(error)}") from None
-    _drop_pad_without_row(config)
-    return config
-
-
-def _drop_pad_without_row(config: PretrainedConfig) -> None:
-    """Forget a padding token beyond the embedding, which torch refuses to build; nothing is padded with it here."""
-    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
-    if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:
-        logger.warning("the model's pad_token_id %d has no row in its embedding of %d, and is left out", pad, rows)
-        config.pad_token_id = None
-
-
-def load_generation_config(model: PreTrainedModel, folder: str) -> None:
-    """Give ``model`` the generation settings in ``folder``, if there are any.
-
-    Raises:
-        ModelError: they cannot be read.
-    """
-    if (Path(folder) / "generation_config.json").is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        except (ValueError, OSError, TypeError) as error:
-            raise ModelError(f"{folder}/generation_config.json cannot be read: {first_line(error)}") from None
 
 
 def load_model(
@@ -125,13 +80,21 @@ def load_model(
         return _fill(
             model, ds_config, dtype, lambda shard: shard.data.copy_(_random(shard, config, seed)), free_host_bytes
         )
-    sources = find_sources(model, WeightFiles(Path(name)), name)
+    sources = _sources(name, model, trust_remote_code)
     for buffer_name in saved_buffers(model):
         if buffer_name in sources:
             _set_buffer(model, buffer_name, sources[buffer_name].read_whole())
     return _fill(
         model, ds_config, dtype, lambda shard: sources[shard.name].copy_flat(shard.start, shard.data), free_host_bytes
     )
+
+
+def _sources(name: str, model: PreTrainedModel, trust_remote_code: bool) -> dict[str, Source]:
+    whole = whole_config(name, model.config, trust_remote_code)
+    if whole is None:
+        return find_sources(model, Path(name))
+    kind = getattr(transformers, whole.architectures[0])
+    return find_text_sources(model, meta_of_class(kind, whole, model.dtype), Path(name))
 
 
 def empty_model(
