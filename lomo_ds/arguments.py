@@ -37,6 +37,15 @@ class TrainArguments:
     )
     validation_file: str | None = _argument(None, "Held-out text, .txt or .jsonl; without it nothing is evaluated.")
     tokenizer_name: str | None = _argument(None, "Tokenizer folder, if not the model's own.")
+    pad_token: str | None = _argument(None, "The tokenizer's padding token, added to it if it has no such token.")
+    new_special_tokens: str | None = _argument(
+        None, "Tokens to add to the tokenizer, with commas between them; texts are never split within one."
+    )
+    resize_embeddings: Literal["mean", "normal"] | None = _argument(
+        None,
+        "Add rows to the model's embeddings, up to the tokenizer's last token: each the mean of the others, or normal "
+        "as the model is initialized; by default none, and a text with a token without a row is refused.",
+    )
     trust_remote_code: bool = _argument(False, "Run the code that comes with a model, where it has its own.")
     max_seq_length: int | None = _argument(
         None, f"Tokens per training sequence; by default the model's positions, {MAX_SEQ_LENGTH:,} at most."
@@ -142,6 +151,11 @@ class TrainArguments:
     def precision(self) -> Precision:
         """Of weights and gradients."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """To add to the tokenizer, beside that of padding."""
+        return [token.strip() for token in (self.new_special_tokens or "").split(",") if token.strip()]
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

@@ -54,6 +54,7 @@ from lomo_ds.errors import CheckpointError, ConfigError, DataError
 from lomo_ds.keeper import CheckpointKeeper, Keeper, NoCheckpoints
 from lomo_ds.memory import free_bytes
 from lomo_ds.models import (
+    add_special_tokens,
     can_tile_logits,
     empty_model,
     find_model,
@@ -63,6 +64,7 @@ from lomo_ds.models import (
     load_tokenizer,
     meta_model,
     recompute_activations,
+    resize,
     save_settings,
     saved_tensors,
     tile_logits,
@@ -114,7 +116,7 @@ def _train_in(
 ) -> None:
     """Train in a folder that may be written, the model whose folder is ``name``."""
     rank = dist.get_rank()
-    config, tokenizer, length = together(lambda: _load_vocabulary(name, arguments))
+    config, tokenizer, length, stored_rows = together(lambda: _load_vocabulary(name, arguments))
     arguments = dataclasses.replace(arguments, max_seq_length=length)
     training, validation = _load_blocks(arguments, tokenizer, length, config.vocab_size)
     anew = _steps(arguments, training, Progress())
@@ -136,8 +138,10 @@ def _train_in(
     torch.manual_seed(arguments.seed + rank)
     free_host = min(gather_objects(free_bytes()[1]))  # before any rank takes of it
     with outlook.advising():
-        model = together(lambda: _empty_or_loaded(found, name, config, filled, arguments, free_host))
+        model = together(lambda: _empty_or_loaded(found, name, config, stored_rows, filled, arguments, free_host))
     together(lambda: load_generation_config(model, str(found.folder / MODEL) if found else name))
+    if arguments.pad_token or arguments.resize_embeddings:
+        model.generation_config.pad_token_id = config.pad_token_id
     together(lambda: _tile_logits(model, arguments.tiled_logits))
     if arguments.gradient_checkpointing:
         together(lambda: recompute_activations(model, arguments.activation_offload))
@@ -289,6 +293,7 @@ def _empty_or_loaded(
     found: Checkpoint | None,
     name: str,
     config: PretrainedConfig,
+    stored_rows: int,
     ds_config: dict[str, Any],
     arguments: TrainArguments,
     free_host_bytes: int,
@@ -298,7 +303,8 @@ def _empty_or_loaded(
     if found:
         return empty_model(config, ds_config, dtype, trust, free_host_bytes=free_host_bytes)
     verify_export(name, dist.get_rank(), dist.get_world_size())
-    return load_model(name, config, ds_config, dtype, arguments.seed, trust, free_host_bytes)
+    new_rows = arguments.resize_embeddings or "mean"
+    return load_model(name, config, ds_config, dtype, arguments.seed, trust, free_host_bytes, stored_rows, new_rows)
 
 
 def _tile_logits(model: PreTrainedModel, asked: bool | None) -> None:
@@ -396,10 +402,24 @@ def _find_model(arguments: TrainArguments) -> str:
     return found
 
 
-def _load_vocabulary(name: str, arguments: TrainArguments) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, int]:
-    """The model's configuration, the tokenizer, and a sequence length that both allow."""
+def _load_vocabulary(
+    name: str, arguments: TrainArguments
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, int, int]:
+    """The model's configuration, the tokenizer, a sequence length that both allow, and the rows of stored embeddings.
+
+    The configuration is that of the model to be trained, whose embeddings may have more rows than are stored.
+    """
     config = load_config(name, arguments.trust_remote_code)
     tokenizer = load_tokenizer(arguments.tokenizer_name or name, arguments.trust_remote_code)
+    add_special_tokens(tokenizer, arguments.pad_token, arguments.special_tokens)
+    stored_rows = config.vocab_size
+    if arguments.resize_embeddings and highest_id(tokenizer) >= stored_rows:
+        resize(config, highest_id(tokenizer) + 1)
+        logger.info(
+            "the embeddings have %d rows, and are given %d for the tokenizer's tokens", stored_rows, config.vocab_size
+        )
+    if _has_new_padding(tokenizer, arguments, stored_rows, config.vocab_size):
+        config.pad_token_id = tokenizer.pad_token_id
     if (highest := highest_id(tokenizer)) >= config.vocab_size:
         logger.info(
             "the tokenizer has tokens up to number %d, and the model's embedding rows up to %d; a text with a token "
@@ -407,7 +427,15 @@ def _load_vocabulary(name: str, arguments: TrainArguments) -> tuple[PretrainedCo
         )  # fmt: skip
     if arguments.sample_prompt is not None:
         refuse_unknown_rows_of_prompt(arguments.sample_prompt, tokenizer, config.vocab_size)
-    return config, tokenizer, _sequence_length(config, arguments)
+    return config, tokenizer, _sequence_length(config, arguments), stored_rows
+
+
+def _has_new_padding(
+    tokenizer: PreTrainedTokenizerBase, arguments: TrainArguments, stored_rows: int, rows: int
+) -> bool:
+    """Whether the padding token was asked for, or had no row before; and has one now."""
+    pad = tokenizer.pad_token_id
+    return pad is not None and pad < rows and (arguments.pad_token is not None or pad >= stored_rows)
 
 
 def _sequence_length(config: PretrainedConfig, arguments: TrainArguments) -> int:

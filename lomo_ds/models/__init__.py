@@ -2,6 +2,7 @@
 
 from lomo_ds.models.build import meta_model, saved_tensors
 from lomo_ds.models.config import load_config, load_generation_config
+from lomo_ds.models.embeddings import resize
 from lomo_ds.models.export import SAVING, Export, save_pretrained, save_settings
 from lomo_ds.models.load import (
     empty_model,
@@ -10,12 +11,13 @@ from lomo_ds.models.load import (
 )
 from lomo_ds.models.recompute import recompute_activations
 from lomo_ds.models.tiled_logits import can_tile_logits, tile_logits
-from lomo_ds.models.tokenizer import load_tokenizer
+from lomo_ds.models.tokenizer import add_special_tokens, load_tokenizer
 from lomo_ds.models.verify import verify_export
 
 __all__ = [
     "SAVING",
     "Export",
+    "add_special_tokens",
     "can_tile_logits",
     "empty_model",
     "find_model",
@@ -25,6 +27,7 @@ __all__ = [
     "load_tokenizer",
     "meta_model",
     "recompute_activations",
+    "resize",
     "save_pretrained",
     "save_settings",
     "saved_tensors",

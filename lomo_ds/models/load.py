@@ -15,6 +15,7 @@ from lomo_ds.errors import ModelError
 from lomo_ds.models.build import meta_model, meta_of_class, saved_buffers
 from lomo_ds.models.config import whole_config
 from lomo_ds.models.conversion import find_sources, find_text_sources
+from lomo_ds.models.embeddings import NewRows, smaller, with_new_rows
 from lomo_ds.models.files import first_line
 from lomo_ds.models.presets import PRESETS, is_preset
 from lomo_ds.models.random_weights import random_piece
@@ -62,6 +63,8 @@ def load_model(
     seed: int = 0,
     trust_remote_code: bool = False,
     free_host_bytes: int | None = None,
+    stored_rows: int | None = None,
+    new_rows: NewRows = "mean",
 ) -> PreTrainedModel:
     """The causal language model in a folder, or a preset with random weights, its parameters split over the ranks.
 
@@ -69,8 +72,10 @@ def load_model(
     another.
 
     Args:
-        seed: of a preset's weights, which are the same for any number of ranks.
+        seed: of a preset's weights and of new rows, which are the same for any number of ranks.
         free_host_bytes: see ``zero3.partition``.
+        stored_rows: of the embeddings in the folder, where ``config`` has been resized; by default as many.
+        new_rows: how the others begin.
 
     Raises:
         ModelError: weights are missing, unexpected, of another shape or unreadable.
@@ -80,7 +85,11 @@ def load_model(
         return _fill(
             model, ds_config, dtype, lambda shard: shard.data.copy_(_random(shard, config, seed)), free_host_bytes
         )
-    sources = _sources(name, model, trust_remote_code)
+    if stored_rows in (None, config.vocab_size):
+        sources = _sources(name, model, trust_remote_code)
+    else:
+        before = meta_model(smaller(config, stored_rows), dtype, trust_remote_code)
+        sources = with_new_rows(model, _sources(name, before, trust_remote_code), new_rows, seed)
     for buffer_name in saved_buffers(model):
         if buffer_name in sources:
             _set_buffer(model, buffer_name, sources[buffer_name].read_whole())

@@ -100,6 +100,19 @@ class Joined(Source):
             begin += size
         return torch.cat(pieces, self.dim) if pieces else torch.empty([b - a for a, b in box], dtype=self.dtype)
 
+    def copy_flat(self, start: int, out: Tensor) -> None:
+        """Let parts that lie one behind the other be read straight into ``out``."""
+        if self.dim:
+            return super().copy_flat(start, out)
+        begin, stop = 0, start + out.numel()
+        for part in self.parts:
+            size = math.prod(part.shape)
+            first, last = (min(max(bound - begin, 0), size) for bound in (start, stop))
+            if first < last:
+                part.copy_flat(first, out[begin + first - start : begin + last - start])
+            begin += size
+        return None
+
 
 @dataclass(frozen=True)
 class Narrowed(Source):

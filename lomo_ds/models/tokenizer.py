@@ -1,6 +1,7 @@
 """The tokenizer of a model folder."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from lomo_ds.models.verify import refuse_pointers
 CONFIG, SENTENCEPIECE = "tokenizer_config.json", "tokenizer.model"
 FIRST_LLAMA = "LLaMATokenizer"  # the class in the first conversions, which no release of transformers has
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte's token, which no merge makes
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -40,6 +43,34 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTo
         reason = _reason(error, Path(folder))
         raise ModelError(f"{folder} holds no tokenizer that transformers can read: {reason}") from error
     return tokenizer
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, pad_token: str | None, others: list[str]) -> None:
+    """Let ``tokenizer`` pad with ``pad_token``, and know ``others``; what it has no token for is added.
+
+    Raises:
+        ModelError: it cannot be done.
+    """
+    before = tokenizer.get_vocab()
+    try:
+        if pad_token is not None:
+            tokenizer.add_special_tokens({"pad_token": pad_token})
+        if others:
+            tokenizer.add_special_tokens({"extra_special_tokens": others}, replace_extra_special_tokens=False)
+        added = {token: number for token, number in tokenizer.get_vocab().items() if token not in before}
+    except Exception as error:  # a tokenizer with code of its own may raise anything
+        raise ModelError(f"no tokens can be added to the tokenizer: {one_line(first_line(error))}") from error
+    if not set(before.values()).isdisjoint(added.values()):
+        raise ModelError(
+            f"no tokens can be added to the tokenizer: its numbers have gaps, and {', '.join(added)} would share one "
+            "with another token; add them to the tokenizer's own files"
+        )
+    if pad_token in (tokenizer.bos_token, tokenizer.eos_token) and pad_token is not None:
+        logger.warning(
+            "--pad_token %s also begins or ends texts, and the input embedding of a padding token is not trained; "
+            "a token of its own, with --resize_embeddings mean, is",
+            pad_token,
+        )
 
 
 def _refuse_without_vocabulary(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:

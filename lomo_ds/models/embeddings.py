@@ -1,0 +1,111 @@
+"""Rows for tokens that a model's embeddings have none for, made while the model is loaded."""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lomo_ds.errors import ModelError
+from lomo_ds.models.build import saved_buffers
+from lomo_ds.models.random_weights import random_piece
+from lomo_ds.models.sources import Joined, Source, Stored
+
+NewRows = Literal["mean", "normal"]  # how new rows begin
+USUAL_STD = 0.02  # transformers' own, where a configuration has no initializer_range
+PIECE_BYTES = 2**24  # of rows that are in memory at once while their mean is computed
+
+
+def resize(config: PretrainedConfig, rows: int) -> None:
+    """Let ``config`` describe a model with ``rows`` rows in its embeddings."""
+    config.get_text_config(decoder=True).vocab_size = rows
+
+
+def smaller(config: PretrainedConfig, rows: int) -> PretrainedConfig:
+    """The configuration as it was before ``resize``, without a padding token, which may be among the new ones."""
+    before = copy.deepcopy(config)
+    before.pad_token_id = None
+    resize(before, rows)
+    return before
+
+
+def with_new_rows(
+    model: PreTrainedModel, sources: dict[str, Source], new_rows: NewRows, seed: int
+) -> dict[str, Source]:
+    """The values of each parameter and saved buffer of ``model``, whose embeddings are longer than the stored ones.
+
+    Args:
+        model: resized, on the meta device.
+        sources: of the model before it was resized, by name.
+        seed: of normal rows.
+
+    Raises:
+        ModelError: something else than the embeddings depends on the number of tokens.
+    """
+    tensors = dict(model.named_parameters()) | saved_buffers(model)
+    embeddings = {id(parameter) for parameter in _embeddings(model)}
+    std = getattr(model.config, "initializer_range", USUAL_STD)
+    longer = {}
+    for name, tensor in tensors.items():
+        source = sources.get(name)
+        if source is None or (source.shape != tensor.shape and id(tensor) not in embeddings):
+            raise ModelError(
+                f"the embeddings of {type(model).__name__} cannot be resized: {name} depends on the number of tokens "
+                "as well; train without --resize_embeddings"
+            )
+        added = tensor.shape[0] - source.shape[0] if tensor.dim() else 0
+        longer[name] = _longer(source, name, added, new_rows, std, seed) if added else source
+    if sources.keys() - tensors.keys():
+        raise ModelError(
+            "the folder holds an input and an output embedding, and its config.json ties them, so which of the two is "
+            "to be resized is not clear; set tie_word_embeddings to false there, or train without --resize_embeddings"
+        )
+    return longer
+
+
+def _embeddings(model: PreTrainedModel) -> Iterable[Tensor]:
+    """The parameters that have a row for each token: of the input, and of the output with its bias."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            yield from module.parameters()
+
+
+def _longer(source: Source, name: str, added: int, new_rows: NewRows, std: float, seed: int) -> Source:
+    shape = torch.Size([added, *source.shape[1:]])
+    if new_rows == "mean":
+        rows: Source = MeanRows(shape, source.dtype, source)
+    else:
+        rows = Stored(shape, source.dtype, name, partial(_draw, name, shape, std, seed))
+    return Joined(torch.Size([source.shape[0] + added, *shape[1:]]), source.dtype, (source, rows), 0)
+
+
+def _draw(name: str, shape: torch.Size, std: float, seed: int, start: int, out: Tensor) -> None:
+    out.copy_(random_piece(name, shape, start, start + out.numel(), std, seed))
+
+
+@dataclass(frozen=True)
+class MeanRows(Source):
+    """Rows that each are the mean of those of ``others``, which a rank that has new rows reads once, in pieces."""
+
+    others: Source
+
+    def read(self, box: tuple[tuple[int, int], ...]) -> Tensor:
+        """Repeat the mean."""
+        (first, last), *rest = box
+        mean = self._mean[tuple(slice(*bounds) for bounds in rest)]
+        return mean.expand(last - first, *mean.shape)
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        rows, *sizes = self.others.shape
+        step = max(1, PIECE_BYTES // (math.prod(sizes) * self.dtype.itemsize))
+        total = torch.zeros(sizes, dtype=torch.float64)
+        for first in range(0, rows, step):
+            box = ((first, min(first + step, rows)), *((0, size) for size in sizes))
+            total += self.others.read(box).sum(0, dtype=torch.float64)
+        return (total / rows).to(self.dtype)
