@@ -50,6 +50,11 @@ class TrainArguments:
     max_seq_length: int | None = _argument(
         None, f"Tokens per training sequence; by default the model's positions, {MAX_SEQ_LENGTH:,} at most."
     )
+    rope_scaling: str | None = _argument(
+        None,
+        "Stretch rotary embeddings for longer sequences: linear, dynamic, yarn or llama3, by max_seq_length over the "
+        "model's positions, or by a factor of your own, yarn:4 for example.",
+    )
     per_device_train_batch_size: int = _argument(8, "Sequences per GPU and micro-batch.")
     per_device_eval_batch_size: int = _argument(8, "Sequences per GPU when evaluating.")
     gradient_accumulation_steps: int = _argument(1, "Micro-batches per optimizer step.")

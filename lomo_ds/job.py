@@ -63,10 +63,12 @@ from lomo_ds.models import (
     load_model,
     load_tokenizer,
     meta_model,
+    positions,
     recompute_activations,
     resize,
     save_settings,
     saved_tensors,
+    scale_rope,
     tile_logits,
     verify_export,
 )
@@ -410,6 +412,8 @@ def _load_vocabulary(
     The configuration is that of the model to be trained, whose embeddings may have more rows than are stored.
     """
     config = load_config(name, arguments.trust_remote_code)
+    if arguments.rope_scaling is not None:
+        scale_rope(config, arguments.rope_scaling, arguments.max_seq_length)
     tokenizer = load_tokenizer(arguments.tokenizer_name or name, arguments.trust_remote_code)
     add_special_tokens(tokenizer, arguments.pad_token, arguments.special_tokens)
     stored_rows = config.vocab_size
@@ -440,24 +444,20 @@ def _has_new_padding(
 
 def _sequence_length(config: PretrainedConfig, arguments: TrainArguments) -> int:
     """The tokens of a training sequence: as many as were asked for, or a usual number that the model allows."""
-    positions, length = _positions(config), arguments.max_seq_length
-    if positions is None:
+    longest, length = positions(config), arguments.max_seq_length
+    if longest is None:
         if length is None:
             raise ConfigError("the model's config.json names no max_position_embeddings; give --max_seq_length")
         return length
     if length is None:
-        length = min(positions, MAX_SEQ_LENGTH)
-        logger.info("--max_seq_length was not given: %d, where the model has %d positions", length, positions)
-    if length > positions:
+        length = min(longest, MAX_SEQ_LENGTH)
+        logger.info("--max_seq_length was not given: %d, where the model has %d positions", length, longest)
+    if length > longest:
         raise ConfigError(
-            f"--max_seq_length {length} is longer than the model's {positions} positions; use at most {positions}"
+            f"--max_seq_length {length} is longer than the model's {longest} positions; use at most {longest}, or "
+            "stretch rotary embeddings with --rope_scaling yarn"
         )
     return length
-
-
-def _positions(config: PretrainedConfig) -> int | None:
-    """The longest sequence that the model allows; None if its configuration does not say."""
-    return getattr(config, "max_position_embeddings", None)
 
 
 def _load_blocks(

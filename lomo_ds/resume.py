@@ -38,6 +38,7 @@ RULES: dict[str, Rule] = {  # of the arguments; what is not here "changes"
     "new_special_tokens": "stays",
     "resize_embeddings": "stays",
     "max_seq_length": "stays",
+    "rope_scaling": "stays",
     "seed": "stays",
     "optim": "stays",
     "bf16": "stays",

@@ -10,6 +10,7 @@ from lomo_ds.models.load import (
     load_model,
 )
 from lomo_ds.models.recompute import recompute_activations
+from lomo_ds.models.rope import positions, scale_rope
 from lomo_ds.models.tiled_logits import can_tile_logits, tile_logits
 from lomo_ds.models.tokenizer import add_special_tokens, load_tokenizer
 from lomo_ds.models.verify import verify_export
@@ -26,11 +27,13 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "meta_model",
+    "positions",
     "recompute_activations",
     "resize",
     "save_pretrained",
     "save_settings",
     "saved_tensors",
+    "scale_rope",
     "tile_logits",
     "verify_export",
 ]
