@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -127,6 +128,13 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     for name in ("tokenizer.model", "tokenizer_config.json", "model.safetensors"):
         (small / name).symlink_to(demo / "model" / name)
+    for name, changed in {
+        "t5": {"model_type": "t5"},
+        "act": config | {"hidden_act": "gelu_newest"},
+        "quantized": config | {"quantization_config": {"quant_method": "gptq"}, "num_hidden_layers": 1},
+    }.items():
+        shutil.copytree(demo / "model", folder / name, ignore=shutil.ignore_patterns("lomo_ds_manifest.json"))
+        (folder / name / "config.json").write_text(json.dumps(changed))
     (folder / "clash.json").write_text(
         json.dumps({"gradient_clipping": 0.5, "zero_optimization": {"stage": 3}, "optimizer": {"type": "LOMO"}})
     )
@@ -150,6 +158,9 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"model_name_or_path": "{broken}/small"},
             "document 1 of .*has the token .* embedding has 100 rows, .* --tokenizer_name",
         ),
+        ({"model_name_or_path": "{broken}/t5"}, "only causal language models can be trained, got .*a t5 model"),
+        ({"model_name_or_path": "{broken}/act"}, "no model can be built from .*act: KeyError: 'gelu_newest'"),
+        ({"model_name_or_path": "{broken}/quantized"}, "is quantized .gptq.; full fine-tuning needs its original"),
         ({"max_seq_length": 4096}, "--max_seq_length 4096 is longer than the model's 128 positions"),
         ({"learning_rte": 1}, "unknown argument --learning_rte; did you mean '--learning_rate'"),
         (
@@ -185,9 +196,10 @@ def test_says_no_in_one_sentence(
 
 
 def test_debug_shows_the_traceback_and_the_library_s_error(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{")
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    argv = demo_arguments(demo, tmp_path / "out", tokenizer_name=tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/tokenizer.json").write_text("{")
+    (tmp_path / "in/tokenizer_config.json").write_text("{}")
+    argv = demo_arguments(demo, tmp_path / "out", tokenizer_name=tmp_path / "in")
     (status, _, shown), (_, _, other) = ranks(2).run(run_main, [*argv, "--debug"])
     assert status == 2
     assert "JSONDecodeError: " in shown

@@ -58,12 +58,12 @@ FAMILIES = {
 
 
 def tiny_config(model_type: str, changes: dict[str, object]) -> PretrainedConfig:
-    """The smallest model of a family, without dropout, which ranks and a single process draw differently."""
+    """The smallest model of a family, without what ranks and a single process draw differently."""
     defaults = AutoConfig.for_model(model_type)
     sizes = {name: size for name, size in SIZES.items() if hasattr(defaults, name)} | changes
     config = AutoConfig.for_model(model_type, **{name: size for name, size in sizes.items() if size is not None})
     for name, value in vars(config).items():
-        if "drop" in name and isinstance(value, float):
+        if ("drop" in name or "jitter" in name) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 

@@ -343,7 +343,7 @@ def count_tiled(argv: list[str]) -> tuple[int, int]:
 
 def test_by_itself_a_job_tiles_what_it_can(ranks: GroupOf, demo: Path, gpt2: Path, tmp_path: Path) -> None:
     def run(**more: Any) -> tuple[int, int]:
-        arguments = demo_arguments(demo, tmp_path, **{"max_steps": 1} | more)
+        arguments = demo_arguments(demo, tmp_path, **{"max_steps": 1, "overwrite_output_dir": True} | more)
         return ranks(1).run(count_tiled, arguments)[0]
 
     assert run() == (0, 1)
