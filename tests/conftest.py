@@ -12,7 +12,7 @@ import torch
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # of this process, before anything imports deepspeed
 
-from tests.ranks import Ranks
+from tests.ranks import GroupOf, groups
 
 NO_GPU = "there is no CUDA GPU here"
 
@@ -41,19 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[..., Ranks]]:
+def ranks() -> Iterator[GroupOf]:
     """``ranks(world_size)``: that many processes in one group, started once a session."""
-    started: dict[tuple[int, str], Ranks] = {}
-
-    def group_of(world_size: int, accelerator: str = "cpu") -> Ranks:
-        key = (world_size, accelerator)
-        if key not in started or not started[key].alive:
-            started[key] = Ranks(world_size, accelerator)
-        return started[key]
-
-    yield group_of
-    for group in started.values():
-        group.stop()
+    with groups() as group_of:
+        yield group_of
 
 
 @pytest.fixture(scope="session")

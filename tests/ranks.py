@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,16 +24,16 @@ GRACE = 10.0  # seconds the other ranks have to end when one has failed
 
 
 class Ranks:
-    """``world_size`` processes in one process group."""
+    """``world_size`` processes in one process group, which may take ``hung`` seconds for a function."""
 
-    def __init__(self, world_size: int, accelerator: str = "cpu") -> None:
+    def __init__(self, world_size: int, accelerator: str = "cpu", hung: float = HUNG) -> None:
         if accelerator == "cpu":
             context: Any = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["lomo_ds.trainer"])
         else:
             context = multiprocessing.get_context("spawn")
         port = _free_port()
-        self.world_size = world_size
+        self.world_size, self.hung = world_size, hung
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
@@ -54,7 +54,7 @@ class Ranks:
         results = [None] * self.world_size
         failures: dict[int, str] = {}
         waiting = set(range(self.world_size))
-        deadline = time.monotonic() + HUNG
+        deadline = time.monotonic() + self.hung
         while waiting and time.monotonic() < deadline:
             for rank in sorted(waiting):
                 if self.connections[rank].poll(0.005):
@@ -78,6 +78,25 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+GroupOf = Callable[..., Ranks]
+
+
+@contextlib.contextmanager
+def groups(hung: float = HUNG) -> Iterator[GroupOf]:
+    """``group_of(world_size)``: that many processes in one group, started once, and again if they have ended."""
+    started: dict[tuple[int, str], Ranks] = {}
+
+    def group_of(world_size: int, accelerator: str = "cpu") -> Ranks:
+        key = (world_size, accelerator)
+        if key not in started or not started[key].alive:
+            started[key] = Ranks(world_size, accelerator, hung)
+        return started[key]
+
+    yield group_of
+    for group in started.values():
+        group.stop()
 
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int, accelerator: str) -> None:

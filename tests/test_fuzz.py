@@ -41,16 +41,26 @@ def fuzz(examples: int) -> settings:
     return settings(max_examples=examples, deadline=None, derandomize=True)
 
 
-@pytest.fixture(autouse=True)
-def never_a_hang() -> Iterator[None]:
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Fails what takes longer than ``SECONDS``."""
+
     def too_late(*_: Any) -> None:
         raise TimeoutError(f"still at work after {SECONDS} seconds")
 
     before = signal.signal(signal.SIGALRM, too_late)
     signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def never_a_hang() -> Iterator[None]:
+    with in_time():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +188,9 @@ def settled(config: dict[str, Any], argv: list[str]) -> tuple[DeepSpeedConfig, T
     return parse_ds_config(config), arguments
 
 
-def check_ds_config(config: dict[str, Any], argv: list[str]) -> None:
-    """Refused, or settled to the same thing on both sides."""
-    before = repr(config)
+def check_ds_config(config: dict[str, Any], argv: list[str]) -> bool:
+    """Whether it is settled, to the same thing on both sides, and not refused."""
+    before, is_settled = repr(config), False
     with refused_in_one_sentence(ConfigError):
         parsed, arguments = settled(config, argv)
         assert parsed.zero_optimization_stage == 3
@@ -191,7 +201,9 @@ def check_ds_config(config: dict[str, Any], argv: list[str]) -> None:
         assert (parsed.bfloat16_config.enabled, parsed.float16_config.enabled) == (arguments.bf16, arguments.fp16)
         for name in SAME_MEANING.values():
             assert_of_its_type(arguments, name)
+        is_settled = True
     assert repr(config) == before, "the caller's own is untouched"
+    return is_settled
 
 
 def assert_of_its_type(arguments: TrainArguments, name: str) -> None:
@@ -202,7 +214,7 @@ def assert_of_its_type(arguments: TrainArguments, name: str) -> None:
     assert type(value) is kind or (kind is float and type(value) is int), f"{name} is {value!r}"
 
 
-@fuzz(300)
+@fuzz(150)
 @given(st.sampled_from(SHIPPED), replacements, agreeing_and_not)
 def test_ds_config_of_any_values(config: dict[str, Any], changes: list[tuple[str, Any]], argv: list[str]) -> None:
     check_ds_config(replaced(config, changes), argv)
@@ -240,11 +252,12 @@ def test_what_would_fail_once_the_model_is_loaded_is_refused_before(path: str, v
     assert is_one_sentence(str(refusal.value))
 
 
-def check_ds_config_file(folder: Path, content: bytes) -> None:
+def check_ds_config_file(folder: Path, content: bytes) -> bool:
     file = folder / "ds_config.json"
     file.write_bytes(content)
     with refused_in_one_sentence(ConfigError):
-        check_ds_config(read_ds_config(str(file)), [])
+        return check_ds_config(read_ds_config(str(file)), [])
+    return False
 
 
 jsonish = st.text(alphabet='{}[]:,"\\\n ue019.-+ntrfalsNI', max_size=30)
@@ -256,13 +269,11 @@ spoilt = st.builds(  # a config with some bytes of it replaced
 )
 
 
-@fuzz(250)
-@given(
-    content=st.binary(max_size=40)
-    | st.text().map(lambda text: text.encode(errors="replace"))
-    | jsonish.map(str.encode)
-    | spoilt
-)
+config_files = st.binary(max_size=40) | (st.text() | jsonish).map(lambda text: text.encode(errors="replace")) | spoilt
+
+
+@fuzz(150)
+@given(content=config_files)
 def test_ds_config_files_of_any_bytes(folder: Path, content: bytes) -> None:
     check_ds_config_file(folder, content)
 
@@ -318,10 +329,11 @@ YAML_MARKS = [": ", "\n", "- ", "[", "]", "{", "}", "&a ", "*a", "!!int ", "!!nu
 yamlish = st.lists(argument_names | st.sampled_from(YAML_MARKS), max_size=12).map("".join)
 
 
-@fuzz(300)
-@given(
-    content=st.binary(max_size=40) | (st.text() | yaml_texts | yamlish).map(lambda text: text.encode(errors="replace"))
-)
+yaml_files = st.binary(max_size=40) | (st.text() | yaml_texts | yamlish).map(lambda text: text.encode(errors="replace"))
+
+
+@fuzz(150)
+@given(content=yaml_files)
 def test_yaml_of_any_text(folder: Path, content: bytes) -> None:
     check_yaml(folder, content)
 
@@ -399,11 +411,16 @@ accepted = st.builds(
 )
 
 
-@fuzz(300)
-@given(arguments=accepted)
-def test_any_arguments_that_are_dumped_read_back(folder: Path, arguments: TrainArguments) -> None:
+def check_dumped(folder: Path, arguments: TrainArguments) -> bool:
     arguments.dump(folder / "config.yaml")
     assert parse_arguments(["--config", str(folder / "config.yaml")])[0] == arguments
+    return True
+
+
+@fuzz(150)
+@given(arguments=accepted)
+def test_any_arguments_that_are_dumped_read_back(folder: Path, arguments: TrainArguments) -> None:
+    check_dumped(folder, arguments)
 
 
 words = (
@@ -414,10 +431,13 @@ words = (
 )
 
 
-@fuzz(250)
-@given(argv=st.lists(words, max_size=6), required=st.sampled_from([[], REQUIRED]))
-def test_command_lines_of_any_words(argv: list[str], required: list[str]) -> None:
-    check_arguments([*required, *argv])
+command_lines = st.builds(list.__add__, st.sampled_from([[], REQUIRED]), st.lists(words, max_size=6))
+
+
+@fuzz(150)
+@given(argv=command_lines)
+def test_command_lines_of_any_words(argv: list[str]) -> None:
+    check_arguments(argv)
 
 
 # --- text files
@@ -436,8 +456,8 @@ def reference_rows(content: bytes) -> tuple[list[str], int | None]:
     return [document for document in documents if document.strip()], None
 
 
-def check_text_file(file: Path, wanted: list[str], bad_line: int | None = None) -> None:
-    """Exactly the documents that are wanted and their tokens, or what is wrong, in which file and line."""
+def check_text_file(file: Path, wanted: list[str], bad_line: int | None = None) -> bool:
+    """Whether it is read: exactly the documents that are wanted and their tokens. Or what is wrong, and where."""
     try:
         assert list(read_documents(file)) == wanted
         assert tokens_of(file, Letters()) == [token for text in wanted for token in [0, *map(ord, text), 1]]
@@ -448,6 +468,7 @@ def check_text_file(file: Path, wanted: list[str], bad_line: int | None = None) 
         assert str(file) in refusal
     assert bool(refusal) == (wanted == [])
     assert bad_line is None or re.search(rf"line {bad_line}\b", refusal)
+    return not refusal
 
 
 def tokens_of(file: Path, tokenizer: Any) -> list[int]:
@@ -466,7 +487,7 @@ any_bytes = st.binary(max_size=20) | jsonish.map(str.encode) | st.sampled_from([
 line_ends = st.sampled_from([b"\n", b"\r\n", b"\n\n"])
 
 
-@fuzz(300)
+@fuzz(150)
 @given(documents=st.lists(nasty_text), ascii_=st.booleans(), end=line_ends, mark=st.sampled_from(["", "\ufeff"]))
 def test_documents_written_as_json_come_back(
     folder: Path, documents: list[str], ascii_: bool, end: bytes, mark: str
@@ -477,24 +498,39 @@ def test_documents_written_as_json_come_back(
     check_text_file(file, [document for document in documents if document.strip()])
 
 
-@fuzz(300)
-@given(lines=st.lists(row_bytes | any_bytes, max_size=4), end=line_ends)
-def test_jsonl_of_any_rows(folder: Path, lines: list[bytes], end: bytes) -> None:
+right_rows = st.builds(json.dumps, st.fixed_dictionaries({"text": nasty_text})).map(str.encode)
+jsonl_files = st.builds(
+    bytes.join, line_ends, st.lists(row_bytes | any_bytes, max_size=4) | st.lists(right_rows, max_size=4)
+)
+txt_files = st.lists(nasty_text.map(str.encode) | any_bytes, max_size=4).map(b"".join)
+
+
+def check_jsonl(folder: Path, content: bytes) -> bool:
     file = folder / "rows.jsonl"
-    file.write_bytes(end.join(lines))
-    check_text_file(file, *reference_rows(end.join(lines)))
+    file.write_bytes(content)
+    return check_text_file(file, *reference_rows(content))
 
 
-@fuzz(300)
-@given(content=st.lists(nasty_text.map(str.encode) | any_bytes, max_size=4).map(b"".join))
-def test_txt_of_any_bytes(folder: Path, content: bytes) -> None:
+@fuzz(150)
+@given(content=jsonl_files)
+def test_jsonl_of_any_rows(folder: Path, content: bytes) -> None:
+    check_jsonl(folder, content)
+
+
+def check_txt(folder: Path, content: bytes) -> bool:
     file = folder / "text.txt"
     file.write_bytes(content)
     try:
         text = content.decode().removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
         text = ""
-    check_text_file(file, [text] if text.strip() else [])
+    return check_text_file(file, [text] if text.strip() else [])
+
+
+@fuzz(150)
+@given(content=txt_files)
+def test_txt_of_any_bytes(folder: Path, content: bytes) -> None:
+    check_txt(folder, content)
 
 
 MEGABYTE = 2**20

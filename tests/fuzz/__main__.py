@@ -1,0 +1,134 @@
+"""Draw inputs of every kind until minutes are over, and count them: ``make fuzz``, or ``python -m tests.fuzz``.
+
+A fault is an exception that is no refusal, a refusal of more than one line, a step or a logit other than the
+reference's, or no end within ``test_fuzz.SECONDS``. The smallest input that shows it is printed, and the exit status
+is 1. The seed of a run, which is printed too, gives the same inputs again.
+"""
+
+import argparse
+import logging
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # before anything imports deepspeed
+
+from _pytest.outcomes import Failed
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from tests.fuzz.kinds import KINDS, Kind
+from tests.ranks import GroupOf, groups
+from tests.test_fuzz import SECONDS, in_time
+
+
+@dataclass
+class Counts:
+    """Of one kind: how many inputs were drawn, and what became of them."""
+
+    tried: int = 0
+    refused: int = 0
+    done: int = 0
+    faults: int = 0
+
+    def words(self) -> str:
+        """For a line of the log."""
+        return ", ".join(f"{count} {name}" for name, count in vars(self).items())
+
+
+def main() -> int:
+    """The exit status: 1 if there was any fault."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Draw inputs of every kind, and count.")
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=None, help="of an earlier run, whose inputs are drawn again")
+    parser.add_argument("--kinds", nargs="+", choices=[kind.name for kind in KINDS], metavar="KIND", help="only these")
+    options = parser.parse_args()
+    first_seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
+    kinds = [kind for kind in KINDS if kind.name in (options.kinds or kind.name)]
+    counts = {kind.name: Counts() for kind in kinds}
+    print(f"seed {first_seed}: make fuzz SEED={first_seed} draws the same inputs", flush=True)
+    end = time.monotonic() + 60 * options.minutes
+    with unseen_stderr(), groups(hung=SECONDS / 2) as ranks, tempfile.TemporaryDirectory() as folder:
+        for kind, turn_seed in turns(kinds, first_seed, end):
+            take_turn(kind, turn_seed, counts[kind.name], ranks, Path(folder))
+            print(f"{kind.name:20} {counts[kind.name].words()}", flush=True)
+    print(table(kinds, counts))
+    return int(any(of_kind.faults for of_kind in counts.values()))
+
+
+@contextmanager
+def unseen_stderr() -> Iterator[None]:
+    """Leave out the progress bars and warnings of libraries, here and on the ranks, of which there are thousands."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+
+
+def turns(kinds: list[Kind], first_seed: int, end: float) -> Iterator[tuple[Kind, int]]:
+    """Each kind in turn, and a seed for the turn, until the time is over."""
+    for number in count():
+        for kind in kinds:
+            if number and time.monotonic() > end:
+                return
+            yield kind, first_seed + number
+
+
+def take_turn(kind: Kind, turn_seed: int, counts: Counts, ranks: GroupOf, folder: Path) -> None:
+    """Draw the inputs of a turn into ``counts``; print a fault, with the smallest input that shows it."""
+    is_searching = True  # and not yet making an input smaller
+
+    @seed(turn_seed)
+    @settings(
+        max_examples=kind.turn,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(kind.inputs)
+    def draw(drawn: Any) -> None:
+        nonlocal is_searching
+        counts.tried += is_searching
+        try:
+            with in_time():
+                is_done = kind.check(ranks, folder, drawn)
+        except BaseException:
+            is_searching = False
+            raise
+        counts.done += is_searching and is_done
+        counts.refused += is_searching and not is_done
+
+    try:
+        draw()
+    except (Exception, Failed) as fault:  # Failed: of a group of ranks
+        counts.faults += 1
+        print(f"FAULT in {kind.name}, seed {turn_seed}:", *traceback.format_exception(fault, limit=-3), flush=True)
+
+
+def table(kinds: list[Kind], counts: dict[str, Counts]) -> str:
+    """The counts of each kind, and their sums, in Markdown."""
+    head = [
+        "| inputs | tried | refused in a sentence | trained or read, exactly | faults |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    rows = [(f"{kind.name} ({kind.done})", counts[kind.name]) for kind in kinds]
+    total = Counts(*(sum(of_kind) for of_kind in zip(*(vars(each).values() for each in counts.values()), strict=True)))
+    lines = [f"| {name} | {c.tried} | {c.refused} | {c.done} | {c.faults} |" for name, c in [*rows, ("all", total)]]
+    return "\n".join([*head, *lines])
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Any DeepSpeed config through ``lomo_ds.initialize``: one step of plain PyTorch's, or one sentence."""
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lomo_ds
+from lomo_ds.errors import LomoError
+from tests.engines import weights_of
+from tests.ranks import GroupOf
+from tests.reference import PlainSGD, even_batch, part, tiny_model
+from tests.test_ds_fields import ds_config, fields, zero_fields
+from tests.test_fuzz import is_one_sentence, replaced, replacements
+
+LARGEST = 10.0  # a learning rate or a decay above this overflows, and nothing is left to compare
+HALF_TOLERANCE = 0.1  # of a step in bf16 or fp16 from one in fp32
+
+usual_params = st.fixed_dictionaries(
+    {"lr": st.floats(0, 1)},
+    optional={
+        "weight_decay": st.floats(0, 0.5),
+        "clip_grad_value": st.none() | st.floats(0.01, 2),
+        "clip_group_norm": st.none() | st.floats(0.1, 10),
+        "update_schedule": st.sampled_from(["auto", "immediate", "two_pass", "stash"]),
+        "stash_device": st.sampled_from(["auto", "cpu"]),
+        "rounding": st.sampled_from(["auto", "nearest", "stochastic"]),
+        "seed": st.integers(-(2**63), 2**63 - 1),
+        "gather_granularity": st.sampled_from(["auto", "module", "layer"]),
+    },
+)
+usual_configs = st.builds(
+    lambda params, sections, zero: ds_config(params, **sections) | {"zero_optimization": zero},
+    usual_params,
+    fields | st.just({}),
+    zero_fields | st.just({"stage": 3}),
+)
+configs = st.builds(replaced, usual_configs, st.just([]) | replacements)
+
+
+def check_config(ranks: GroupOf, config: dict[str, Any]) -> bool:
+    """Whether ``config`` trained, as plain PyTorch does; otherwise it was refused in one sentence."""
+    [refusal] = ranks(1).run(train_as_plainly, config)
+    assert refusal is None or is_one_sentence(refusal), refusal
+    return refusal is None
+
+
+def train_as_plainly(config: dict[str, Any]) -> str | None:
+    """A step on this one rank, compared with plain PyTorch's; or the refusal."""
+    try:
+        engine = lomo_ds.initialize(model=tiny_model(), config=config)[0]
+    except LomoError as refusal:
+        return str(refusal)
+    accumulation, lr = engine.gradient_accumulation_steps(), engine.get_lr()[0]
+    if accumulation > 8:
+        engine.destroy()
+        return None
+    batch = even_batch(0, 2 * accumulation)
+    try:
+        engine.train_batch([part(batch, index, accumulation) for index in range(accumulation)])
+    except LomoError as refusal:
+        return str(refusal)
+    else:
+        if not engine.skipped_steps:
+            compare(weights_of(engine), batch, config, lr)
+    finally:
+        engine.destroy()
+    return None
+
+
+def compare(weights: dict[str, Tensor], batch: dict[str, Tensor], config: dict[str, Any], lr: float) -> None:
+    """Hold ``weights`` against a step of plain PyTorch, closely unless they or what computes them is in 16 bits."""
+    params = config["optimizer"]["params"]
+    decay = float(params.get("weight_decay", 0.0))
+    if lr > LARGEST or decay > LARGEST:
+        return
+    plain = tiny_model()
+    PlainSGD(
+        plain,
+        lr=lr,
+        weight_decay=decay,
+        value=params.get("clip_grad_value"),
+        group_norm=params.get("clip_group_norm"),
+        global_norm=config.get("gradient_clipping") or None,
+    ).step(batch)
+    single = all(weight.dtype == torch.float32 for weight in weights.values()) and "torch_autocast" not in config
+    for name, wanted in plain.named_parameters():
+        difference = float((weights[name].float() - wanted.detach()).abs().max())
+        assert math.isfinite(difference), f"{name} is not finite"
+        assert difference < (1e-5 if single else HALF_TOLERANCE), f"{name} differs by {difference}"
