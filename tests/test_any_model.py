@@ -185,6 +185,11 @@ def test_even_labels_need_no_number(ranks: GroupOf, way: str) -> None:
     assert max(ranks(2).run(compare, way, "tuple", "immediate", [[0], [0]], False)) < 1e-6
 
 
+@pytest.mark.parametrize("way", ["passes", "passes by position"])
+def test_labels_passed_on_are_known_of_every_micro_batch(ranks: GroupOf, way: str) -> None:
+    assert max(ranks(2).run(compare, way, "tensor", "stash", [[0, 3], [1, 5]], False)) < 1e-6
+
+
 # a fault on one rank
 
 
