@@ -16,7 +16,7 @@ from tests.test_fuzz import fuzz
 
 
 def test_any_config_trains_as_plain_pytorch_or_is_refused(ranks: GroupOf) -> None:
-    @fuzz(30)
+    @fuzz(20)
     @given(configs)
     def check(config: dict[str, Any]) -> None:
         check_config(ranks, config)
