@@ -122,39 +122,31 @@ def test_loads_what_transformers_loads(ranks: GroupOf, tmp_path: Path) -> None:
     check()
 
 
+def gemma3() -> PreTrainedModel:
+    text = SHAPE | {"head_dim": 8}
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4))
+
+
+def mistral3() -> PreTrainedModel:
+    text = SHAPE | {"model_type": "mistral", "head_dim": 8}
+    vision = VISION | {"model_type": "pixtral", "head_dim": 8}
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+
+
+def llava() -> PreTrainedModel:
+    text, vision = SHAPE | {"model_type": "llama"}, VISION | {"model_type": "clip_vision_model"}
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
+
+
 @pytest.mark.parametrize(
-    ("whole", "text_type"),
-    [
-        (
-            Gemma3ForConditionalGeneration(
-                Gemma3Config(text_config=SHAPE | {"head_dim": 8}, vision_config=VISION, mm_tokens_per_image=4)
-            ),
-            "gemma3_text",
-        ),
-        (
-            Mistral3ForConditionalGeneration(
-                Mistral3Config(
-                    text_config=SHAPE | {"model_type": "mistral", "head_dim": 8},
-                    vision_config=VISION | {"model_type": "pixtral", "head_dim": 8},
-                )
-            ),
-            "mistral",
-        ),
-        (
-            LlavaForConditionalGeneration(
-                LlavaConfig(
-                    text_config=SHAPE | {"model_type": "llama"},
-                    vision_config=VISION | {"model_type": "clip_vision_model"},
-                )
-            ),
-            "llama",
-        ),
-    ],
+    ("build", "text_type"),
+    [(gemma3, "gemma3_text"), (mistral3, "mistral"), (llava, "llama")],
     ids=["gemma3", "mistral3", "llava"],
 )
 def test_the_text_model_of_a_model_that_sees(
-    ranks: GroupOf, tmp_path: Path, whole: PreTrainedModel, text_type: str
+    ranks: GroupOf, tmp_path: Path, build: Callable[[], PreTrainedModel], text_type: str
 ) -> None:
+    whole = build()
     whole.save_pretrained(tmp_path / "in")
     loaded = ranks(1).run(logits_as_loaded, str(tmp_path / "in"), str(tmp_path / "out"))[0]
     assert torch.equal(loaded, logits_of(whole))
