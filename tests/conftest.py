@@ -69,6 +69,15 @@ def interpreted() -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums are rounded as in the ranks, which have a thread each; and tiny matrices wait for no other thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def assets() -> Path:
     """The folder of real weights and texts that LOMO_DS_ASSETS names."""
     folder = os.environ.get("LOMO_DS_ASSETS")

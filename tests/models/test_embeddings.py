@@ -1,7 +1,7 @@
 """Tokens that a model has no row for: rows are added as transformers would, and are trained, kept and exported."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from lomo_ds.models.sources import Stored
 from tests.engines import largest_difference, make_engine, my_part, weights_of
 from tests.launching import demo_arguments, run_main
 from tests.ranks import Ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GroupOf = Callable[..., Ranks]
 STORED, ROWS = 61, 68
@@ -35,15 +37,6 @@ MODELS: dict[str, PretrainedConfig] = {
         attn_pdrop=0.0, bos_token_id=1, eos_token_id=2
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums are rounded as in the ranks, which have a thread each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def resized_by_transformers(folder: Path) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """Every family: saved by transformers, loaded by two ranks, trained a step, exported, and loaded by transformers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from lomo_ds.models import load_config, load_model, save_pretrained
 from tests.engines import largest_difference, make_engine, my_part, weights_of
 from tests.ranks import Ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GroupOf = Callable[..., Ranks]
 DS_CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -86,15 +88,6 @@ def load_train_and_save(folder: str, out: str, reference: PreTrainedModel) -> tu
     after = logits_of(engine)
     engine.destroy()
     return before, difference, after
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums are rounded as in the ranks, which have a thread each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def stored_names(folder: Path) -> set[str]:

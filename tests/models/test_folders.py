@@ -33,6 +33,8 @@ from lomo_ds.models.build import meta_model
 from tests.engines import make_engine
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GroupOf = Callable[..., Ranks]
 Weights = dict[str, Tensor]
 DS_CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -87,15 +89,6 @@ def logits_as_loaded(folder: str, out: str | None = None, trust_remote_code: boo
 def logits_of(model: torch.nn.Module) -> Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Sums are rounded as in the ranks, which have a thread each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_loads_what_transformers_loads(ranks: GroupOf, tmp_path: Path) -> None:

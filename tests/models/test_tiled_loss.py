@@ -1,7 +1,7 @@
 """The loss of a linear layer without its logits: as near the truth as with them, and nothing as large is ever made."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,7 @@ from lomo_ds.planner.moments import Rehearsal
 from lomo_ds.planner.recorder import Recorder
 from tests.largest import Largest
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Waiting for one another takes threads longer than these matrices do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
