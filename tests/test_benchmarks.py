@@ -384,7 +384,10 @@ def test_all_methods_take_the_same_steps(ranks: GroupOf, clip: bool) -> None:
 
 
 def test_what_lies_in_memory() -> None:
-    """Against figures that can be told beforehand."""
+    """Against figures that can be told beforehand, less whatever tensors other tests have left alive."""
+    nothing = methods.Method(torch.nn.Module(), {}, lambda batch: torch.zeros(()))
+    with Tensors(nothing, torch.device("cpu")) as others:
+        pass
     weights, rows = 4 * 300 * 300, 4 * 20 * 300
     model = torch.nn.Sequential(torch.nn.Linear(300, 300, bias=False), torch.nn.Linear(300, 300, bias=False))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
@@ -405,7 +408,7 @@ def test_what_lies_in_memory() -> None:
         method.step()
     assert tensors.at_peak[PARAMETERS] == tensors.at_peak[OPTIMIZER] == tensors.at_peak[GRADIENTS] == 2 * weights
     assert tensors.most_gradients == 2 * weights
-    assert rows <= tensors.at_peak[ACTIVATIONS] <= 3 * rows
+    assert rows <= tensors.at_peak[ACTIVATIONS] - others.total <= 3 * rows
     assert tensors.peak == sum(tensors.at_peak.values())
     assert tensors.total <= tensors.peak - 2 * weights
 
