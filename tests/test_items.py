@@ -1,5 +1,6 @@
 """How many items a loss is a mean over: of transformers' models it is known, of others both ways are counted."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,31 +48,50 @@ class WithItsOwnLoss(LlamaForCausalLM):
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
+def own_loss() -> WithItsOwnLoss:
+    return WithItsOwnLoss(tiny_model().config)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2)
+
+
+def bart() -> BartForCausalLM:
+    return BartForCausalLM(BART)
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(T5)
+
+
+def bert() -> BertForMultipleChoice:
+    return BertForMultipleChoice(BERT)
+
+
+def linear() -> torch.nn.Linear:
+    return torch.nn.Linear(1, 1)
+
+
 @pytest.mark.parametrize(
-    ("model", "shifts"),
+    ("make", "shifts"),
     [
-        (tiny_model(), True),
-        (GPT2LMHeadModel(GPT2), True),  # whose name does not say so, and which uses the loss that does
-        (BartForCausalLM(BART), False),  # whose name says so, and which does not
-        (T5ForConditionalGeneration(T5), False),
-        (BertForMultipleChoice(BERT), False),
-        (WithItsOwnLoss(tiny_model().config), None),
-        (torch.nn.Linear(1, 1), None),
+        (tiny_model, True),
+        (gpt2, True),  # whose name does not say so, and which uses the loss that does
+        (bart, False),  # whose name says so, and which does not
+        (t5, False),
+        (bert, False),
+        (own_loss, None),
+        (linear, None),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
 )
-def test_knows_which_models_shift_labels(model: torch.nn.Module, shifts: bool | None) -> None:
-    assert shifts_labels(model) is shifts
+def test_knows_which_models_shift_labels(make: Callable[[], torch.nn.Module], shifts: bool | None) -> None:
+    assert shifts_labels(make()) is shifts
 
 
-@pytest.mark.parametrize(
-    "model",
-    [tiny_model(), GPT2LMHeadModel(GPT2), BartForCausalLM(BART), T5ForConditionalGeneration(T5)],
-    ids=lambda model: type(model).__name__,
-)
-def test_a_mean_is_over_what_is_counted(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("make", [tiny_model, gpt2, bart, t5])
+def test_a_mean_is_over_what_is_counted(make: Callable[[], PreTrainedModel]) -> None:
     """The mean over both rows is that of each row, weighted by its count."""
-    model.eval()
+    model = make().eval()
     rows = [{"input_ids": IDS[row : row + 1], "labels": LABELS[row : row + 1]} for row in range(2)]
     counts = [count_items(row, shifts_labels(model)).items for row in rows]
     means = [float(model(**row).loss.detach()) for row in rows]
