@@ -17,6 +17,7 @@ from lomo_ds.models.verify import refuse_pointers
 CONFIG, SENTENCEPIECE = "tokenizer_config.json", "tokenizer.model"
 FIRST_LLAMA = "LLaMATokenizer"  # the class in the first conversions, which no release of transformers has
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte's token, which no merge makes
+FEW_UNMADE = 0.01  # of a vocabulary: some have pieces that were added by hand, of which no merge is known
 
 logger = logging.getLogger(__name__)
 
@@ -84,21 +85,31 @@ def _refuse_without_vocabulary(folder: str, tokenizer: PreTrainedTokenizerBase) 
             f"{folder} holds no tokenizer: a {type(tokenizer).__name__} reads its vocabulary from a file, and {fault}; "
             "copy or download the folder whole, or give another's with --tokenizer_name"
         )
-    if tokenizer.is_fast and _lacks_merges(json.loads(tokenizer.backend_tokenizer.to_str())["model"], words):
+    unmade = _unmade(json.loads(tokenizer.backend_tokenizer.to_str())["model"], words) if tokenizer.is_fast else set()
+    source = ", ".join(present) or "it"
+    if unmade and len(unmade) == len(_pieces(words)):
         raise ModelError(
             f"{folder} holds no whole tokenizer: its vocabulary has pieces of several characters, and nothing in "
-            f"{', '.join(present) or 'it'} says how they are merged; copy or download the folder whole"
+            f"{source} says how they are merged; copy or download the folder whole"
         )
+    if len(unmade) > FEW_UNMADE * len(words):
+        logger.warning(
+            "no merge in %s of %s makes %d of the tokenizer's %d pieces, such as %r, so that no text has them; if the "
+            "file was cut short, copy or download the folder whole",
+            source, folder, len(unmade), len(words), min(unmade),
+        )  # fmt: skip
 
 
-def _lacks_merges(model: dict[str, Any], words: set[str]) -> bool:
-    """Whether a BPE model without merges, which makes characters of every text, has pieces that only merges make."""
-    return (
-        model["type"] == "BPE"
-        and not model["merges"]
-        and not model["ignore_merges"]
-        and any(len(word) > 1 and not BYTE.fullmatch(word) for word in words)
-    )
+def _pieces(words: set[str]) -> set[str]:
+    """Those of several characters."""
+    return {word for word in words if len(word) > 1 and not BYTE.fullmatch(word)}
+
+
+def _unmade(model: dict[str, Any], words: set[str]) -> set[str]:
+    """The pieces in the vocabulary of a BPE model that none of its merges makes; none where it needs no merges."""
+    if model["type"] != "BPE" or model["ignore_merges"]:
+        return set()
+    return _pieces(words) - {"".join(merge) for merge in model["merges"]}
 
 
 def _names_of_nameless(folder: Path) -> dict[str, str]:

@@ -81,6 +81,17 @@ def test_a_vocabulary_without_merges(with_json: Path) -> None:
     assert "merges" in refusal(with_json)
 
 
+def test_merges_that_were_cut_short(with_json: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A text would have other tokens than those that the model was trained on."""
+    load_tokenizer(str(with_json))
+    assert caplog.text == "", "a whole one needs no warning"
+    model = json.loads((with_json / "tokenizer.json").read_text())["model"]
+    edit(with_json / "tokenizer.json", model=model | {"merges": model["merges"][: len(model["merges"]) // 2]})
+    load_tokenizer(str(with_json))
+    assert f"no merge in tokenizer.json of {with_json} makes " in caplog.text
+    assert "copy or download the folder whole" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_config.json"])
 def test_a_file_that_git_lfs_has_not_fetched(folder: Path, name: str) -> None:
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 499723\n")
