@@ -84,7 +84,7 @@ from lomo_ds.places import (
 )
 from lomo_ds.precision import DTYPES, FastPrecision, fast_precision, is_fast, slowest
 from lomo_ds.progress import FINISHED, Progress, is_finished
-from lomo_ds.resume import log_changes, refuse_another_function, refuse_what_stays, resume_from
+from lomo_ds.resume import log_changes, log_nothing_to_do, refuse_another_function, refuse_what_stays, resume_from
 from lomo_ds.signals import StopRequest
 from lomo_ds.trainer import Trainer
 from lomo_ds.training_engine import TrainingEngine
@@ -123,7 +123,7 @@ def _train_in(
     training, validation = _load_blocks(arguments, tokenizer, length, config.vocab_size)
     anew = _steps(arguments, training, Progress())
     run_id = {"steps": anew.total, "model": arguments.model_name_or_path, "data": anew.data, "optim": arguments.optim}
-    if arguments.resume_from_checkpoint == "auto" and _is_done(output_dir, run_id):
+    if arguments.resume_from_checkpoint == "auto" and _is_done(output_dir, run_id, arguments):
         return
     found = _find_checkpoint(arguments, config, anew.data)
     others = together(lambda: _others(arguments, found))
@@ -239,11 +239,11 @@ def _as_saved(ds_config: dict[str, Any], found: Checkpoint | None) -> dict[str, 
     return config
 
 
-def _is_done(output_dir: Path, run_id: dict[str, Any]) -> bool:
+def _is_done(output_dir: Path, run_id: dict[str, Any], arguments: TrainArguments) -> bool:
     """Whether this very run has ended before: a scheduler may start a job once more than there is work."""
     done = gather_objects(is_finished(output_dir, run_id))[0]
     if done and dist.get_rank() == 0:
-        logger.info("nothing to do: the run of %d steps has ended, and its model is in %s", run_id["steps"], output_dir)
+        log_nothing_to_do(output_dir, arguments, run_id["steps"])
     return done
 
 

@@ -136,8 +136,26 @@ def log_changes(found: Checkpoint, arguments: TrainArguments, ds_config: dict[st
         pairs = {name: (before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys())}
         changed |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in spoken_of}
     if changed:
-        told = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changed.items())
-        logger.info("changed since %s was saved: %s", found.folder.name, told)
+        logger.info("changed since %s was saved: %s", found.folder.name, _joined(changed))
+
+
+def log_nothing_to_do(output_dir: Path, arguments: TrainArguments, steps: int) -> None:
+    """Say that the run of ``steps`` steps has ended in ``output_dir``, and which arguments it had otherwise."""
+    logger.info("nothing to do: the run of %d steps has ended, and its model is in %s", steps, output_dir)
+    other = {
+        f"--{name}": pair for name, pair in _differences(_saved_arguments(output_dir), vars(arguments)).items()
+        if rule_of(name) != "apart"
+    }  # fmt: skip
+    if other:
+        logger.warning(
+            "that run had other arguments, and these have no effect: %s; to train with them, give another "
+            "--output_dir, or --overwrite_output_dir without --resume_from_checkpoint",
+            _joined(other),
+        )
+
+
+def _joined(changes: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changes.items())
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -21,6 +21,7 @@ from lomo_ds.progress import Progress
 from lomo_ds.resume import (
     RULES,
     log_changes,
+    log_nothing_to_do,
     refuse_another_function,
     refuse_what_stays,
     resume_from,
@@ -84,6 +85,16 @@ def test_another_value_is_logged_or_refused(tmp_path: Path, caplog: pytest.LogCa
     assert (f"--{name} {before} -> {now}" in caplog.text) == (rule_of(name) != "apart")
 
 
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_run_that_has_ended_names_the_arguments_it_did_not_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    before, now = getattr(BASE, name), other_value(name)
+    base = dataclasses.replace(BASE, **NEEDED.get(name, {}))
+    log_nothing_to_do(saved(tmp_path, base).folder, dataclasses.replace(base, **{name: now}), 3)
+    assert (f"these have no effect: --{name} {before} -> {now}; to train" in caplog.text) == (rule_of(name) != "apart")
+
+
 def test_nothing_changed_is_not_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Nor what a checkpoint that a library user has saved, or an older lomo_ds, does not tell."""
     log_changes(saved(tmp_path, ds_config={"a": {"b": 1}}), BASE, {"a": {"b": 1}})
@@ -91,6 +102,7 @@ def test_nothing_changed_is_not_spoken_of(tmp_path: Path, caplog: pytest.LogCapt
     refuse_what_stays(tmp_path / "nowhere", dataclasses.replace(BASE, seed=1))
     (tmp_path / "config.yaml").write_text("model_name_or_path: m\ntrain_file: t.txt\noutput_dir: out\n")
     refuse_what_stays(tmp_path, BASE)
+    log_nothing_to_do(tmp_path, BASE, 3)
     assert caplog.text == ""
 
 
