@@ -49,7 +49,7 @@ def weights_of(engine: lomo_ds.LomoEngine) -> dict[str, Tensor]:
 def largest_difference(weights: dict[str, Tensor], reference: Module) -> float:
     theirs = dict(reference.named_parameters())
     assert theirs.keys() == weights.keys()
-    differences = [float((weights[name].float() - theirs[name].detach().float()).abs().max()) for name in weights]
+    differences = [float((weights[name].float() - theirs[name].float()).detach().abs().max()) for name in weights]
     return math.inf if any(math.isnan(difference) for difference in differences) else max(differences)
 
 

@@ -130,12 +130,14 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_a_chat_model_from_a_base_model(ranks: GroupOf, demo: Path, chats: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+def test_a_chat_model_from_a_base_model(ranks: GroupOf, demo: Path, chats: Path, tmp_path: Path, weights: str) -> None:
     """Through a checkpoint: the run that goes on from it ends with the same bytes."""
 
     def run(out: Path, **more: Any) -> None:
         more = {"train_file": chats, "max_seq_length": 8, "max_steps": 4, "learning_rate": 0.5} | CHAT | more
-        results = ranks(2).run(run_main, demo_arguments(demo, out, resize_embeddings="mean", **more))
+        arguments = demo_arguments(demo, out, resize_embeddings="mean", weights=weights, **more)
+        results = ranks(2).run(run_main, arguments)
         assert [status for status, *_ in results] == [0, 0], results
 
     run(tmp_path / "whole", save_steps=2)
