@@ -142,8 +142,8 @@ def test_a_chat_model_from_a_base_model(ranks: GroupOf, demo: Path, chats: Path,
 
     run(tmp_path / "whole", save_steps=2)
     run(tmp_path / "resumed", resume_from_checkpoint=tmp_path / "whole/checkpoint-2")
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
-    assert weights[0] == weights[1]
+    whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed"))
+    assert whole == resumed
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "resumed")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "resumed")
