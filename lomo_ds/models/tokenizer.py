@@ -85,9 +85,23 @@ def _refuse_without_vocabulary(folder: str, tokenizer: PreTrainedTokenizerBase) 
             f"{folder} holds no tokenizer: a {type(tokenizer).__name__} reads its vocabulary from a file, and {fault}; "
             "copy or download the folder whole, or give another's with --tokenizer_name"
         )
-    unmade = _unmade(json.loads(tokenizer.backend_tokenizer.to_str())["model"], words) if tokenizer.is_fast else set()
-    source = ", ".join(present) or "it"
-    if unmade and len(unmade) == len(_pieces(words)):
+    if tokenizer.is_fast:
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        _check_merges(folder, ", ".join(present) or "it", model, words)
+
+
+def _check_merges(folder: str, source: str, model: dict[str, Any], words: set[str]) -> None:
+    """Refuse a BPE model whose merges make none of its pieces, and warn of one whose merges lack many.
+
+    Args:
+        source: the file that holds the merges.
+        words: the vocabulary, without special and added tokens.
+    """
+    if model["type"] != "BPE" or model["ignore_merges"]:
+        return
+    pieces = {word for word in words if len(word) > 1 and not BYTE.fullmatch(word)}
+    unmade = pieces - {"".join(merge) for merge in model["merges"]}
+    if pieces and unmade == pieces:
         raise ModelError(
             f"{folder} holds no whole tokenizer: its vocabulary has pieces of several characters, and nothing in "
             f"{source} says how they are merged; copy or download the folder whole"
@@ -98,18 +112,6 @@ def _refuse_without_vocabulary(folder: str, tokenizer: PreTrainedTokenizerBase) 
             "file was cut short, copy or download the folder whole",
             source, folder, len(unmade), len(words), min(unmade),
         )  # fmt: skip
-
-
-def _pieces(words: set[str]) -> set[str]:
-    """Those of several characters."""
-    return {word for word in words if len(word) > 1 and not BYTE.fullmatch(word)}
-
-
-def _unmade(model: dict[str, Any], words: set[str]) -> set[str]:
-    """The pieces in the vocabulary of a BPE model that none of its merges makes; none where it needs no merges."""
-    if model["type"] != "BPE" or model["ignore_merges"]:
-        return set()
-    return _pieces(words) - {"".join(merge) for merge in model["merges"]}
 
 
 def _names_of_nameless(folder: Path) -> dict[str, str]:
