@@ -168,11 +168,15 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 
 
 def _saved_arguments(folder: Path) -> dict[str, Any]:
-    """The arguments that a checkpoint was saved with; none of one that launch/train.py did not save."""
+    """The arguments that a checkpoint or run was saved with; none where launch/train.py's config.yaml is not there.
+
+    In a run's own folder a person may have edited it into no YAML, or into another kind.
+    """
     try:
-        return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
         return {}
+    return saved if isinstance(saved, dict) else {}
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -95,6 +95,16 @@ def test_a_run_that_has_ended_names_the_arguments_it_did_not_have(
     assert (f"these have no effect: --{name} {before} -> {now}; to train" in caplog.text) == (rule_of(name) != "apart")
 
 
+@pytest.mark.parametrize("content", [b"seed: [", b"- seed", b"\xff", b""])
+def test_a_run_that_has_ended_needs_no_readable_config(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with caplog.at_level(logging.INFO, "lomo_ds"):
+        log_nothing_to_do(tmp_path, BASE, 3)
+    assert caplog.messages == [f"nothing to do: the run of 3 steps has ended, and its model is in {tmp_path}"]
+
+
 def test_nothing_changed_is_not_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Nor what a checkpoint that a library user has saved, or an older lomo_ds, does not tell."""
     log_changes(saved(tmp_path, ds_config={"a": {"b": 1}}), BASE, {"a": {"b": 1}})
