@@ -91,7 +91,7 @@ $(READY): setup.py
 
 # Of 13,000 files to compile, those that training, planning and tests import are compiled here, also where Python is told
 # to write no bytecode; the others when they are used.
-IMPORTED := lomo_ds.job, lomo_ds.planner.command, deepspeed.launcher.runner, hypothesis, matplotlib.pyplot, pytest, \
+IMPORTED := lomo_ds.train.job, lomo_ds.planner.command, deepspeed.launcher.runner, hypothesis, matplotlib.pyplot, pytest, \
     torch.utils.tensorboard, torch.testing._internal.distributed.fake_pg, transformers.models.llama.modeling_llama, \
     triton.compiler, triton.runtime.interpreter
 $(COMPILED): $(READY)

@@ -18,9 +18,9 @@ from typing import Any
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import methods, report
-from benchmarks.workers import Desk, Workers
-from benchmarks.workload import TOY, Workload
+from benchmarks.lib import methods, result_files
+from benchmarks.lib.workers import Desk, Workers
+from benchmarks.lib.workload import TOY, Workload
 
 # the innermost frame whose file holds one of the words names the cause; the first that fits
 CAUSES = {
@@ -124,13 +124,13 @@ def markdown(rows: list[Row]) -> str:
         "# Where the time of a step goes\n\n16 layers of hidden size 64, 32 tokens a rank, fp32; milliseconds of a "
         "step (median), and of it what rank 0 was running, as looked at every millisecond. Linear layers "
         "that keep no weight hold their matrix products too; collectives hold the wait for other ranks, and for the "
-        "cores they share.\n\n" + report.table(["", "step", *CAUSES, OTHER], shown)
+        "cores they share.\n\n" + result_files.table(["", "step", *CAUSES, OTHER], shown)
     )
 
 
 def draw(rows: list[Row]) -> Any:
     """A bar for each case, cut by cause."""
-    figure, axes = report.pyplot().subplots(figsize=(9, 0.7 * len(rows) + 1.8), layout="constrained")
+    figure, axes = result_files.pyplot().subplots(figsize=(9, 0.7 * len(rows) + 1.8), layout="constrained")
     left = [0.0] * len(rows)
     for cause in [*CAUSES, OTHER]:
         widths = [1e3 * row["seconds"] * row["shares"][cause] for row in rows]
@@ -145,13 +145,13 @@ def draw(rows: list[Row]) -> Any:
 
 def main() -> None:
     """Run the benchmark of the command line."""
-    parser = report.parser(__doc__)
+    parser = result_files.parser(__doc__)
     parser.add_argument("--steps", type=int, default=40, help="watched, and as many timed; 40 by default")
     given = parser.parse_args()
-    report.require("matplotlib")
+    result_files.require("matplotlib")
     rows = run(given.steps)
-    results = {"environment": report.environment(), "rows": rows}
-    report.write_results(given.output_dir, "causes", results, markdown(rows), draw(rows))
+    results = {"environment": result_files.environment(), "rows": rows}
+    result_files.write_results(given.output_dir, "causes", results, markdown(rows), draw(rows))
 
 
 if __name__ == "__main__":

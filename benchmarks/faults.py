@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import report
+from benchmarks.lib import result_files
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2
@@ -44,7 +44,7 @@ class Job:
 
     def __init__(self, argv: list[str], world_size: int, log: Path) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["lomo_ds.job"])
+        context.set_forkserver_preload(["lomo_ds.train.job"])
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -93,7 +93,7 @@ def _run_rank(argv: list[str], rank: int, world_size: int, port: int, log: str) 
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    from lomo_ds.cli import leave
+    from lomo_ds.train.cli import leave
 
     leave(runpy.run_path(str(ROOT / "launch/train.py"))["main"](argv))
 
@@ -119,7 +119,7 @@ def training_arguments(demo: Path, output_dir: Path, steps: int, precision: str 
 
 def demo_with_dropout(folder: Path) -> Path:
     """What ``make train`` trains on, with dropout."""
-    from lomo_ds.demo import make_demo
+    from lomo_ds.models.demo import make_demo
 
     make_demo(folder)
     config = folder / "model/config.json"
@@ -223,14 +223,14 @@ def describe(summary: dict[str, Any]) -> str:
         f"# Killed at {summary['trials']} random moments\n\n"
         f"{RANKS} ranks, SIGKILL to one of them or to all, then once more with --resume_from_checkpoint auto: the "
         f"final weights are those of a run that was left alone, bit for bit, in **{summary['identical']} of "
-        f"{summary['trials']}**.\n\n{report.table(['', ''], rows)}\n"
+        f"{summary['trials']}**.\n\n{result_files.table(['', ''], rows)}\n"
         "A rank that is killed before the ranks have met is noticed by the launcher alone, and there was none here.\n"
     )
 
 
 def draw(results: dict[str, Any]) -> Any:
     """When who was killed, and what came of it."""
-    pyplot = report.pyplot()
+    pyplot = result_files.pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 3.4), layout="constrained")
     rows = {str([rank]): rank for rank in range(RANKS)} | {str(list(range(RANKS))): RANKS}
     for identical, color, told in ((True, "#1b7f79", "bit-identical"), (False, "#c0392b", "not identical")):
@@ -255,19 +255,19 @@ def draw(results: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Run the trials, and write what they gave."""
-    parser = report.parser(__doc__)
+    parser = result_files.parser(__doc__)
     parser.add_argument("--trials", type=int, default=50, help="runs that are killed; 50 by default")
     parser.add_argument(
         "--steps", type=int, default=24, help="of each run, with a checkpoint every other; 24 by default"
     )
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
     given = parser.parse_args()
-    report.require("matplotlib")
+    result_files.require("matplotlib")
     os.environ["DS_ACCELERATOR"] = "cpu"
     with tempfile.TemporaryDirectory() as folder:
         results = run_trials(given.trials, given.steps, given.seed, Path(folder))
-    results |= {"environment": report.environment(), "summary": summarize(results)}
-    report.write_results(given.output_dir, "faults", results, describe(results["summary"]), draw(results))
+    results |= {"environment": result_files.environment(), "summary": summarize(results)}
+    result_files.write_results(given.output_dir, "faults", results, describe(results["summary"]), draw(results))
     if results["summary"]["identical"] < given.trials:
         sys.exit("some runs did not end as the one that was left alone")
 

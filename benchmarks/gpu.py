@@ -29,12 +29,12 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import gpu_report, methods, report
-from benchmarks.contest import Entrant
-from benchmarks.measurements import Group, HostMemory, Measurement, Peak, TakingTurns, Updates
-from benchmarks.row_process import Output, Results, Row, run_rows
-from benchmarks.workers import DOES_NOT_FIT, is_out_of_memory
-from benchmarks.workload import Workload
+from benchmarks.lib import gpu_report, methods, result_files
+from benchmarks.lib.contest import Entrant
+from benchmarks.lib.measurements import Group, HostMemory, Measurement, Peak, TakingTurns, Updates
+from benchmarks.lib.row_process import Output, Results, Row, run_rows
+from benchmarks.lib.workers import DOES_NOT_FIT, is_out_of_memory
+from benchmarks.lib.workload import Workload
 
 TABLE_1 = Workload("7b", sequence=512, batch=8, precision="bf16", checkpointing=True)
 TABLE_2 = Workload("7b", sequence=1024, batch=1, precision="bf16", checkpointing=True)
@@ -129,7 +129,7 @@ def write(folder: Path, found: list[dict[str, Any]], environment: dict[str, Any]
     machine = environment["machine"] | {"gpus": gpus}
     results = {"environment": environment | {"machine": machine}, "rows": found}
     figure = gpu_report.draw(found) if picture else None
-    report.write_results(folder, "gpu", results, gpu_report.describe(found), figure, show=False)
+    result_files.write_results(folder, "gpu", results, gpu_report.describe(found), figure, show=False)
 
 
 def earlier_rows(folder: Path, environment: dict[str, Any], places: set[str]) -> list[dict[str, Any]]:
@@ -149,7 +149,7 @@ def earlier_rows(folder: Path, environment: dict[str, Any], places: set[str]) ->
 def run(wanted: list[Wanted], folder: Path, minutes: float, try_on_cpu: bool) -> None:
     """Measure the rows that there is time for."""
     deadline = time.monotonic() + 60 * minutes
-    environment = report.environment(*(package for package in methods.INSTALL), gpus=[])
+    environment = result_files.environment(*(package for package in methods.INSTALL), gpus=[])
     chosen = [row_of(row, try_on_cpu) for row in wanted]
     places = [row.place for row in rows()]
     others = earlier_rows(folder, environment, set(places) - {row.place for row in wanted})
@@ -165,7 +165,7 @@ def run(wanted: list[Wanted], folder: Path, minutes: float, try_on_cpu: bool) ->
         print("interrupted")
         raise
     finally:
-        write(folder, all_rows(), environment, picture=not report.missing_of(["matplotlib"]))
+        write(folder, all_rows(), environment, picture=not result_files.missing_of(["matplotlib"]))
         shutil.rmtree(scratch, ignore_errors=True)
         print(f"\n{gpu_report.describe(all_rows())}\nresults: {folder}/gpu.json, {folder}/gpu.md")
 
@@ -189,7 +189,7 @@ def main() -> None:
     if not torch.cuda.is_available() and not given.try_on_cpu:
         print("benchmarks/gpu.py: there is no CUDA GPU here, so nothing was measured")
         return
-    if missing := report.missing_of(OPTIONAL):
+    if missing := result_files.missing_of(OPTIONAL):
         print(f"not installed, and what needs them is left out: {', '.join(missing)}", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
@@ -205,7 +205,7 @@ def arguments() -> argparse.Namespace:
     places = [row.place for row in rows()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, default=report.RESULTS / "gpu", help="folder of the results; benchmarks/results/gpu"
+        "--out", type=Path, default=result_files.RESULTS / "gpu", help="folder of the results; benchmarks/results/gpu"
     )
     parser.add_argument("--minutes", type=float, default=7.0, help="for all rows; 7 by default")
     parser.add_argument(

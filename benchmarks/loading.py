@@ -41,7 +41,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import report
+from benchmarks.lib import result_files
 
 # Whatever imports deepspeed is imported where it is used: deepspeed chooses its accelerator then.
 
@@ -186,7 +186,7 @@ def _get_ready(method: str, warm_up: Path, ranks: int) -> None:
 
     from transformers.utils import logging as transformers_logging
 
-    from lomo_ds.distributed import start_process_group
+    from lomo_ds.distributed.process_group import start_process_group
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # deepspeed prints into the progress bar
@@ -311,7 +311,7 @@ def compare(
     loads: dict[str, list[list[Row]]] = {OURS: [], THEIRS: []}
     sums = []
     results: dict[str, Any] = {
-        "environment": report.environment("accelerate"),
+        "environment": result_files.environment("accelerate"),
         "accelerator": os.environ["DS_ACCELERATOR"],
         "ranks": ranks,
         "bytes_read_counted_by": COUNTED_BY if counted else None,
@@ -370,7 +370,7 @@ def describe(results: dict[str, Any]) -> str:
         "processes.\n\n"
         + "".join(f"- {sentence}\n" for sentence in findings(results))
         + "\n"
-        + report.table(["method", "rank", *columns, "within it", "seconds"], lines)
+        + result_files.table(["method", "rank", *columns, "within it", "seconds"], lines)
         + "\nA GB is 10^9 bytes. Peaks are above the start of the load, and the peak of host memory counts anonymous "
         "memory and the pages of mapped files, of which the kernel may drop the latter whenever it wants to; these two "
         "have a peak of their own each, which need not fall together.\n"
@@ -425,7 +425,7 @@ def draw(results: dict[str, Any]) -> Any:
     }
     if results["accelerator"] == "cpu":
         del panels["peak_device_bytes"]
-    figure, all_axes = report.pyplot().subplots(
+    figure, all_axes = result_files.pyplot().subplots(
         1, len(panels), figsize=(5.8 * len(panels), 5.0), layout="constrained", gridspec_kw={"wspace": 0.06}
     )
     for axes, (name, (title, limit, meaning)) in zip(all_axes, panels.items(), strict=True):
@@ -477,23 +477,23 @@ def _draw_bars(axes: Any, name: str, method: str, side: int, results: dict[str, 
 
 def main() -> None:
     """Compare, and write what it gave."""
-    parser = report.parser(__doc__)
+    parser = result_files.parser(__doc__)
     parser.add_argument("--ranks", type=int, default=4, help="processes that load; 4 by default")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint; 2 by default")
     parser.add_argument("--repetitions", type=int, default=3, help="loads with each of the two; 3 by default")
     parser.add_argument("--folder", type=Path, help="on the disk to read from; the system's temporary one by default")
     given = parser.parse_args()
-    report.require("accelerate", "matplotlib")
+    result_files.require("accelerate", "matplotlib")
     gpu_each = torch.cuda.device_count() >= given.ranks
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu_each else "cpu")
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
 
     def write(results: dict[str, Any]) -> None:
-        report.write_results(given.output_dir, "loading", results, describe(results), show=False)
+        result_files.write_results(given.output_dir, "loading", results, describe(results), show=False)
 
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         results = compare(Path(folder), given.gigabytes, given.ranks, given.repetitions, write)
-    report.write_results(given.output_dir, "loading", results, describe(results), draw(results))
+    result_files.write_results(given.output_dir, "loading", results, describe(results), draw(results))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import report
+from benchmarks.lib import result_files
 
 # Whatever imports deepspeed is imported where it is used: deepspeed chooses its accelerator then.
 
@@ -203,7 +203,7 @@ def compare(
         torch.set_num_threads(1)
     compared = methods(tile_mib * MIB, on_gpu)
     results: dict[str, Any] = {
-        "environment": report.environment(*(["liger_kernel"] if LIGER in compared else [])),
+        "environment": result_files.environment(*(["liger_kernel"] if LIGER in compared else [])),
         "device": "cuda" if on_gpu else "cpu",
         "dtype": str(DTYPE).removeprefix("torch."),
         "vocabulary": vocabulary,
@@ -291,7 +291,7 @@ def describe(results: dict[str, Any]) -> str:
         f"{results['repetitions']}. Errors are relative to the gradients in fp32.\n\n"
         + "".join(f"- {sentence}\n" for sentence in findings(results))
         + "\n"
-        + report.table(header, lines)
+        + result_files.table(header, lines)
     )
 
 
@@ -322,7 +322,7 @@ def findings(results: dict[str, Any]) -> list[str]:
 
 def draw(results: dict[str, Any]) -> Any:
     """Peak memory and time over the number of tokens."""
-    figure, all_axes = report.pyplot().subplots(1, 2, figsize=(11.6, 5.0), layout="constrained")
+    figure, all_axes = result_files.pyplot().subplots(1, 2, figsize=(11.6, 5.0), layout="constrained")
     panels = (("peak_bytes", MIB, "Peak memory above the start, MiB"), ("seconds", 1e-3, "Forward and backward, ms"))
     for axes, (name, unit, title) in zip(all_axes, panels, strict=True):
         for method, color in COLORS.items():
@@ -352,20 +352,20 @@ def main() -> None:
     """Compare, and write what it gave."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"
-    parser = report.parser(__doc__)
+    parser = result_files.parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536] if on_gpu else [512, 2048])
     parser.add_argument("--vocabulary", type=int, default=32000 if on_gpu else 8000, help="rows of lm_head")
     parser.add_argument("--hidden_size", type=int, default=4096 if on_gpu else 128, help="columns of lm_head")
     parser.add_argument("--tile_mib", type=int, default=64 if on_gpu else 4, help="MiB of fp32 logits in a tile")
     parser.add_argument("--repetitions", type=int, default=10 if on_gpu else 2, help="of each figure's time")
     given = parser.parse_args()
-    report.require("matplotlib")
+    result_files.require("matplotlib")
 
     def write(results: dict[str, Any]) -> None:
-        report.write_results(given.output_dir, "logits", results, describe(results), show=False)
+        result_files.write_results(given.output_dir, "logits", results, describe(results), show=False)
 
     results = compare(given.tokens, given.vocabulary, given.hidden_size, given.tile_mib, given.repetitions, write)
-    report.write_results(given.output_dir, "logits", results, describe(results), draw(results))
+    result_files.write_results(given.output_dir, "logits", results, describe(results), draw(results))
 
 
 if __name__ == "__main__":

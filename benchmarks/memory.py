@@ -34,12 +34,12 @@ from typing import Any
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import methods, options, report
-from benchmarks.footprint import ACTIVATIONS, GRADIENTS, KINDS, OPTIMIZER, PARAMETERS, measure, resident_bytes
-from benchmarks.kernels import fallbacks, kernels_of
-from benchmarks.planned import planned_peak
-from benchmarks.workers import DOES_NOT_FIT, Desk, DoesNotFit, WorkerError, Workers
-from benchmarks.workload import LARGE, Workload, parameter_count
+from benchmarks.lib import methods, options, result_files
+from benchmarks.lib.footprint import ACTIVATIONS, GRADIENTS, KINDS, OPTIMIZER, PARAMETERS, measure, resident_bytes
+from benchmarks.lib.kernels import fallbacks, kernels_of
+from benchmarks.lib.planned import planned_peak
+from benchmarks.lib.workers import DOES_NOT_FIT, Desk, DoesNotFit, WorkerError, Workers
+from benchmarks.lib.workload import LARGE, Workload, parameter_count
 
 METHODS = ["deepspeed-adamw", "deepspeed-sgd", "immediate", "stash+clip"]
 UNKNOWN = "not known"
@@ -85,7 +85,7 @@ def measure_row(workers: Workers, method: str, work: Workload, timeout: float) -
 def measure_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Every row that was asked for; ``write`` is given what there is after each."""
     results: dict[str, Any] = {
-        "environment": report.environment(), "device": given.device, "rows": [], "skipped": {}
+        "environment": result_files.environment(), "device": given.device, "rows": [], "skipped": {}
     }  # fmt: skip
     worlds = [given.simulate_world] if given.simulate_world else given.ranks
     wanted = [(work, world) for work in workloads(given) for world in worlds]
@@ -126,7 +126,7 @@ def describe(results: dict[str, Any]) -> str:
     lines = [[*named(row), *figures(row, divisor)] for row in rows]
     text = (
         f"# Memory of a training step, by kind\n\nIn {unit}, at the peak, {what}; of several ranks the highest one's. "
-        f"Rows x sequence are a rank's.\n\n" + report.table(header, lines)
+        f"Rows x sequence are a rank's.\n\n" + result_files.table(header, lines)
     )
     if any(row["simulated"] for row in rows):
         text += (
@@ -184,7 +184,7 @@ def paper_table() -> str:
         [name, "yes" if on else "no", *(f"{value:.2f}" for value in values), f"**{sum(values):.2f}**"]
         for (name, on), values in PAPER.items()
     ]
-    return report.table(["optimizer", "recomputes", *KINDS, "**total**"], lines)
+    return result_files.table(["optimizer", "recomputes", *KINDS, "**total**"], lines)
 
 
 def unit_of(rows: list[Row]) -> tuple[str, float]:
@@ -200,7 +200,7 @@ def draw(results: dict[str, Any]) -> Any:
     settings = [named(row)[0].rpartition(": ")[0] + _recomputing(row) for row in rows]
     groups = list(dict.fromkeys(settings))
     height = 0.33 * (len(rows) + 1.1 * len(groups))
-    figure, axes = report.pyplot().subplots(figsize=(9.5, 1.5 + max(1.5, height)), layout="constrained")
+    figure, axes = result_files.pyplot().subplots(figsize=(9.5, 1.5 + max(1.5, height)), layout="constrained")
     ticks, labels, top = [], [], 0.0
     most = max((row["peak"] for row in rows), default=1) / divisor
     for group in groups:
@@ -237,7 +237,7 @@ def _recomputing(row: Row) -> str:
 
 def main() -> None:
     """Measure, and write what it gave."""
-    parser = report.parser(__doc__)
+    parser = result_files.parser(__doc__)
     options.add_workload(parser, models=["40m"], sequence=128, batch=2)
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=options.methods_help(METHODS))
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="numbers of ranks; 2 by default")
@@ -253,14 +253,14 @@ def main() -> None:
     )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a row may take; 600 by default")
     given = parser.parse_args()
-    report.require("matplotlib")
+    result_files.require("matplotlib")
     options.settle(given, parser, max([1] if given.simulate_world else given.ranks))
 
     def write(results: dict[str, Any]) -> None:
-        report.write_results(given.output_dir, "memory", results, describe(results), show=False)
+        result_files.write_results(given.output_dir, "memory", results, describe(results), show=False)
 
     results = measure_all(given, write)
-    report.write_results(given.output_dir, "memory", results, describe(results), draw(results))
+    result_files.write_results(given.output_dir, "memory", results, describe(results), draw(results))
     if all(row["outcome"] not in ("measured", DOES_NOT_FIT) for row in results["rows"]):
         sys.exit("nothing could be measured")
 

@@ -30,12 +30,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import methods, options, report
-from benchmarks.footprint import limit_allocator
-from benchmarks.kernels import fallbacks, kernels_of
+from benchmarks.lib import methods, options, result_files
+from benchmarks.lib.footprint import limit_allocator
+from benchmarks.lib.kernels import fallbacks, kernels_of
+from benchmarks.lib.workers import Desk, DoesNotFit, WorkerError, Workers
+from benchmarks.lib.workload import LARGE, Workload, parameter_count
 from benchmarks.memory import STAYS_GATHERED
-from benchmarks.workers import Desk, DoesNotFit, WorkerError, Workers
-from benchmarks.workload import LARGE, Workload, parameter_count
 
 GIB, GB = 2.0**30, 1e9
 GPU_MODELS, CPU_MODELS = ["13b", "30b"], ["40m"]
@@ -62,8 +62,8 @@ class Traffic:
 
     def watch(self) -> None:
         """From now on, in this process."""
-        from lomo_ds.host_memory import Fetch, HostTransfer
-        from lomo_ds.stores import AsKept
+        from lomo_ds.memory.host_memory import Fetch, HostTransfer
+        from lomo_ds.zero3.wire import AsKept
 
         pack, offload, start_fetch = AsKept.pack, HostTransfer.offload, HostTransfer.start_fetch
 
@@ -127,7 +127,7 @@ def measure_link(desk: Desk) -> dict[str, float]:
 def build(desk: Desk, method: str, work: Workload) -> dict[str, Any]:
     """On a rank: make the model in host memory; what it takes there."""
     from lomo_ds import zero3
-    from lomo_ds.host_memory import bytes_of
+    from lomo_ds.memory.host_memory import bytes_of
 
     desk["traffic"] = Traffic()
     desk["traffic"].watch()
@@ -140,7 +140,7 @@ def measure(desk: Desk, work: Workload, steps: int) -> Row:
     """On a rank: what steps with this batch take."""
     from deepspeed.accelerator import get_accelerator
 
-    from lomo_ds.host_memory import bytes_of
+    from lomo_ds.memory.host_memory import bytes_of
 
     built, traffic = desk["built"], desk["traffic"]
     built.batch = work.rows(built.device)
@@ -173,7 +173,7 @@ def measure_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], Non
     """Every row that was asked for; ``write`` is given what there is after each."""
     rows: list[Row] = []
     results = {
-        "environment": report.environment(),
+        "environment": result_files.environment(),
         "device": given.device,
         "cap": given.cap,
         "rows": rows,
@@ -281,7 +281,7 @@ def describe_plans(rows: list[Row]) -> str:
     return (
         f"\nOne card of 24 GB by plan, with a link of {PLANNED_LINK / GB:.0f} GB/s, 256 GB of host memory and half of "
         "71 TFLOP/s; `immediate`, unclipped, activations computed again from checkpoints in host memory:\n\n"
-        + report.table(header, lines)
+        + result_files.table(header, lines)
     )
 
 
@@ -301,7 +301,9 @@ def describe(results: dict[str, Any]) -> str:
     header = ["", "tokens/s", "s a step", "GB up", "GB down", "share of the link", "peak GiB on the GPU", "GiB pinned"]
     lines = [cells(row, on_gpu) for row in results["rows"]]
     what = f"One GPU capped at {results['cap']:g} GiB" if on_gpu else "**No GPU: times and shares mean nothing.** CPU"
-    text = f"# Parameters in host memory\n\n{what}, all parameters in host memory.\n\n{report.table(header, lines)}"
+    text = f"# Parameters in host memory\n\n{what}, all parameters in host memory.\n\n" + result_files.table(
+        header, lines
+    )
     measured = [row for row in results["rows"] if row["outcome"] == "measured"]
     if measured and on_gpu:
         link = measured[-1]["link"]
@@ -344,7 +346,7 @@ def cells(row: Row, on_gpu: bool) -> list[str]:
 
 def draw(results: dict[str, Any]) -> Any:
     """Tokens a second over tokens a step, a line for each model and method."""
-    figure, axes = report.pyplot().subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure, axes = result_files.pyplot().subplots(figsize=(7.5, 4.5), layout="constrained")
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in results["rows"]:
         if row["outcome"] == "measured":
@@ -370,7 +372,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Measure, and write what it gave."""
-    parser = report.parser(__doc__)
+    parser = result_files.parser(__doc__)
     options.add_workload(parser, models=None, sequence=1024, batch=1)
     parser.add_argument("--models", nargs="+", help="presets; 13b 30b on a GPU, 40m on the CPU by default")
     parser.add_argument("--batches", type=int, nargs="+", help="rows in a step; 1 2 4 8 16 on a GPU by default")
@@ -380,7 +382,7 @@ def main() -> None:
     parser.add_argument("--zero", type=options.settings, default={}, metavar="JSON", help="more of zero_optimization")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one call may take; 900 by default")
     given = parser.parse_args()
-    report.require("matplotlib")
+    result_files.require("matplotlib")
     options.settle(given, parser, 1)
     on_gpu = given.device == "cuda"
     given.tiled_logits = True
@@ -390,10 +392,10 @@ def main() -> None:
         print("benchmarks/offload.py: there is no CUDA GPU here; this runs, but its times mean nothing")
 
     def write(results: dict[str, Any]) -> None:
-        report.write_results(given.output_dir, "offload", results, describe(results), show=False)
+        result_files.write_results(given.output_dir, "offload", results, describe(results), show=False)
 
     results = measure_all(given, write)
-    report.write_results(given.output_dir, "offload", results, describe(results), draw(results))
+    result_files.write_results(given.output_dir, "offload", results, describe(results), draw(results))
 
 
 if __name__ == "__main__":

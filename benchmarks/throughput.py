@@ -29,11 +29,11 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import methods, options, report
-from benchmarks.contest import Contest, Entrant, ratios, synchronize
-from benchmarks.kernels import fallbacks
-from benchmarks.workers import DOES_NOT_FIT, Desk, Workers
-from benchmarks.workload import DTYPES, flops_per_token
+from benchmarks.lib import methods, options, result_files
+from benchmarks.lib.contest import Contest, Entrant, ratios, synchronize
+from benchmarks.lib.kernels import fallbacks
+from benchmarks.lib.workers import DOES_NOT_FIT, Desk, Workers
+from benchmarks.lib.workload import DTYPES, flops_per_token
 
 METHODS = ["immediate", "stash+clip"]
 # what says something on one rank, and on several
@@ -147,7 +147,7 @@ def compare_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], Non
     """Every row that was asked for; ``write`` is given what there is after each."""
     flops, origin = peak_flops(given.device, given.precision, given.peak_tflops)
     results: dict[str, Any] = {
-        "environment": report.environment(*installed_peers()),
+        "environment": result_files.environment(*installed_peers()),
         "device": given.device,
         "peak_flops": flops,
         "peak_flops_from": origin,
@@ -186,7 +186,7 @@ def describe(results: dict[str, Any]) -> str:
         "# Throughput of a training step\n\n"
         f"Sequence {work['sequence']}, batch {work['batch']} a rank, {work['precision']}{recomputes}. The device's "
         f"peak is {results['peak_flops'] / 1e12:.3g} TFLOP/s, {results['peak_flops_from']}.\n\n"
-        + report.table(
+        + result_files.table(
             ["method", "model", "ranks", "tokens per rank and second", f"peak memory {unit}", "share of peak FLOP/s"],
             lines,
         )
@@ -217,7 +217,7 @@ def _ratio_table(group: Row) -> str:
         memory = "" if ratio["memory"] is None else f"{ratio['memory']:.2f}"
         spread = f"**{ratio['median']:.2f}** ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
         lines.append([f"{ratio['ours']} / {ratio['other']}", spread, verdict, memory])
-    return report.table(["ratio", "time of a step (in single rounds)", "at most", "peak memory"], lines)
+    return result_files.table(["ratio", "time of a step (in single rounds)", "at most", "peak memory"], lines)
 
 
 def draw(results: dict[str, Any]) -> Any:
@@ -226,7 +226,7 @@ def draw(results: dict[str, Any]) -> Any:
     across = min(2, len(groups))
     down = -(-len(groups) // across)
     tallest = max(len(group["rows"]) for group in groups)
-    figure, panels = report.pyplot().subplots(
+    figure, panels = result_files.pyplot().subplots(
         down, across, figsize=(6.4 * across, (1.3 + 0.36 * tallest) * down), layout="constrained", squeeze=False
     )
     for axes in panels.flat[len(groups) :]:
@@ -277,7 +277,7 @@ def row_of(text: str) -> tuple[str, int]:
 
 def main() -> None:
     """Compare, and write what it gave."""
-    parser = report.parser(__doc__)
+    parser = result_files.parser(__doc__)
     parser.add_argument(
         "--rows", nargs="+", type=row_of, default=[row_of(text) for text in ROWS], metavar="MODEL:RANKS",
         help=f"presets of lomo_ds.models, toy or tiny, and numbers of ranks; {' '.join(ROWS)} by default",
@@ -296,14 +296,14 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a row may take; 600 by default")
     parser.add_argument("--peak_tflops", type=float, help="of the device, where its maker's figure is not known")
     given = parser.parse_args()
-    report.require("matplotlib")
+    result_files.require("matplotlib")
     options.settle(given, parser, max(ranks for _, ranks in given.rows))
 
     def write(results: dict[str, Any]) -> None:
-        report.write_results(given.output_dir, "throughput", results, describe(results), show=False)
+        result_files.write_results(given.output_dir, "throughput", results, describe(results), show=False)
 
     results = compare_all(given, write)
-    report.write_results(given.output_dir, "throughput", results, describe(results), draw(results))
+    result_files.write_results(given.output_dir, "throughput", results, describe(results), draw(results))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import methods, options, report
-from benchmarks.workers import Desk, Workers
-from benchmarks.workload import LARGE, Workload
+from benchmarks.lib import methods, options, result_files
+from benchmarks.lib.workers import Desk, Workers
+from benchmarks.lib.workload import LARGE, Workload
 
 METHODS = ["immediate", "stash+clip", "two_pass+clip", "immediate+qgather", "immediate+int8", "deepspeed-sgd+clip"]
 TRACED = 3  # steps in which DeepSpeed still finds out what a model does
@@ -39,7 +39,7 @@ PUBLISHED = "published LOMO"
 Row = dict[str, Any]
 
 
-class Wire(TorchDispatchMode):
+class TrafficCounter(TorchDispatchMode):
     """Counts the bytes of every collective while it is entered.
 
     Attributes:
@@ -74,9 +74,9 @@ def count(desk: Desk, method: str, work: Workload) -> dict[str, float]:
     parameters = sum(whole) * work.dtype.itemsize
     for _ in range(TRACED):
         built.step()
-    with Wire() as wire:
+    with TrafficCounter() as traffic:
         built.step()
-    return {kind: wire.moved[kind] / parameters for kind in KINDS}
+    return {kind: traffic.moved[kind] / parameters for kind in KINDS}
 
 
 def published(clips: bool) -> dict[str, float]:
@@ -91,7 +91,7 @@ def count_all(given: Any, write: Callable[[dict[str, Any]], None]) -> dict[str, 
     as_it_is = options.workload(given, given.model, given.checkpointing)
     rows: list[Row] = []
     results = {
-        "environment": report.environment(),
+        "environment": result_files.environment(),
         "device": given.device,
         "ranks": given.simulate_world or given.ranks,
         "simulated": given.simulate_world is not None,
@@ -126,7 +126,7 @@ def describe(results: dict[str, Any]) -> str:
         f"{work['model']}, {results['ranks']} ranks, {work['precision']}{recomputes}. "
         "In units of P, the bytes of all parameters: the whole of what is gathered or scattered, twice the whole of "
         "what is all-reduced.\n\n"
-        + report.table(["method", "counted as", *KINDS, "**all**"], lines)
+        + result_files.table(["method", "counted as", *KINDS, "**all**"], lines)
         + "\nAs a large model: nothing that forward has gathered is kept for backward, which is what DeepSpeed does "
         "beyond a billion parameters. The published scheme is reckoned from its code: with clipping two passes, each "
         "with a gather in forward, one in backward and an all-reduce of the gradients.\n"
@@ -143,7 +143,7 @@ def treated(row: Row) -> str:
 def draw(results: dict[str, Any]) -> Any:
     """A bar for each method as in a large model, cut into collectives."""
     rows = [row for row in results["rows"] if row["large"]]
-    figure, axes = report.pyplot().subplots(figsize=(9, 1.6 + 0.45 * len(rows)), layout="constrained")
+    figure, axes = result_files.pyplot().subplots(figsize=(9, 1.6 + 0.45 * len(rows)), layout="constrained")
     places = list(range(len(rows), 0, -1))
     left = [0.0] * len(rows)
     for kind in KINDS:
@@ -165,7 +165,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Count, and write what it gave."""
-    parser = report.parser(__doc__)
+    parser = result_files.parser(__doc__)
     options.add_workload(parser, models=None, sequence=32, batch=1)
     parser.set_defaults(precision="bf16")
     parser.add_argument("--model", default="toy", help="a preset of lomo_ds.models, toy or tiny; toy by default")
@@ -174,17 +174,17 @@ def main() -> None:
     parser.add_argument("--simulate_world", type=int, help="count on rank 0 of so many, in one process")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
     given = parser.parse_args()
-    report.require("matplotlib")
+    result_files.require("matplotlib")
     options.settle(given, parser, 1 if given.simulate_world else given.ranks)
     for method in given.methods:
         if objection := methods.objection(method, ranks=2):
             parser.error(f"{method} moves nothing between ranks: {objection}")
 
     def write(results: dict[str, Any]) -> None:
-        report.write_results(given.output_dir, "traffic", results, describe(results), show=False)
+        result_files.write_results(given.output_dir, "traffic", results, describe(results), show=False)
 
     results = count_all(given, write)
-    report.write_results(given.output_dir, "traffic", results, describe(results), draw(results))
+    result_files.write_results(given.output_dir, "traffic", results, describe(results), draw(results))
 
 
 if __name__ == "__main__":

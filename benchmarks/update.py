@@ -31,13 +31,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import report
-from benchmarks.kernels import fallbacks, kernels_of
-from lomo_ds import int8
-from lomo_ds.int8 import eager
-from lomo_ds.numerics import pieces
-from lomo_ds.rules import Sgd, Values
-from lomo_ds.rules.sgd_eager import update_half, update_single
+from benchmarks.lib import result_files
+from benchmarks.lib.kernels import fallbacks, kernels_of
+from lomo_ds.numerics import int8
+from lomo_ds.numerics.flat import pieces
+from lomo_ds.numerics.int8 import Values, eager
+from lomo_ds.update.rules import Sgd
+from lomo_ds.update.rules.sgd_eager import update_half, update_single
 
 GB = 1e9
 LR, DECAY = 1e-3, 0.999  # DECAY multiplies the weights, so that weight decay is computed too
@@ -210,7 +210,7 @@ def compare(
 ) -> dict[str, Any]:
     """Measure every kind and size, and return all that is reported; ``write`` is given what there is after each."""
     results: dict[str, Any] = {
-        "environment": report.environment(*(["triton"] if TRITON in ways else [])),
+        "environment": result_files.environment(*(["triton"] if TRITON in ways else [])),
         "device": device.type,
         "threads": torch.get_num_threads(),
         "repetitions": repetitions,
@@ -251,7 +251,7 @@ def describe(results: dict[str, Any]) -> str:
         f"Figures are medians of {results['repetitions']} rounds; each times the copy and then each way to update.\n\n"
         + "".join(f"- {sentence}\n" for sentence in findings(results))
         + "\n"
-        + report.table(["shard", "elements", "way", "ms", "GB/s", "copy GB/s", "of the copy", "quartiles"], lines)
+        + result_files.table(["shard", "elements", "way", "ms", "GB/s", "copy GB/s", "of the copy", "quartiles"], lines)
         + "\nA GB is 10^9 bytes. An update reads a shard and its gradient and writes the shard.\n"
     )
 
@@ -277,7 +277,7 @@ def draw(results: dict[str, Any]) -> Any:
     """A panel for each size: bars of the share of the copy, by kind of shard and way."""
     sizes = sorted({row["elements"] for row in results["rows"]})
     ways = [way for way in COLORS if any(row["way"] == way for row in results["rows"])]
-    figure, all_axes = report.pyplot().subplots(
+    figure, all_axes = result_files.pyplot().subplots(
         1, len(sizes), figsize=(1.5 + 5.0 * len(sizes), 4.6), layout="constrained", sharey=True, squeeze=False
     )
     for axes, elements in zip(all_axes[0], sizes, strict=True):
@@ -323,7 +323,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)  # on shared cores two would time their waiting for each other
     default = GPU_ELEMENTS if device.type == "cuda" else CPU_ELEMENTS
-    parser = report.parser(__doc__)
+    parser = result_files.parser(__doc__)
     parser.add_argument(
         "--elements", type=int, nargs="+", default=default, help=f"of a shard; here {default} by default"
     )
@@ -336,13 +336,13 @@ def main() -> None:
         help="all that are here on a GPU, eager on a CPU, by default",
     )
     given = parser.parse_args()
-    report.require("matplotlib")
+    result_files.require("matplotlib")
 
     def write(results: dict[str, Any]) -> None:
-        report.write_results(given.output_dir, "update", results, describe(results), show=False)
+        result_files.write_results(given.output_dir, "update", results, describe(results), show=False)
 
     results = compare(given.elements, given.ways, given.repetitions, device, write)
-    report.write_results(given.output_dir, "update", results, describe(results), draw(results))
+    result_files.write_results(given.output_dir, "update", results, describe(results), draw(results))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lomo_ds.cli import run_alone
-from lomo_ds.export_checkpoint import export_checkpoint
+from lomo_ds.train.cli import run_alone
+from lomo_ds.train.export_checkpoint import export_checkpoint
 
 
 def main(argv: list[str]) -> int:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lomo_ds.demo import make_demo
+from lomo_ds.models.demo import make_demo
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

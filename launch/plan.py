@@ -5,8 +5,8 @@ python launch/plan.py --model 65b --gpus 8 --gpu_memory 24GB --host_memory 256GB
 
 import sys
 
-from lomo_ds.cli import run_alone
 from lomo_ds.planner.command import main
+from lomo_ds.train.cli import run_alone
 
 if __name__ == "__main__":
     sys.exit(run_alone(lambda: main(sys.argv[1:])))

@@ -5,16 +5,16 @@ deepspeed --num_gpus 8 launch/train.py --config launch/configs/demo.yaml
 
 import sys
 
-from lomo_ds.signals import StopRequest
+from lomo_ds.train.signals import StopRequest
 
 
 def main(argv: list[str]) -> int:
     """Parse, train, and return the exit status."""
     with StopRequest() as stop:  # before the imports, which take longer than some schedulers wait
-        from lomo_ds.arguments import help_text, parse_arguments
-        from lomo_ds.cli import run_on_all_ranks, traceback_shown
-        from lomo_ds.distributed import is_main_process
-        from lomo_ds.job import train
+        from lomo_ds.config.arguments import help_text, parse_arguments
+        from lomo_ds.distributed.process_group import is_main_process
+        from lomo_ds.train.cli import run_on_all_ranks, traceback_shown
+        from lomo_ds.train.job import train
 
         if "--help" in argv or "-h" in argv:
             if is_main_process():
@@ -31,6 +31,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    from lomo_ds.cli import leave
+    from lomo_ds.train.cli import leave
 
     leave(status)

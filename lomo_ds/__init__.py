@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lomo_ds.engine import LomoEngine, initialize
+    from lomo_ds.engine.lomo import LomoEngine, initialize
 
 __all__ = ["LomoEngine", "initialize"]
 
@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     """Import the engine when it is asked for: a program that handles signals must do so before torch is imported."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lomo_ds import engine
+    from lomo_ds.engine import lomo
 
-    return getattr(engine, name)
+    return getattr(lomo, name)

@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-from lomo_ds import cli
+from lomo_ds.train import cli
 
 ROOT = Path(__file__).parent.parent
 

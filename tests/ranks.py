@@ -29,7 +29,7 @@ class Ranks:
     def __init__(self, world_size: int, accelerator: str = "cpu", hung: float = HUNG) -> None:
         if accelerator == "cpu":
             context: Any = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["lomo_ds.trainer"])
+            context.set_forkserver_preload(["lomo_ds.train.loop"])
         else:
             context = multiprocessing.get_context("spawn")
         port = _free_port()
@@ -117,7 +117,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, accele
     import torch
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    from lomo_ds.distributed import start_process_group
+    from lomo_ds.distributed.process_group import start_process_group
 
     gc.freeze()  # what is imported is no test's, and need not be looked at again and again
     torch.set_num_threads(1)

@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_report, kernels, measurements, memory, methods, offload, throughput, traffic
-from benchmarks.contest import ratios
-from benchmarks.footprint import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, Tensors
-from benchmarks.row_process import Results, Row, run_rows
-from benchmarks.workers import DoesNotFit, WorkerError, Workers
-from benchmarks.workload import Workload, flops_per_token
-from lomo_ds.buckets import MIN_BUCKET_NUMEL
+from benchmarks import gpu, memory, offload, throughput, traffic
+from benchmarks.lib import gpu_report, kernels, measurements, methods
+from benchmarks.lib.contest import ratios
+from benchmarks.lib.footprint import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, Tensors
+from benchmarks.lib.row_process import Results, Row, run_rows
+from benchmarks.lib.workers import DoesNotFit, WorkerError, Workers
+from benchmarks.lib.workload import Workload, flops_per_token
+from lomo_ds.update.buckets import MIN_BUCKET_NUMEL
 from tests.limits import HUNG
 from tests.ranks import Ranks
 
@@ -254,7 +255,7 @@ def row_that(place: str, body: str, limit: float = 200.0) -> Row:
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import os, pathlib, subprocess, time\n"
-        "from benchmarks.row_process import Output\n"
+        "from benchmarks.lib.row_process import Output\n"
         "output = Output(pathlib.Path(sys.argv[1])); output.wait_to_begin()\n"
     )
     return Row(place, place, 0.0, limit, [sys.executable, "-c", script + body])

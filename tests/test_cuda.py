@@ -10,11 +10,11 @@ import torch
 
 from tests.checkpoint.test_engine_checkpoints import interrupted_and_not
 from tests.determinism import deterministic_algorithms
+from tests.engine.test_baseline import PlainOptimizer, make_baseline, trainable_model
 from tests.engines import largest_difference, make_engine, weights_of
 from tests.host_memory import same_from_host_memory
 from tests.ranks import Ranks
 from tests.reference import PlainSGD, part, tiny_model, whole_batch
-from tests.test_baseline import PlainOptimizer, make_baseline, trainable_model
 
 pytestmark = pytest.mark.cuda
 GroupOf = Callable[..., Ranks]

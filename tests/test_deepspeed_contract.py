@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 import lomo_ds
-from lomo_ds.parameter_access import ParameterAccess
+from lomo_ds.zero3.parameter_access import ParameterAccess
 
 
 def methods_of(owner: type) -> dict[str, ast.FunctionDef]:

@@ -1,103 +1,107 @@
-"""One floor per import: a file imports from floors below its own, and from its own package."""
+"""The plan of the house: a folder imports only from the floors below it, and every name is there once."""
 
 import ast
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "lomo_ds"
+PROJECT = Path(__file__).parent.parent
+PACKAGE = PROJECT / "lomo_ds"
 
+# From the ground up. Folders of one floor do not know each other.
 FLOORS = [
-    [
-        "errors",
-        "layers",
-        "numerics",
-        "memory",
-        "host_memory",
-        "precision",
-        "random_states",
-        "signals",
-        "training_engine",
-        "buckets",
-        "triton_launch",
-        "warmup",
-    ],
-    [
-        "config",
-        "batches",
-        "client_arguments",
-        "loss",
-        "distributed",
-        "clipping",
-        "arguments",
-        "data.text",
-        "manifest",
-        "int8",
-        "host_budget",
-        "prefetch",
-    ],
-    ["zero3", "rules", "ds_fields", "items"],
-    [
-        "step_batch",
-        "parameter_access",
-        "gathering",
-        "reduction",
-        "ds_config",
-        "data.tokens",
-        "data.packing",
-        "ds_parse",
-        "stores",
-        "lifeline",
-        "monitor",
-    ],
-    ["schedules", "data", "models", "checkpoint"],
-    ["backward", "demo", "cli", "progress", "planner"],
-    ["optimizer", "outlook", "places", "resume"],
-    ["assembly", "engine_state"],
-    ["engine", "baseline"],
-    ["evaluate", "keeper"],
-    ["trainer", "export_checkpoint"],
-    ["job"],
+    {"errors"},
+    {"numerics", "distributed"},
+    {"memory", "data", "config"},
+    {"zero3"},
+    {"update", "checkpoint"},
+    {"models", "engine"},
+    {"planner"},
+    {"train"},
 ]
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR_OF = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
+SMALL = 30  # lines; a file that is shorter and has one user belongs into it
 
 
-def room_of(module: str) -> str:
-    """The room a module stands in: itself, or the package it is in."""
-    return module if module in FLOOR_OF else module.partition(".")[0]
+@cache
+def modules() -> dict[str, Path]:
+    """Every file of the package but the facade of the whole, by its dotted name below ``lomo_ds``."""
+    paths = (path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py")
+    return {".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
 
 
-def modules() -> list[str]:
-    found = (path.relative_to(ROOT).with_suffix("") for path in sorted(ROOT.rglob("*.py")))
-    return [".".join(path.parts).removesuffix(".__init__") for path in found if path.parts != ("__init__",)]
-
-
-def imports_of(module: str) -> set[str]:
-    path = ROOT / (module.replace(".", "/") + ".py")
-    source = path if path.exists() else ROOT / module.replace(".", "/") / "__init__.py"
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(source.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "lomo_ds":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lomo_ds."):
-            found.add((node.module or "").removeprefix("lomo_ds."))
+@cache
+def imports_of(path: Path) -> set[str]:
+    """The modules of the package that a file imports."""
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lomo_ds":
+            source = (node.module or "").removeprefix("lomo_ds").removeprefix(".")
+            names = {f"{source}.{alias.name}".removeprefix(".") for alias in node.names}
+            imported |= {name if name in modules() else source for name in names}
         elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("lomo_ds.") for a in node.names if a.name.startswith("lomo_ds.")}
-    return found
+            imported |= {alias.name[8:] for alias in node.names if alias.name.startswith("lomo_ds.")}
+    return imported & set(modules())
 
 
 @pytest.mark.parametrize("module", modules())
 def test_imports_go_down(module: str) -> None:
-    assert room_of(module) in FLOOR_OF, f"{module} stands on no floor; give it one"
-    for imported in imports_of(module):
-        same_package = module.partition(".")[0] == imported.partition(".")[0]
-        down = FLOOR_OF[room_of(imported)] < FLOOR_OF[room_of(module)]
-        assert down or same_package, f"{module} imports {imported}, which stands on its own floor or above"
+    folder = module.partition(".")[0]
+    assert folder in FLOOR_OF, f"{folder} stands on no floor; give it one"
+    for imported in imports_of(modules()[module]):
+        other = imported.partition(".")[0]
+        assert other == folder or FLOOR_OF[other] < FLOOR_OF[folder], (
+            f"{module} imports {imported}, which is not below it"
+        )
 
 
-@pytest.mark.parametrize("module", [module for module in modules() if room_of(module) != "zero3"])
+@pytest.mark.parametrize("module", [module for module in modules() if not module.startswith("zero3")])
 def test_only_zero3_reads_what_deepspeed_adds_to_a_parameter(module: str) -> None:
-    path = ROOT / (module.replace(".", "/") + ".py")
-    source = path if path.exists() else ROOT / module.replace(".", "/") / "__init__.py"
-    names = {node.attr for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Attribute)}
+    nodes = ast.walk(ast.parse(modules()[module].read_text()))
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert not {name for name in names if name.startswith("ds_")} - {"ds_config"}
+
+
+def test_no_import_goes_in_circles() -> None:
+    finished: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"{' imports '.join((*path, module))}"
+        if module not in finished:
+            for imported in imports_of(modules()[module]) - {module}:
+                visit(imported, (*path, module))
+            finished.add(module)
+
+    for module in modules():
+        visit(module, ())
+
+
+def test_no_two_files_have_one_name() -> None:
+    files = [*PACKAGE.rglob("*.py"), *(PROJECT / "benchmarks").rglob("*.py")]
+    names = Counter(path.name for path in files if path.name != "__init__.py")
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_no_two_classes_have_one_name() -> None:
+    files = [*PACKAGE.rglob("*.py"), *(PROJECT / "benchmarks").rglob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    names = Counter(node.name for node in nodes if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_a_short_file_has_several_users() -> None:
+    """A package's ``__init__`` that hands a name on is no user of it."""
+    users = Counter(
+        imported
+        for path in [*modules().values(), *(PROJECT / "benchmarks").rglob("*.py"), *(PROJECT / "launch").glob("*.py")]
+        if path.name != "__init__.py"
+        for imported in imports_of(path)
+    )
+    short = [m for m, path in modules().items() if path.name != "__init__.py" and lines_of(path) < SMALL]
+    assert [module for module in short if users[module] == 1] == []
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text().splitlines())

@@ -5,8 +5,8 @@ import re
 import shutil
 from pathlib import Path
 
+from lomo_ds.checkpoint.manifest import MANIFEST, sync_folder
 from lomo_ds.errors import CheckpointError
-from lomo_ds.manifest import MANIFEST, sync_folder
 
 WEIGHTS = "weights"  # folder of every rank's shards, the first that a save makes
 RECORD = "state.json"

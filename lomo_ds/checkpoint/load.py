@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lomo_ds.checkpoint.folders import WEIGHTS, newest_first
+from lomo_ds.checkpoint.manifest import Entry, read_manifest, share, verify, warn_of_edits
 from lomo_ds.checkpoint.state import (
     MODEL,
     Snapshot,
@@ -21,9 +22,8 @@ from lomo_ds.checkpoint.state import (
     refuse_strangers,
 )
 from lomo_ds.checkpoint.weights import load_weights
-from lomo_ds.distributed import gather_objects, together
+from lomo_ds.distributed.collectives import gather_objects, together
 from lomo_ds.errors import CheckpointError, LomoError
-from lomo_ds.manifest import Entry, read_manifest, share, verify, warn_of_edits
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch.distributed import ProcessGroup
 
 from lomo_ds.checkpoint.folders import RECORD, WEIGHTS, point_latest, publish, refuse_to_replace
+from lomo_ds.checkpoint.manifest import entries, write_manifest
 from lomo_ds.checkpoint.state import FORMAT, Snapshot, rank_file
 from lomo_ds.checkpoint.weights import files_of_rank, save_weights
-from lomo_ds.distributed import gather_objects, together
+from lomo_ds.distributed.collectives import gather_objects, together
 from lomo_ds.errors import CheckpointError
-from lomo_ds.manifest import entries, write_manifest
 
 Result = TypeVar("Result")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lomo_ds.checkpoint.folders import RECORD, WEIGHTS
 from lomo_ds.errors import CheckpointError, DamagedError
-from lomo_ds.int8 import BLOCK
+from lomo_ds.numerics.int8 import BLOCK
 from lomo_ds.zero3 import SCALES, Shard
 
 MODEL = "model"  # folder of configuration and tokenizer, in a checkpoint of launch/train.py

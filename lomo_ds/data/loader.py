@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lomo_ds.data.packing import PackedBlocks
-from lomo_ds.loss import IGNORE_INDEX
+from lomo_ds.data.packing import IGNORE_INDEX, PackedBlocks
 
 MicroBatches = list[dict[str, Tensor]]
 

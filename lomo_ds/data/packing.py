@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lomo_ds.data.pieces import TokenArray
-from lomo_ds.loss import IGNORE_INDEX
 
 DIGESTED = 256  # blocks, at most
+
+IGNORE_INDEX = -100  # the label that no loss counts, as in torch.nn.functional.cross_entropy
 
 
 class PackedBlocks(Dataset[dict[str, Tensor]]):

@@ -1,14 +1,10 @@
 """Models in and out: a Hugging Face folder or a preset into ZeRO-3 shards, and back."""
 
-from lomo_ds.models.build import meta_model, saved_tensors
-from lomo_ds.models.config import load_config, load_generation_config
 from lomo_ds.models.embeddings import resize
 from lomo_ds.models.export import SAVING, Export, save_pretrained, save_settings
-from lomo_ds.models.load import (
-    empty_model,
-    find_model,
-    load_model,
-)
+from lomo_ds.models.load_model import empty_model, find_model, load_model
+from lomo_ds.models.meta_model import meta_model, saved_tensors
+from lomo_ds.models.model_config import load_config, load_generation_config
 from lomo_ds.models.recompute import recompute_activations
 from lomo_ds.models.rope import positions, scale_rope
 from lomo_ds.models.tiled_logits import can_tile_logits, tile_logits

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-from lomo_ds.host_memory import Fetch, HostTransfer, PinnedMemory
+from lomo_ds.memory.host_memory import Fetch, HostTransfer, PinnedMemory
 
 SMALLEST_BYTES = 2**16  # what is smaller stays on the device: a copy takes longer to begin than to do
 

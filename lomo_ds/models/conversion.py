@@ -18,9 +18,9 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from lomo_ds.errors import ModelError
-from lomo_ds.models.build import saved_buffers, saved_tensors
 from lomo_ds.models.files import WeightFiles, quantization_method, some
 from lomo_ds.models.lazy_tensor import LazyTensor
+from lomo_ds.models.meta_model import saved_buffers, saved_tensors
 from lomo_ds.models.sources import Source, stored_names
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lomo_ds.errors import ModelError
-from lomo_ds.models.build import saved_buffers
+from lomo_ds.models.meta_model import saved_buffers
 from lomo_ds.models.random_weights import random_piece
 from lomo_ds.models.sources import Joined, Source, Stored
 

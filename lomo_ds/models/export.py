@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lomo_ds import zero3
-from lomo_ds.distributed import together
+from lomo_ds.checkpoint.manifest import MANIFEST, entries, sync_folder, write_manifest
+from lomo_ds.distributed.collectives import together
 from lomo_ds.errors import ModelError
-from lomo_ds.manifest import MANIFEST, entries, sync_folder, write_manifest
-from lomo_ds.models.build import meta_of_class, saved_buffers, saved_tensors
 from lomo_ds.models.conversion import saved_sources
+from lomo_ds.models.meta_model import meta_of_class, saved_buffers, saved_tensors
 from lomo_ds.models.sources import Source, Stored, stored_names
 
 MAX_SHARD_SIZE = "5GB"  # transformers' own

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from lomo_ds.checkpoint.manifest import MANIFEST, read_manifest, share, verify, warn_of_edits
 from lomo_ds.errors import ModelError
-from lomo_ds.manifest import MANIFEST, read_manifest, share, verify, warn_of_edits
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that git-lfs has not fetched yet

@@ -1,8 +1,7 @@
 """Bytes and seconds on paper: will a run fit, what bounds its step, and the smallest change that makes it fit."""
 
 from lomo_ds.planner.advice import Advice, advise
-from lomo_ds.planner.here import this_machine
-from lomo_ds.planner.machine import Machine, parse_bytes, parse_rate
+from lomo_ds.planner.machine import Machine, parse_bytes, parse_rate, this_machine
 from lomo_ds.planner.plan import Plan, PlannedModel, plan, refuse_what_does_not_fit_host
 from lomo_ds.planner.report import as_json, as_text
 from lomo_ds.planner.settings import Settings

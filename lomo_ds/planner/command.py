@@ -5,15 +5,15 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-from lomo_ds.config import GatherGranularity, StashDevice, UpdateSchedule, Weights
+from lomo_ds.config.lomo_config import GatherGranularity, StashDevice, UpdateSchedule, Weights
 from lomo_ds.errors import ConfigError
+from lomo_ds.numerics.precision import Precision
 from lomo_ds.planner.advice import advise
 from lomo_ds.planner.machine import Machine, parse_bytes, parse_rate
 from lomo_ds.planner.plan import PlannedModel, plan
 from lomo_ds.planner.report import as_json, as_text, moments_as_text
 from lomo_ds.planner.settings import Offload, Optimizer, Settings
 from lomo_ds.planner.suggest import suggested_ds_config
-from lomo_ds.precision import Precision
 
 DESCRIPTION = """\
 Will a model fit, what will bound its step, and what is the smallest change that makes it fit; without a GPU.

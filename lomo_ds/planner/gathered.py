@@ -74,7 +74,7 @@ class _Lot:
         self.arrived = False
 
 
-class OnDemand:
+class CoordinatorGathers:
     """DeepSpeed's hooks, on a rank.
 
     Args:

@@ -4,15 +4,15 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from lomo_ds.buckets import Buckets
-from lomo_ds.clipping import clipping_groups
-from lomo_ds.host_memory import IN_FLIGHT_BYTES
+from lomo_ds.memory.host_memory import IN_FLIGHT_BYTES
+from lomo_ds.memory.prefetch import LOOK_AHEAD
 from lomo_ds.planner.gathered import Gathered
 from lomo_ds.planner.moments import Event, Rehearsal
 from lomo_ds.planner.settings import Settings
-from lomo_ds.prefetch import LOOK_AHEAD
-from lomo_ds.rules.declared import Temporaries
-from lomo_ds.schedules.declared import Keeps
+from lomo_ds.update.buckets import Buckets
+from lomo_ds.update.clipping import clipping_groups
+from lomo_ds.update.rules.rule_bytes import Temporaries
+from lomo_ds.update.schedules.gradient_footprint import Keeps
 
 
 class Gradients(Protocol):

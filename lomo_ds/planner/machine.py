@@ -1,8 +1,12 @@
-"""What a run has: memory, links and arithmetic, and how people write such figures."""
+"""The machine of a run: memory, links and arithmetic, as given in words or as this process finds them."""
 
 import re
 from dataclasses import dataclass
 from typing import Literal
+
+import psutil
+import torch
+from deepspeed.accelerator import get_accelerator
 
 from lomo_ds.errors import ConfigError
 
@@ -11,6 +15,10 @@ CONTEXT_BYTES = 768 * 2**20  # what CUDA and its libraries' kernels take of a ca
 WORKSPACES = 2
 WORKSPACE_BYTES = 8320 * 2**10
 WORKSPACE_BYTES_OF_HOPPER = 32 * 2**20
+# Floating-point operations in a cycle of a multiprocessor's tensor cores, bf16 with fp32 sums, by compute capability
+FLOPS_PER_CYCLE = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}
+OF_A_CONSUMER_CARD = 512
+NVME = 3e9  # bytes a second: no drive says what it can do, and this one reads and writes as PCIe 3.0 does
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -50,6 +58,23 @@ class Machine:
     def context(self) -> int:
         """Bytes of a GPU that no tensor gets."""
         return CONTEXT_BYTES if self.device == "gpu" else 0
+
+
+def this_machine(ranks_here: int) -> Machine:
+    """This rank's GPU and host; links and drive are assumed. Without a GPU ranks share the host's memory.
+
+    Args:
+        ranks_here: on this host.
+    """
+    host_memory = psutil.virtual_memory().total
+    if get_accelerator().device_name() != "cuda":
+        return Machine(host_memory // ranks_here, host_memory, nvme=NVME, device="cpu")
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    per_cycle = FLOPS_PER_CYCLE.get((found.major, found.minor), OF_A_CONSUMER_CARD)
+    cycles = 1000.0 * getattr(found, "clock_rate", 1_700_000)  # stated in kHz
+    flops = per_cycle * found.multi_processor_count * cycles
+    workspace = WORKSPACES * (WORKSPACE_BYTES_OF_HOPPER if found.major == 9 else WORKSPACE_BYTES)
+    return Machine(found.total_memory, host_memory, nvme=NVME, flops=flops, workspace=workspace)
 
 
 def parse_bytes(text: str, name: str = "memory") -> int:

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from lomo_ds.config import LomoConfig
+from lomo_ds.config.lomo_config import LomoConfig
 from lomo_ds.errors import ConfigError
-from lomo_ds.gathering import choose_granularity, largest_use, reach_of_offload
-from lomo_ds.host_budget import HOST_SHARE
+from lomo_ds.memory.budget import HOST_SHARE
 from lomo_ds.models import can_tile_logits, load_config, meta_model
 from lomo_ds.planner.machine import Machine
-from lomo_ds.planner.memory import Memory, count_memory
 from lomo_ds.planner.moments import Rehearsal
 from lomo_ds.planner.rehearsal import rehearse
 from lomo_ds.planner.seconds import Seconds, count_seconds
 from lomo_ds.planner.settings import Settings
-from lomo_ds.schedules import Choice, choose_schedule
-from lomo_ds.schedules.declared import keeps
+from lomo_ds.planner.step_bytes import Memory, count_memory
+from lomo_ds.update.schedules import Choice, choose_schedule
+from lomo_ds.update.schedules.gradient_footprint import keeps
+from lomo_ds.zero3.gathering import choose_granularity, largest_use, reach_of_offload
 
 GIB = 2**30
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
-from lomo_ds.layers import layer_of
 from lomo_ds.planner.moments import Alive, Event, Moment, Rehearsal
+from lomo_ds.zero3.gathering import layer_of
 
 CHECKPOINT = "inputs of the decoder layers"
 

@@ -18,12 +18,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lomo_ds import zero3
 from lomo_ds.errors import ModelError, one_line
-from lomo_ds.gathering import layers
 from lomo_ds.models import can_tile_logits, meta_model, tile_logits
 from lomo_ds.planner.moments import Event, Rehearsal
 from lomo_ds.planner.recorder import Recorder, stand_ins, watch
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.stretch import FEWEST, stretch
+from lomo_ds.zero3.gathering import layers
 
 
 def rehearse(

@@ -8,10 +8,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lomo_ds.planner.machine import Machine
-from lomo_ds.planner.memory import Memory
 from lomo_ds.planner.moments import Rehearsal
 from lomo_ds.planner.settings import Settings
-from lomo_ds.schedules.declared import Keeps
+from lomo_ds.planner.step_bytes import Memory
+from lomo_ds.update.schedules.gradient_footprint import Keeps
 
 COMPUTE, UP, DOWN, PEERS, NVME = "compute", "link up", "link down", "between GPUs", "nvme"
 WORDS = {COMPUTE: "arithmetic", UP: "the link", DOWN: "the link", PEERS: "the link between GPUs", NVME: "the disk"}

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from lomo_ds import int8
-from lomo_ds.config import GatherGranularity, StashDevice, UpdateSchedule, Weights
+from lomo_ds.config.lomo_config import GatherGranularity, StashDevice, UpdateSchedule, Weights
 from lomo_ds.errors import ConfigError
-from lomo_ds.precision import DTYPES, Precision
+from lomo_ds.numerics import int8
+from lomo_ds.numerics.precision import DTYPES, Precision
 
 Offload = Literal["none", "cpu", "nvme"]
 Optimizer = Literal["lomo", "adamw", "sgd"]

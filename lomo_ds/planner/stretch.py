@@ -8,8 +8,8 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 
-from lomo_ds.layers import layer_of
 from lomo_ds.planner.moments import Event, Moment, Rehearsal
+from lomo_ds.zero3.gathering import layer_of
 
 FEWEST = 4
 PATTERN = 1  # the layer that is repeated

@@ -3,7 +3,7 @@
 import shlex
 from typing import Any
 
-from lomo_ds.ds_fields import settle
+from lomo_ds.config.ds_fields import settle
 from lomo_ds.errors import ConfigError
 from lomo_ds.planner.plan import Plan
 from lomo_ds.planner.settings import Settings

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Module
 
-from lomo_ds import int8
+from lomo_ds.numerics import int8
 from lomo_ds.zero3.nvme import Place
 
 Partitioned = Any  # a Parameter to which DeepSpeed has given its ds_ attributes

@@ -11,12 +11,11 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from lomo_ds import int8
 from lomo_ds.errors import ConfigError
-from lomo_ds.host_budget import require_host_bytes
-from lomo_ds.host_memory import PinnedMemory
-from lomo_ds.memory import free_bytes
-from lomo_ds.zero3.on_nvme import bring_back, send_away, swap_space
+from lomo_ds.memory.budget import free_bytes, require_host_bytes
+from lomo_ds.memory.host_memory import PinnedMemory
+from lomo_ds.numerics import int8
+from lomo_ds.zero3.nvme_partitions import bring_back, send_away, swap_space
 from lomo_ds.zero3.shard import Partitioned, Shard
 
 

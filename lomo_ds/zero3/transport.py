@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from torch.nn import Module
 
-from lomo_ds import int8
+from lomo_ds.numerics import int8
 from lomo_ds.zero3.ahead import Ahead
 from lomo_ds.zero3.shard import Partitioned, Shard, place_of
 

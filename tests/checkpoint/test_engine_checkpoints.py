@@ -13,10 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 import lomo_ds
-from lomo_ds import manifest
-from lomo_ds.checkpoint import checkpoints_in, newest_whole, open_alone, remove_unfinished, weights
+from lomo_ds.checkpoint import checkpoints_in, manifest, newest_whole, open_alone, remove_unfinished, weights
 from lomo_ds.checkpoint.folders import publish
-from lomo_ds.engine_state import capture_engine
+from lomo_ds.engine.engine_state import capture_engine
 from lomo_ds.errors import LomoError
 from tests.disks import mounted
 from tests.engines import identical, make_engine, weights_of

@@ -1,7 +1,7 @@
 """Draw inputs of every kind until minutes are over, and count them: ``make fuzz``, or ``python -m tests.fuzz``.
 
 A fault is an exception that is no refusal, a refusal of more than one line, a step or a logit other than the
-reference's, or no end within ``test_fuzz.SECONDS``. The smallest input that shows it is printed, and the exit status
+reference's, or no end within ``test_inputs.SECONDS``. The smallest input that shows it is printed, and the exit status
 is 1. The seed of a run, which is printed too, gives the same inputs again.
 """
 
@@ -27,8 +27,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import UnsatisfiedAssumption
 
 from tests.fuzz.kinds import KINDS, Kind
+from tests.fuzz.test_inputs import SECONDS, in_time
 from tests.ranks import GroupOf, groups
-from tests.test_fuzz import SECONDS, in_time
 
 
 @dataclass

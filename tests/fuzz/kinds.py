@@ -7,8 +7,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests import test_any_model, test_fuzz
-from tests.fuzz import model_folders, trained_configs
+from tests.engine import test_any_model
+from tests.fuzz import model_folders, test_inputs, trained_configs
 from tests.models import test_tokenizer
 from tests.ranks import GroupOf
 
@@ -66,28 +66,32 @@ KINDS = [
     Kind(
         "fields of ds_config",
         st.tuples(
-            st.builds(test_fuzz.replaced, st.sampled_from(test_fuzz.SHIPPED), test_fuzz.replacements),
-            test_fuzz.agreeing_and_not,
+            st.builds(test_inputs.replaced, st.sampled_from(test_inputs.SHIPPED), test_inputs.replacements),
+            test_inputs.agreeing_and_not,
         ),
-        lambda ranks, folder, drawn: test_fuzz.check_ds_config(*drawn),
+        lambda ranks, folder, drawn: test_inputs.check_ds_config(*drawn),
         turn=200,
     ),
     Kind(
         "files of ds_config",
-        test_fuzz.config_files,
-        lambda ranks, folder, content: test_fuzz.check_ds_config_file(folder, content),
+        test_inputs.config_files,
+        lambda ranks, folder, content: test_inputs.check_ds_config_file(folder, content),
     ),
     Kind(
         "YAML",
-        test_fuzz.yaml_files,
-        lambda ranks, folder, content: test_fuzz.check_yaml(folder, content) is not None,
+        test_inputs.yaml_files,
+        lambda ranks, folder, content: test_inputs.check_yaml(folder, content) is not None,
     ),
     Kind(
         "command lines",
-        test_fuzz.command_lines,
-        lambda ranks, folder, argv: test_fuzz.check_arguments(argv) is not None,
+        test_inputs.command_lines,
+        lambda ranks, folder, argv: test_inputs.check_arguments(argv) is not None,
     ),
-    Kind("YAML that is dumped", test_fuzz.accepted, lambda ranks, folder, drawn: test_fuzz.check_dumped(folder, drawn)),
-    Kind(".jsonl", test_fuzz.jsonl_files, lambda ranks, folder, content: test_fuzz.check_jsonl(folder, content)),
-    Kind(".txt", test_fuzz.txt_files, lambda ranks, folder, content: test_fuzz.check_txt(folder, content)),
+    Kind(
+        "YAML that is dumped",
+        test_inputs.accepted,
+        lambda ranks, folder, drawn: test_inputs.check_dumped(folder, drawn),
+    ),
+    Kind(".jsonl", test_inputs.jsonl_files, lambda ranks, folder, content: test_inputs.check_jsonl(folder, content)),
+    Kind(".txt", test_inputs.txt_files, lambda ranks, folder, content: test_inputs.check_txt(folder, content)),
 ]

@@ -24,8 +24,8 @@ from transformers import (
 
 from lomo_ds.errors import LomoError
 from lomo_ds.models import load_config, load_model
+from tests.fuzz.test_inputs import is_one_sentence
 from tests.ranks import GroupOf
-from tests.test_fuzz import is_one_sentence
 
 DS_CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 SHAPE = {

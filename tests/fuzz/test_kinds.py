@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tests.fuzz.__main__ import Counts, take_turn
 from tests.fuzz.kinds import Kind
 from tests.fuzz.model_folders import check_folder, folders
+from tests.fuzz.test_inputs import fuzz
 from tests.fuzz.trained_configs import check_config, configs
 from tests.ranks import GroupOf
-from tests.test_fuzz import fuzz
 
 
 def test_any_config_trains_as_plain_pytorch_or_is_refused(ranks: GroupOf) -> None:

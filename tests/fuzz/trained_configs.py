@@ -10,11 +10,11 @@ from torch import Tensor
 
 import lomo_ds
 from lomo_ds.errors import LomoError
+from tests.config.test_ds_fields import ds_config, fields, zero_fields
 from tests.engines import weights_of
+from tests.fuzz.test_inputs import is_one_sentence, replaced, replacements
 from tests.ranks import GroupOf
 from tests.reference import PlainSGD, even_batch, part, tiny_model
-from tests.test_ds_fields import ds_config, fields, zero_fields
-from tests.test_fuzz import is_one_sentence, replaced, replacements
 
 LARGEST = 10.0  # a learning rate or a decay above this overflows, and nothing is left to compare
 MOST_MICRO_BATCHES = 16  # a step of more takes too long

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lomo_ds import host_memory
-from lomo_ds.host_memory import Fetch, HostTransfer
+from lomo_ds.memory import host_memory
+from lomo_ds.memory.host_memory import Fetch, HostTransfer
 from lomo_ds.models import activation_offload
 from lomo_ds.models.activation_offload import ActivationOffload
 from tests.fake_streams import FakeDevice

@@ -29,7 +29,7 @@ from transformers import (
 
 from lomo_ds.errors import ModelError
 from lomo_ds.models import load_config, load_model, save_pretrained
-from lomo_ds.models.build import meta_model
+from lomo_ds.models.meta_model import meta_model
 from tests.engines import make_engine
 from tests.ranks import Ranks
 

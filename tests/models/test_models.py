@@ -31,7 +31,7 @@ from lomo_ds.models import (
     save_pretrained,
     verify_export,
 )
-from lomo_ds.models.build import meta_model
+from lomo_ds.models.meta_model import meta_model
 from tests.engines import make_engine
 from tests.ranks import Ranks
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lomo_ds.arguments import TrainArguments
+from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.errors import ConfigError
-from lomo_ds.host_memory import Fetch, HostTransfer
+from lomo_ds.memory.host_memory import Fetch, HostTransfer
 from lomo_ds.models import activation_offload, recompute_activations
 from tests.reference import tiny_model, whole_batch
 

@@ -28,9 +28,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from lomo_ds import job
 from lomo_ds.errors import ModelError
 from lomo_ds.models import can_tile_logits, load_config, load_model, save_pretrained, tile_logits
+from lomo_ds.train import job
 from tests.engines import WHOLE_THRESHOLD, largest_difference, make_engine, my_part, weights_of
 from tests.largest import Largest
 from tests.launching import demo_arguments, run_main

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lomo_ds.data import tokenize_file
 from lomo_ds.errors import DataError, ModelError
 from lomo_ds.models import load_config, load_tokenizer
-from lomo_ds.models.build import meta_model
+from lomo_ds.models.meta_model import meta_model
 from tests.data.tokenizers import byte_level
 
 JSON = dict[str, Any]

@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lomo_ds.checkpoint.manifest import MANIFEST, entries, write_manifest
 from lomo_ds.errors import DamagedError, ModelError
-from lomo_ds.manifest import MANIFEST, entries, write_manifest
 from lomo_ds.models.verify import verify_export
 from tests.data.tokenizers import byte_level
 

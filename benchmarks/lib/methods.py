@@ -1,0 +1,265 @@
+"""What is compared: ways to take a training step, each built once and stepped many times.
+
+A method is named by one of ``METHODS``, with what is added behind it: ``+clip`` where the global gradient norm is
+clipped to 1; and, to a method of lomo_ds, ``+int8`` where weights are kept in eight bits, ``+qgather`` where they only
+travel so.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from benchmarks.lib.workload import Workload, tile_logits
+
+CLIP, INT8, QUANTIZED_GATHER = "+clip", "+int8", "+qgather"
+MAX_NORM = 1.0
+LR = 1e-3
+
+OURS = ("immediate", "two_pass", "stash")
+DEEPSPEED = ("deepspeed-sgd", "deepspeed-adamw")
+ALONE = ("plain", "lomo-optim", "torchtune")  # what knows one process only
+METHODS = (*OURS, *DEEPSPEED, *ALONE)
+MEANINGS = {
+    "immediate": "lomo_ds, each shard updated as its gradient arrives",
+    "two_pass": "lomo_ds, the paper's schedule: measure in a first pass, update in a second",
+    "stash": "lomo_ds, gradient shards kept until the norm is known",
+    "deepspeed-sgd": "DeepSpeed's ZeRO-3 with torch.optim.SGD",
+    "deepspeed-adamw": "DeepSpeed's ZeRO-3 with torch.optim.AdamW",
+    "plain": "plain PyTorch, forward and backward, every gradient dropped as it arrives and nothing updated",
+    "lomo-optim": "the authors' own package, in one process",
+    "torchtune": "torchtune's optimizer-in-backward with torch.optim.SGD, in one process",
+}
+CANNOT_CLIP = {
+    "immediate": "updates weights before the norm is known",
+    "plain": "has no gradients to clip",
+    "torchtune": "refuses clipping with its optimizer in backward",
+}
+INSTALL = {
+    "lomo-optim": ("lomo_optim", "pip install lomo-optim==0.1.1"),
+    "torchtune": ("torchtune", "pip install --no-deps torchtune==0.6.1"),
+}
+
+
+class Method:
+    """One way to take steps on one workload.
+
+    Args:
+        model: what is trained.
+        batch: what every step trains on.
+        step: takes one and returns its loss; on the device, so that nobody waits for it.
+        optimizer_state: every tensor that the optimizer holds from step to step, weights of higher precision included.
+        gradients: tensors that hold gradients now, or are kept to do so, beside the parameters' ``.grad``.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        batch: dict[str, Tensor],
+        step: Callable[[dict[str, Tensor]], Tensor],
+        optimizer_state: Callable[[], Iterable[Any]] = tuple,
+        gradients: Callable[[], Iterable[Any]] = tuple,
+    ) -> None:
+        self.model = model
+        self.batch = batch
+        self._step = step
+        self.optimizer_state = optimizer_state
+        self.gradients = gradients
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    def step(self) -> Tensor:
+        """Take one step."""
+        return self._step(self.batch)
+
+    def parameters(self) -> Iterable[Any]:
+        """Every parameter as it is now, whole or not, and this rank's shard of it."""
+        for parameter in self.model.parameters():
+            yield parameter.data
+            yield getattr(parameter, "ds_tensor", None)
+
+
+def base_of(name: str) -> str:
+    """The one of ``METHODS``, or something else that is none."""
+    return name.partition("+")[0]
+
+
+def clips(name: str) -> bool:
+    """Whether the method clips."""
+    return CLIP in name
+
+
+def in_eight_bits(name: str) -> bool:
+    """Whether its weights are kept, or travel, in eight bits."""
+    return INT8 in name or QUANTIZED_GATHER in name
+
+
+def settled(name: str, work: Workload) -> Workload:
+    """The workload with what a method's name adds to it."""
+    if INT8 in name:
+        work = dataclasses.replace(work, lomo={**work.lomo, "weights": "int8"})
+    if QUANTIZED_GATHER in name:
+        work = dataclasses.replace(work, zero={**work.zero, "zero_quantized_weights": True})
+    return work
+
+
+def objection(name: str, ranks: int) -> str | None:
+    """Why the method cannot run on so many ranks, here; None if it can.
+
+    Raises:
+        ValueError: there is no such method, or it cannot clip.
+    """
+    base, *added = name.split("+")
+    if base not in METHODS or not {f"+{word}" for word in added} <= {CLIP, INT8, QUANTIZED_GATHER}:
+        raise ValueError(
+            f"a method is one of {', '.join(METHODS)}, with {CLIP} behind it to clip, and behind lomo_ds's own with "
+            f"{INT8} or {QUANTIZED_GATHER}, got {name}"
+        )
+    if base not in OURS and (INT8 in name or QUANTIZED_GATHER in name):
+        raise ValueError(f"{base} knows no weights in eight bits, so there is no {name}")
+    if clips(name) and base in CANNOT_CLIP:
+        raise ValueError(f"{base} {CANNOT_CLIP[base]}, so there is no {name}")
+    if base in ALONE and ranks > 1:
+        return "it runs in one process only"
+    if base in INSTALL and importlib.util.find_spec(INSTALL[base][0]) is None:
+        return f"it is not installed: {INSTALL[base][1]}"
+    return None
+
+
+def build(name: str, work: Workload) -> Method:
+    """The method, ready for its first step; on every rank."""
+    base, max_norm = base_of(name), MAX_NORM if clips(name) else None
+    if base in OURS:
+        return _lomo_ds(base, settled(name, work), max_norm)
+    if base in DEEPSPEED:
+        return _deepspeed(base, work, max_norm)
+    return {"plain": _plain, "lomo-optim": _lomo_optim, "torchtune": _torchtune}[base](work, max_norm)
+
+
+def _lomo_ds(schedule: str, work: Workload, max_norm: float | None) -> Method:
+    import lomo_ds
+
+    ds_config = work.ds_config(max_norm)
+    params = {"lr": LR, "update_schedule": schedule, **work.lomo}
+    ds_config["optimizer"] = {"type": "LOMO", "params": params}
+    model = work.sharded_model(ds_config)
+    if work.tiled_logits:
+        tile_logits(model)
+    engine = lomo_ds.initialize(model=model, config=ds_config)[0]
+
+    def gradients() -> Iterable[Any]:
+        kept: Any = engine.schedule  # a stash
+        if hasattr(kept, "buffers"):
+            return kept.buffers.values()
+        return getattr(kept, "held", {}).values()
+
+    return Method(engine.module, work.rows(engine.device), engine.train_batch, gradients=gradients)
+
+
+def _deepspeed(name: str, work: Workload, max_norm: float | None) -> Method:
+    import deepspeed
+
+    ds_config = work.ds_config(max_norm) | {"zero_allow_untested_optimizer": True}
+    model = work.sharded_model(ds_config)
+    # allocated as a whole at start: no more than the largest gradient, where DeepSpeed's default is larger than that
+    largest = max(parameter.ds_numel for parameter in model.parameters())
+    zero = ds_config["zero_optimization"]
+    zero["reduce_bucket_size"] = min(500_000_000, largest)
+    kind = torch.optim.AdamW if name == "deepspeed-adamw" else torch.optim.SGD
+    engine = deepspeed.initialize(model=model, optimizer=kind(model.parameters(), lr=LR), config=ds_config)[0]
+    optimizer: Any = engine.optimizer
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    def optimizer_state() -> Iterable[Any]:
+        yield from optimizer.fp32_partitioned_groups_flat
+        for state in optimizer.optimizer.state.values():
+            yield from state.values()
+
+    def gradients() -> Iterable[Any]:
+        yield optimizer.grad_partitions_flat_buffer
+        yield from (bucket.buffer for bucket in optimizer.ipg_buckets.values())
+        yield from (group.grad for group in optimizer.fp32_partitioned_groups_flat)
+
+    return Method(engine.module, work.rows(engine.device), step, optimizer_state, gradients)
+
+
+def _plain(work: Workload, max_norm: float | None) -> Method:
+    assert max_norm is None
+    model = work.whole_model()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_drop)
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    return Method(model, work.rows(model.device), step)
+
+
+def _drop(parameter: Parameter) -> None:
+    parameter.grad = None
+
+
+def _lomo_optim(work: Workload, max_norm: float | None) -> Method:
+    from lomo_optim import Lomo
+
+    model = work.whole_model()
+    optimizer = Lomo(model, lr=LR, clip_grad_norm=max_norm)
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = model(**batch).loss
+        if max_norm is not None:  # as the authors' trainer does, forward too is run a second time
+            optimizer.grad_norm(loss)
+            del loss  # which their trainer keeps, and with it a second set of activations
+            loss = model(**batch).loss
+        optimizer.fused_backward(loss, LR)
+        return loss.detach()
+
+    return Method(model, work.rows(model.device), step)
+
+
+def _torchtune(work: Workload, max_norm: float | None) -> Method:
+    assert max_norm is None
+    model = work.whole_model()
+    optimizers = {parameter: torch.optim.SGD([parameter], lr=LR) for parameter in model.parameters()}
+    torchtune_memory().register_optim_in_bwd_hooks(model, optimizers)
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    return Method(model, work.rows(model.device), step)
+
+
+def torchtune_memory() -> ModuleType:
+    """``torchtune.training.memory``, which needs torch alone: the packages around it want twenty others at import."""
+    if "torchtune" not in sys.modules:
+        found = importlib.util.find_spec("torchtune")
+        assert found is not None
+        folders = list(found.submodule_search_locations or ())
+        for name, below in (("torchtune", ""), ("torchtune.training", "/training")):
+            sys.modules[name] = package = ModuleType(name)
+            package.__path__ = [folder + below for folder in folders]
+    return importlib.import_module("torchtune.training.memory")
+
+
+def settings(work: Workload) -> dict[str, Any]:
+    """A workload as results name it."""
+    return dataclasses.asdict(work)

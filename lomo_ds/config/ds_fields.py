@@ -1,0 +1,217 @@
+"""One meaning for each field of a DeepSpeed config, before anybody reads it: one name, one kind, one default.
+
+DeepSpeed's parsed config and the dict it was parsed from are both read later; after ``settle`` they say the same.
+"""
+
+import copy
+import dataclasses
+import logging
+import types
+from collections.abc import Iterator
+from typing import Any, Union, get_args, get_origin
+
+from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+from lomo_ds.config.lomo_config import LomoConfig, require_sections, value_at
+from lomo_ds.distributed.process_group import is_main_process
+from lomo_ds.errors import ConfigError, did_you_mean, one_line
+
+logger = logging.getLogger(__name__)
+
+KINDS: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a word"}
+# what DeepSpeed knows at the top, and of what kind that is where its own reading does not look
+KNOWN: dict[str, Any] = {
+    "train_batch_size": int, "train_micro_batch_size_per_gpu": int, "gradient_accumulation_steps": int,
+    "gradient_clipping": float, "gradient_predivide_factor": float, "prescale_gradients": bool,
+    "managed_gradient_accumulation": bool, "sequence_parallel_size": int, "vocabulary_size": int,
+    "zero_allow_untested_optimizer": bool, "zero_force_ds_cpu_optimizer": bool, "wall_clock_breakdown": bool,
+    "memory_breakdown": bool, "dump_state": bool, "disable_allgather": bool, "disable_python_gc": bool,
+    "dataloader_drop_last": bool, "use_data_before_expert_parallelism": bool,
+} | dict.fromkeys((
+    "optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "torch_autocast", "steps_per_print", "log_level",
+    "communication_data_type", "seq_parallel_communication_data_type", "gradient_allreduce_op", "allgather_size",
+    "activation_checkpointing", "aio", "autotuning", "checkpoint", "comet", "comms_logger", "compile", "csv_monitor",
+    "data_efficiency", "data_types", "datastates_ckpt", "expert_parallel", "flops_profiler", "hybrid_engine",
+    "pipeline", "tensor_parallel", "tensorboard", "timers", "wandb", "weight_quantization",
+    *_REMOVED_TOP_LEVEL_CONFIG_KEYS,
+))  # fmt: skip
+OF_SECTION = {"optimizer": ("type", "params", "legacy_fusion"), "scheduler": ("type", "params")}
+MODELS = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+    "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    "bf16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
+}
+RENAMED = {
+    "": {"bfloat16": "bf16"},
+    "zero_optimization": {
+        **{name: field.alias for name, field in DeepSpeedZeroConfig.model_fields.items() if field.alias},
+        "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
+    },
+}
+REPLACED = {
+    "cpu_offload": '"offload_optimizer": {"device": "cpu"}',
+    "cpu_offload_param": '"offload_param": {"device": "cpu"}',
+    "cpu_offload_use_pin_memory": '"pin_memory" in "offload_param"',
+}
+# "auto" is a value of these, and nobody has to fill it in
+OWN_AUTOS = {"data_types.keep_in_fp32_modules", "pipeline.stages"} | {
+    f"optimizer.params.{field.name}" for field in dataclasses.fields(LomoConfig) if field.default == "auto"
+}
+
+
+def normalized(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of ``ds_config`` by today's names, each value of its kind or ``auto``; what DeepSpeed ignores is left out.
+
+    Raises:
+        ConfigError: a name is misspelt, stands there twice or is no more, or a value is of another kind.
+    """
+    require_sections(ds_config)
+    config = copy.deepcopy(ds_config)
+    for path, names in RENAMED.items():
+        _rename(section_of(config, path), path, names)
+    zero = section_of(config, "zero_optimization")
+    for old, new in REPLACED.items():
+        if zero.get(old):
+            raise ConfigError(f"zero_optimization.{old} is an old name; write {new} in zero_optimization")
+    _drop_unknown(config)
+    for path in ("", *MODELS):
+        section = section_of(config, path)
+        for name, value in section.items():
+            section[name] = _of_its_kind(value, f"{path}.{name}".removeprefix("."))
+    return config
+
+
+def settle(ds_config: dict[str, Any], world_size: int | None = None) -> dict[str, Any]:
+    """``normalized``, with a value for each field that lomo_ds reads and DeepSpeed has, or derives, a default for.
+
+    An absent ``gradient_clipping`` clips nothing, where DeepSpeed would clip to 1. A ``WarmupDecayLR`` without
+    ``warmup_max_lr`` rises to the optimizer's learning rate, as ``WarmupLR`` does, where DeepSpeed would take 0.001.
+    Absent batch sizes follow from the others, as in DeepSpeed.
+
+    Args:
+        world_size: how many ranks there are; where that is not known yet, batch sizes stay as they are.
+
+    Raises:
+        ConfigError: see ``normalized``; or something is still ``auto``, or the batch sizes contradict each other.
+    """
+    config = normalized(ds_config)
+    _refuse_autos(config)
+    if config.get("gradient_clipping") is None:
+        config["gradient_clipping"] = 0.0
+    if section_of(config, "scheduler").get("type") == "WarmupDecayLR":
+        config["scheduler"].setdefault("params", {}).setdefault("warmup_max_lr", None)
+    if world_size is not None:
+        _complete_batch_sizes(config, world_size)
+    return config
+
+
+def section_of(config: dict[str, Any], path: str) -> dict[str, Any]:
+    """The section at ``path``, the config itself at ``""``; an empty one where there is none."""
+    section = value_at(config, path) if path else config
+    return section if isinstance(section, dict) else {}
+
+
+def kind_of(path: str) -> Any:
+    """The type of the field at ``path``, None where DeepSpeed alone knows it."""
+    section, _, name = path.rpartition(".")
+    if not section:
+        return KNOWN.get(name)
+    if section not in MODELS:
+        return None
+    fields = MODELS[section].model_fields
+    field = next((field for key, field in fields.items() if name in (key, field.alias)), None)
+    kinds = _alternatives(field.annotation) if field else []
+    return kinds[0] if len(kinds) == 1 and kinds[0] in KINDS else None
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The types that an annotation allows beside None."""
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    return [kind for kind in (get_args(annotation) if is_union else (annotation,)) if kind is not type(None)]
+
+
+def _of_its_kind(value: Any, path: str) -> Any:
+    kind = kind_of(path)
+    if kind is None or value is None or value == "auto" or type(value) is kind:
+        return value
+    if kind is float and type(value) is int:
+        return value
+    if kind is int and type(value) is float and value.is_integer():  # JSON has 1e9 for an integer
+        return int(value)
+    raise ConfigError(f"{path} in the DeepSpeed config must be {KINDS[kind]}, got {value!r}")
+
+
+def _rename(section: dict[str, Any], path: str, names: dict[str, str]) -> None:
+    for old, new in names.items():
+        if old in section and new in section:
+            where = f" of {path}" if path else ""
+            raise ConfigError(f"{old} and {new}{where} are two names of one field in the DeepSpeed config; keep {new}")
+        if old in section:
+            section[new] = section.pop(old)
+
+
+def _drop_unknown(config: dict[str, Any]) -> None:
+    """Refuse what is misspelt, and take out what DeepSpeed would pass over in silence."""
+    for name in [name for name in config if name not in KNOWN]:
+        if meant := did_you_mean(str(name), list(KNOWN)):
+            raise ConfigError(f"DeepSpeed knows no {one_line(repr(name))} in its config{meant}")
+        if is_main_process():
+            logger.warning("DeepSpeed knows no %s in its config, so it is ignored", one_line(repr(name)))
+        del config[name]
+    for section, known in OF_SECTION.items():
+        for name in section_of(config, section):
+            if name not in known:
+                raise ConfigError(
+                    f'"{section}" of the DeepSpeed config has no field {one_line(repr(name))}'
+                    f"{did_you_mean(str(name), list(known))}; it knows {', '.join(known)}"
+                )
+
+
+def _refuse_autos(config: dict[str, Any]) -> None:
+    paths = [path for path in _autos(config) if path not in OWN_AUTOS]
+    if paths:
+        unfilled = ", ".join(f"{one_line(path)} (write {KINDS.get(kind_of(path), 'a value')})" for path in paths)
+        raise ConfigError(
+            f'"auto" in the DeepSpeed config stands for nothing here in {unfilled}; only launch/train.py and '
+            "Hugging Face's Trainer fill it in, where an argument of theirs says with what"
+        )
+
+
+def _autos(config: Any, path: str = "") -> Iterator[str]:
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _autos(value, f"{path}.{key}".removeprefix("."))
+    elif isinstance(config, list):
+        for value in config:
+            yield from _autos(value, path)
+    elif config == "auto":
+        yield path
+
+
+def _complete_batch_sizes(config: dict[str, Any], world_size: int) -> None:
+    """Derive what is absent from the rest, in DeepSpeed's way; with neither batch size it is left to refuse that."""
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    for name in names:
+        if config.get(name) is not None and config[name] < 1:
+            raise ConfigError(f"{name} must be an integer of at least 1, got {config[name]}")
+    total, micro, accumulation = (config.get(name) for name in names)
+    if accumulation is None:
+        accumulation = max(1, total // (micro * world_size)) if total and micro else 1
+    if micro is None and total:
+        micro = max(1, total // (accumulation * world_size))
+    if micro is not None:
+        size = micro * accumulation * world_size
+        total = total or size
+        if total != size:
+            raise ConfigError(
+                f"train_batch_size {total} in the DeepSpeed config is not train_micro_batch_size_per_gpu {micro} x "
+                f"gradient_accumulation_steps {accumulation} x {world_size} GPUs = {size}; change one of them, or "
+                "leave train_batch_size out"
+            )
+    filled = zip(names, (total, micro, accumulation), strict=True)
+    config.update({name: value for name, value in filled if value is not None})

@@ -1,0 +1,249 @@
+"""From a DeepSpeed engine's settings to the optimizer it runs: shards, rule, clipping, schedule and hooks, joined."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScalerBase
+from deepspeed.utils.timer import NoopTimer
+from torch.distributed import ProcessGroup
+from torch.nn import Module, Parameter
+
+from lomo_ds import zero3
+from lomo_ds.config.lomo_config import LomoConfig
+from lomo_ds.distributed.collectives import all_reduce_min, together
+from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
+from lomo_ds.errors import ConfigError
+from lomo_ds.memory.budget import free_bytes, told
+from lomo_ds.memory.host_memory import bytes_of
+from lomo_ds.update.clipping import Clipping, clipping_groups
+from lomo_ds.update.hooks import BackwardHooks
+from lomo_ds.update.rules import Rule, Sgd
+from lomo_ds.update.schedules import Choice, Schedule, Target, choose_schedule
+from lomo_ds.update.schedules.immediate import Immediate
+from lomo_ds.update.schedules.stash import HostStash, Stash
+from lomo_ds.update.schedules.two_pass import TwoPass
+from lomo_ds.zero3.gathering import (
+    AHEAD_NUMEL,
+    Gathering,
+    OnDemand,
+    Resident,
+    choose_granularity,
+    largest_use,
+    overlaps,
+    reach_of_offload,
+)
+from lomo_ds.zero3.stores import InHostMemory, OnDevice, OnNvme, Store
+from lomo_ds.zero3.wire import AsKept, Quantized
+
+logger = logging.getLogger(__name__)
+
+
+def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: LomoConfig) -> LomoOptimizer:
+    """Split the engine's model over its ranks, and hook LOMO into its backward pass.
+
+    Parameters that are in none of ``groups`` are frozen.
+    """
+    options = {id(parameter): group for group in groups.param_groups for parameter in group["params"]}
+    trained = _trained_parameters(engine.module, set(options))
+    gathering = _gather_parameters(engine, lomo)
+    shards = [zero3.Shard.of(name, parameter) for name, parameter in trained.items()]
+    targets = [
+        Target(shard.data.numel(), group, options[id(parameter)])
+        for shard, group, parameter in zip(shards, clipping_groups(list(trained)), trained.values(), strict=True)
+    ]
+    clipping = Clipping(lomo.clip_grad_value, lomo.clip_group_norm, engine.gradient_clipping() or None)
+    stash_dtype = torch.float32 if engine.gradient_accumulation_steps() > 1 else _communication_dtype(engine)
+    stash_bytes = sum(t.numel for t in targets) * (stash_dtype or engine.get_data_types()[0]).itemsize
+    choice = _choose_schedule(engine, lomo, clipping, stash_bytes)
+    _announce_host_memory(engine, shards, choice, stash_bytes)
+    schedule = _build_schedule(
+        choice,
+        targets,
+        _build_store(engine, shards),
+        _build_rule(engine, lomo),
+        clipping,
+        engine.device,
+        engine.seq_data_parallel_group,
+        stash_dtype,
+    )
+    return LomoOptimizer(
+        groups=groups,
+        gathering=gathering,
+        hooks=BackwardHooks(
+            list(trained.values()), shards, schedule, engine.seq_data_parallel_group, _communication_dtype(engine)
+        ),
+        schedule=schedule,
+        choice=choice,
+        loss_scaler=_build_loss_scaler(engine),
+        ranks=engine.seq_data_parallel_group,
+    )
+
+
+def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
+    dtype = engine.get_data_types()[0]
+    free_host = _free_bytes(engine)[1]  # before any rank takes of it
+    together(lambda: zero3.split(engine.module, engine.config, dtype, free_host), engine.seq_data_parallel_group)
+    if zero3.stay_whole(engine.config) and zero3.lie_here(engine.module):
+        return Resident(engine.module)
+    granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
+    if engine.global_rank == 0:
+        logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
+    undo, wired, reach = _bound_gathering(engine, granularity)
+    return OnDemand(
+        engine.module,
+        granularity,
+        undo,
+        wired,
+        **reach,
+        timers=engine.timers if engine.wall_clock_breakdown() else NoopTimer(),
+        ds_config=engine.config,
+        max_reuse_distance=engine.zero_max_reuse_distance(),
+        param_persistence_threshold=engine.zero_param_persistence_threshold(),
+        model_persistence_threshold=engine.zero_model_persistence_threshold(),
+        dp_process_group=engine.seq_data_parallel_group,
+        offload_param_config=engine.zero_offload_param(),
+        zero_module_granularity_threshold=engine.zero_module_granularity_threshold(),
+        log_trace_cache_warnings=engine.zero_log_trace_cache_warnings(),
+    )
+
+
+def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable[[], None], bool, dict[str, Any]]:
+    """Let shards travel as they must; how to undo that, whether by a wire, and what DeepSpeed may fetch and keep."""
+    prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
+    offload = zero3.offload_device(engine.config)
+    if offload == "cpu":
+        largest = largest_use(engine.module, granularity)
+        prefetch_numel, live_numel = reach_of_offload(prefetch_numel, live_numel, largest)
+        prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", prefetch_numel)
+        live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
+    overlap = _unless_asked(engine, "overlap_comm", overlaps(offload))
+    ahead_numel = prefetch_numel + AHEAD_NUMEL if overlap else None
+    exact = AsKept(engine.device, copies=offload == "cpu")
+    quantized = _travels_in_eight_bits(engine)
+    wired = quantized or offload != "none" or zero3.keeps_eight_bits(engine.config)
+    if wired:
+        wire = Quantized(engine.device, exact.copies) if quantized else exact
+        undo = zero3.gather_by(engine.module, wire, exact, ahead_numel)
+    elif ahead_numel is not None:
+        undo = zero3.gather_within(engine.module, ahead_numel)
+    else:
+        undo = _nothing_to_undo
+    reach = {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel, "overlap_comm": overlap}
+    return undo, wired, reach
+
+
+def _nothing_to_undo() -> None:
+    """DeepSpeed's own gathering is as it was."""
+
+
+def _travels_in_eight_bits(engine: DeepSpeedEngine) -> bool:
+    """Whether gathers round shards to eight bits; one rank sends nothing, so it has nothing to gain."""
+    return engine.zero_quantized_weights() and dist.get_world_size(engine.seq_data_parallel_group) > 1
+
+
+def _unless_asked(engine: DeepSpeedEngine, name: str, ours: int) -> int:
+    """What the ds_config says of ``name``, or ours."""
+    zero = engine.config["zero_optimization"]
+    asked = any(zero.get(written) is not None for written in (name, f"stage3_{name}"))
+    return getattr(engine._config.zero_config, name) if asked else ours
+
+
+def _build_store(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> Store:
+    if zero3.offload_device(engine.config) == "cpu":
+        return InHostMemory(shards, engine.device, rounded=_travels_in_eight_bits(engine))
+    if zero3.offload_device(engine.config) == "nvme":
+        return OnNvme(shards, engine.device, rounded=_travels_in_eight_bits(engine))
+    return OnDevice(shards)
+
+
+def _trained_parameters(model: Module, chosen: set[int]) -> dict[str, Parameter]:
+    """The parameters that train, by name; those whose id is not ``chosen`` are frozen."""
+    trained = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in chosen)
+        if parameter.requires_grad:
+            trained[name] = parameter
+    if not trained:
+        raise ConfigError("no parameter of the model is to be trained; leave requires_grad true for some")
+    return trained
+
+
+def _build_rule(engine: DeepSpeedEngine, lomo: LomoConfig) -> Rule:
+    if lomo.rounding == "nearest":
+        return Sgd()
+    rank = dist.get_rank(engine.seq_data_parallel_group)
+    return Sgd(generator=torch.Generator(engine.device).manual_seed(lomo.seed + rank))
+
+
+def _choose_schedule(engine: DeepSpeedEngine, lomo: LomoConfig, clipping: Clipping, stash_bytes: int) -> Choice:
+    free_device, free_host = _free_bytes(engine)
+    choice = choose_schedule(
+        lomo,
+        gradient_clipping=engine.gradient_clipping(),
+        fp16=engine.fp16_enabled(),
+        accumulation_steps=engine.gradient_accumulation_steps(),
+        stash_bytes=stash_bytes,
+        free_device_bytes=free_device,
+        free_host_bytes=free_host,
+    )
+    if engine.global_rank == 0:
+        logger.info("update_schedule %s: %s; clipping: %s", lomo.update_schedule, choice, clipping)
+    return choice
+
+
+def _announce_host_memory(engine: DeepSpeedEngine, shards: list[zero3.Shard], choice: Choice, stash_bytes: int) -> None:
+    """Say, once, what of host memory a rank pins."""
+    pinned = {}
+    if zero3.offload_device(engine.config) == "cpu":
+        pinned["parameters"] = bytes_of(shard.kept for shard in shards)
+    if choice.settings == {"update_schedule": "stash", "stash_device": "cpu"}:
+        pinned["gradient shards"] = stash_bytes
+    if pinned and engine.global_rank == 0:
+        parts = ", ".join(f"{told(size)} of {what}" for what, size in pinned.items())
+        logger.info("pinned host memory of a rank: %s; %s stay free for each rank", parts, told(free_bytes()[1]))
+
+
+def _free_bytes(engine: DeepSpeedEngine) -> list[int]:
+    """Of the device, and of a rank's part of host memory; the smallest over all ranks."""
+    found = torch.tensor(free_bytes(), device=engine.device)
+    return all_reduce_min(found, engine.seq_data_parallel_group).tolist()
+
+
+def _build_loss_scaler(engine: DeepSpeedEngine) -> LossScalerBase:
+    # at its smallest scale a run goes on, and says at every step that it was skipped
+    arguments = {**engine.dynamic_loss_scale_args(), "raise_error_at_min_scale": False}
+    return CreateLossScaler(
+        dtype=engine.get_data_types()[0],
+        static_loss_scale=engine.loss_scale(),
+        dynamic_scaling=engine.dynamic_loss_scale(),
+        dynamic_loss_args=arguments,
+    )
+
+
+def _communication_dtype(engine: DeepSpeedEngine) -> torch.dtype | None:
+    """``communication_data_type`` of the ds_config; None, if it names none, for what gradients are anyway."""
+    return engine.communication_data_type if engine._config.communication_data_type else None
+
+
+def _build_schedule(
+    choice: Choice,
+    targets: list[Target],
+    store: Store,
+    rule: Rule,
+    clipping: Clipping,
+    device: torch.device,
+    ranks: ProcessGroup,
+    stash_dtype: torch.dtype | None,
+) -> Schedule:
+    """Build the schedule of ``choice`` for gradients computed on ``device``; see ``Stash`` for ``stash_dtype``."""
+    if choice.schedule == "immediate":
+        return Immediate(targets, store, rule, clipping, device, ranks)
+    if choice.schedule == "two_pass":
+        return TwoPass(targets, store, rule, clipping, device)
+    if choice.stash_device == "cpu" and device.type != "cpu":
+        return HostStash(targets, store, rule, clipping, device, stash_dtype)
+    return Stash(targets, store, rule, clipping, device, stash_dtype)

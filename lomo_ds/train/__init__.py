@@ -1,0 +1,1 @@
+"""A training job from its arguments to the exported model."""

@@ -1,0 +1,56 @@
+"""What a model can do: its held-out loss over all ranks, and a text it continues."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lomo_ds.distributed.collectives import agree
+from lomo_ds.engine.items import Count, LabelWatch, items_of, sums_of
+from lomo_ds.engine.protocol import TrainingEngine
+from lomo_ds.engine.step_batch import StepBatch
+
+
+@torch.no_grad()
+def evaluate_loss(
+    engine: TrainingEngine, batches: Iterable[dict[str, Tensor]], interrupted: Callable[[], bool] = lambda: False
+) -> float | None:
+    """Mean loss in nats per token over every rank's labelled tokens; each rank brings equally many batches.
+
+    Args:
+        interrupted: asked before each batch, with the same answer on every rank; True ends it with None.
+    """
+    training = engine.module.training
+    watch = LabelWatch(engine.module)
+    engine.eval()
+    try:
+        total = torch.zeros(1, dtype=torch.float64, device=engine.device)  # of losses times items
+        counts: list[Count] = []
+        for batch in batches:
+            if interrupted():
+                return None
+            step_batch = StepBatch(batch, None, watch, engine.device, engine.seq_data_parallel_group)
+            loss = step_batch.measure(engine, 0)
+            counts += step_batch.counts
+            if counts[-1].items:
+                total += loss.double() * counts[-1].items
+    finally:
+        watch.remove()
+        engine.train(training)
+    sums = torch.tensor(sums_of(counts), dtype=torch.float64).to(engine.device)
+    summed, *sums_of_all = agree(torch.cat([total, sums]), engine.seq_data_parallel_group).tolist()
+    return summed / items_of(sums_of_all)
+
+
+@torch.no_grad()
+def continue_text(engine: TrainingEngine, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
+    """``prompt`` and the model's greedy continuation of it; every rank takes part, with the same result."""
+    training = engine.module.training
+    engine.eval()
+    inputs = tokenizer(prompt, return_tensors="pt").to(engine.device)
+    output = engine.module.generate(
+        **inputs, max_new_tokens=tokens, do_sample=False, synced_gpus=True, pad_token_id=tokenizer.eos_token_id
+    )
+    engine.train(training)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -1,0 +1,139 @@
+"""``deepspeed.utils.safe_get_*`` and ``safe_set_*``: weights as fp32, wherever and however they are kept.
+
+DeepSpeed asks ``parameter._z3_optimizer``; the methods here have the names that it calls. Every rank calls them.
+"""
+
+from collections.abc import Callable
+from typing import Any, Never
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from lomo_ds.errors import ConfigError
+from lomo_ds.numerics import int8
+from lomo_ds.zero3.shard import Shard
+
+ATTRIBUTE = "_z3_optimizer"
+
+
+class ParameterAccess:
+    """Reads and writes the parameters of a model that ZeRO-3 has split; the next forward computes with what is written.
+
+    Weights are all there is to see: LOMO has no optimizer states, and a gradient is gone when backward has ended.
+    """
+
+    def __init__(self, model: Module) -> None:
+        self.parameters = list(model.parameters())
+        for parameter in self.parameters:
+            setattr(parameter, ATTRIBUTE, self)
+
+    def remove(self) -> None:
+        """Let DeepSpeed find nobody to ask."""
+        for parameter in self.parameters:
+            if getattr(parameter, ATTRIBUTE, None) is self:
+                delattr(parameter, ATTRIBUTE)
+
+    def get_full_hp_param(self, param: Parameter, optim_state_key: str | None = None) -> Tensor:
+        """The whole parameter in fp32, on every rank."""
+        _refuse_state(optim_state_key)
+        shard = Shard.of("", param)
+        part = _values_of(shard)
+        world_size = dist.get_world_size(shard.group)
+        whole = part
+        if world_size > 1:
+            whole = part.new_empty(world_size * part.numel())
+            dist.all_gather_into_tensor(whole, part, group=shard.group)
+        return whole[: shard.shape.numel()].view(shard.shape)
+
+    def set_full_hp_param(self, value: Tensor, param: Parameter, optim_state_key: str | None = None) -> None:
+        """Give the parameter other values, whole on every rank."""
+        _refuse_state(optim_state_key)
+        shard = Shard.of("", param)
+        _refuse_value(value, shard.shape.numel())
+        self._write(param, shard, value.detach().reshape(-1)[shard.start : shard.stop])
+
+    def get_local_fp32_param(self, param: Parameter, optim_state_key: str | None = None) -> Tensor:
+        """This rank's part in fp32: 1-D, as long on each rank, with zeros behind the parameter's end."""
+        _refuse_state(optim_state_key)
+        return _values_of(Shard.of("", param))
+
+    def set_local_hp_param(self, value: Tensor, param: Parameter, optim_state_key: str | None = None) -> None:
+        """Give this rank's part, as long as ``get_local_fp32_param`` returns it, other values."""
+        _refuse_state(optim_state_key)
+        shard = Shard.of("", param)
+        _refuse_value(value, _padded_numel(shard))
+        self._write(param, shard, value.detach().reshape(-1)[: shard.data.numel()])
+
+    def get_fp32_grad_for_param(self, param: Parameter) -> Never:
+        """Refuse; as all that follow."""
+        _refuse_gradient()
+
+    def set_fp32_grad_for_param(self, value: Tensor, param: Parameter) -> Never:
+        """See ``get_fp32_grad_for_param``."""
+        _refuse_gradient()
+
+    def get_local_fp32_grad_for_param(self, param: Parameter) -> Never:
+        """See ``get_fp32_grad_for_param``."""
+        _refuse_gradient()
+
+    def set_local_grad_for_param(self, value: Tensor, param: Parameter) -> Never:
+        """See ``get_fp32_grad_for_param``."""
+        _refuse_gradient()
+
+    def update_fp32_grad_for_param_vectorized(
+        self, update_func: Callable[..., Any], param_list: list[Parameter]
+    ) -> Never:
+        """See ``get_fp32_grad_for_param``."""
+        _refuse_gradient()
+
+    @torch.no_grad()
+    def _write(self, param: Parameter, shard: Shard, values: Tensor) -> None:
+        values = values.to(get_accelerator().current_device_name(), torch.float32)
+        if shard.data.dtype == torch.int8:
+            padded = values.new_zeros(_padded_numel(shard))
+            padded[: values.numel()] = values
+            shard.kept.copy_(int8.buffer_of(padded))
+        elif values.numel():
+            shard.write(values.to(shard.data.dtype))
+        get_accelerator().synchronize()  # DeepSpeed gathers on a stream that waits for no other
+        if param.shape == shard.shape:  # a whole copy is at hand, and would be used as it is
+            param.copy_(self.get_full_hp_param(param))
+
+
+@torch.no_grad()
+def _values_of(shard: Shard) -> Tensor:
+    """A copy of a shard's values in fp32 on the device that computes, with its padding, as zeros."""
+    part = torch.zeros(_padded_numel(shard), device=get_accelerator().current_device_name())
+    if shard.data.dtype == torch.int8:
+        floats = torch.empty(part.numel(), device=shard.kept.device)
+        int8.read(int8.blocks_in(shard.kept, part.numel()), floats)
+        part[: shard.data.numel()] = floats[: shard.data.numel()]
+    elif shard.data.numel():
+        part[: shard.data.numel()] = shard.read()
+    return part
+
+
+def _padded_numel(shard: Shard) -> int:
+    return -(-shard.shape.numel() // dist.get_world_size(shard.group))
+
+
+def _refuse_value(value: Any, numel: int) -> None:
+    if not isinstance(value, Tensor) or value.is_complex():
+        raise ConfigError(f"a parameter's new value must be a tensor of real numbers, got a {type(value).__name__}")
+    if value.numel() != numel:
+        raise ConfigError(f"a parameter's new value must have {numel} elements, got shape {list(value.shape)}")
+
+
+def _refuse_state(key: str | None) -> None:
+    if key is not None:
+        raise ConfigError(f"LOMO keeps no optimizer state, and so no {key!r}; only weights can be read and set")
+
+
+def _refuse_gradient() -> Never:
+    raise ConfigError(
+        "LOMO keeps no gradient once backward has ended; parameter.register_hook(function) sees, and may replace, this "
+        "rank's gradient in backward, and engine.get_global_grad_norm() is its norm"
+    )

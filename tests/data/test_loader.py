@@ -1,0 +1,140 @@
+"""From a file to the batches of each rank."""
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lomo_ds.data import PackedBlocks, Position, TrainingSteps, evaluation_batches, tokenize_file
+from lomo_ds.data.packing import IGNORE_INDEX
+from tests.data.tokenizers import Letters
+
+
+def letters() -> Any:
+    return Letters()
+
+
+def ids(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def test_each_document_stands_between_begin_and_end(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "ab"}\n{"text": "c"}\n')
+    assert tokenize_file(file, letters(), tmp_path / "cache").tolist() == [0, *ids("ab"), 1, 0, *ids("c"), 1]
+
+
+def test_tokens_are_made_once_and_anew_when_the_file_changes(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("ab")
+    tokenizer = letters()
+    for _ in range(2):
+        assert tokenize_file(file, tokenizer, tmp_path / "cache").tolist() == [0, *ids("ab"), 1]
+    assert tokenizer.calls == 1
+    file.write_text("abc")
+    os.utime(file, (1, 1))
+    assert tokenize_file(file, tokenizer, tmp_path / "cache").tolist() == [0, *ids("abc"), 1]
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def blocks(count: int, length: int = 4) -> PackedBlocks:
+    return PackedBlocks(np.arange(count, dtype=np.int32), length)
+
+
+def test_blocks_cover_every_token_once() -> None:
+    packed = blocks(10)
+    assert [packed[index]["input_ids"].tolist() for index in range(len(packed))] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 0, 0],
+    ]
+    assert packed[2]["labels"].tolist() == [8, 9, IGNORE_INDEX, IGNORE_INDEX]
+    assert packed[0]["labels"].dtype == torch.int64
+    with pytest.raises(IndexError):
+        packed[3]
+
+
+def training_steps(rank: int, world_size: int, **changes: Any) -> TrainingSteps:
+    arguments: dict[str, Any] = {"batch_size": 2, "accumulation": 2, "seed": 5, "epochs": 2.0} | changes
+    blocks_ = arguments.pop("blocks", blocks(4 * 23))
+    return TrainingSteps(blocks_, rank=rank, world_size=world_size, **arguments)
+
+
+def trained_on(step: list[dict[str, torch.Tensor]]) -> list[int]:
+    """The first tokens of the sequences of one step that have labels."""
+    return [int(row[0]) for batch in step for row in batch["labels"] if (row != IGNORE_INDEX).any()]
+
+
+def epoch_by_epoch(world_size: int) -> list[list[int]]:
+    """What all ranks together train on in each epoch, in order; every rank has as many micro-batches of one shape."""
+    ranks = [training_steps(rank, world_size) for rank in range(world_size)]
+    epochs: list[list[int]] = [[], []]
+    for parts in zip(*ranks, strict=True):
+        assert len({len(part) for part in parts}) == 1
+        assert all(batch["input_ids"].shape == (2, 4) for part in parts for batch in part)
+        epoch = ranks[0].position.epoch if ranks[0].position.consumed else ranks[0].position.epoch - 1
+        epochs[epoch] += [first for part in parts for first in trained_on(part)]
+    return epochs
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_holds_every_sequence_once_and_is_shuffled_anew(world_size: int) -> None:
+    first, second = epoch_by_epoch(world_size)
+    assert sorted(first) == sorted(second) == list(range(0, 92, 4))
+    assert first != second
+
+
+def test_a_step_holds_the_same_sequences_on_any_number_of_ranks() -> None:
+    """If the sequences per step are as many: 12 = 1 x 2 x 6 = 3 x 2 x 2."""
+    alone = [sorted(trained_on(step)) for step in training_steps(0, 1, accumulation=6)]
+    ranks = [training_steps(rank, 3) for rank in range(3)]
+    together = [sorted(first for part in parts for first in trained_on(part)) for parts in zip(*ranks, strict=True)]
+    assert alone == together
+
+
+def test_another_number_of_ranks_goes_on_without_repeating_or_losing_a_sequence() -> None:
+    """4 -> 2 -> 1 -> 3 ranks, each for one step of the first epoch, the last to its end."""
+    position, seen = Position(), []
+    for world_size, count in ((4, 1), (2, 1), (1, 1), (3, 99)):
+        batch = {"batch_size": 1, "accumulation": 2, "epochs": 1.0}
+        ranks = [training_steps(rank, world_size, start=position, **batch) for rank in range(world_size)]
+        for parts in itertools.islice(zip(*ranks, strict=True), count):
+            seen += [first for part in parts for first in trained_on(part)]
+        position = ranks[0].position
+    assert sorted(seen) == list(range(0, 92, 4))
+    assert position == Position(1, 0)
+
+
+@pytest.mark.parametrize(("epochs", "max_steps", "total"), [(1.0, -1, 6), (1.5, -1, 6 + 3), (0.1, -1, 1), (9.0, 7, 7)])
+def test_how_many_steps_there_are(epochs: float, max_steps: int, total: int) -> None:
+    steps = training_steps(0, 1, epochs=epochs, max_steps=max_steps)
+    assert steps.total == total
+    assert len(list(steps)) == total
+    if max_steps < 0:
+        assert steps.epochs == pytest.approx(epochs, abs=0.03)
+    middle = training_steps(0, 1, epochs=epochs, max_steps=max_steps, start=Position(0, 0), step=0)
+    next(iter(middle))
+    resumed = training_steps(0, 1, epochs=epochs, max_steps=max_steps, start=middle.position, step=1)
+    assert resumed.total == total, "what is left is counted as it was"
+
+
+@pytest.mark.parametrize(("count", "world_size", "batch_size"), [(12, 3, 2), (13, 3, 2), (1, 4, 2), (7, 2, 8)])
+def test_evaluation_sees_each_block_once_and_each_rank_as_many_batches(
+    count: int, world_size: int, batch_size: int
+) -> None:
+    packed = blocks(4 * count)
+    ranks = [list(evaluation_batches(packed, batch_size, rank, world_size)) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = [
+        int(labels[0])
+        for batches in ranks
+        for batch in batches
+        for labels in batch["labels"]
+        if (labels != IGNORE_INDEX).any()
+    ]
+    assert sorted(seen) == list(range(0, 4 * count, 4))
+    assert all(batch["input_ids"].shape == (batch_size, 4) for batches in ranks for batch in batches)

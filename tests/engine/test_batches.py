@@ -1,0 +1,64 @@
+"""What train_batch takes as a batch, and how it reaches a device."""
+
+from collections import OrderedDict, UserDict, namedtuple
+from typing import Any
+
+import pytest
+import torch
+from transformers import BatchEncoding
+
+from lomo_ds.engine.batches import micro_batches_of, on_device, with_any_labels
+from lomo_ds.errors import ConfigError
+
+X = torch.zeros(2, 3)
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict, BatchEncoding])
+def test_any_mapping_is_a_micro_batch(kind: Any) -> None:
+    batch = kind({"x": X})
+    assert micro_batches_of(batch) == [batch]
+    assert micro_batches_of([batch, batch]) == micro_batches_of((batch, batch)) == [batch, batch]
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        ((X, X), "got a tuple of Tensor; give a dict such as"),
+        ([X, X], "got a list of Tensor"),
+        ([{"x": X}, (X, X)], "got a list of dict, tuple"),
+        (X, "got a Tensor"),
+        (None, "got a NoneType"),
+        (({"x": X} for _ in range(2)), "got a generator"),
+        ("text", "got a str"),
+        ([], "got an empty list"),
+        ((), "got an empty list"),
+        ({0: X}, "got the key 0"),
+        ({"x": X, "num_items_in_batch": torch.tensor(7)}, "leave num_items_in_batch out"),
+    ],
+)
+def test_refuses_what_names_no_arguments(batch: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        micro_batches_of(batch)
+
+
+def test_tensors_move_wherever_they_lie_in_a_batch() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(2), torch.zeros(1)])
+    batch = {"x": X, "nested": [X, {"y": (X, Pair(X, 1.0))}], "encoding": UserDict(z=X), "packed": packed, "k": "text"}
+    moved = on_device(batch, torch.device("meta"))
+    assert moved["x"].is_meta
+    assert moved["nested"][0].is_meta
+    assert moved["nested"][1]["y"][0].is_meta
+    assert moved["nested"][1]["y"][1].left.is_meta
+    assert moved["nested"][1]["y"][1].right == 1.0
+    assert moved["encoding"]["z"].is_meta
+    assert moved["packed"].data.is_meta
+    assert moved["k"] == "text"
+
+
+def test_any_labels_make_a_loss_without_changing_the_batch() -> None:
+    batch = {"input_ids": torch.tensor([[3, 4]]), "labels": torch.tensor([[-100, -100]])}
+    filled = with_any_labels(batch)
+    assert filled["labels"].tolist() == [[0, 0]]
+    assert filled["input_ids"] is batch["input_ids"]
+    assert batch["labels"].tolist() == [[-100, -100]]

@@ -1,0 +1,119 @@
+"""A step that an exception has cut short, caught by the caller: the next ones are taken as if it had not been."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from lomo_ds import zero3
+from lomo_ds.update import buckets
+from tests.engines import identical, make_engine, my_chunk, my_part, weights_of
+from tests.ranks import Ranks
+from tests.reference import tiny_model, whole_batch
+
+GroupOf = Callable[..., Ranks]
+
+
+class Trouble(Exception):
+    """Of the user's."""
+
+
+def fail(gradient: Tensor) -> None:
+    raise Trouble
+
+
+def fail_in_backward(module: Any, arguments: Any, output: Any) -> None:
+    (output[0] if isinstance(output, tuple) else output).register_hook(fail)
+
+
+def fail_in_forward(module: Any, arguments: Any, output: Any) -> None:
+    raise Trouble
+
+
+def train(engine: Any, steps: range) -> None:
+    for step in steps:
+        engine.train_batch(my_part(whole_batch(step, rows=2 * torch.distributed.get_world_size())))
+
+
+def cut_short(engine: Any, hook: Callable[..., None]) -> None:
+    """A step that fails in the first of two layers: after the second one in backward."""
+    handle = engine.module.model.layers[0].register_forward_hook(hook)
+    with pytest.raises(Trouble):
+        train(engine, range(9, 10))
+    handle.remove()
+
+
+def options_of(kind: str, threshold: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": threshold}
+    if kind == "offload":
+        zero["offload_param"] = {"device": "cpu"}
+    params = {"rounding": "nearest"} | ({"weights": "int8"} if kind == "int8" else {})
+    return {"zero_optimization": zero, "params": params}
+
+
+def goes_on(schedule: str, kind: str, threshold: int, when: int) -> None:
+    """Weights after an exception are those of an engine that has never seen one."""
+    model = tiny_model()
+    plain = make_engine(copy.deepcopy(model), schedule, global_norm=1.0, **options_of(kind, threshold))
+    train(plain, range(5))
+    expected = weights_of(plain)
+    plain.destroy()
+    engine = make_engine(model, schedule, global_norm=1.0, **options_of(kind, threshold))
+    train(engine, range(when))
+    cut_short(engine, fail_in_backward)
+    cut_short(engine, fail_in_forward)
+    train(engine, range(when, 5))
+    assert identical(weights_of(engine), expected)
+
+
+@pytest.mark.parametrize("when", [1, 4])  # while DeepSpeed traces the order of modules, and when it has
+@pytest.mark.parametrize(
+    ("schedule", "kind", "threshold"),
+    [("stash", "plain", 0), ("stash", "plain", 25), ("stash", "int8", 25), ("two_pass", "offload", 25)],
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_next_steps_are_those_of_an_engine_that_has_not_failed(
+    ranks: GroupOf, world_size: int, schedule: str, kind: str, threshold: int, when: int
+) -> None:
+    ranks(world_size).run(goes_on, schedule, kind, threshold, when)
+
+
+def sees_its_shards(kind: str, threshold: int) -> int:
+    """After half of the weights have been updated; returns how many a module was seen to compute with."""
+    with mock.patch.object(buckets, "MIN_BUCKET_NUMEL", 1):  # or all of a tiny model waits for the end of backward
+        engine = make_engine(tiny_model(), "immediate", **options_of(kind, threshold))
+    train(engine, range(4))
+    before = weights_of(engine)
+    cut_short(engine, fail_in_backward)
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, module: Any) -> None:
+        seen.update({f"{name}.{n}": p.detach().clone() for n, p in module.named_parameters(recurse=False)})
+
+    for name, module in engine.module.named_modules():
+        module.register_forward_pre_hook(lambda module, arguments, name=name: note(name, module))
+    with torch.no_grad():
+        engine(**my_part(whole_batch(5, rows=2)))
+    changed = set()
+    for name, parameter in engine.module.named_parameters():
+        if name not in seen:
+            continue
+        assert torch.equal(my_chunk(seen[name]), zero3.Shard.of(name, parameter).data), f"{name} is stale"
+        if not torch.equal(seen[name], before[name]):
+            changed.add(name)
+    assert any("layers.1" in name for name in changed)
+    assert not any("layers.0" in name for name in changed)
+    return len(seen)
+
+
+@pytest.mark.parametrize(("kind", "threshold"), [("plain", 0), ("plain", 25), ("plain", 100_000), ("offload", 25)])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_modules_compute_with_what_immediate_has_updated_by_then(
+    ranks: GroupOf, world_size: int, kind: str, threshold: int
+) -> None:
+    for seen in ranks(world_size).run(sees_its_shards, kind, threshold):
+        assert seen > 15

@@ -1,0 +1,175 @@
+"""How many items a loss is a mean over: of transformers' models it is known, of others both ways are counted."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BertConfig,
+    BertForMultipleChoice,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lomo_ds.engine.items import Count, count_items, given_counts, items_of, shifts_labels, sums_of
+from lomo_ds.errors import ConfigError
+from tests.reference import tiny_model
+
+LABELS = torch.tensor([[5, -100, 7, 8], [-100, -100, -100, 9]])
+IDS = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 9]])
+
+BART = BartConfig(
+    vocab_size=11, d_model=4, encoder_layers=1, decoder_layers=1, encoder_attention_heads=1, decoder_attention_heads=1,
+    encoder_ffn_dim=4, decoder_ffn_dim=4, dropout=0.0,
+)  # fmt: skip
+T5 = T5Config(
+    vocab_size=11, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=1, dropout_rate=0.0, decoder_start_token_id=0
+)
+GPT2 = GPT2Config(vocab_size=11, n_embd=4, n_layer=1, n_head=1)
+BERT = BertConfig(
+    vocab_size=11, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4,
+    max_position_embeddings=8,
+)  # fmt: skip
+
+
+class WithItsOwnLoss(LlamaForCausalLM):
+    """A causal model by its name, whose labels are shifted by itself, or not at all."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        logits = super().forward(input_ids=input_ids).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def own_loss() -> WithItsOwnLoss:
+    return WithItsOwnLoss(tiny_model().config)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2)
+
+
+def bart() -> BartForCausalLM:
+    return BartForCausalLM(BART)
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(T5)
+
+
+def bert() -> BertForMultipleChoice:
+    return BertForMultipleChoice(BERT)
+
+
+def linear() -> torch.nn.Linear:
+    return torch.nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "shifts"),
+    [
+        (tiny_model, True),
+        (gpt2, True),  # whose name does not say so, and which uses the loss that does
+        (bart, False),  # whose name says so, and which does not
+        (t5, False),
+        (bert, False),
+        (own_loss, None),
+        (linear, None),
+    ],
+)
+def test_knows_which_models_shift_labels(make: Callable[[], torch.nn.Module], shifts: bool | None) -> None:
+    assert shifts_labels(make()) is shifts
+
+
+@pytest.mark.parametrize("make", [tiny_model, gpt2, bart, t5])
+def test_a_mean_is_over_what_is_counted(make: Callable[[], PreTrainedModel]) -> None:
+    """The mean over both rows is that of each row, weighted by its count."""
+    model = make().eval()
+    rows = [{"input_ids": IDS[row : row + 1], "labels": LABELS[row : row + 1]} for row in range(2)]
+    counts = [count_items(row, shifts_labels(model)).items for row in rows]
+    means = [float(model(**row).loss.detach()) for row in rows]
+    weighted = sum(count * mean for count, mean in zip(counts, means, strict=True)) / sum(counts)
+    assert weighted == pytest.approx(float(model(input_ids=IDS, labels=LABELS).loss.detach()), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shifts", "count"),
+    [(False, Count(4, 4)), (True, Count(3, 3)), (None, Count(4, 3))],
+    ids=["not", "shifts", "maybe"],
+)
+def test_counts_the_labels_that_a_loss_averages_over(shifts: bool | None, count: Count) -> None:
+    assert count_items({"labels": LABELS}, shifts) == count
+    assert count_items({"labels": LABELS, "shift_labels": LABELS[:, 2:]}, shifts) == Count(3, 3)
+    assert count_items({"labels": LABELS, "shift_labels": None}, shifts) == count
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        ({"x": torch.zeros(3, 2)}, Count(3, 3)),
+        ({"scale": torch.tensor(2.0), "x": torch.zeros(3, 2)}, Count(3, 3)),
+        ({"labels": None, "x": torch.zeros(3, 2)}, Count(3, 3)),
+        ({"scale": 2.0, "labels": torch.zeros(3, 2)}, Count(3, 6)),
+        ({"labels": torch.zeros(3)}, Count(3, 3)),
+        ({"labels": torch.tensor(1.0)}, Count(1, 1)),
+        ({"labels": torch.tensor([0, 2, 1])}, Count(3, 3)),  # of classes: none is the next one's
+        ({"labels": torch.tensor(2)}, Count(1, 1)),
+        ({"labels": torch.tensor([True, False])}, Count(2, 2)),
+    ],
+)
+def test_rows_count_where_labels_do_not_tell(batch: dict[str, Any], count: Count) -> None:
+    assert count_items(batch, shifts=None) == count
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        ({}, "must hold a tensor whose rows can be counted; give num_items"),
+        ({"scale": torch.tensor(1.0), "text": "a"}, "must hold a tensor whose rows can be counted; give num_items"),
+        ({"labels": [1, 2]}, "labels must be a tensor to be counted, got a list; give num_items"),
+        ({"labels": torch.zeros(0, 4)}, r"labels has no element, got shape \[0, 4\]"),
+        ({"x": torch.zeros(0, 4)}, "no row"),
+    ],
+)
+def test_refuses_what_cannot_be_counted(batch: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        count_items(batch, shifts=None)
+
+
+@pytest.mark.parametrize("counts", [[(3, 2), (6, 4)], [(0, 0), (5, 4)], [(7, 7), (1, 1)], [(0, 0)], [(9, 5)]])
+def test_two_ways_of_counting_that_weigh_alike(counts: list[tuple[int, int]]) -> None:
+    assert items_of(sums_of([Count(*count) for count in counts])) == sum(items for items, _ in counts)
+
+
+@pytest.mark.parametrize("counts", [[(3, 2), (4, 3)], [(1, 0), (1, 1)], [(1, 0)], [(10**6, 10**6 - 1), (10**6, 10**6)]])
+def test_two_ways_of_counting_that_differ_are_refused(counts: list[tuple[int, int]]) -> None:
+    with pytest.raises(ConfigError, match="give num_items to train_batch"):
+        items_of(sums_of([Count(*count) for count in counts]))
+
+
+@pytest.mark.parametrize("tensors", [(3, 1), (3, 3, 1)])
+def test_rows_of_batches_of_like_shapes_need_no_name(tensors: tuple[int, ...]) -> None:
+    like = {str(number): torch.zeros(length) for number, length in enumerate(tensors)}
+    count = count_items(like, shifts=None)
+    assert items_of(sums_of([count, count])) == 2 * tensors[0]
+    other = count_items(like | {"0": torch.zeros(7)}, shifts=None)
+    with pytest.raises(ConfigError, match="what in the batch its rows are"):
+        items_of(sums_of([count, other]))
+
+
+def test_num_items_is_one_for_each_micro_batch() -> None:
+    assert given_counts(3, 1) == given_counts([3], 1) == given_counts(torch.tensor(3), 1) == [Count(3, 3)]  # type: ignore[arg-type]
+    assert given_counts((3, 0), 2) == [Count(3, 3), Count(0, 0)]
+
+
+@pytest.mark.parametrize("given", [[3], 3, [3, -1], [3, 1.5], [True, 1], "34", None])
+def test_num_items_that_are_none(given: Any) -> None:
+    with pytest.raises(ConfigError, match="a list of one for each of the 2 micro-batches, got"):
+        given_counts(given, 2)

@@ -1,0 +1,83 @@
+"""The loss in what a model returns: found wherever a model may put it, or refused for the true reason."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lomo_ds.engine.loss import as_scalar, loss_of
+from lomo_ds.errors import ConfigError
+
+LOSS = torch.tensor(1.0, requires_grad=True)
+LOGITS = torch.zeros(3, 2, requires_grad=True)
+
+
+@dataclass
+class Output:
+    """As a model of one's own may return it."""
+
+    logits: Tensor
+    loss: Tensor | None
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        LOSS,
+        {"logits": LOGITS, "loss": LOSS},
+        Output(LOGITS, LOSS),
+        (LOSS, LOGITS),
+        (LOGITS, LOSS),
+        [LOGITS, None, LOSS],
+        (LOGITS, torch.tensor(0.5), LOSS),  # an accuracy has no graph
+        (torch.tensor(3), LOSS),
+    ],
+)
+def test_finds_the_loss(output: Any) -> None:
+    loss = loss_of(output)
+    assert loss.data_ptr() == LOSS.data_ptr()
+    assert loss.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_one_number_is_a_loss_of_any_shape(shape: tuple[int, ...]) -> None:
+    loss = loss_of(LOSS.reshape(shape))
+    assert (loss.shape, loss.requires_grad) == ((), True)
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (None, "returned no loss, but a NoneType"),
+        ({"logits": LOGITS}, "labels must be in the batch"),
+        ({"loss": None}, "labels must be in the batch"),
+        (Output(LOGITS, None), "labels must be in the batch"),
+        ((LOGITS,), r"tuple of tensors of shapes \[3, 2\]; labels must be in the batch"),
+        ((None, None), "labels must be in the batch"),
+        ((LOSS, LOGITS, LOSS * 2), "2 numbers that may be its loss"),
+        (LOGITS, r"shape \[3, 2\]; reduce it to its mean"),
+        ({"loss": torch.zeros(0)}, r"shape \[0\]"),
+        ({"loss": 1.0}, "must be a tensor, got a float"),
+        ("loss", "returned no loss, but a str"),
+        (LOSS.detach(), "depends on no parameter that trains"),
+        ((LOSS.detach(), LOGITS), "depends on no parameter that trains"),
+        (torch.tensor(3), "of floats, got int64"),
+        (torch.tensor(1j), "of floats, got complex64"),
+    ],
+)
+def test_refuses_what_is_no_loss(output: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        loss_of(output)
+
+
+def test_a_loss_needs_no_graph_where_nothing_trains() -> None:
+    with torch.no_grad():
+        assert loss_of((LOGITS.detach(), LOSS.detach())) == 1.0
+
+
+def test_an_output_in_place_of_its_loss() -> None:
+    with pytest.raises(ConfigError, match=r"got a SimpleNamespace; give its \.loss"):
+        as_scalar(SimpleNamespace(loss=LOSS))

@@ -1,0 +1,164 @@
+"""Host tensors that are fetched before they are asked for: begun in time, and the same bits in whatever order."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lomo_ds.memory import host_memory
+from lomo_ds.memory.host_memory import Fetch, HostTransfer
+from lomo_ds.memory.prefetch import Prefetcher
+from lomo_ds.numerics import int8
+from lomo_ds.update.clipping import Clipping
+from lomo_ds.update.rules import Sgd
+from lomo_ds.update.schedules.schedule import Target
+from lomo_ds.update.schedules.stash import HostStash, Stash
+from lomo_ds.zero3 import Shard
+from lomo_ds.zero3.stores import InHostMemory, OnDevice
+from tests.fake_streams import FakeDevice
+
+CPU = torch.device("cpu")
+NUMELS = [8, 30, 8, 100, 8]
+# the buckets of three micro-batches: one brings another order, and two gradients of one parameter; one lacks some
+STEP = [[[4], [3, 2], [1], [0]], [[4], [2, 3], [3], [0]], [[4], [3, 2, 2], [1]]]
+
+
+def shard_of(host_tensor: Tensor) -> Shard:
+    group: Any = None
+    return Shard("", host_tensor, 0, torch.Size([host_tensor.numel()]), group, host_tensor)
+
+
+def schedule_of(kind: type[Stash | HostStash], dtype: torch.dtype | None) -> tuple[Any, list[Tensor]]:
+    weights = [torch.ones(numel) for numel in NUMELS]
+    targets = [Target(numel, 0, {"lr": 0.5, "weight_decay": 0.0}) for numel in NUMELS]
+    store = OnDevice([shard_of(weight) for weight in weights])
+    return kind(targets, store, Sgd(), Clipping(), CPU, dtype), weights
+
+
+def gradient(number: int, index: int) -> Tensor:
+    return torch.randn(NUMELS[index], generator=torch.Generator().manual_seed(97 * number + index))
+
+
+def bring(schedule: Any, start: int = 0) -> None:
+    """A step's gradients."""
+    for number, buckets in enumerate(STEP, start):
+        for bucket in buckets:
+            schedule.take(bucket, [gradient(number, index).mul(1.0) for index in bucket])
+        schedule.flush()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_stash_in_host_memory_adds_up_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
+) -> None:
+    monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 160)
+    in_host, expected = schedule_of(HostStash, dtype), schedule_of(Stash, dtype)
+    for step in range(2):
+        for schedule, _ in (in_host, expected):
+            schedule.start(scale=1.0)
+            bring(schedule, 3 * step)
+        assert not in_host[0].transfer.leaving
+        assert not in_host[0].ahead.coming
+        assert torch.equal(in_host[0].measure(), expected[0].measure())
+        for schedule, _ in (in_host, expected):
+            schedule.apply([0.5])
+    assert all(torch.equal(one, other) for one, other in zip(in_host[1], expected[1], strict=True))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_does_in_whatever_order_streams_run(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    expected = schedule_of(Stash, None)
+    bring(expected[0])
+    monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 160)
+    device = FakeDevice(monkeypatch, seed)
+    in_host = schedule_of(HostStash, None)
+    for index, numel in enumerate(NUMELS):
+        in_host[0].buffers[index] = torch.empty(numel)
+    with device:
+        bring(in_host[0])
+        in_host[0].apply([0.5])
+    assert device.reused
+    assert torch.equal(in_host[0].measure(), expected[0].measure())
+    expected[0].apply([0.5])
+    assert all(torch.equal(one, other) for one, other in zip(in_host[1], expected[1], strict=True))
+
+
+class Noted(HostTransfer):
+    """Notes when copies begin, by the number of their host tensor."""
+
+    def __init__(self, numbers: dict[int, int]) -> None:
+        super().__init__(CPU)
+        self.numbers = numbers  # by address
+        self.log: list[str] = []
+
+    def offload(self, tensor: Tensor, host_tensor: Tensor) -> None:
+        self.log.append(f"offload {self.numbers[host_tensor.data_ptr()]}")
+        super().offload(tensor, host_tensor)
+
+    def start_fetch(self, host_tensor: Tensor) -> Fetch:
+        self.log.append(f"fetch {self.numbers[host_tensor.data_ptr()]}")
+        return super().start_fetch(host_tensor)
+
+
+# two of 100 bytes may be in flight beside the one in use
+AHEAD = ["fetch 0", "fetch 1", "fetch 2", "offload 0", "fetch 3", "offload 1", "offload 2", "offload 3"]
+
+
+def test_the_second_micro_batch_fetches_sums_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 200)
+    targets = [Target(25, 0, {"lr": 0.5, "weight_decay": 0.0}) for _ in range(4)]
+    stash = HostStash(targets, OnDevice([]), Sgd(), Clipping(), CPU)
+    for index in range(4):
+        stash.take([index], [torch.ones(25)])
+    stash.flush()
+    transfer = Noted({buffer.data_ptr(): index for index, buffer in stash.buffers.items()})
+    stash.transfer = stash.ahead.transfer = transfer
+    for index in range(4):
+        stash.take([index], [torch.ones(25)])
+    assert transfer.log == AHEAD
+
+
+def test_eight_bit_weights_are_fetched_ahead_as_they_were_in_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [torch.zeros(int8.bytes_of_buffer(int8.BLOCK), dtype=torch.int8) for _ in range(4)]
+    monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 2 * kept[0].nbytes)
+    group: Any = None
+    shape = torch.Size([int8.BLOCK])
+    shards = [Shard("", int8.blocks_in(buffer, int8.BLOCK).codes, 0, shape, group, buffer) for buffer in kept]
+    store = InHostMemory(shards, CPU)
+
+    def lend_each() -> list[str]:
+        transfer = Noted({buffer.data_ptr(): index for index, buffer in enumerate(kept)})
+        store.transfer = store.ahead.transfer = transfer
+        for index in range(4):
+            for (values,), _ in store.lend([index], [torch.zeros(int8.BLOCK)]):
+                assert isinstance(values, int8.Blocks)
+                values.codes.add_(index)
+        store.flush()
+        return transfer.log
+
+    assert lend_each() == [f"{action} {index}" for index in range(4) for action in ("fetch", "offload")]
+    assert lend_each() == AHEAD
+    assert [shard.data.unique().tolist() for shard in shards] == [[0], [2], [4], [6]]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_was_fetched_in_vain_is_dropped_unread_and_unharmed(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    chance = random.Random(seed)
+    hosts = [torch.full((8,), float(number)) for number in range(6)]
+    taken: list[tuple[int, Tensor]] = []
+    computed: list[Tensor] = []
+    with FakeDevice(monkeypatch, seed):
+        prefetcher: Prefetcher[int] = Prefetcher(
+            HostTransfer(CPU), lambda number: None if number == 3 else hosts[number]
+        )
+        for _ in range(5):
+            for number in chance.sample(range(6), 4):
+                prefetcher.announce(number)
+                if number != 3:
+                    taken.append((number, prefetcher.take(number).mul(2.0)))
+            prefetcher.flush()
+            computed += [torch.ones(8).mul_(3.0) for _ in range(4)]  # in the memory of what was dropped
+    assert all(copy.eq(2.0 * number).all() for number, copy in taken)
+    assert all(values.eq(3.0).all() for values in computed), "a copy that nobody waits for has written there"

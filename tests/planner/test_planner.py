@@ -1,0 +1,465 @@
+"""The planner: what it predicts is what is measured, what it advises fits, and what it suggests can be run."""
+
+import dataclasses
+import gc
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.lib.workload import LARGE, SHAPES, TINY, Workload
+from lomo_ds.config.arguments import parse_arguments
+from lomo_ds.config.ds_config import fill_scheduler, read_ds_config, reconcile
+from lomo_ds.config.lomo_config import refuse_what_cannot_be
+from lomo_ds.engine.ds_parse import parse_ds_config
+from lomo_ds.errors import ConfigError, ModelError
+from lomo_ds.planner import (
+    Machine,
+    Plan,
+    PlannedModel,
+    Settings,
+    advise,
+    as_json,
+    command_line,
+    parse_bytes,
+    parse_rate,
+    plan,
+    refuse_what_does_not_fit_host,
+    settings_of,
+    suggested_ds_config,
+)
+from lomo_ds.planner.command import main
+from lomo_ds.planner.gathered import LINGERING
+from lomo_ds.planner.rehearsal import rehearse
+from lomo_ds.planner.step_bytes import CONTEXT, GATHERED, SHARDS, STASH
+from lomo_ds.zero3.gathering import AHEAD_NUMEL
+from tests.launching import ROOT, demo_arguments, run_main
+from tests.limits import HUNG
+from tests.ranks import Ranks
+
+GroupOf = Callable[..., Ranks]
+GIB = 2**30
+OFFLOAD = {"offload_param": {"device": "cpu"}}
+TWO_LAYERS = {
+    "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def tiny(**changes: Any) -> PlannedModel:
+    from transformers import LlamaConfig
+
+    return PlannedModel(LlamaConfig(**TWO_LAYERS | changes), "tiny")
+
+
+@pytest.fixture(scope="module")
+def llama_7b() -> PlannedModel:
+    return PlannedModel.of("7b")
+
+
+@pytest.fixture(scope="module")
+def llama_65b() -> PlannedModel:
+    return PlannedModel.of("65b")
+
+
+# what it predicts
+
+
+def measured_peak(method: str, work: Workload) -> int:
+    """On a rank: the most bytes of tensors alive at once in a step, without what other tests have left behind."""
+    from benchmarks.lib import footprint, methods
+
+    before = storages()
+    peak = int(footprint.measure(methods.build(method, work))["peak"])
+    return peak - sum(size for _, size in before & storages())
+
+
+def storages() -> set[tuple[int, int]]:
+    """Of all tensors that are alive: which, and its bytes."""
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    kept = [tensor.untyped_storage() for tensor in found if tensor.layout == torch.strided]
+    return {(storage._cdata, storage.nbytes()) for storage in kept if storage.device.type == "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks_of_it", "work"),
+    [
+        ("immediate", 2, Workload("40m", 64, 1, checkpointing=True, zero=LARGE)),
+        ("stash+clip", 2, Workload(TINY, 64, 4, zero=LARGE)),
+        ("stash+clip", 2, Workload(TINY, 128, 2, precision="bf16", checkpointing=True)),
+        ("two_pass+clip", 2, Workload(TINY, 128, 4, zero=LARGE, lomo={"gather_granularity": "module"})),
+        ("deepspeed-adamw", 2, Workload(TINY, 64, 2, checkpointing=True, zero=LARGE)),
+        ("deepspeed-sgd", 2, Workload(TINY, 128, 2, precision="bf16", zero=LARGE)),
+        ("immediate", 2, Workload(TINY, 128, 4, checkpointing=True, tiled_logits=True, zero=LARGE)),
+        ("stash+clip", 1, Workload(TINY, 128, 2)),
+        ("immediate", 2, Workload(TINY, 64, 2, zero=LARGE | OFFLOAD)),
+        ("two_pass+clip", 1, Workload(TINY, 64, 2, precision="bf16", checkpointing=True, zero=OFFLOAD)),
+        ("immediate", 4, Workload(TINY, 64, 4, zero=LARGE)),
+    ],
+)
+def test_the_peak_is_what_is_measured(ranks: GroupOf, method: str, ranks_of_it: int, work: Workload) -> None:
+    from benchmarks.lib.planned import planned_peak
+
+    planned = planned_peak(method, work, ranks_of_it, "cpu")
+    measured = max(ranks(ranks_of_it).run(measured_peak, method, work))
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_few_layers_stand_for_many(checkpointing: bool, gpus: int) -> None:
+    from transformers import LlamaConfig
+
+    run = Settings(gpus=gpus, sequence=32, batch=2, precision="fp32", gradient_checkpointing=checkpointing)
+    config = LlamaConfig(**SHAPES[TINY])
+    few, all_of_them = rehearse(config, run), rehearse(config, run, every_layer=True)
+    for found in (few, all_of_them):  # operations are counted as a sum alone
+        found.moments = [dataclasses.replace(moment, flops=0) for moment in found.moments]
+    assert few == all_of_them
+    for moment, same in zip(few.moments, all_of_them.moments, strict=True):
+        assert +few.sizes_of(moment.alive) == all_of_them.sizes_of(same.alive)
+        assert few.sizes_of(moment.alive).total() == moment.peak
+        assert few.sizes_of(moment.alive_level).total() == moment.level
+
+
+def test_operations_are_those_of_matrix_products_and_attention() -> None:
+    from benchmarks.lib.workload import flops_per_token
+
+    work = Workload(TINY, 64, 2)
+    run = Settings(gpus=1, sequence=work.sequence, batch=work.batch, tiled_logits=False)
+    counted = rehearse(work.config(), run).flops
+    half_of_attention = 6 * 16 * 64 * work.sequence * work.tokens  # what a causal kernel leaves out, and computes again
+    assert counted == pytest.approx(flops_per_token(work) * work.tokens, abs=half_of_attention)
+
+
+def test_an_architecture_with_a_forward_of_its_own_is_counted_too() -> None:
+    from transformers import GPT2Config
+
+    model = PlannedModel(GPT2Config(n_embd=32, n_layer=6, n_head=2, vocab_size=128, n_positions=64), "gpt2")
+    found = plan(model, Settings(gpus=2, sequence=32, gradient_clipping=0), Machine())
+    assert found.fits
+    assert not found.tiled
+
+
+# where it lies
+
+
+def test_int8_shards_take_a_byte_and_a_scale_for_each_block() -> None:
+    model = tiny()
+    for int8, size in ((False, 2.0), (True, 1.0 + 2 / 64)):
+        found = plan(model, Settings(gpus=2, sequence=32, weights="int8" if int8 else "auto"), Machine())
+        assert found.memory.at_peak[SHARDS] == pytest.approx(size * model.numel / 2, rel=0.01)
+
+
+def test_what_is_released_lingers_where_a_host_may_be_ahead_of_its_gpu(llama_7b: PlannedModel) -> None:
+    run = Settings(gradient_clipping=0.0, gradient_checkpointing=True, gather_granularity="module")
+
+    def lingering(run: Settings, machine: Machine) -> int:
+        return plan(llama_7b, run, machine, by_name=True).memory.sizes.get((GATHERED, LINGERING), 0)
+
+    from_host, largest = run.but(offload_param="cpu"), 32000 * 4096  # which is prefetched then
+    assert 0 < lingering(from_host, Machine()) <= 2 * (largest + AHEAD_NUMEL) * run.dtype.itemsize
+    assert lingering(run.but(gpus=2), Machine()) == 0, "gathers reuse memory in the order of the computing stream"
+    assert lingering(from_host, Machine(device="cpu")) == 0
+
+
+def test_of_what_is_pinned_a_host_has_all_its_ranks(llama_65b: PlannedModel) -> None:
+    run = Settings(gpus=8, gradient_checkpointing=True, update_schedule="stash", stash_device="cpu")
+    run = run.but(offload_param="cpu")
+    machine = Machine(host_memory=256 * GIB)
+    found = plan(llama_65b, run, machine)
+    whole = 2 * llama_65b.numel
+    assert found.pinned_host_bytes.keys() == {SHARDS, STASH}
+    assert 2 * whole < found.host_bytes < 1.1 * 2 * whole, "what is left of a slab is pinned too"
+    assert found.fits_gpu
+    assert not found.fits_host
+    with pytest.raises(ConfigError, match=r"would pin 24\d\.\d GiB .* of its 256\.0 GiB 204\.8 may be; it fits with"):
+        refuse_what_does_not_fit_host(found, str(advise(found, llama_65b)))
+    apart = plan(llama_65b, run.but(hosts=2), machine)
+    assert apart.host_bytes == found.host_bytes // 2
+    refuse_what_does_not_fit_host(apart, None)
+
+
+# how fast
+
+
+def test_one_card_of_a_fast_link_outruns_the_papers_eight_on_65b(llama_65b: PlannedModel) -> None:
+    """arXiv 2306.09782, Table 2: 4.93 tokens a second on each of eight RTX 3090."""
+    run = Settings(offload_param="cpu", gradient_checkpointing=True, gradient_clipping=0, sequence=1024)
+    found = plan(llama_65b, run, Machine(host_memory=256 * GIB, pcie=24e9))
+    assert found.fits
+    assert found.tokens_per_second > 8 * 4.93
+    whole = 2 * llama_65b.numel
+    assert found.seconds.link_bytes["link up"] == pytest.approx(2 * whole, rel=0.01), "gathered twice"
+    assert found.seconds.link_bytes["link down"] == pytest.approx(whole, rel=0.01), "written once"
+
+
+@pytest.mark.parametrize(("schedule", "units"), [("immediate", 3), ("stash", 3), ("two_pass", 6)])
+def test_gpus_exchange_as_many_bytes_as_the_schedule_costs(schedule: Any, units: int) -> None:
+    model = tiny(hidden_size=256, num_hidden_layers=6)
+    lean: dict[str, Any] = {
+        "max_live_parameters": 0,
+        "max_reuse_distance": 0,
+        "prefetch_bucket_size": 0,
+        "persistence_threshold": 0,
+    }
+    clips = 0.0 if schedule == "immediate" else 1.0
+    run = Settings(gpus=4, sequence=32, update_schedule=schedule, stash_device="gpu", gradient_clipping=clips, **lean)
+    run = run.but(persistence_threshold=0)
+    found = plan(model, run, Machine())
+    sent = found.seconds.link_bytes["between GPUs"]
+    assert sent == pytest.approx(units * 2 * model.numel * 3 / 4, rel=0.01)
+
+
+def test_what_bounds_a_step_is_what_it_waits_for() -> None:
+    run = Settings(gpus=2, sequence=32)
+    model = tiny()
+    assert plan(model, run, Machine(flops=1e3)).seconds.bound_in_words == "arithmetic"
+    assert plan(model, run, Machine(pcie=1.0)).seconds.bound_in_words == "the link"
+    assert plan(model, run, Machine(gpu_link=1.0)).seconds.bound_in_words == "the link between GPUs"
+    slow_disk = Machine(nvme=1.0)
+    assert plan(model, run.but(offload_param="nvme"), slow_disk).seconds.bound_in_words == "the disk"
+
+
+# what it advises
+
+
+ADVISED = [
+    ("7b", Settings(sequence=512, batch=8), Machine()),
+    ("7b", Settings(sequence=4096, batch=8), Machine()),
+    ("7b", Settings(sequence=2048, tiled_logits=False), Machine(16 * GIB, 32 * GIB)),
+    ("7b", Settings(gpus=2, sequence=1024, accumulation=4), Machine(12 * GIB, 64 * GIB)),
+    ("7b", Settings(gpus=2, optimizer="adamw"), Machine(host_memory=64 * GIB)),
+    ("65b", Settings(gpus=8), Machine(host_memory=256 * GIB)),
+    ("65b", Settings(gpus=1, batch=4), Machine(12 * GIB, 64 * GIB)),
+]
+
+
+@pytest.mark.parametrize(("name", "run", "machine"), ADVISED)
+def test_advice_fits_and_can_be_run(
+    name: str, run: Settings, machine: Machine, llama_7b: PlannedModel, llama_65b: PlannedModel, tmp_path: Path
+) -> None:
+    model = {"7b": llama_7b, "65b": llama_65b}[name]
+    found = plan(model, run, machine)
+    assert not found.fits
+    advice = advise(found, model)
+    assert advice is not None
+    assert plan(model, advice.plan.settings, machine).fits
+    ds_config = as_launch_reads_it(advice.plan, tmp_path)
+    again = settings_of(
+        ds_config,
+        **{
+            field: getattr(advice.plan.settings, field)
+            for field in ("gpus", "hosts", "sequence", "gradient_checkpointing", "tiled_logits", "activation_offload")
+        },
+    )
+    assert again == advice.plan.settings
+
+
+def as_launch_reads_it(found: Plan, folder: Path) -> dict[str, Any]:
+    """The suggested config, with the suggested arguments, after all that launch/train.py checks."""
+    file = folder / "suggested.json"
+    file.write_text(json.dumps(suggested_ds_config(found)))
+    words = command_line(found).replace("FILE", str(file)).split()
+    argv = [*words[words.index("launch/train.py") + 1 : -1], "--train_file", "text.txt", "--output_dir", "out"]
+    arguments, given_names = parse_arguments(argv)
+    ds_config, arguments = reconcile(read_ds_config(str(file)), arguments, given_names, found.settings.gpus)
+    assert arguments.gradient_checkpointing == found.settings.gradient_checkpointing
+    ds_config = fill_scheduler(ds_config, arguments, total_steps=10)
+    if found.settings.optimizer == "lomo":
+        refuse_what_cannot_be(ds_config)
+    parse_ds_config(ds_config | {"train_batch_size": found.settings.batch * found.settings.accumulation})
+    return ds_config
+
+
+def test_the_smallest_change_comes_first(llama_7b: PlannedModel) -> None:
+    found = plan(llama_7b, Settings(sequence=512, batch=8), Machine())
+    advice = advise(found, llama_7b)
+    assert advice is not None
+    assert advice.changes == ("--gradient_checkpointing",)
+    assert advise(advice.plan, llama_7b) is None, "nothing to advise where all fits"
+
+
+def test_a_config_for_nvme_needs_a_folder() -> None:
+    found = plan(tiny(), Settings(sequence=32, offload_param="nvme"), Machine(nvme=3e9))
+    with pytest.raises(ConfigError, match="give --nvme_path"):
+        suggested_ds_config(found)
+    zero = suggested_ds_config(found, "/local")["zero_optimization"]
+    assert zero["offload_param"] == {"device": "nvme", "pin_memory": True, "nvme_path": "/local"}
+
+
+MODEL = tiny()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    run=st.builds(
+        Settings,
+        gpus=st.sampled_from([1, 2, 8]),
+        sequence=st.sampled_from([16, 64]),
+        batch=st.sampled_from([1, 4]),
+        update_schedule=st.sampled_from(["stash", "two_pass"]),
+        stash_device=st.sampled_from(["gpu", "cpu"]),
+        gather_granularity=st.sampled_from(["module", "layer"]),
+        gradient_checkpointing=st.booleans(),
+        offload_param=st.sampled_from(["none", "cpu"]),
+    ),
+    tight=st.integers(0, 4_000_000),
+    more=st.integers(0, 8_000_000),
+)
+def test_more_memory_never_makes_a_plan_unfit(run: Settings, tight: int, more: int) -> None:
+    context = Machine().context
+    small, large = (Machine(context + 1 + size, 2**28 + 1000 * size) for size in (tight, tight + more))
+    before, after = plan(MODEL, run, small, by_name=True), plan(MODEL, run, large)
+    assert after.fits or not before.fits
+    assert before.gpu_bytes == sum(before.memory.at_peak.values()) > before.memory.at_peak[CONTEXT]
+    assert before.gpu_bytes == sum(before.memory.sizes.values())
+    assert min(before.memory.sizes.values()) >= 0
+
+
+# how it speaks
+
+
+COMMAND = ["--model", "40m", "--gpus", "2", "--seq", "128"]
+
+
+def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    main(COMMAND)
+    told = capsys.readouterr().out
+    for words in ("parameter shard", "gathered", "stash", "seconds of a step", "tokens/s", "bound by", "50 % of 71"):
+        assert words in told
+    assert "\nplan: " in told
+
+
+def test_what_makes_up_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*COMMAND, "--batch=8", "--gradient_checkpointing", "--tiled_logits=false", "--moments"])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("GiB on each GPU at the peak (in backward, before lm_head.weight): ")
+    sizes = [float(row.split()[0]) for row in rows]
+    assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
+    assert sum(sizes) == pytest.approx(float(head.rpartition(" ")[2]), abs=0.0005 * (len(rows) + 1))
+    logits = f"{8 * 128 * 32000 * 4 / GIB:.3f}"
+    for words in ("model: log_softmax, float32 1024 x 32000", "model: nll_loss_backward, float32 1024 x 32000"):
+        assert sum(row.split()[0] == logits and row.endswith(words) for row in rows) == 1
+
+
+def test_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*COMMAND, "--json", "--gpu_memory=1GB", "--batch=64", "--host_memory=64GB"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] is False
+    assert told["gpu_bytes"]["total"] == sum(told["gpu_bytes"]["by_kind"].values()) > GIB
+    assert told["seconds"]["step"] > 0
+    assert told["advice"]["plan"]["fits"]
+    assert json.loads(json.dumps(as_json(plan(tiny(), Settings(sequence=32), Machine()), None)))["advice"] is None
+
+
+def test_a_suggestion_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "ds_config.json"
+    main([*COMMAND, "--offload_param=cpu", f"--suggest={file}"])
+    assert read_ds_config(str(file))["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
+    with pytest.raises(ConfigError, match=r"--suggest .* cannot be written"):
+        main([*COMMAND, f"--suggest={tmp_path}"])
+
+
+def test_the_script_needs_no_ranks_and_no_gpu() -> None:
+    command = [sys.executable, str(ROOT / "launch/plan.py"), *COMMAND, "--pcie=fast"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HUNG, cwd=ROOT)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1] == "error: --pcie must be a rate such as 16GB/s, got 'fast'"
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--gpu_memory=24"], None),
+        (["--gpu_memory=24XB"], "--gpu_memory must be an amount of memory such as 24GB or 512MiB, got '24XB'"),
+        (["--gpu_memory=0GB"], "--gpu_memory must be an amount"),
+        (["--host_memory=-5GB"], "--host_memory must be an amount"),
+        (["--pcie=16GB"], "--pcie must be a rate such as 16GB/s, got '16GB'"),
+        (["--gpus=0"], "gpus must be at least 1, got 0"),
+        (["--gpus=3", "--hosts=2"], "give a divisor of 3"),
+        (["--seq=1"], "seq must be at least 2, got 1"),
+        (["--tflops=nan"], "flops must be above 0, got nan"),
+        (["--utilisation=1.5"], "at most 1, got 1.5"),
+        (["--offload_param=nvme"], "give --nvme, 3GB/s for one"),
+        (["--update_schedule=immediate"], "plan it with --gradient_clipping 0"),
+        (["--update_schedule=two_pass", "--accumulation=2"], "keeps no gradients to add up, got accumulation 2"),
+        (["--activation_offload"], "add gradient_checkpointing, or leave it out"),
+        (["--gradient_clipping=-1"], "gradient_clipping must be at least 0"),
+        (["--optim=adamw", "--weights=int8"], "plan them with --optim lomo"),
+        (["--model=nowhere"], "got nowhere"),
+    ],
+)
+def test_nonsense_is_refused_in_a_sentence(argv: list[str], sentence: str | None) -> None:
+    if sentence is None:
+        assert parse_bytes(argv[0].partition("=")[2]) == 24
+        return
+    with pytest.raises((ConfigError, ModelError)) as refused:
+        main([*COMMAND, *argv])
+    assert sentence in str(refused.value)
+
+
+def test_units() -> None:
+    assert parse_bytes("24GB") == parse_bytes("24 GiB") == parse_bytes("24g") == 24 * GIB
+    assert parse_bytes("1.5TB") == 1.5 * 1024 * GIB
+    assert parse_rate("16GB/s") == 16e9
+    assert parse_rate("500 MB/s") == 5e8
+
+
+# in a job
+
+
+def test_a_job_says_its_plan(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
+    """Rank 0 alone, before the model is loaded."""
+    told = ranks(2).run(run_and_read_log, demo_arguments(demo, tmp_path, max_steps=1))
+    assert [len(lines) for lines in told] == [1, 0]
+    assert re.fullmatch(r"plan: \d+\.\d MiB of \d+\.\d GiB a rank", told[0][0])
+
+
+def run_and_read_log(argv: list[str]) -> list[str]:
+    import logging
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lomo_ds.train.preflight")
+    logger.addHandler(handler)
+    try:
+        status, _, errors = run_main(argv)
+    finally:
+        logger.removeHandler(handler)
+    assert status == 0, errors
+    return lines
+
+
+def test_where_memory_runs_out_one_sentence_says_what_fits(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
+    (status, _, told), (_, _, silent) = ranks(2).run(run_out_of_memory, demo_arguments(demo, tmp_path, max_steps=1))
+    assert status == 2
+    assert told.count("error:") == 1
+    assert "Traceback" not in told
+    assert "rank 0 has no GPU memory left: CUDA out of memory; " in told
+    assert "see whether something else takes memory there; or it fits with " in told, "a tiny model on a large host"
+    assert "error: rank 1 has no GPU memory left" in silent, "no lifeline ends this one while it waits for rank 0"
+
+
+def run_out_of_memory(argv: list[str]) -> tuple[int, str, str]:
+    """A job in which every rank's first step finds no memory."""
+    from lomo_ds.train.loop import Trainer
+
+    def fail(self: Trainer) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    before, Trainer.run = Trainer.run, fail  # type: ignore[method-assign]
+    try:
+        return run_main(argv)
+    finally:
+        Trainer.run = before  # type: ignore[method-assign]

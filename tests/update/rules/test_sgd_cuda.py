@@ -1,0 +1,189 @@
+"""The rule on a GPU: the bits of the same arithmetic on the CPU, noise that resumes, and a host that never waits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from lomo_ds.update.rules import Sgd
+from lomo_ds.update.rules.sgd import kernel_for
+from tests.update.rules import philox
+
+pytestmark = pytest.mark.cuda
+HALF_DTYPES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALF_DTYPES]
+NUMELS = [1, 1000, 8192, 100_003, 0, 4096 * 1024]
+COEFFICIENTS = [0.5, torch.tensor(0.5, dtype=torch.float64)]
+
+
+def randn(dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(numel, generator=generator).to(dtype) for numel in NUMELS]
+
+
+def on_gpu(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.cuda() for tensor in tensors]
+
+
+def generator(seed: int = 5) -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(seed)
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.cpu(), other.cpu())
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_kernel_is_what_runs() -> None:
+    pytest.importorskip("triton")
+    assert kernel_for(torch.device("cuda", 0)) is not None
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS, ids=["float", "tensor"])
+@pytest.mark.parametrize("gradient_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_half_precision_equals_the_cpu_bit_for_bit(
+    dtype: torch.dtype, gradient_dtype: torch.dtype, coefficient: float | Tensor
+) -> None:
+    expected, gradients = randn(dtype), randn(gradient_dtype, seed=1)
+    shards, there = on_gpu(expected), on_gpu(gradients)
+    coefficient_there = coefficient.cuda() if isinstance(coefficient, Tensor) else coefficient
+    Sgd().update(expected, gradients, coefficient, lr=0.1, weight_decay=0.1)
+    Sgd().update(on_gpu(randn(dtype)), on_gpu(randn(gradient_dtype)), coefficient_there, 0.1, 0.1)  # compiles
+    with no_waiting():
+        Sgd().update(shards, there, coefficient_there, lr=0.1, weight_decay=0.1)
+    torch.cuda.synchronize()
+    assert_same(shards, expected)
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS, ids=["float", "tensor"])
+@pytest.mark.parametrize("gradient_dtype", DTYPES)
+def test_fp32_equals_float64_arithmetic(gradient_dtype: torch.dtype, coefficient: float | Tensor) -> None:
+    weights, gradients = randn(torch.float32), randn(gradient_dtype, seed=1)
+    shards, there = on_gpu(weights), on_gpu(gradients)
+    with no_waiting():
+        Sgd().update(shards, there, coefficient, lr=0.1, weight_decay=0.1)
+    torch.cuda.synchronize()
+    for shard, weight, gradient in zip(shards, weights, gradients, strict=True):
+        exact = weight.double() * 0.99 - 0.05 * gradient.double()
+        torch.testing.assert_close(shard.cpu().double(), exact, rtol=1e-6, atol=1e-7)
+
+
+def test_fp32_equals_torch_sgd_bit_for_bit() -> None:
+    shards, gradients = on_gpu(randn(torch.float32)), on_gpu(randn(torch.float32, seed=1))
+    parameters = [torch.nn.Parameter(shard.clone()) for shard in shards]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    torch.optim.SGD(parameters, lr=0.37).step()
+    Sgd().update(shards, gradients, coefficient=1.0, lr=0.37, weight_decay=0.0)
+    assert_same(shards, [parameter.detach() for parameter in parameters])
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_stochastic_rounding_adds_philox(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    shard = torch.randn(100_003, generator=torch.Generator().manual_seed(0)).to(dtype)
+    gradient = torch.randn(100_003, generator=torch.Generator().manual_seed(1))
+    exact = shard.float() - gradient * torch.tensor(1e-3)
+    found, rule = shard.cuda(), Sgd(generator(seed=5))
+    rule.update([found], [gradient.cuda()], coefficient=1.0, lr=1e-3, weight_decay=0.0)
+    expected = philox.rounded(exact, dtype, philox.noise(shard.numel(), seed=5, call=0))
+    normal = exact.abs() > 2.0**-14  # below it the steps of float16 are other ones
+    assert torch.equal(found.cpu()[normal], expected[normal])
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_rounding_goes_on_from_a_saved_state(dtype: torch.dtype) -> None:
+    rule = Sgd(generator())
+
+    def drawn() -> list[Tensor]:
+        shards = on_gpu(randn(dtype))
+        rule.update(shards, on_gpu(randn(dtype, seed=1)), coefficient=1.0, lr=1e-3, weight_decay=0.0)
+        torch.cuda.synchronize()
+        return shards
+
+    drawn()
+    with no_waiting():
+        state = rule.state()
+    first, second = drawn(), drawn()
+    rule.load_state(state)
+    assert_same(drawn(), first)
+    assert not torch.equal(first[-1], second[-1])
+    other = Sgd(generator(seed=6))
+    other.load_state(state)
+    rule = other
+    assert_same(drawn(), first)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_a_shard_that_begins_anywhere(dtype: torch.dtype) -> None:
+    """Neither the shard nor the gradient begins at a multiple of 16 bytes."""
+    weights, gradient = randn(dtype)[-1], randn(dtype, seed=1)[-1]
+    expected = weights[3:-2].clone()
+    Sgd().update([expected], [gradient[1:-4].clone()], coefficient=1.0, lr=0.1, weight_decay=0.1)
+    found = weights.cuda()
+    Sgd().update([found[3:-2]], [gradient.cuda()[1:-4]], coefficient=1.0, lr=0.1, weight_decay=0.1)
+    assert_same([found[3:-2], found[:3], found[-2:]], [expected, weights[:3], weights[-2:]])
+
+
+def test_a_shard_of_more_than_2_to_the_31_elements() -> None:
+    numel = 2**31 + 8192 + 5
+    if torch.cuda.mem_get_info()[0] < 5 * numel:
+        pytest.skip(f"needs {5 * numel / 2**30:.0f} GiB of free GPU memory")
+    shard = torch.ones(numel, dtype=torch.bfloat16, device="cuda")
+    gradient = torch.zeros_like(shard)
+    gradient[-3:] = 1.0
+    Sgd(generator()).update([shard], [gradient], coefficient=1.0, lr=0.5, weight_decay=0.0)
+    assert shard[-5:].tolist() == [1.0, 1.0, 0.5, 0.5, 0.5]
+    assert bool((shard[: 2**20] == 1).all())
+
+
+def test_without_triton_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_kernel, gradients = on_gpu(randn(torch.bfloat16)), on_gpu(randn(torch.bfloat16, seed=1))
+    eager = [shard.clone() for shard in by_kernel]
+    Sgd().update(by_kernel, gradients, coefficient=0.5, lr=0.1, weight_decay=0.1)
+    monkeypatch.setattr("lomo_ds.update.rules.sgd.kernel_for", lambda device: None)
+    Sgd().update(eager, gradients, coefficient=0.5, lr=0.1, weight_decay=0.1)
+    assert_same(eager, by_kernel)
+    Sgd(generator()).update(eager, gradients, coefficient=0.5, lr=0.1, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gradient_dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
+)
+def test_an_update_leaves_the_norm_of_what_it_has_read(dtype: torch.dtype, gradient_dtype: torch.dtype) -> None:
+    rule, gradients = Sgd(generator()), on_gpu(randn(gradient_dtype, seed=1))
+    squares = rule.square_sums(NUMELS, torch.device("cuda", 0))
+    assert squares is not None
+    exact = sum(float(gradient.double().square().sum()) for gradient in gradients)
+    totals = []
+    for _ in range(2):
+        squares.clear()
+        shards = on_gpu(randn(dtype))
+        rule.update(shards, gradients, 0.5, 0.1, 0.0, 0.3, squares)  # clamped behind the measurement
+        totals.append(squares.total())
+    assert float(totals[0].sqrt()) == pytest.approx(exact**0.5, rel=1e-6)
+    assert torch.equal(*totals), "bit for bit"
+
+
+def test_fp32_equals_torch_sgd_bit_for_bit_where_squares_are_wanted() -> None:
+    rule, found, expected = Sgd(), on_gpu(randn(torch.float32)), on_gpu(randn(torch.float32))
+    gradients = on_gpu(randn(torch.float32, seed=1))
+    rule.update(expected, gradients, coefficient=1.0, lr=0.37, weight_decay=0.1)
+    squares = rule.square_sums(NUMELS, torch.device("cuda", 0))
+    rule.update(found, gradients, coefficient=1.0, lr=0.37, weight_decay=0.1, squares=squares)
+    assert_same(found, expected)

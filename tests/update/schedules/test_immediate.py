@@ -1,0 +1,110 @@
+"""`immediate` where a kernel updates: one launch a parameter, and no second read of its gradient for the norm."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lomo_ds.update.clipping import Clipping
+from lomo_ds.update.rules import Sgd, sgd
+from lomo_ds.update.schedules import Target
+from lomo_ds.update.schedules.immediate import Immediate
+
+NUMELS = [3, 8192, 20_000, 0]
+GROUPS = [0, 1, 1, 2]
+
+
+class Pieces:
+    """A store that lends shards in parts."""
+
+    def __init__(self, shards: list[Tensor]) -> None:
+        self.shards = shards
+
+    def note_whole(self, index: int, whole: Tensor) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[Any]:
+        for index, gradient in zip(indices, gradients, strict=True):
+            for shard, part in zip(self.shards[index].split(16384), gradient.split(16384), strict=True):
+                yield [shard], [part]
+
+
+class Kernel:
+    """Stands for ``sgd_kernel``: leaves the squares of what it is given, and counts launches."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def update(
+        self, shard: Tensor, gradient: Tensor, factor: float, decay: float, noise: Any, limit: Any, squares: Tensor
+    ) -> None:
+        self.launches += shard.numel() > 0
+        values, sums = gradient.numpy().astype("f8"), squares.numpy()  # numpy, which no dispatch mode sees
+        for program in range(len(sums)):
+            sums[program] = (values[program * 8192 : (program + 1) * 8192] ** 2).sum()
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def schedule_of(clipping: Clipping) -> Immediate:
+    options = {"lr": 0.1, "weight_decay": 0.0}
+    targets = [Target(numel, group, options) for numel, group in zip(NUMELS, GROUPS, strict=True)]
+    store = Pieces([torch.zeros(numel) for numel in NUMELS])
+    ranks: Any = None
+    return Immediate(targets, store, Sgd(), clipping, torch.device("cpu"), ranks)
+
+
+def gradients(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(numel, generator=generator) for numel in NUMELS]
+
+
+@pytest.mark.parametrize("clipping", [Clipping(), Clipping(value=0.1)], ids=["no clip", "value"])
+def test_a_gradient_is_read_by_its_update_alone(monkeypatch: pytest.MonkeyPatch, clipping: Clipping) -> None:
+    kernel = Kernel()
+    monkeypatch.setattr(sgd, "kernel_for", lambda device: kernel)
+    schedule = schedule_of(clipping)
+    for step in range(2):
+        schedule.start(scale=1.0)
+        arrived = gradients(step)
+        kernel.launches = 0
+        with Operations() as operations:
+            schedule.take([3, 2], [arrived[3], arrived[2]])
+            schedule.take([1, 0], [arrived[1], arrived[0]])
+            schedule.flush()
+        assert kernel.launches == 1 + 1 + 2, "one for each part that is lent"
+        names = {name for name in operations.names if "split" not in name}
+        assert names <= {"aten::slice.Tensor", "aten::detach"}, "views alone"
+        exact = sum(float(gradient.double().square().sum()) for gradient in arrived)
+        assert float(schedule.measure().sum()) == pytest.approx(exact, rel=1e-6)
+        assert schedule.measure().shape == (3,)
+
+
+def test_a_step_without_some_parameters_counts_none_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sgd, "kernel_for", lambda device: Kernel())
+    schedule = schedule_of(Clipping())
+    schedule.take([0, 1, 2, 3], gradients(0))
+    schedule.start(scale=1.0)
+    assert schedule.measure().tolist() == [0.0, 0.0, 0.0]
+    (arrived, *_) = gradients(1)
+    schedule.take([0], [arrived])
+    assert float(schedule.measure().sum()) == pytest.approx(float(arrived.double().square().sum()), rel=1e-6)
+
+
+def test_group_clipping_knows_norms_before_it_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sgd, "kernel_for", lambda device: Kernel())
+    assert schedule_of(Clipping(group_norm=1.0)).squares is None
+    monkeypatch.undo()
+    assert schedule_of(Clipping()).squares is None, "nor is there a kernel on the CPU"
