@@ -22,7 +22,7 @@ from lomo_ds.checkpoint.state import (
     refuse_strangers,
 )
 from lomo_ds.checkpoint.weights import load_weights
-from lomo_ds.distributed.collectives import gather_objects, together
+from lomo_ds.distributed.collectives import gather_objects, raise_on_all_ranks
 from lomo_ds.errors import CheckpointError, LomoError
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def open_checkpoint(
             warn_of_edits(folder, settings)
         return found
 
-    return together(opened, group)
+    return raise_on_all_ranks(opened, group)
 
 
 def open_alone(folder: Path) -> Checkpoint:
@@ -149,4 +149,4 @@ def restore(checkpoint: Checkpoint, snapshot: Snapshot, group: ProcessGroup) -> 
     load_weights(snapshot.shards, snapshot.buffers, checkpoint.weights, group)
     if checkpoint.record["world_size"] != torch.distributed.get_world_size(group):
         return {}
-    return together(lambda: read_rank(checkpoint.folder, torch.distributed.get_rank(group)), group)
+    return raise_on_all_ranks(lambda: read_rank(checkpoint.folder, torch.distributed.get_rank(group)), group)

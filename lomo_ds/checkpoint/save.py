@@ -19,7 +19,7 @@ from lomo_ds.checkpoint.folders import RECORD, WEIGHTS, point_latest, publish, r
 from lomo_ds.checkpoint.manifest import entries, write_manifest
 from lomo_ds.checkpoint.state import FORMAT, Snapshot, rank_file
 from lomo_ds.checkpoint.weights import files_of_rank, save_weights
-from lomo_ds.distributed.collectives import gather_objects, together
+from lomo_ds.distributed.collectives import gather_objects, raise_on_all_ranks
 from lomo_ds.errors import CheckpointError
 
 Result = TypeVar("Result")
@@ -141,7 +141,7 @@ class Saver:
 
     def _refuse_to_replace(self, final: Path) -> None:
         """Before anything is written; where one rank sees what is in the way, all raise."""
-        together(lambda: refuse_to_replace(final) if self.rank == 0 else None, self.group)
+        raise_on_all_ranks(lambda: refuse_to_replace(final) if self.rank == 0 else None, self.group)
 
     def _on_main(self, action: Callable[[], None], final: Path) -> None:
         self._on_all(lambda: action() if self.rank == 0 else None, final)

@@ -16,7 +16,7 @@ from lomo_ds.errors import LomoError, PeerError
 Result = TypeVar("Result")
 
 
-def agree(values: Tensor, group: ProcessGroup) -> Tensor:
+def all_reduce_sum(values: Tensor, group: ProcessGroup) -> Tensor:
     """Sum ``values`` over all ranks, in place, so that every rank decides on the same figures."""
     if dist.get_world_size(group) > 1:
         dist.all_reduce(values, group=group)
@@ -30,7 +30,7 @@ def all_reduce_min(values: Tensor, group: ProcessGroup) -> Tensor:
     return values
 
 
-def together(action: Callable[[], Result], group: ProcessGroup | None = None) -> Result:
+def raise_on_all_ranks(action: Callable[[], Result], group: ProcessGroup | None = None) -> Result:
     """Run ``action`` on every rank; if it fails on any, all stop: the first that knows raises, the others are silent.
 
     Raises:

@@ -23,6 +23,15 @@ def is_local_main_process() -> bool:
     return int(os.environ.get(RANK_ON_HOST) or os.environ["LOCAL_RANK"]) == 0
 
 
+def ranks_on_host() -> int:
+    """Return the number of ranks on this host, as the launcher has set it; without that, the world size.
+
+    Before the process group starts, a process that no launcher started counts as one rank.
+    """
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(local_size or (dist.get_world_size() if dist.is_initialized() else 1))
+
+
 def start_process_group() -> bool:
     """Join the job's process group, however it was launched: deepspeed, torchrun, srun, or one plain process.
 

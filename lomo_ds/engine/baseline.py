@@ -19,7 +19,7 @@ from torch.nn import Module
 
 from lomo_ds.config.ds_fields import settle
 from lomo_ds.config.lomo_config import refuse_what_no_baseline_can
-from lomo_ds.distributed.collectives import agree
+from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.distributed.process_group import start_process_group
 from lomo_ds.engine.batches import Batch
 from lomo_ds.engine.client_arguments import refuse_idle_scheduler, refuse_scheduler
@@ -171,4 +171,4 @@ class BaselineEngine(DeepSpeedEngine):
             refuse_idle_scheduler(self.lr_scheduler, (self.basic_optimizer, self.optimizer))
 
     def _agree(self, value: Tensor) -> float:
-        return float(agree(value.to(self.device), self.seq_data_parallel_group))
+        return float(all_reduce_sum(value.to(self.device), self.seq_data_parallel_group))

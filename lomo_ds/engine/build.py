@@ -14,10 +14,10 @@ from torch.nn import Module, Parameter
 
 from lomo_ds import zero3
 from lomo_ds.config.lomo_config import LomoConfig
-from lomo_ds.distributed.collectives import all_reduce_min, together
+from lomo_ds.distributed.collectives import all_reduce_min, raise_on_all_ranks
 from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.errors import ConfigError
-from lomo_ds.memory.budget import free_bytes, told
+from lomo_ds.memory.budget import format_bytes, free_bytes
 from lomo_ds.memory.host_memory import bytes_of
 from lomo_ds.update.clipping import Clipping, clipping_groups
 from lomo_ds.update.hooks import BackwardHooks
@@ -36,7 +36,7 @@ from lomo_ds.zero3.gathering import (
     overlaps,
     reach_of_offload,
 )
-from lomo_ds.zero3.stores import InHostMemory, OnDevice, OnNvme, Store
+from lomo_ds.zero3.stores import DeviceStore, HostStore, NvmeStore, Store
 from lomo_ds.zero3.wire import AsKept, Quantized
 
 logger = logging.getLogger(__name__)
@@ -86,8 +86,10 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
 def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     dtype = engine.get_data_types()[0]
     free_host = _free_bytes(engine)[1]  # before any rank takes of it
-    together(lambda: zero3.split(engine.module, engine.config, dtype, free_host), engine.seq_data_parallel_group)
-    if zero3.stay_whole(engine.config) and zero3.lie_here(engine.module):
+    raise_on_all_ranks(
+        lambda: zero3.split(engine.module, engine.config, dtype, free_host), engine.seq_data_parallel_group
+    )
+    if zero3.is_resident_config(engine.config) and zero3.is_resident(engine.module):
         return Resident(engine.module)
     granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
     if engine.global_rank == 0:
@@ -154,10 +156,10 @@ def _unless_asked(engine: DeepSpeedEngine, name: str, ours: int) -> int:
 
 def _build_store(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> Store:
     if zero3.offload_device(engine.config) == "cpu":
-        return InHostMemory(shards, engine.device, rounded=_travels_in_eight_bits(engine))
+        return HostStore(shards, engine.device, rounded=_travels_in_eight_bits(engine))
     if zero3.offload_device(engine.config) == "nvme":
-        return OnNvme(shards, engine.device, rounded=_travels_in_eight_bits(engine))
-    return OnDevice(shards)
+        return NvmeStore(shards, engine.device, rounded=_travels_in_eight_bits(engine))
+    return DeviceStore(shards)
 
 
 def _trained_parameters(model: Module, chosen: set[int]) -> dict[str, Parameter]:
@@ -203,8 +205,10 @@ def _announce_host_memory(engine: DeepSpeedEngine, shards: list[zero3.Shard], ch
     if choice.settings == {"update_schedule": "stash", "stash_device": "cpu"}:
         pinned["gradient shards"] = stash_bytes
     if pinned and engine.global_rank == 0:
-        parts = ", ".join(f"{told(size)} of {what}" for what, size in pinned.items())
-        logger.info("pinned host memory of a rank: %s; %s stay free for each rank", parts, told(free_bytes()[1]))
+        parts = ", ".join(f"{format_bytes(size)} of {what}" for what, size in pinned.items())
+        logger.info(
+            "pinned host memory of a rank: %s; %s stay free for each rank", parts, format_bytes(free_bytes()[1])
+        )
 
 
 def _free_bytes(engine: DeepSpeedEngine) -> list[int]:

@@ -26,7 +26,7 @@ from lomo_ds.checkpoint import Checkpoint, Saver, checkpoint_name, open_checkpoi
 from lomo_ds.checkpoint.random_states import RandomStates
 from lomo_ds.config.ds_fields import settle
 from lomo_ds.config.lomo_config import idle_fields, read_lomo_config, refuse_what_cannot_be
-from lomo_ds.distributed.collectives import agree, gather_objects
+from lomo_ds.distributed.collectives import all_reduce_sum, gather_objects
 from lomo_ds.distributed.process_group import TIMEOUT, start_process_group
 from lomo_ds.engine.batches import Batch
 from lomo_ds.engine.build import build_optimizer
@@ -224,7 +224,7 @@ class LomoEngine(DeepSpeedEngine):
         if not self._in_train_batch:
             self._refuse_backward()
         if self.schedule.updates_in_backward and not self._in_train_batch:
-            bad_losses = agree((~loss.detach().isfinite()).double(), self._ranks)
+            bad_losses = all_reduce_sum((~loss.detach().isfinite()).double(), self._ranks)
             if bad_losses.item():
                 self.optimizer.skip_step("a loss was not finite")
                 return loss / self.gradient_accumulation_steps()

@@ -10,7 +10,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lomo_ds.distributed.collectives import agree
+from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.errors import NonFiniteGradientError
 from lomo_ds.update.hooks import BackwardHooks
 from lomo_ds.update.schedules import Choice, Schedule
@@ -103,7 +103,7 @@ class LomoOptimizer(ZeROOptimizer):
     def agree_on_step(self) -> list[float]:
         """The step's one collective: overflow, global norm and loss; returns the clip factors of the groups."""
         squared_norms = self.schedule.measure() / self.schedule.scale**2
-        agreed = agree(torch.cat([squared_norms, self._loss_sum]), self.ranks).cpu()
+        agreed = all_reduce_sum(torch.cat([squared_norms, self._loss_sum]), self.ranks).cpu()
         self._global_grad_norm = float(agreed[:-1].sum().sqrt())
         self.loss = float(agreed[-1]) if self._knows_loss else math.nan
         if not agreed[-1].isfinite():

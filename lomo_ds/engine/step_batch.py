@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lomo_ds.distributed.collectives import agree
+from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.engine.batches import Batch, micro_batches_of, on_device, with_any_labels
 from lomo_ds.engine.items import (
     WAY_OUT,
@@ -149,7 +149,7 @@ class StepBatch:
         """Let ``share`` be one over the items of the whole step, all ranks; 0 where the step must be skipped."""
         counted = torch.tensor([refusal is not None, *sums_of(self.counts)], dtype=torch.float64).to(self.device)
         is_bad = (~loss.isfinite()).double().view(1)
-        bad_losses, refusals, *sums = agree(torch.cat([is_bad, counted]), self.ranks).tolist()
+        bad_losses, refusals, *sums = all_reduce_sum(torch.cat([is_bad, counted]), self.ranks).tolist()
         if refusal is not None:
             refusal.of_some_ranks = True
             raise refusal

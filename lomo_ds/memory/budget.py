@@ -1,12 +1,10 @@
 """Free memory, measured; and the pinned host memory that may be taken of it."""
 
-import os
-
-import deepspeed.comm as dist
 import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from lomo_ds.distributed.process_group import ranks_on_host
 from lomo_ds.errors import ConfigError
 
 # What the ranks of a host may pin together; the rest stays with the operating system and the data loader.
@@ -15,8 +13,7 @@ HOST_SHARE = 0.8
 
 def free_bytes() -> tuple[int, int]:
     """Free bytes of this rank's device, and of host memory for each rank on this host."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
-    return _free_device_bytes(), psutil.virtual_memory().available // ranks_here
+    return _free_device_bytes(), psutil.virtual_memory().available // ranks_on_host()
 
 
 def _free_device_bytes() -> int:
@@ -43,11 +40,11 @@ def require_host_bytes(need: int, free: int, what: str, way_out: str) -> None:
     """
     if need > HOST_SHARE * free:
         raise ConfigError(
-            f"{what} needs {told(need)} of pinned host memory a rank, and of {told(free)} that are free for each rank "
-            f"{told(int(HOST_SHARE * free))} may be pinned; {way_out}"
+            f"{what} needs {format_bytes(need)} of pinned host memory a rank, and of {format_bytes(free)} that are "
+            f"free for each rank {format_bytes(int(HOST_SHARE * free))} may be pinned; {way_out}"
         )
 
 
-def told(count: int) -> str:
-    """Bytes in words."""
+def format_bytes(count: int) -> str:
+    """Return a number of bytes as text in GiB or MiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

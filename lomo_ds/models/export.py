@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lomo_ds import zero3
 from lomo_ds.checkpoint.manifest import MANIFEST, entries, sync_folder, write_manifest
-from lomo_ds.distributed.collectives import together
+from lomo_ds.distributed.collectives import raise_on_all_ranks
 from lomo_ds.errors import ModelError
 from lomo_ds.models.conversion import saved_sources
 from lomo_ds.models.meta_model import meta_of_class, saved_buffers, saved_tensors
@@ -57,7 +57,9 @@ def save_pretrained(
         with zero3.gathered([parameters[name]]):
             return parameters[name].detach().to("cpu", copy=True) if main else None
 
-    export = together(lambda: Export(folder, meta_of_class(type(model), model.config, model.dtype), max_shard_size))
+    export = raise_on_all_ranks(
+        lambda: Export(folder, meta_of_class(type(model), model.config, model.dtype), max_shard_size)
+    )
     _on_main(export.start)
     for file, names in export.files.items():
         tensors = {name: tensor for name in names if (tensor := whole(name)) is not None}
@@ -68,7 +70,7 @@ def save_pretrained(
 
 def _on_main(action: Callable[[], None]) -> None:
     """Let rank 0 do what fails for all."""
-    together(lambda: action() if dist.get_rank() == 0 else None)
+    raise_on_all_ranks(lambda: action() if dist.get_rank() == 0 else None)
 
 
 class Export:

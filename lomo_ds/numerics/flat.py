@@ -1,4 +1,4 @@
-"""Flat tensors: norms, clamping, and a walk through them in pieces of bounded length."""
+"""Operations on flat (1-D) tensors: lengths, norms, clamping, and iteration in pieces of bounded length."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,6 +9,11 @@ from torch import Tensor
 # keep it busy; on a CPU 1 MiB, which stays in its cache.
 GPU_PIECE_NUMEL = 2**23
 CPU_PIECE_NUMEL = 2**18
+
+
+def ceil_div(dividend: int, divisor: int) -> int:
+    """Return ``dividend / divisor``, rounded up to a whole number."""
+    return -(-dividend // divisor)
 
 
 def norms(values: Sequence[Tensor]) -> list[Tensor]:

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from lomo_ds.numerics.flat import ceil_div
+
 _FP16_SMALLEST_NORMAL = 2.0**-14
 
 
@@ -32,7 +34,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
 
 def _random_int16(like: Tensor, generator: torch.Generator) -> Tensor:
     """An int16 for each element, every bit random: generators are as fast with 64 bits as with fewer."""
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    words = torch.empty(ceil_div(like.numel(), 4), dtype=torch.int64, device=like.device)
     return words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
 
 

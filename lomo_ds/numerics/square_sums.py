@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lomo_ds.numerics.flat import ceil_div
+
 PROGRAM_NUMEL = 8192  # elements of a gradient that one program of an update kernel reads
 
 
 def slots_of(numel: int) -> int:
     """How many programs, and so sums, there are for a gradient of so many elements."""
-    return -(-numel // PROGRAM_NUMEL)
+    return ceil_div(numel, PROGRAM_NUMEL)
 
 
 class SquareSums:

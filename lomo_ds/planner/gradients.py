@@ -162,7 +162,7 @@ class Reduced:
                 self._send_home(IN_FLIGHT_BYTES)
 
     def _note_whole(self, index: int) -> None:
-        """See ``InHostMemory.note_whole``: one rank's part is a view of all, another's a copy."""
+        """See ``HostStore.offer_gathered_weight``: one rank's part is a view of all, another's a copy."""
         if self.settings.gpus == 1:
             self.gathered.hold(index)
         else:

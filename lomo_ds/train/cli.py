@@ -13,7 +13,7 @@ from typing import NoReturn
 import psutil
 import torch
 
-from lomo_ds.distributed.process_group import is_main_process, start_process_group, stop_process_group
+from lomo_ds.distributed.process_group import is_main_process, ranks_on_host, start_process_group, stop_process_group
 from lomo_ds.distributed.watchdog import Lifeline
 from lomo_ds.errors import LomoError, PeerError
 
@@ -102,8 +102,7 @@ def leave(status: int) -> NoReturn:
 def _share_cores() -> None:
     """On a host without GPU, the ranks on it share its cores, unless OMP_NUM_THREADS says otherwise."""
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // ranks_here))
+        torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // ranks_on_host()))
 
 
 def _quiet_libraries() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lomo_ds.distributed.collectives import agree
+from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.engine.items import Count, LabelWatch, items_of, sums_of
 from lomo_ds.engine.protocol import TrainingEngine
 from lomo_ds.engine.step_batch import StepBatch
@@ -39,7 +39,7 @@ def evaluate_loss(
         watch.remove()
         engine.train(training)
     sums = torch.tensor(sums_of(counts), dtype=torch.float64).to(engine.device)
-    summed, *sums_of_all = agree(torch.cat([total, sums]), engine.seq_data_parallel_group).tolist()
+    summed, *sums_of_all = all_reduce_sum(torch.cat([total, sums]), engine.seq_data_parallel_group).tolist()
     return summed / items_of(sums_of_all)
 
 

@@ -46,7 +46,7 @@ from lomo_ds.data import (
     tokenize_file,
     warn_of_unknown_tokens,
 )
-from lomo_ds.distributed.collectives import gather_objects, together
+from lomo_ds.distributed.collectives import gather_objects, raise_on_all_ranks
 from lomo_ds.distributed.process_group import is_local_main_process
 from lomo_ds.engine.baseline import initialize_baseline
 from lomo_ds.engine.ds_parse import parse_ds_config
@@ -105,12 +105,12 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
     """
     world_size = dist.get_world_size()
     fast = slowest(gather_objects(fast_precision(_device_type())))
-    ds_config, arguments = together(lambda: _read_configs(arguments, given, world_size, fast))
+    ds_config, arguments = raise_on_all_ranks(lambda: _read_configs(arguments, given, world_size, fast))
     _warn_of_emulation(arguments)
     output_dir = Path(arguments.output_dir)
     name = _find_model(arguments)
-    together(lambda: _claim_folder(output_dir, name, arguments))
-    with together(lambda: _alone(output_dir)):
+    raise_on_all_ranks(lambda: _claim_folder(output_dir, name, arguments))
+    with raise_on_all_ranks(lambda: _alone(output_dir)):
         _train_in(output_dir, name, ds_config, arguments, stop)
 
 
@@ -119,7 +119,7 @@ def _train_in(
 ) -> None:
     """Train in a folder that may be written, the model whose folder is ``name``."""
     rank = dist.get_rank()
-    config, tokenizer, length, stored_rows = together(lambda: _load_vocabulary(name, arguments))
+    config, tokenizer, length, stored_rows = raise_on_all_ranks(lambda: _load_vocabulary(name, arguments))
     arguments = dataclasses.replace(arguments, max_seq_length=length)
     training, validation = _load_blocks(arguments, tokenizer, length, config.vocab_size)
     anew = _steps(arguments, training, Progress())
@@ -127,27 +127,29 @@ def _train_in(
     if arguments.resume_from_checkpoint == "auto" and _is_done(output_dir, run_id, arguments):
         return
     found = _find_checkpoint(arguments, config, anew.data)
-    others = together(lambda: _others(arguments, found))
-    together(lambda: refuse_another_run(arguments, found.folder if found else None, others))
+    others = raise_on_all_ranks(lambda: _others(arguments, found))
+    raise_on_all_ranks(lambda: refuse_another_run(arguments, found.folder if found else None, others))
     progress = _progress(found, arguments, validation)
     steps = _steps(arguments, training, progress)
-    together(lambda: _refuse_fewer_steps(steps, arguments))
-    filled = together(lambda: _filled(_as_saved(ds_config, found), arguments, steps.total, config))
+    raise_on_all_ranks(lambda: _refuse_fewer_steps(steps, arguments))
+    filled = raise_on_all_ranks(lambda: _filled(_as_saved(ds_config, found), arguments, steps.total, config))
     outlook = Outlook(config, filled, arguments, length)
-    together(outlook.say)
+    raise_on_all_ranks(outlook.say)
     if found and rank == 0:
         log_changes(found, arguments, filled)
 
     torch.manual_seed(arguments.seed + rank)
     free_host = min(gather_objects(free_bytes()[1]))  # before any rank takes of it
     with outlook.advising():
-        model = together(lambda: _empty_or_loaded(found, name, config, stored_rows, filled, arguments, free_host))
-    together(lambda: load_generation_config(model, str(found.folder / MODEL) if found else name))
+        model = raise_on_all_ranks(
+            lambda: _empty_or_loaded(found, name, config, stored_rows, filled, arguments, free_host)
+        )
+    raise_on_all_ranks(lambda: load_generation_config(model, str(found.folder / MODEL) if found else name))
     if arguments.pad_token or arguments.resize_embeddings:
         model.generation_config.pad_token_id = config.pad_token_id
-    together(lambda: _tile_logits(model, arguments.tiled_logits))
+    raise_on_all_ranks(lambda: _tile_logits(model, arguments.tiled_logits))
     if arguments.gradient_checkpointing:
-        together(lambda: recompute_activations(model, arguments.activation_offload))
+        raise_on_all_ranks(lambda: recompute_activations(model, arguments.activation_offload))
     scheduler = None if "scheduler" in filled else _scheduler(arguments, steps.total)
 
     def add_files(folder: Path) -> None:
@@ -158,8 +160,8 @@ def _train_in(
 
     with outlook.advising():
         engine, keeper = _engine_and_keeper(model, filled, scheduler, found, arguments, progress, add_files)
-    together(lambda: _begin(arguments, filled, others) if rank == 0 else None)
-    with together(lambda: _open_monitor(output_dir, rank, steps.step)) as monitor, outlook.advising():
+    raise_on_all_ranks(lambda: _begin(arguments, filled, others) if rank == 0 else None)
+    with raise_on_all_ranks(lambda: _open_monitor(output_dir, rank, steps.step)) as monitor, outlook.advising():
         Trainer(arguments, engine, tokenizer, steps, validation, monitor, progress, stop, keeper, run_id).run()
     engine.destroy()
 
@@ -251,7 +253,7 @@ def _is_done(output_dir: Path, run_id: dict[str, Any], arguments: TrainArguments
 def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, data: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint to go on from, verified; None to start from the beginning."""
     output_dir = Path(arguments.output_dir)
-    tensors = together(lambda: tensor_record(_kept_tensors(config, arguments)))
+    tensors = raise_on_all_ranks(lambda: tensor_record(_kept_tensors(config, arguments)))
 
     def check(folder: Path, record: dict[str, Any]) -> None:
         refuse_what_stays(folder, arguments)
@@ -263,16 +265,16 @@ def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, data: 
                 f"{data}; resume with the same text, length and seed, or give another --output_dir"
             )
 
-    together(lambda: remove_unfinished(output_dir) if dist.get_rank() == 0 else None)
-    folder = together(lambda: resume_from(arguments))
+    raise_on_all_ranks(lambda: remove_unfinished(output_dir) if dist.get_rank() == 0 else None)
+    folder = raise_on_all_ranks(lambda: resume_from(arguments))
     if folder is None:
         return None
-    if folder == output_dir or together(lambda: is_run(folder)):
+    if folder == output_dir or raise_on_all_ranks(lambda: is_run(folder)):
         found = newest_whole(folder, tensors, check=check)
     else:
         found = open_checkpoint(folder, tensors, check=check)
     if found and found.folder.resolve().parent != output_dir.resolve():
-        together(lambda: refuse_what_is_read(output_dir, [found.folder]))
+        raise_on_all_ranks(lambda: refuse_what_is_read(output_dir, [found.folder]))
     return found
 
 
@@ -399,9 +401,9 @@ def _find_model(arguments: TrainArguments) -> str:
     """The folder of the model, or a preset's name; what has to be downloaded is, once on each host."""
     name = arguments.model_name_or_path
     trust = arguments.trust_remote_code
-    together(lambda: find_model(name, True, trust) if is_local_main_process() else None)
-    found = together(lambda: find_model(name, False, trust))
-    together(lambda: verify_export(found, dist.get_rank(), dist.get_world_size(), weights=False))
+    raise_on_all_ranks(lambda: find_model(name, True, trust) if is_local_main_process() else None)
+    found = raise_on_all_ranks(lambda: find_model(name, False, trust))
+    raise_on_all_ranks(lambda: verify_export(found, dist.get_rank(), dist.get_world_size(), weights=False))
     return found
 
 
@@ -471,8 +473,9 @@ def _load_blocks(
     def tokenized() -> list[PackedBlocks]:
         return [_packed(file, tokenizer, cache, rows, length) for file in files]
 
-    together(lambda: tokenized() if is_local_main_process() else None)  # one rank of each host tokenizes, others map
-    training, *validation = together(tokenized)
+    # one rank of each host tokenizes, the others map its files
+    raise_on_all_ranks(lambda: tokenized() if is_local_main_process() else None)
+    training, *validation = raise_on_all_ranks(tokenized)
     for file, blocks in zip(files, [training, *validation], strict=True):
         warn_of_unknown_tokens(blocks.tokens, file, tokenizer)
     return training, validation[0] if validation else None

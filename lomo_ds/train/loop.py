@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lomo_ds import zero3
 from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.data import PackedBlocks, TrainingSteps, evaluation_batches
-from lomo_ds.distributed.collectives import agree
+from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.engine.protocol import TrainingEngine
 from lomo_ds.models import save_pretrained
 from lomo_ds.train.checkpoint_manager import Keeper
@@ -140,7 +140,7 @@ class Trainer:
     def _stop_requested(self) -> bool:
         """Whether any rank has received a signal; all ranks ask at the same time."""
         asked = torch.tensor(float(self.stop.name is not None), device=self.engine.device)
-        return bool(agree(asked, self.engine.seq_data_parallel_group).item())
+        return bool(all_reduce_sum(asked, self.engine.seq_data_parallel_group).item())
 
     def _mark_finished(self) -> None:
         try:

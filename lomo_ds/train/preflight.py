@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from lomo_ds.config.arguments import TrainArguments
+from lomo_ds.distributed.process_group import ranks_on_host
 from lomo_ds.errors import DoesNotFitError, LomoError
 from lomo_ds.planner import Plan, PlannedModel, advise, plan, refuse_what_does_not_fit_host, settings_of, this_machine
 
@@ -87,17 +87,17 @@ class Outlook:
         """The plan of the job on the machine it runs on."""
         arguments = self.arguments
         world_size = dist.get_world_size()
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+        local_ranks = ranks_on_host()
         settings = settings_of(
             self.ds_config,
             gpus=world_size,
-            hosts=max(1, world_size // ranks_here),
+            hosts=max(1, world_size // local_ranks),
             sequence=self.length,
             gradient_checkpointing=arguments.gradient_checkpointing,
             tiled_logits=arguments.tiled_logits,
             activation_offload=arguments.activation_offload,
         )
-        return plan(model, settings, this_machine(ranks_here))
+        return plan(model, settings, this_machine(local_ranks))
 
     def _model(self) -> PlannedModel:
         return PlannedModel(self.config, self.arguments.model_name_or_path, self.arguments.trust_remote_code)

@@ -69,7 +69,7 @@ class BackwardHooks:
         if index in self.seen and not self.schedule.keeps_gradients:
             self._refuse_second_gradient(index)
         self.seen.add(index)
-        self.schedule.note_whole(index, parameter.data)
+        self.schedule.offer_gathered_weight(index, parameter.data)
         self.reduction.add(index, gradient)
 
     def _refuse_second_gradient(self, index: int) -> None:

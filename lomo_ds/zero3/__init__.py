@@ -9,19 +9,19 @@ file on NVMe. Writing to it changes the model; a gathered copy made before the w
 
 from lomo_ds.zero3.ahead import Ahead
 from lomo_ds.zero3.linear import keep_no_weights, linear
-from lomo_ds.zero3.nvme import Place
+from lomo_ds.zero3.nvme import SwapSlot
 from lomo_ds.zero3.nvme_settings import refuse_nvme_that_cannot_be
 from lomo_ds.zero3.persistent import PersistentCopies
 from lomo_ds.zero3.shard import SCALES, Shard, as_floats, kept_tensors, names_in_eight_bits, shards, whole_shape
 from lomo_ds.zero3.split import (
     gathered,
+    is_resident,
+    is_resident_config,
     keeps_eight_bits,
-    lie_here,
-    make_whole,
     offload_device,
     partition,
+    restore_full_params,
     split,
-    stay_whole,
 )
 from lomo_ds.zero3.transport import Wire, forget_unregistered, gather_by, gather_within, lay_out
 
@@ -29,27 +29,27 @@ __all__ = [
     "SCALES",
     "Ahead",
     "PersistentCopies",
-    "Place",
     "Shard",
+    "SwapSlot",
     "Wire",
     "as_floats",
     "forget_unregistered",
     "gather_by",
     "gather_within",
     "gathered",
+    "is_resident",
+    "is_resident_config",
     "keep_no_weights",
     "keeps_eight_bits",
     "kept_tensors",
     "lay_out",
-    "lie_here",
     "linear",
-    "make_whole",
     "names_in_eight_bits",
     "offload_device",
     "partition",
     "refuse_nvme_that_cannot_be",
+    "restore_full_params",
     "shards",
     "split",
-    "stay_whole",
     "whole_shape",
 ]

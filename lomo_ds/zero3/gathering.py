@@ -18,7 +18,7 @@ from lomo_ds.errors import ConfigError
 from lomo_ds.zero3.linear import keep_no_weights
 from lomo_ds.zero3.persistent import PersistentCopies
 from lomo_ds.zero3.shard import whole_shape
-from lomo_ds.zero3.split import make_whole
+from lomo_ds.zero3.split import restore_full_params
 from lomo_ds.zero3.transport import forget_unregistered
 
 # What gathered layers may take of the free memory; the rest is for activations, gradients and a stash.
@@ -71,14 +71,14 @@ class Resident:
     def __init__(self, model: Module) -> None:
         self.parameters = list(model.parameters())
         self.handles = [
-            model.register_forward_pre_hook(lambda module, arguments: make_whole(self.parameters)),
-            model.register_state_dict_pre_hook(lambda module, prefix, keep: make_whole(self.parameters)),
+            model.register_forward_pre_hook(lambda module, arguments: restore_full_params(self.parameters)),
+            model.register_state_dict_pre_hook(lambda module, prefix, keep: restore_full_params(self.parameters)),
         ]
-        make_whole(self.parameters)
+        restore_full_params(self.parameters)
 
     def begin_backward(self) -> None:
         """Put back what was taken away since forward."""
-        make_whole(self.parameters)
+        restore_full_params(self.parameters)
 
     def release(self) -> None:
         """Nothing: a parameter is no copy of its shard."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from lomo_ds.errors import ConfigError, OffloadError
 from lomo_ds.zero3.nvme_settings import PAGE_BYTES, NvmeSettings, nameless_file
 
-Group = tuple["Place", ...]  # what is gathered at once
+Group = tuple["SwapSlot", ...]  # what is gathered at once
 
 
 class SwapSpace:
@@ -40,11 +40,11 @@ class SwapSpace:
         self.requests = ThreadPoolExecutor(settings.requests_at_once, "lomo_ds-nvme")
         self.end = 0  # bytes
         self.vacant: dict[int, list[int]] = defaultdict(list)  # where places of a size are that nobody uses any more
-        self.lanes: list[_Lane] = []
-        self.free: deque[_Lane] = deque()
-        self.writing: deque[tuple[Place, _Lane]] = deque()
-        self.ahead: dict[Place, _Lane] = {}  # whose first piece is being read before anyone has asked
-        self.expected: list[Place] = []  # what will be read next, in order
+        self.lanes: list[_IoBuffer] = []
+        self.free: deque[_IoBuffer] = deque()
+        self.writing: deque[tuple[SwapSlot, _IoBuffer]] = deque()
+        self.ahead: dict[SwapSlot, _IoBuffer] = {}  # whose first piece is being read before anyone has asked
+        self.expected: list[SwapSlot] = []  # what will be read next, in order
         self.last: tuple[Group, Group] = ((), ())  # what was gathered before the last and what last
         self.followers: dict[tuple[Group, Group], Group] = {}
         self.guard = threading.RLock()  # a checkpoint may be written by another thread
@@ -54,7 +54,7 @@ class SwapSpace:
         """Whether a shard is large enough for a place."""
         return nbytes >= self.settings.block_size
 
-    def new_place(self, numel: int, dtype: torch.dtype) -> "Place":
+    def new_place(self, numel: int, dtype: torch.dtype) -> "SwapSlot":
         """A place for that many elements, its room on the drive taken.
 
         Raises:
@@ -62,7 +62,7 @@ class SwapSpace:
         """
         nbytes = self.settings.aligned(numel * dtype.itemsize)
         if self.vacant[nbytes]:
-            return Place(self, self.vacant[nbytes].pop(), numel, dtype)
+            return SwapSlot(self, self.vacant[nbytes].pop(), numel, dtype)
         try:
             os.posix_fallocate(self.descriptor, self.end, nbytes)
         except OSError as error:
@@ -71,9 +71,9 @@ class SwapSpace:
                 f"{self.end / 2**20:.1f} MiB: {error.strerror}; make room, or use more ranks or another path"
             ) from None
         self.end += nbytes
-        return Place(self, self.end - nbytes, numel, dtype)
+        return SwapSlot(self, self.end - nbytes, numel, dtype)
 
-    def expect(self, places: Sequence["Place"]) -> None:
+    def expect(self, places: Sequence["SwapSlot"]) -> None:
         """``places`` are read next, and then, it is assumed, what followed the last time.
 
         It takes two gatherings to tell forward from backward.
@@ -84,7 +84,7 @@ class SwapSpace:
             self.last = (self.last[1], group)
             self.expected = [*group, *self.followers.get(self.last, ())]
 
-    def read(self, place: "Place", into: Tensor) -> None:
+    def read(self, place: "SwapSlot", into: Tensor) -> None:
         """Fill ``into`` (1-D, on any device) with what the place begins with."""
         flat = into.view(torch.uint8)
         if not flat.numel():
@@ -103,7 +103,7 @@ class SwapSpace:
                 self.expected.pop(0)
                 self._read_ahead()
 
-    def write(self, place: "Place", values: Tensor) -> None:
+    def write(self, place: "SwapSlot", values: Tensor) -> None:
         """Begin to write ``values`` (1-D, on any device, not written to any more) to where the place begins."""
         flat = values.detach().view(torch.uint8)
         with self.guard:
@@ -124,15 +124,15 @@ class SwapSpace:
             while self.writing:
                 self._finish_oldest_write()
 
-    def _begin_read(self, place: "Place", start: int) -> "_Lane":
+    def _begin_read(self, place: "SwapSlot", start: int) -> "_IoBuffer":
         lane = self._take()
         lane.start_read(place.start + start, min(place.nbytes - start, self.settings.piece_bytes))
         return lane
 
-    def _take(self) -> "_Lane":
+    def _take(self) -> "_IoBuffer":
         """A lane that nothing is under way in."""
         if not self.free and len(self.lanes) < self.settings.buffer_count:
-            self.lanes.append(_Lane(self.settings, self.device, self.descriptor, self.requests))
+            self.lanes.append(_IoBuffer(self.settings, self.device, self.descriptor, self.requests))
             return self.lanes[-1]
         if not self.free and self.ahead:
             self._drop(next(iter(self.ahead)))
@@ -140,12 +140,12 @@ class SwapSpace:
             self._finish_oldest_write()
         return self.free.popleft()
 
-    def _drop(self, place: "Place") -> None:
+    def _drop(self, place: "SwapSlot") -> None:
         lane = self.ahead.pop(place)
         lane.finish()
         self.free.append(lane)
 
-    def _finish_writes(self, place: "Place") -> None:
+    def _finish_writes(self, place: "SwapSlot") -> None:
         while any(written is place for written, _ in self.writing):
             self._finish_oldest_write()
 
@@ -166,7 +166,7 @@ class SwapSpace:
                 self.ahead[place] = self._begin_read(place, 0)
 
 
-class Place:
+class SwapSlot:
     """Where a shard lies in the file; another may take it when nobody refers to it any more.
 
     Args:
@@ -194,14 +194,14 @@ class Place:
         assert values.dtype == self.dtype
         self.space.write(self, values)
 
-    def copy(self) -> "Place":
+    def copy(self) -> "SwapSlot":
         """Another place with the same contents."""
         other = self.space.new_place(self.numel, self.dtype)
         other.write(self.read(self.numel))
         return other
 
 
-class _Lane:
+class _IoBuffer:
     """A buffer through which one read or write at a time goes."""
 
     def __init__(
@@ -302,7 +302,7 @@ def _transfer(call: _Call, descriptor: int, block: memoryview, start: int) -> No
         block, start = block[moved:], start + moved
 
 
-def _clean_up(descriptor: int, lanes: list[_Lane], requests: ThreadPoolExecutor, owner: int) -> None:
+def _clean_up(descriptor: int, lanes: list[_IoBuffer], requests: ThreadPoolExecutor, owner: int) -> None:
     if os.getpid() == owner:  # a forked process has no part in what is under way
         for lane in lanes:
             lane.target = None

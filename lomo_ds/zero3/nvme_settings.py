@@ -10,6 +10,7 @@ from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
 
 from lomo_ds.errors import ConfigError
+from lomo_ds.numerics.flat import ceil_div
 
 PAGE_BYTES = 4096  # what O_DIRECT wants offsets, lengths and memory aligned to, at most
 
@@ -39,7 +40,7 @@ class NvmeSettings:
 
     def aligned(self, nbytes: int) -> int:
         """``nbytes``, or what must be read or written for them."""
-        return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+        return ceil_div(nbytes, PAGE_BYTES) * PAGE_BYTES
 
 
 def nvme_settings(ds_config: dict[str, Any], itemsize: int) -> NvmeSettings:

@@ -14,6 +14,7 @@ from torch.nn import Module, Parameter
 
 from lomo_ds.errors import ConfigError
 from lomo_ds.numerics import int8
+from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.zero3.shard import Shard
 
 ATTRIBUTE = "_z3_optimizer"
@@ -117,7 +118,7 @@ def _values_of(shard: Shard) -> Tensor:
 
 
 def _padded_numel(shard: Shard) -> int:
-    return -(-shard.shape.numel() // dist.get_world_size(shard.group))
+    return ceil_div(shard.shape.numel(), dist.get_world_size(shard.group))
 
 
 def _refuse_value(value: Any, numel: int) -> None:

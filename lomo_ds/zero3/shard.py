@@ -12,7 +12,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import Module
 
 from lomo_ds.numerics import int8
-from lomo_ds.zero3.nvme import Place
+from lomo_ds.numerics.flat import ceil_div
+from lomo_ds.zero3.nvme import SwapSlot
 
 Partitioned = Any  # a Parameter to which DeepSpeed has given its ds_ attributes
 SCALES = ".int8_scales"  # behind the name of a parameter in eight bits
@@ -29,7 +30,7 @@ class Shard:
     shape: torch.Size  # of the whole
     group: ProcessGroup  # the ranks that hold the other parts
     kept: Tensor  # all that this rank keeps of it, 1-D: padding too; of eight-bit weights the buffer they lie in
-    place: Place | None = None  # where it lies, if that is not in memory
+    place: SwapSlot | None = None  # where it lies, if that is not in memory
 
     @classmethod
     def of(cls, name: str, parameter: Partitioned) -> "Shard":
@@ -112,7 +113,7 @@ def kept_tensors(whole: dict[str, Tensor], in_eight_bits: Collection[str], parts
     kept: dict[str, Tensor] = {}
     for name, tensor in whole.items():
         if name in in_eight_bits:
-            blocks = parts * int8.blocks_of(-(-tensor.numel() // parts))
+            blocks = parts * int8.blocks_of(ceil_div(tensor.numel(), parts))
             kept[name] = tensor.to(torch.int8)
             kept[name + SCALES] = torch.empty(blocks, dtype=torch.bfloat16, device="meta")
         else:
@@ -128,7 +129,7 @@ def names_in_eight_bits(model: Module) -> set[str]:
 def as_floats(codes: Tensor, scales: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
     """A whole parameter from what ``parts`` ranks have kept of it in eight bits; 1-D, without padding."""
     whole = torch.empty_like(codes, dtype=dtype)
-    shard_numel = -(-codes.numel() // parts)
+    shard_numel = ceil_div(codes.numel(), parts)
     for some, theirs, part in zip(
         codes.split(shard_numel), scales.chunk(parts), whole.split(shard_numel), strict=False
     ):
@@ -136,7 +137,7 @@ def as_floats(codes: Tensor, scales: Tensor, parts: int, dtype: torch.dtype) -> 
     return whole
 
 
-def place_of(parameter: Partitioned) -> Place | None:
+def place_of(parameter: Partitioned) -> SwapSlot | None:
     """The file that this rank's partition lies in; None if it is in memory."""
     return getattr(parameter.ds_tensor, "swap_place", None)
 

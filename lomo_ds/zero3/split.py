@@ -15,6 +15,7 @@ from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import free_bytes, require_host_bytes
 from lomo_ds.memory.host_memory import PinnedMemory
 from lomo_ds.numerics import int8
+from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.zero3.nvme_partitions import bring_back, send_away, swap_space
 from lomo_ds.zero3.shard import Partitioned, Shard
 
@@ -92,7 +93,7 @@ def offload_device(ds_config: dict[str, Any]) -> str:
     return str(offload.get("device", "none"))
 
 
-def stay_whole(ds_config: dict[str, Any]) -> bool:
+def is_resident_config(ds_config: dict[str, Any]) -> bool:
     """Whether nothing is ever to be gathered: one rank, which holds its shards as it computes with them."""
     return dist.get_world_size() == 1 and offload_device(ds_config) == "none" and not keeps_eight_bits(ds_config)
 
@@ -103,13 +104,13 @@ def keeps_eight_bits(ds_config: dict[str, Any]) -> bool:
     return (optimizer.get("params") or {}).get("weights") == "int8"
 
 
-def lie_here(model: Module) -> bool:
+def is_resident(model: Module) -> bool:
     """Whether each rank's shards are whole parameters on the device that computes: one rank, nothing offloaded."""
     partitioned: list[Partitioned] = list(model.parameters())
     return dist.get_world_size() == 1 and all(parameter.ds_tensor.device == _device() for parameter in partitioned)
 
 
-def make_whole(parameters: list[Partitioned]) -> None:
+def restore_full_params(parameters: list[Partitioned]) -> None:
     """On one rank: let every parameter be its shard, where it is not; DeepSpeed's own gathering may copy it."""
     for parameter in parameters:
         if parameter.ds_status is not ZeroParamStatus.AVAILABLE:
@@ -134,7 +135,7 @@ def _pinned_memory(
     """
     if offload_device(ds_config) != "cpu":
         return None
-    numels = [-(-parameter.numel() // dist.get_world_size()) for parameter in parameters]
+    numels = [ceil_div(parameter.numel(), dist.get_world_size()) for parameter in parameters]
     if keeps_eight_bits(ds_config):
         need = sum(map(int8.bytes_of_buffer, numels))
         way_out = "use offload_param.device nvme without weights int8, or a host with more memory"
@@ -205,7 +206,7 @@ def _converter(parameters: list[Parameter], ds_config: dict[str, Any], dtype: to
     """
     zero = dict(ds_config["zero_optimization"])
     zero.pop("zero_quantized_weights", None)  # for which it would load kernels of its own
-    if stay_whole(ds_config):
+    if is_resident_config(ds_config):
         zero["memory_efficient_linear"] = False
     if offload_device(ds_config) != "none":  # what goes to NVMe comes by host memory
         zero["offload_param"] = {"device": "cpu", "pin_memory": False}

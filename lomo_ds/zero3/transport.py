@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lomo_ds.numerics import int8
+from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.zero3.ahead import Ahead
 from lomo_ds.zero3.shard import Partitioned, Shard, place_of
 
@@ -62,11 +63,11 @@ def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int | None) -
     """
     backlog = _Backlog(ahead_numel)
 
-    def gather(parameters: Sequence[Partitioned], safe_mode: bool = False, quantize: bool = False) -> "_Arrival":
+    def gather(parameters: Sequence[Partitioned], safe_mode: bool = False, quantize: bool = False) -> "_GatherHandle":
         backlog.add(sum(parameter.ds_numel for parameter in parameters))
         in_order = sorted(parameters, key=lambda p: p.ds_id)
         _expect_reads(in_order)
-        return _Arrival(in_order, wire)
+        return _GatherHandle(in_order, wire)
 
     def gather_now(parameter: Partitioned, param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> None:
         assert not async_op
@@ -75,7 +76,7 @@ def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int | None) -
             if wire is not exact and one.ds_status is ZeroParamStatus.AVAILABLE:
                 one.partition()
         missing = [one for one in some if one.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-        _Arrival(missing, exact).wait()
+        _GatherHandle(missing, exact).wait()
 
     partitioned: list[Partitioned] = list(model.parameters())
     undo = _restoring(partitioned)
@@ -215,12 +216,12 @@ def lay_out(sizes: Sequence[int]) -> tuple[list[slice], int]:
     """Where things of these sizes lie behind one another, each aligned; and the bytes of all. One alone has no gap."""
     if len(sizes) == 1:
         return [slice(0, sizes[0])], sizes[0]
-    aligned = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+    aligned = [ceil_div(size, ALIGNMENT) * ALIGNMENT for size in sizes]
     starts = itertools.accumulate(aligned, initial=0)
     return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)], sum(aligned)
 
 
-class _Arrival:
+class _GatherHandle:
     """Parameters that are gathered together; DeepSpeed waits for it once for each, and from several threads.
 
     Each becomes a tensor of its own, as each is freed by itself: cut from the buffer, one that is still in use would

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lomo_ds.distributed import process_group
-from lomo_ds.distributed.collectives import agree, all_reduce_min, together
+from lomo_ds.distributed.collectives import all_reduce_min, all_reduce_sum, raise_on_all_ranks
 from lomo_ds.errors import ConfigError, PeerError
 from tests.engines import make_engine
 from tests.ranks import Ranks
@@ -24,7 +24,7 @@ GroupOf = Callable[..., Ranks]
 
 def sum_and_least() -> tuple[float, float]:
     mine = torch.tensor([float(dist.get_rank() + 1)])
-    return agree(mine.clone(), dist.get_world_group()).item(), all_reduce_min(
+    return all_reduce_sum(mine.clone(), dist.get_world_group()).item(), all_reduce_min(
         mine.clone(), dist.get_world_group()
     ).item()
 
@@ -40,7 +40,7 @@ def fail_on(failing: list[int]) -> str:
         return dist.get_rank()
 
     try:
-        return str(together(action))
+        return str(raise_on_all_ranks(action))
     except (ConfigError, PeerError) as error:
         return f"{type(error).__name__} {error} {error.only_here}"
 

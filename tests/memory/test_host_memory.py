@@ -14,7 +14,7 @@ from lomo_ds.update.rules import Sgd
 from lomo_ds.update.schedules.immediate import Immediate
 from lomo_ds.update.schedules.schedule import Target
 from lomo_ds.zero3 import Shard
-from lomo_ds.zero3.stores import InHostMemory
+from lomo_ds.zero3.stores import HostStore
 from tests.fake_streams import FakeDevice, FakeModule
 
 CPU = torch.device("cpu")
@@ -48,14 +48,14 @@ def test_a_backward_waits_only_to_bound_what_is_in_flight(
     streams: FakeModule, numels: list[int], waited_for: list[int]
 ) -> None:
     """Under ``immediate`` with parameters in host memory: from gathered copies, by the whole way of a gradient."""
-    store = InHostMemory([shard_of(torch.ones(numel)) for numel in numels], CPU)
+    store = HostStore([shard_of(torch.ones(numel)) for numel in numels], CPU)
     targets = [Target(numel, 0, {"lr": 0.5, "weight_decay": 0.0}) for numel in numels]
     group: Any = None
     schedule = Immediate(targets, store, Sgd(), Clipping(), CPU, group)
     streams.waits.clear()
     copied = []
     for index, numel in enumerate(numels):
-        schedule.note_whole(index, torch.ones(numel))
+        schedule.offer_gathered_weight(index, torch.ones(numel))
         schedule.take([index], [torch.ones(numel)])
         copied.append(store.transfer.leaving[-1].copied)
     waits = [target for stream, target in streams.waits if stream == COMPUTING]

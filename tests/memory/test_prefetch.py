@@ -16,7 +16,7 @@ from lomo_ds.update.rules import Sgd
 from lomo_ds.update.schedules.schedule import Target
 from lomo_ds.update.schedules.stash import HostStash, Stash
 from lomo_ds.zero3 import Shard
-from lomo_ds.zero3.stores import InHostMemory, OnDevice
+from lomo_ds.zero3.stores import DeviceStore, HostStore
 from tests.fake_streams import FakeDevice
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def shard_of(host_tensor: Tensor) -> Shard:
 def schedule_of(kind: type[Stash | HostStash], dtype: torch.dtype | None) -> tuple[Any, list[Tensor]]:
     weights = [torch.ones(numel) for numel in NUMELS]
     targets = [Target(numel, 0, {"lr": 0.5, "weight_decay": 0.0}) for numel in NUMELS]
-    store = OnDevice([shard_of(weight) for weight in weights])
+    store = DeviceStore([shard_of(weight) for weight in weights])
     return kind(targets, store, Sgd(), Clipping(), CPU, dtype), weights
 
 
@@ -109,7 +109,7 @@ AHEAD = ["fetch 0", "fetch 1", "fetch 2", "offload 0", "fetch 3", "offload 1", "
 def test_the_second_micro_batch_fetches_sums_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 200)
     targets = [Target(25, 0, {"lr": 0.5, "weight_decay": 0.0}) for _ in range(4)]
-    stash = HostStash(targets, OnDevice([]), Sgd(), Clipping(), CPU)
+    stash = HostStash(targets, DeviceStore([]), Sgd(), Clipping(), CPU)
     for index in range(4):
         stash.take([index], [torch.ones(25)])
     stash.flush()
@@ -126,7 +126,7 @@ def test_eight_bit_weights_are_fetched_ahead_as_they_were_in_the_step_before(mon
     group: Any = None
     shape = torch.Size([int8.BLOCK])
     shards = [Shard("", int8.blocks_in(buffer, int8.BLOCK).codes, 0, shape, group, buffer) for buffer in kept]
-    store = InHostMemory(shards, CPU)
+    store = HostStore(shards, CPU)
 
     def lend_each() -> list[str]:
         transfer = Noted({buffer.data_ptr(): index for index, buffer in enumerate(kept)})

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lomo_ds import zero3
 from lomo_ds.errors import ConfigError
+from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.zero3.gathering import OnDemand, Resident, choose_granularity
 from tests.engines import make_engine, my_chunk, my_part, weights_of
 from tests.ranks import Ranks
@@ -83,7 +84,7 @@ def collectives_at_the_end_of_a_step() -> tuple[int, Counter[str]]:
     assert places[0] == places[1], "the copies are written to again where they are"
     with Copies() as copies:
         gathering.refresh()
-    lengths = len({-(-zero3.whole_shape(parameter).numel() // 2) for parameter in gathering.persistent})
+    lengths = len({ceil_div(zero3.whole_shape(parameter).numel(), 2) for parameter in gathering.persistent})
     assert copies.count == 2 * lengths < 2 * len(gathering.persistent), "into the buffer, and out of it"
     return len(gathering.persistent), collectives.counted
 

@@ -26,6 +26,7 @@ from lomo_ds.config.lomo_config import refuse_what_cannot_be
 from lomo_ds.engine.ds_parse import parse_ds_config
 from lomo_ds.errors import CheckpointError, ConfigError, OffloadError
 from lomo_ds.models import load_config, load_model, save_pretrained
+from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.zero3.nvme import SwapSpace
 from lomo_ds.zero3.nvme_settings import PAGE_BYTES, nvme_settings
 from tests.engines import identical, largest_difference, make_engine, weights_of
@@ -339,7 +340,7 @@ def bytes_taken(folder: str) -> tuple[list[int], list[str]]:
     (space,) = {shard.place.space for shard in shards if shard.place is not None}
     buffers = [lane.buffer.nbytes for lane in space.lanes]
     assert in_memory < 4096 * len(shards)
-    assert space.end == sum(-(-shard.data.nbytes // 4096) * 4096 for shard in shards if shard.place is not None)
+    assert space.end == sum(ceil_div(shard.data.nbytes, 4096) * 4096 for shard in shards if shard.place is not None)
     for shard in [shard.copy() for shard in shards] + [shard.copy() for shard in shards]:
         assert torch.equal(shard.read(), dict(zip((s.name for s in shards), shards, strict=True))[shard.name].read())
     end = space.end

@@ -26,6 +26,7 @@ from deepspeed.utils import (
 from torch.nn.functional import pad
 
 from lomo_ds.errors import ConfigError
+from lomo_ds.numerics.flat import ceil_div
 from tests.engines import WHOLE_THRESHOLD, make_engine
 from tests.ranks import Ranks
 from tests.reference import tiny_model, whole_batch
@@ -60,7 +61,7 @@ def read_and_set(form: str, offload: str, threshold: int, folder: str, local: bo
         assert (whole.dtype, whole.shape) == (torch.float32, expected.shape)
         scale = float(expected.detach().abs().max())
         torch.testing.assert_close(whole, expected.detach(), rtol=0, atol=rounding * scale + 1e-8)
-        length = -(-expected.numel() // world_size)
+        length = ceil_div(expected.numel(), world_size)
         mine = pad(whole.flatten(), (0, world_size * length - expected.numel()))[rank * length : (rank + 1) * length]
         assert torch.equal(safe_get_local_fp32_param(parameter), mine)
         if local:

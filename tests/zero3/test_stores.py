@@ -16,8 +16,9 @@ from lomo_ds.memory import budget
 from lomo_ds.memory.host_memory import SMALLEST_SLAB, Fetch, HostTransfer, PinnedMemory, Slabs, bytes_of
 from lomo_ds.models import meta_model
 from lomo_ds.models.presets import preset_config
+from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.zero3 import Shard
-from lomo_ds.zero3.stores import InHostMemory
+from lomo_ds.zero3.stores import HostStore
 from tests.engines import make_engine
 from tests.host_memory import same_from_host_memory
 from tests.ranks import Ranks
@@ -77,9 +78,9 @@ def test_an_update_in_backward_reads_nothing_back(
 def test_a_shard_is_lent_from_the_gathered_copy_or_from_its_home() -> None:
     homes = [torch.arange(10.0), torch.arange(10.0)]
     group: Any = None
-    store = InHostMemory([Shard("", home, 10, torch.Size([5, 6]), group, home) for home in homes], CPU)
+    store = HostStore([Shard("", home, 10, torch.Size([5, 6]), group, home) for home in homes], CPU)
     whole = torch.arange(30.0) + 100
-    store.note_whole(0, whole.view(5, 6))
+    store.offer_gathered_weight(0, whole.view(5, 6))
     gradients = [torch.ones(10), torch.ones(10)]
     lent = []
     for (values,), (gradient,) in store.lend([0, 1], gradients):
@@ -121,7 +122,7 @@ def test_slabs_are_powers_of_two_and_hold_what_is_placed_in_them(sizes: list[int
 @pytest.mark.parametrize("model", ["7b", "13b", "65b"])
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_shards_of_llamas_fill_their_slabs(model: str, ranks: int) -> None:
-    sizes = [2 * -(-p.numel() // ranks) for p in meta_model(preset_config(model), torch.bfloat16).parameters()]
+    sizes = [2 * ceil_div(p.numel(), ranks) for p in meta_model(preset_config(model), torch.bfloat16).parameters()]
     slabs = Slabs(sum(sizes))
     for size in sizes:
         slabs.place(size)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lomo_ds import zero3
 from lomo_ds.numerics import int8
+from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.zero3 import transport
 from lomo_ds.zero3.gathering import MAX_FETCH_EVENTS
 from lomo_ds.zero3.wire import AsKept
@@ -66,7 +67,7 @@ def layer_is_gathered(params: dict[str, Any], zero: dict[str, Any]) -> None:
             assert float((parameter - whole[name]).abs().max()) <= float(whole[name].abs().max()) / 127
         else:
             assert torch.equal(parameter, whole[name]), name
-        padded = -(-parameter.numel() // dist.get_world_size()) * dist.get_world_size()
+        padded = ceil_div(parameter.numel(), dist.get_world_size()) * dist.get_world_size()
         assert parameter.untyped_storage().nbytes() == padded * parameter.itemsize, "each is freed by itself"
         parameter.partition()
 
@@ -97,7 +98,7 @@ def collectives_of_a_step(params: dict[str, Any]) -> tuple[int, int]:
     batch = my_part(whole_batch(0, rows=2))
     for _ in range(3):
         engine.train_batch(batch)
-    with counting(transport, "_Arrival") as arrivals, counting(dist, "all_gather_into_tensor") as collectives:
+    with counting(transport, "_GatherHandle") as arrivals, counting(dist, "all_gather_into_tensor") as collectives:
         engine.train_batch(batch)
     return len(collectives), len(arrivals)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lomo_ds.numerics.flat import clamp_, norms
+from lomo_ds.numerics.flat import ceil_div, clamp_, norms
 from lomo_ds.numerics.int8 import eager
 from lomo_ds.numerics.int8.eager import Noise, blocks_of
 
@@ -44,7 +44,7 @@ def bytes_of_scales(numel: int) -> int:
 
 def bytes_of_buffer(numel: int) -> int:
     """Bytes of the codes and scales of ``numel`` weights."""
-    return _start_of_codes(numel) + -(-numel // ALIGNMENT) * ALIGNMENT
+    return _start_of_codes(numel) + ceil_div(numel, ALIGNMENT) * ALIGNMENT
 
 
 def buffer_of(values: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def update(
 
 
 def _start_of_codes(numel: int) -> int:
-    return -(-bytes_of_scales(numel) // ALIGNMENT) * ALIGNMENT
+    return ceil_div(bytes_of_scales(numel), ALIGNMENT) * ALIGNMENT
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds.numerics import flat
+from lomo_ds.numerics.flat import ceil_div
 
 BLOCK = 64  # rounding adds noise in proportion to scales, and the fewer values share one, the smaller it is
 LARGEST = 127  # the largest code; the smallest is -127
@@ -55,7 +56,7 @@ class Noise(NamedTuple):
 
 def blocks_of(numel: int) -> int:
     """How many blocks, and so scales, there are for ``numel`` values; the last may be short."""
-    return -(-numel // BLOCK)
+    return ceil_div(numel, BLOCK)
 
 
 def encode(values: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -159,7 +160,7 @@ def _write_nearest(codes: Tensor, scales: Tensor, multiples: Tensor) -> None:
 
 def _drawn(noise: Noise, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """One of the 2 ** 16 midpoints of (0, 1) for each, fp32. Generators are as fast with 64 bits as with fewer."""
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    words = torch.empty(ceil_div(like.numel(), 4), dtype=torch.int64, device=like.device)
     bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
     shifted = bits.add_(noise.shift - (noise.shift >> 15 << 16))  # int16 wraps around
     return shifted.float().add_(2**15 + 0.5).mul_(2.0**-16).view_as(like)

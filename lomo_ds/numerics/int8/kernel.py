@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.numerics.int8 import eager as int8
 from lomo_ds.numerics.triton_launch import Launcher, alignment
 
@@ -115,7 +116,7 @@ def _check(codes: Tensor, scales: Tensor, values: Tensor) -> None:
 
 
 def _programs(numel: int) -> int:
-    return -(-numel // PROGRAM_NUMEL)
+    return ceil_div(numel, PROGRAM_NUMEL)
 
 
 @triton.jit(do_not_specialize=["numel"])

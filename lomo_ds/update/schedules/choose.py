@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lomo_ds.config.lomo_config import LomoConfig
 from lomo_ds.errors import ConfigError
-from lomo_ds.memory.budget import HOST_SHARE, require_host_bytes, told
+from lomo_ds.memory.budget import HOST_SHARE, format_bytes, require_host_bytes
 
 # The stash is full when backward has consumed the activations, which nobody has seen yet at start.
 DEVICE_SHARE = 0.5
@@ -55,7 +55,7 @@ def choose_schedule(
     if lomo.update_schedule == "auto" and needs_whole_gradient is None:
         return Choice("immediate", "gpu", "nothing needs the whole gradient")
     why = needs_whole_gradient if lomo.update_schedule == "auto" else "as asked"
-    need = f"{told(stash_bytes)} of gradient shards a rank"
+    need = f"{format_bytes(stash_bytes)} of gradient shards a rank"
     if lomo.stash_device == "cpu":
         require_host_bytes(
             stash_bytes, free_host_bytes, "stash_device cpu", "use update_schedule two_pass, or stash_device gpu"
@@ -63,12 +63,12 @@ def choose_schedule(
     if lomo.stash_device != "auto":
         return Choice("stash", lomo.stash_device, f"{why}; {need}")
     if stash_bytes <= DEVICE_SHARE * free_device_bytes:
-        return Choice("stash", "gpu", f"{why}; {need}, {told(free_device_bytes)} free on the device")
+        return Choice("stash", "gpu", f"{why}; {need}, {format_bytes(free_device_bytes)} free on the device")
     if stash_bytes <= HOST_SHARE * free_host_bytes:
-        return Choice("stash", "cpu", f"{why}; {need}, {told(free_host_bytes)} free in host memory")
+        return Choice("stash", "cpu", f"{why}; {need}, {format_bytes(free_host_bytes)} free in host memory")
     nowhere = (
-        f"{need} fit neither the device ({told(free_device_bytes)} free) nor host memory "
-        f"({told(free_host_bytes)} free a rank)"
+        f"{need} fit neither the device ({format_bytes(free_device_bytes)} free) nor host memory "
+        f"({format_bytes(free_host_bytes)} free a rank)"
     )
     if lomo.update_schedule == "auto" and accumulation_steps == 1:
         return Choice("two_pass", "gpu", f"{why}; {nowhere}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lomo_ds.distributed.collectives import agree
+from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.numerics.square_sums import SquareSums
 from lomo_ds.update.clipping import Clipping
 from lomo_ds.update.rules import Rule
@@ -42,8 +42,8 @@ class Immediate(Schedule):
         if self.squares is not None:
             self.squares.clear()
 
-    def note_whole(self, index: int, whole: Tensor) -> None:
-        self.store.note_whole(index, whole)
+    def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
+        self.store.offer_gathered_weight(index, whole)
 
     def take(self, indices: list[int], gradients: list[Tensor]) -> None:
         if self.squares is None:
@@ -71,5 +71,5 @@ class Immediate(Schedule):
     def _update_group(self, group: int) -> None:
         gradients = self.waiting.pop(group)
         squared = torch.stack([self.norms[index] for index in gradients]).double().square().sum(dim=0, keepdim=True)
-        coefficient = self.clipping.coefficients(agree(squared, self.ranks) / self.scale**2)[0]
+        coefficient = self.clipping.coefficients(all_reduce_sum(squared, self.ranks) / self.scale**2)[0]
         self.update(list(gradients), list(gradients.values()), coefficient)

@@ -63,7 +63,7 @@ class Schedule(ABC):
         self.norms = [self.no_norm] * len(self.targets)  # of each target's gradient shard, 0-dim float32
         self.store.flush()
 
-    def note_whole(self, index: int, whole: Tensor) -> None:
+    def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
         """A gathered copy of a target is at hand, as its gradient is; a store may spare a copy by it."""
 
     @abstractmethod

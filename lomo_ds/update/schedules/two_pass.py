@@ -15,9 +15,9 @@ class TwoPass(Schedule):
         super().start(scale)
         self.coefficients = None
 
-    def note_whole(self, index: int, whole: Tensor) -> None:
+    def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
         if self.coefficients is not None:
-            self.store.note_whole(index, whole)
+            self.store.offer_gathered_weight(index, whole)
 
     def take(self, indices: list[int], gradients: list[Tensor]) -> None:
         if self.coefficients is None:

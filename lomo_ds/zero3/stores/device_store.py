@@ -8,7 +8,7 @@ from lomo_ds.numerics.int8 import Values
 from lomo_ds.zero3.shard import Shard
 
 
-class OnDevice:
+class DeviceStore:
     """Lends the shards themselves.
 
     Args:
@@ -18,8 +18,8 @@ class OnDevice:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.values: list[Values] = [shard.values(number) for number, shard in enumerate(shards)]
 
-    def note_whole(self, index: int, whole: Tensor) -> None:
-        """See ``Store.note_whole``; the shard is at hand anyway."""
+    def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
+        """See ``Store.offer_gathered_weight``; the shard is at hand anyway."""
 
     def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[tuple[list[Values], list[Tensor]]]:
         """See ``Store.lend``."""

@@ -14,7 +14,7 @@ from lomo_ds.zero3.shard import Shard
 Piece = tuple[int, int]  # index of a shard, and number of its piece
 
 
-class InHostMemory:
+class HostStore:
     """Lends this rank's part of a gathered copy where one was noted, else a copy of the shard, a piece at a time.
 
     Args:
@@ -32,8 +32,8 @@ class InHostMemory:
         self.ahead: Prefetcher[Piece] = Prefetcher(self.transfer, lambda piece: self.pieces[piece[0]][piece[1]])
         self.at_hand: dict[int, Tensor] = {}
 
-    def note_whole(self, index: int, whole: Tensor) -> None:
-        """See ``Store.note_whole``."""
+    def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
+        """See ``Store.offer_gathered_weight``."""
         shard = self.shards[index]
         if self.rounded or shard.data.dtype != whole.dtype or whole.numel() != shard.shape.numel():
             return

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from lomo_ds.numerics.int8 import Values
 from lomo_ds.zero3.shard import Shard
-from lomo_ds.zero3.stores.host_store import InHostMemory
+from lomo_ds.zero3.stores.host_store import HostStore
 
 
-class OnNvme(InHostMemory):
+class NvmeStore(HostStore):
     """Does so for the shards that lie in a file; the others, which are small, are in host memory.
 
     The host waits here: for a read, and for a write where more are under way than there are buffers.
 
     Args:
         device: the one that computes.
-        rounded: see ``InHostMemory``.
+        rounded: see ``HostStore``.
     """
 
     def __init__(self, shards: Sequence[Shard], device: torch.device, rounded: bool = False) -> None:

@@ -14,7 +14,7 @@ class Store(Protocol):
     It knows where the bytes are and in what form; not when a shard is updated, nor how.
     """
 
-    def note_whole(self, index: int, whole: Tensor) -> None:
+    def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
         """A gathered copy of a parameter is on the device, and its shard is lent before the pass is over.
 
         Args:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.numerics.int8 import blocks as int8_blocks
 from lomo_ds.numerics.int8 import eager as int8
 from lomo_ds.numerics.int8.eager import BLOCK, Noise
@@ -124,7 +125,7 @@ def leaves_sums_of_squares(dtype: torch.dtype) -> None:
         codes, scales = int8.encode(randn(numel))
         gradient = randn(numel, seed=1).to(dtype)
         for limit in (None, 0.1):
-            found, buffer = (codes.clone(), scales.clone()), torch.full((-(-numel // 8192) + 2,), -1.0)
+            found, buffer = (codes.clone(), scales.clone()), torch.full((ceil_div(numel, 8192) + 2,), -1.0)
             int8_kernel.update(*found, gradient, 0.037, 0.97, None, limit, buffer[1:-1])
             exact = [(part.double().numpy() ** 2).sum() for part in gradient.split(8192)]
             np.testing.assert_allclose(buffer[1:-1].numpy(), exact, rtol=1e-6)
@@ -140,7 +141,7 @@ def test_an_update_leaves_sums_of_squares_and_clamps(interpreted: Interpreted, d
 
 def reference_noise(numel: int, noise: Noise) -> Tensor:
     """Philox over (lane, 256 steps, shard, a constant): half a word for each of a lane's 8 elements, then Weyl."""
-    programs = -(-numel // 8192)
+    programs = ceil_div(numel, 8192)
     lanes = np.arange(programs * 1024, dtype=np.uint64)
     rest = [np.full_like(lanes, word) for word in (noise.step // 256, noise.shard, int.from_bytes(b"int8"))]
     words = philox.philox([lanes, *rest], noise.seed, rounds=7)
