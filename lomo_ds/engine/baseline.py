@@ -1,7 +1,7 @@
-"""What LOMO is compared with: DeepSpeed's own ZeRO-3 with torch.optim's AdamW or SGD, under LomoEngine's train_batch.
+"""Baseline engine to compare LOMO with: DeepSpeed's own ZeRO-3 with torch.optim's AdamW or SGD.
 
-Forward, backward, gradient partitions, fp32 master weights and optimizer states are DeepSpeed's, and cost what they
-cost there. Only what a step is comes from lomo_ds: the batch of all ranks and micro-batches, averaged over its labels.
+Forward, backward, gradient partitions, fp32 master weights and optimizer states are DeepSpeed's, at their usual cost.
+Only ``train_batch`` comes from lomo_ds: it averages the loss over the labels of all ranks and micro-batches.
 """
 
 import logging
@@ -22,9 +22,9 @@ from lomo_ds.config.lomo_config import refuse_what_no_baseline_can
 from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.distributed.process_group import start_process_group
 from lomo_ds.engine.batches import Batch
-from lomo_ds.engine.client_arguments import refuse_idle_scheduler, refuse_scheduler
+from lomo_ds.engine.client_arguments import validate_built_scheduler, validate_scheduler_factory
 from lomo_ds.engine.ds_parse import parse_ds_config
-from lomo_ds.engine.items import LabelWatch
+from lomo_ds.engine.items import LabelObserver
 from lomo_ds.engine.lr_schedulers import build_scheduler
 from lomo_ds.engine.step_batch import StepBatch
 from lomo_ds.errors import ConfigError, one_line
@@ -38,26 +38,27 @@ def initialize_baseline(
     config: dict[str, Any],
     lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
 ) -> "BaselineEngine":
-    """An engine that trains ``model`` with the torch.optim optimizer that ``config`` names.
+    """Build an engine that trains ``model`` with the torch.optim optimizer named in ``config``.
 
     Args:
-        model: its parameters are split over the ranks, unless ``deepspeed.zero.Init`` has done so.
-        config: a DeepSpeed config with ZeRO stage 3, as ``ds_config.reconcile`` fills it for ``--optim adamw | sgd``.
+        model: the model to train. Its parameters are partitioned over the ranks here, unless ``deepspeed.zero.Init``
+            has already partitioned them.
+        config: a DeepSpeed config with ZeRO stage 3, completed by ``ds_config.reconcile`` for ``--optim adamw | sgd``.
 
     Raises:
-        ConfigError: something was asked for that cannot be done.
+        ConfigError: an argument or a setting is invalid or not supported.
     """
     shutdown_init_context()
     try:
         config = settle(config)
         refuse_what_no_baseline_can(config)
-        refuse_scheduler(lr_scheduler)
+        validate_scheduler_factory(lr_scheduler)
         start_process_group()
         config = settle(config, dist.get_world_size())
         engine = BaselineEngine(
             args=None, model=model, lr_scheduler=lr_scheduler, config=config, config_class=parse_ds_config(config)
         )
-    except AssertionError as error:  # so DeepSpeed's ZeRO-3 says which of its settings do not go together
+    except AssertionError as error:  # DeepSpeed's ZeRO-3 asserts that its settings are compatible
         raise ConfigError(f"DeepSpeed's ZeRO-3 refuses its config: {one_line(error)}") from error
     finally:
         restore_init_context()
@@ -68,43 +69,44 @@ def initialize_baseline(
 
 
 class BaselineEngine(DeepSpeedEngine):
-    """A ``DeepSpeedEngine`` over ZeRO-3 and a torch.optim optimizer, which takes the steps that ``LomoEngine`` takes.
+    """A ``DeepSpeedEngine`` with ZeRO-3 and a torch.optim optimizer, with the same ``train_batch`` as ``LomoEngine``.
 
-    Where it differs from plain PyTorch: the weight decay of a parameter that the loss does not depend on is applied,
-    since DeepSpeed steps flat partitions in which its gradient is 0.
+    One difference to plain PyTorch: weight decay also applies to parameters that the loss does not depend on, because
+    DeepSpeed steps flat partitions in which their gradient is 0.
     """
 
     @property
     def cur_scale(self) -> float:
-        """The loss scale of the next step; 1 unless training in fp16."""
+        """Loss scale of the next step; 1 unless training in fp16."""
         return float(self.optimizer.loss_scale)
 
     def train_batch(self, batch: Batch | Sequence[Batch], num_items: int | Sequence[int] | None = None) -> Tensor:
-        """One whole optimizer step: the one plain PyTorch would take on all ranks' batches at once.
+        """Run one complete optimizer step, equal to that of plain PyTorch on the batches of all ranks together.
 
-        Takes, returns and raises what ``LomoEngine.train_batch`` does, of any number of micro-batches.
+        Arguments, result and exceptions are those of ``LomoEngine.train_batch``; any number of micro-batches is
+        supported.
         """
-        step_batch = StepBatch(batch, num_items, self._labels, self.device, self.seq_data_parallel_group)
+        step_batch = StepBatch(batch, num_items, self._label_observer, self.device, self.seq_data_parallel_group)
         try:
-            loss = self._agree(self._backward_all(step_batch))
+            loss = self._sum_over_ranks(self._backward_all(step_batch))
             if step_batch.skip_reason is not None:
-                return self._skip(step_batch.skip_reason, math.nan, step_batch.scale_is_to_blame)
+                return self._skip(step_batch.skip_reason, math.nan, step_batch.counts_as_overflow)
             if not math.isfinite(loss):
-                return self._skip("a loss was not finite", loss, scale_is_to_blame=True)
-            self._step_whole()
+                return self._skip("a loss was not finite", loss, counts_as_overflow=True)
+            self._finish_step()
         except BaseException:
-            self.optimizer.zero_grad()  # the next backward overwrites what was added up
+            self.optimizer.zero_grad()  # the next backward overwrites the accumulated gradients
             raise
         finally:
             self._is_gradient_accumulation_boundary = None
         return torch.tensor(loss, dtype=torch.float32, device=self.device)
 
     @cached_property
-    def _labels(self) -> LabelWatch:
-        return LabelWatch(self.module)
+    def _label_observer(self) -> LabelObserver:
+        return LabelObserver(self.module)
 
     def _backward_all(self, step_batch: StepBatch) -> Tensor:
-        """Forward and backward of each micro-batch, its loss weighted by its share of the step's labels.
+        """Run forward and backward for each micro-batch, with its loss weighted by its share of the step's labels.
 
         Returns:
             This rank's part of the step's loss; 0-dim, float64.
@@ -117,24 +119,24 @@ class BaselineEngine(DeepSpeedEngine):
                 break
             weight = step_batch.weight(position)
             total += loss.detach().double() * weight
-            # ranks' gradients are averaged: what is a share of the step is that times the ranks on each rank
+            # gradients are averaged over the ranks, so multiply by the world size to sum the weighted losses
             self.backward(loss * (weight * dist.get_world_size(self.seq_data_parallel_group)), scale_wrt_gas=False)
         return total
 
-    def _step_whole(self) -> None:
-        """DeepSpeed's step, which clips, and skips for a gradient that is not finite."""
+    def _finish_step(self) -> None:
+        """Run DeepSpeed's step, which clips gradients and skips the step if one is not finite."""
         skipped = self.skipped_steps
         self.set_gradient_accumulation_boundary(True)
         self.step()
-        # step() has counted one micro-step; the step is a whole one, however many micro-batches it had
+        # step() has counted one micro-step, but this was a complete optimizer step
         self.micro_steps += self.gradient_accumulation_steps() - 1
         if self.skipped_steps > skipped:
-            self._say_skipped("a gradient was not finite")
+            self._log_skipped_step("a gradient was not finite")
 
-    def _skip(self, reason: str, loss: float, scale_is_to_blame: bool) -> Tensor:
-        """Count a step that changes nothing, as ``step`` would; what backward has brought is forgotten."""
-        self.optimizer.zero_grad()  # the next backward overwrites what was added up
-        if self.optimizer.dynamic_loss_scale and scale_is_to_blame:
+    def _skip(self, reason: str, loss: float, counts_as_overflow: bool) -> Tensor:
+        """Count a step that changes nothing, as ``step`` would, and discard its gradients."""
+        self.optimizer.zero_grad()  # the next backward overwrites the accumulated gradients
+        if self.optimizer.dynamic_loss_scale and counts_as_overflow:
             self.optimizer.loss_scaler.update_scale(True)
         self._global_grad_norm = math.nan
         self._step_applied = False
@@ -142,10 +144,10 @@ class BaselineEngine(DeepSpeedEngine):
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
         self.micro_steps += self.gradient_accumulation_steps()
-        self._say_skipped(reason)
+        self._log_skipped_step(reason)
         return torch.tensor(loss, dtype=torch.float32, device=self.device)
 
-    def _say_skipped(self, reason: str) -> None:
+    def _log_skipped_step(self, reason: str) -> None:
         if self.global_rank == 0:
             logger.warning(
                 "step %d skipped, no weight was changed: %s (%d skipped so far, next loss scale %g)",
@@ -153,12 +155,15 @@ class BaselineEngine(DeepSpeedEngine):
             )  # fmt: skip
 
     def get_global_grad_norm(self) -> float | None:
-        """Of the last step before clipping; not finite where it was skipped, None before the first."""
+        """Return the gradient norm of the last step before clipping.
+
+        It is not finite if the step was skipped, and None before the first step.
+        """
         norm = super().get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def dynamic_loss_scale_args(self) -> dict[str, Any]:
-        """DeepSpeed's; at its smallest scale a run goes on, and says at every step that it was skipped."""
+        """Return DeepSpeed's arguments, changed so that a run at the smallest loss scale continues and logs skips."""
         return {**super().dynamic_loss_scale_args(), "raise_error_at_min_scale": False}
 
     def _scheduler_from_config(self, optimizer: Any) -> Any:
@@ -168,7 +173,7 @@ class BaselineEngine(DeepSpeedEngine):
     def _configure_lr_scheduler(self) -> None:
         super()._configure_lr_scheduler()
         if self.client_lr_scheduler is not None:
-            refuse_idle_scheduler(self.lr_scheduler, (self.basic_optimizer, self.optimizer))
+            validate_built_scheduler(self.lr_scheduler, (self.basic_optimizer, self.optimizer))
 
-    def _agree(self, value: Tensor) -> float:
+    def _sum_over_ranks(self, value: Tensor) -> float:
         return float(all_reduce_sum(value.to(self.device), self.seq_data_parallel_group))

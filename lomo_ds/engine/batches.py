@@ -11,7 +11,7 @@ from lomo_ds.errors import ConfigError
 Batch = Mapping[str, Any]
 
 
-def micro_batches_of(batch: Batch | Sequence[Batch]) -> list[Batch]:
+def as_micro_batches(batch: Batch | Sequence[Batch]) -> list[Batch]:
     """List the micro-batches of what ``train_batch`` is given, one or several.
 
     Raises:
@@ -21,24 +21,24 @@ def micro_batches_of(batch: Batch | Sequence[Batch]) -> list[Batch]:
     if not micro_batches:
         raise ConfigError("train_batch needs at least one micro-batch, got an empty list")
     for micro_batch in micro_batches:
-        _refuse_stranger(batch, micro_batch)
+        _validate_micro_batch(batch, micro_batch)
     return micro_batches
 
 
-def on_device(value: Any, device: torch.device) -> Any:
+def move_to_device(value: Any, device: torch.device) -> Any:
     """``value`` with the tensors within it on ``device``, or on their way there."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
-        return {name: on_device(item, device) for name, item in value.items()}
+        return {name: move_to_device(item, device) for name, item in value.items()}
     if callable(getattr(value, "to", None)):  # such as torch's PackedSequence
         return value.to(device)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(on_device(item, device) for item in value))
-    return type(value)(on_device(item, device) for item in value) if type(value) in (list, tuple) else value
+        return type(value)(*(move_to_device(item, device) for item in value))
+    return type(value)(move_to_device(item, device) for item in value) if type(value) in (list, tuple) else value
 
 
-def with_any_labels(batch: Batch) -> Batch:
+def with_dummy_labels(batch: Batch) -> Batch:
     """A micro-batch without a single label, given some: it must run for the other ranks' sake, and weighs nothing.
 
     The mean over no labels would be nan, and nan times the weight 0 is nan too.
@@ -49,7 +49,7 @@ def with_any_labels(batch: Batch) -> Batch:
     }
 
 
-def _refuse_stranger(batch: Any, micro_batch: Any) -> None:
+def _validate_micro_batch(batch: Any, micro_batch: Any) -> None:
     rule = "train_batch needs the arguments of the model's forward by name"
     if not isinstance(micro_batch, Mapping):
         got = type(batch).__name__

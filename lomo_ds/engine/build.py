@@ -79,7 +79,7 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
         schedule=schedule,
         choice=choice,
         loss_scaler=_build_loss_scaler(engine),
-        ranks=engine.seq_data_parallel_group,
+        process_group=engine.seq_data_parallel_group,
     )
 
 
@@ -240,12 +240,12 @@ def _build_schedule(
     rule: Rule,
     clipping: Clipping,
     device: torch.device,
-    ranks: ProcessGroup,
+    process_group: ProcessGroup,
     stash_dtype: torch.dtype | None,
 ) -> Schedule:
     """Build the schedule of ``choice`` for gradients computed on ``device``; see ``Stash`` for ``stash_dtype``."""
     if choice.schedule == "immediate":
-        return Immediate(targets, store, rule, clipping, device, ranks)
+        return Immediate(targets, store, rule, clipping, device, process_group)
     if choice.schedule == "two_pass":
         return TwoPass(targets, store, rule, clipping, device)
     if choice.stash_device == "cpu" and device.type != "cpu":

@@ -14,7 +14,7 @@ GROUP_KEYS = ["params", "lr", "weight_decay", "name", "initial_lr", "param_names
 WAY_OUT = "give a function of the optimizer, such as lr_scheduler=lambda optimizer: StepLR(optimizer, 1, gamma=0.1)"
 
 
-def read_parameters(model: Module, given: Iterable[Any] | None) -> list[Any] | None:
+def validate_model_parameters(model: Module, given: Iterable[Any] | None) -> list[Any] | None:
     """``model_parameters`` as a list of tensors or of groups; None for all of the model's.
 
     Raises:
@@ -34,7 +34,7 @@ def read_parameters(model: Module, given: Iterable[Any] | None) -> list[Any] | N
         if isinstance(group, dict) and "params" in group:
             group["params"] = _as_list(group["params"])  # a generator is read but once
         for tensor in _tensors_of(group):
-            _refuse_tensor(tensor, own, seen)
+            _validate_tensor(tensor, own, seen)
     if not seen:
         raise ConfigError("model_parameters holds no parameter; leave it out to train all of the model's")
     return parameters
@@ -63,7 +63,7 @@ def _is_number(value: Any) -> bool:
     return is_scalar or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def _refuse_tensor(tensor: Any, own: set[int], seen: set[int]) -> None:
+def _validate_tensor(tensor: Any, own: set[int], seen: set[int]) -> None:
     if not isinstance(tensor, Tensor):
         raise ConfigError(f"model_parameters must hold parameters of the model, got {_told(tensor)}")
     if id(tensor) not in own:
@@ -76,7 +76,7 @@ def _refuse_tensor(tensor: Any, own: set[int], seen: set[int]) -> None:
     seen.add(id(tensor))
 
 
-def refuse_scheduler(given: Any) -> None:
+def validate_scheduler_factory(given: Any) -> None:
     """``lr_scheduler`` must build a scheduler once the parameter groups that it acts on are made.
 
     Raises:
@@ -86,7 +86,7 @@ def refuse_scheduler(given: Any) -> None:
         raise ConfigError(f"lr_scheduler got a {type(given).__name__}, which acts on another optimizer; {WAY_OUT}")
 
 
-def refuse_idle_scheduler(scheduler: Any, optimizers: Iterable[Any]) -> None:
+def validate_built_scheduler(scheduler: Any, optimizers: Iterable[Any]) -> None:
     """A scheduler that was built must act on the engine's parameter groups.
 
     Raises:
@@ -107,7 +107,7 @@ def needs_metric(scheduler: Any) -> bool:
     return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
-def refuse_data(training_data: Any, collate_fn: Callable[..., Any] | None) -> None:
+def validate_training_data(training_data: Any, collate_fn: Callable[..., Any] | None) -> None:
     """``training_data`` must be a dataset with something in it, and ``collate_fn`` a function.
 
     Raises:

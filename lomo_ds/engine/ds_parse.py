@@ -14,7 +14,7 @@ from lomo_ds.engine.lr_schedulers import build_scheduler
 from lomo_ds.errors import ConfigError, one_line
 
 # DeepSpeed looks at the type of few values; over the others it stumbles, with one of these
-STUMBLES = (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+CONFIG_ERRORS = (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
 def parse_ds_config(ds_config: dict[str, Any]) -> DeepSpeedConfig:
@@ -30,8 +30,8 @@ def parse_ds_config(ds_config: dict[str, Any]) -> DeepSpeedConfig:
         raise ConfigError(f"DeepSpeed refuses {error.title} {one_line('; '.join(faults))}") from None
     except (DeepSpeedConfigError, ValueError, AssertionError) as error:
         raise ConfigError(f"DeepSpeed refuses its config: {one_line(error)}") from error
-    except STUMBLES as error:
-        names = [one_line(name) for name, value in ds_config.items() if _stumbles_over(name, value)]
+    except CONFIG_ERRORS as error:
+        names = [one_line(name) for name, value in ds_config.items() if _fails_on(name, value)]
         raise ConfigError(
             f"DeepSpeed expects another value in {' and '.join(names) or 'a field'} of its config "
             f"({one_line(error)}); compare it with https://www.deepspeed.ai/docs/config-json"
@@ -92,11 +92,11 @@ def _try_scheduler(name: str, params: dict[str, Any]) -> None:
         scheduler.step()
 
 
-def _stumbles_over(name: str, value: Any) -> bool:
+def _fails_on(name: str, value: Any) -> bool:
     """Whether this field alone is what DeepSpeed stumbled over, which its error does not tell."""
     try:
         _parsed({"train_micro_batch_size_per_gpu": 1, name: value})
-    except STUMBLES:
+    except CONFIG_ERRORS:
         return True
     except (DeepSpeedConfigError, ValueError, AssertionError):
         return False

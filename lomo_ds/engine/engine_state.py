@@ -64,7 +64,7 @@ def capture_engine(engine: DeepSpeedEngine, client_state: dict[str, Any] | None 
 def restore_weights(engine: DeepSpeedEngine, found: Checkpoint, group: ProcessGroup) -> None:
     """Put back the weights and buffers alone."""
     restore(found, capture_engine(engine), group)
-    engine.optimizer.begin_anew()
+    engine.optimizer.reset_after_load()
 
 
 def restore_engine(
@@ -89,7 +89,7 @@ def restore_engine(
         _restore_scheduler(engine, record, now.record)
     if optimizer:
         engine.optimizer.load_loss_scale(record["optimizer"])
-    engine.optimizer.begin_anew()
+    engine.optimizer.reset_after_load()
     if of_rank and record["device_type"] == engine.device.type:
         restore_all_random_states(of_rank)
         rule = {name.removeprefix("rule."): state for name, state in of_rank.items() if name.startswith("rule.")}

@@ -40,7 +40,7 @@ class Seen(NamedTuple):
     shifts: bool
 
 
-class LabelWatch:
+class LabelObserver:
     """Knows how a model counts its labels, or sees it when it passes them on to a transformers model within it.
 
     Attributes:
@@ -126,7 +126,7 @@ def count_labels(labels: Tensor, shifts: bool | None) -> Count:
     return Count(otherwise if shifts else items, otherwise)
 
 
-def given_counts(num_items: int | Sequence[int], micro_batches: int) -> list[Count]:
+def parse_num_items(num_items: int | Sequence[int], micro_batches: int) -> list[Count]:
     """What a caller says that each micro-batch's loss is a mean over.
 
     Raises:
@@ -145,7 +145,7 @@ def given_counts(num_items: int | Sequence[int], micro_batches: int) -> list[Cou
     return [Count(count, count) for count in counts]
 
 
-def sums_of(counts: Iterable[Count]) -> list[float]:
+def count_sums(counts: Iterable[Count]) -> list[float]:
     """What ranks add up to know the items of a step, and whether both ways of counting give the same weights."""
     pairs = list(counts)
     items, otherwise = (sum(count[way] for count in pairs) for way in (0, 1))
@@ -153,8 +153,8 @@ def sums_of(counts: Iterable[Count]) -> list[float]:
     return [float(value) for value in (items, otherwise, *products)]
 
 
-def items_of(sums: Sequence[float]) -> int:
-    """The items of a whole step, from ``sums_of`` of all ranks together.
+def total_items(sums: Sequence[float]) -> int:
+    """The items of a whole step, from ``count_sums`` of all ranks together.
 
     Raises:
         ConfigError: the two ways of counting weigh some micro-batch differently.

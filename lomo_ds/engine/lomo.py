@@ -1,7 +1,7 @@
 """LomoEngine: a DeepSpeed engine whose ZeRO-3 optimizer updates each parameter during backward.
 
-The idiom ``engine(...)``, ``engine.backward(loss)``, ``engine.step()`` is DeepSpeed's own; ``engine.train_batch`` is
-one whole optimizer step under any update schedule.
+``engine(...)``, ``engine.backward(loss)`` and ``engine.step()`` work as in DeepSpeed. ``engine.train_batch`` runs one
+complete optimizer step under any update schedule.
 """
 
 import logging
@@ -32,14 +32,14 @@ from lomo_ds.engine.batches import Batch
 from lomo_ds.engine.build import build_optimizer
 from lomo_ds.engine.client_arguments import (
     needs_metric,
-    read_parameters,
-    refuse_data,
-    refuse_idle_scheduler,
-    refuse_scheduler,
+    validate_built_scheduler,
+    validate_model_parameters,
+    validate_scheduler_factory,
+    validate_training_data,
 )
 from lomo_ds.engine.ds_parse import parse_ds_config
 from lomo_ds.engine.engine_state import advance_scheduler, capture_engine, restore_engine, restore_weights
-from lomo_ds.engine.items import LabelWatch
+from lomo_ds.engine.items import LabelObserver
 from lomo_ds.engine.loss import as_scalar
 from lomo_ds.engine.lr_schedulers import build_scheduler
 from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
@@ -66,22 +66,24 @@ def initialize(
     mesh_param: None = None,
     config_params: str | dict[str, Any] | None = None,
 ) -> tuple["LomoEngine", LomoOptimizer, Any, Any]:
-    """``deepspeed.initialize`` for LOMO: the same arguments, the same four values.
+    """Build a LOMO engine; takes the arguments of ``deepspeed.initialize`` and returns the same four values.
 
     Args:
-        model: its parameters are split over the ranks, unless ``deepspeed.zero.Init`` has done so.
-        optimizer, mpu, mesh_param: must be None; LOMO is named in ``config``, and its ranks are data-parallel.
-        model_parameters: what to train, tensors or param groups with their own ``lr`` and ``weight_decay``.
-        lr_scheduler: a function that builds one for the optimizer it is given; a scheduler that is built acts on
-            another optimizer.
-        config: an ordinary DeepSpeed config (path or dict) with ``"optimizer": {"type": "LOMO", ...}`` and ZeRO
-            stage 3; see ``LomoConfig`` for the optimizer's parameters.
+        model: the model to train. Its parameters are partitioned over the ranks here, unless ``deepspeed.zero.Init``
+            has already partitioned them.
+        optimizer, mpu, mesh_param: must be None. ``config`` selects LOMO, and all ranks are data-parallel.
+        model_parameters: the parameters to train, as tensors or as param groups with their own ``lr`` and
+            ``weight_decay``; None trains all parameters.
+        lr_scheduler: a function that builds a scheduler for the optimizer passed to it. An existing scheduler is
+            refused because it is bound to another optimizer.
+        config: a DeepSpeed config (path or dict) with ``"optimizer": {"type": "LOMO", ...}`` and ZeRO stage 3; see
+            ``LomoConfig`` for the optimizer's parameters.
 
     Returns:
         (engine, optimizer, training dataloader or None, learning-rate scheduler or None)
 
     Raises:
-        ConfigError: something was asked for that cannot be done.
+        ConfigError: an argument or a setting is invalid or not supported.
     """
     shutdown_init_context()
     try:
@@ -93,16 +95,16 @@ def initialize(
                 )
         if model is None:
             raise ConfigError("lomo_ds.initialize needs a model, got None")
-        model_parameters = read_parameters(model, model_parameters)
-        refuse_scheduler(lr_scheduler)
-        refuse_data(training_data, collate_fn)
+        model_parameters = validate_model_parameters(model, model_parameters)
+        validate_scheduler_factory(lr_scheduler)
+        validate_training_data(training_data, collate_fn)
         ds_config = settle(_load_config(args, config, config_params))
         refuse_what_cannot_be(ds_config)
         _join_process_group(distributed_port, dist_init_required)
         ds_config = settle(ds_config, dist.get_world_size())
-        refuse_what_cannot_be(ds_config)  # again, as accumulation may follow from the number of ranks
+        refuse_what_cannot_be(ds_config)  # again, because the world size may determine the accumulation steps
         if dist.get_rank() == 0 and (idle := idle_fields(ds_config)):
-            logger.info("of the DeepSpeed config LOMO has no use for %s", ", ".join(idle))
+            logger.info("LOMO ignores these fields of the DeepSpeed config: %s", ", ".join(idle))
         engine = LomoEngine(
             args=args,
             model=model,
@@ -120,42 +122,48 @@ def initialize(
 
 
 class LomoEngine(DeepSpeedEngine):
-    """A ``DeepSpeedEngine`` over ZeRO-3 in which no whole gradient outlives the hook that receives it."""
+    """A ``DeepSpeedEngine`` with ZeRO-3 that updates parameters in backward and never keeps full gradients.
+
+    A full gradient is reduced to this rank's shard and freed while backward continues.
+    """
 
     optimizer: LomoOptimizer
     _in_train_batch = False
 
     @property
     def cur_scale(self) -> float:
-        """The loss scale of the next step; 1 unless training in fp16."""
+        """Loss scale of the next step; 1 unless training in fp16."""
         return self.optimizer.cur_scale
 
     @property
     def schedule(self) -> Schedule:
-        """The update schedule in force."""
+        """Active update schedule."""
         return self.optimizer.schedule
 
     def train_batch(self, batch: Batch | Sequence[Batch], num_items: int | Sequence[int] | None = None) -> Tensor:
-        """One whole optimizer step under any schedule: the step plain PyTorch would take on all ranks' batches at once.
+        """Run one complete optimizer step under any schedule.
+
+        The result equals the step of plain PyTorch on the batches of all ranks together.
 
         Args:
-            batch: the keyword arguments of the model's forward; or a list of them, this rank's micro-batches. The
-                counts of labelled tokens (labels other than -100) may differ between ranks and micro-batches; the
-                number of micro-batches may not.
-            num_items: how many items the loss is a mean over, for each micro-batch; None counts them, see ``items``.
+            batch: the keyword arguments of the model's forward, or a list of such dicts, one per micro-batch of this
+                rank. The number of labelled tokens (labels other than -100) may differ between ranks and
+                micro-batches. The number of micro-batches must be the same on every rank.
+            num_items: the number of items that the loss of each micro-batch is averaged over; None counts them, see
+                ``items``.
 
         Returns:
-            The model's loss averaged over the labelled tokens of the whole step, all ranks and micro-batches; 0-dim,
-            float32. It is not finite where the step was skipped for that.
+            The model's loss averaged over the labelled tokens of all ranks and micro-batches; 0-dim, float32. It is
+            not finite if the step was skipped because of a non-finite loss.
 
         Raises:
-            ConfigError: several micro-batches under a schedule that keeps no gradients; a step begun with
-                ``engine.backward`` is not finished; the batch names no arguments; the model returns no loss; or it is
-                not known what losses weigh.
+            ConfigError: the schedule does not keep gradients and there are several micro-batches; a step that began
+                with ``engine.backward`` is unfinished; the batch has no argument names; the model returns no loss; or
+                the weights of the micro-batch losses are unknown.
             PeerError: the model returns no loss on another rank.
         """
-        step_batch = StepBatch(batch, num_items, self._labels, self.device, self._ranks)
-        self._refuse_train_batch(len(step_batch))
+        step_batch = StepBatch(batch, num_items, self._label_observer, self.device, self._data_parallel_group)
+        self._validate_train_batch(len(step_batch))
         self._in_train_batch = True
         try:
             if self.schedule.passes == 2:
@@ -165,83 +173,83 @@ class LomoEngine(DeepSpeedEngine):
             self.set_gradient_accumulation_boundary(True)
             self.step()
         except BaseException:
-            self.optimizer.discard()
+            self.optimizer.abort_step()
             raise
         finally:
             self._in_train_batch = False
             self._is_gradient_accumulation_boundary = None
-        # step() has counted one micro-step; the step is a whole one, however many micro-batches it had
+        # step() has counted one micro-step, but this was a complete optimizer step
         self.micro_steps += self.gradient_accumulation_steps() - 1
         return torch.tensor(self.optimizer.loss, dtype=torch.float32, device=self.device)
 
-    def _refuse_train_batch(self, micro_batches: int) -> None:
-        self._refuse_step_without_metric(None)
+    def _validate_train_batch(self, micro_batches: int) -> None:
+        self._validate_scheduler_metric(None)
         if micro_batches > 1 and not self.schedule.keeps_gradients:
             raise ConfigError(
-                f"train_batch got {micro_batches} micro-batches, but this schedule keeps no gradients to add up; "
+                f"train_batch got {micro_batches} micro-batches, but this update schedule cannot accumulate gradients; "
                 "use update_schedule stash, or one larger micro-batch"
             )
         if self.optimizer.backward_passes:
             raise ConfigError(
-                f"train_batch takes whole steps, but {self.optimizer.backward_passes} engine.backward of an unfinished "
-                "step came before it; call engine.step() first"
+                f"train_batch must not run inside an unfinished step, but engine.backward has run "
+                f"{self.optimizer.backward_passes} time(s) since the last step; call engine.step() first"
             )
 
     def _backward_twice(self, step_batch: StepBatch) -> None:
-        """Measure, agree, and if the step is sound, compute the same gradients again and update."""
+        """Measure the gradients; then, unless the step must be skipped, compute them again and update."""
         random_states = RandomStates.capture()
         self._backward_all(step_batch)
         if self.optimizer.skip_reason is None:
-            coefficients = self.optimizer.agree_on_step()
+            coefficients = self.optimizer.reduce_norms_and_loss()
             if self.optimizer.skip_reason is None:
                 self.schedule.apply(coefficients)
-                random_states.restore()  # the same dropout again
+                random_states.restore()  # so that the second pass draws the same dropout masks
                 self._backward_all(step_batch)
 
     def _backward_all(self, step_batch: StepBatch) -> None:
-        """Forward and backward of each micro-batch, its loss weighted by its share of the step's labels."""
+        """Run forward and backward for each micro-batch, with its loss weighted by its share of the step's labels."""
         is_first_pass = step_batch.share is None
         for position in range(len(step_batch)):
             loss = step_batch.forward(self, position)
             if step_batch.skip_reason is not None:
-                return self.optimizer.skip_step(step_batch.skip_reason, step_batch.scale_is_to_blame)
+                return self.optimizer.skip_step(step_batch.skip_reason, step_batch.counts_as_overflow)
             weight = step_batch.weight(position)
             if is_first_pass:
                 self.optimizer.add_loss(loss.detach().double() * weight)
             self.set_gradient_accumulation_boundary(position == len(step_batch) - 1)
-            # ranks' gradients are averaged: what is a share of the step is that times the ranks on each rank
-            self.backward(loss * (weight * dist.get_world_size(self._ranks)), scale_wrt_gas=False)
+            # gradients are averaged over the ranks, so multiply by the world size to sum the weighted losses
+            self.backward(loss * (weight * dist.get_world_size(self._data_parallel_group)), scale_wrt_gas=False)
         return None
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
-        """``DeepSpeedEngine.backward``; the gradients of all ranks are averaged, as DeepSpeed's are.
+        """Run ``DeepSpeedEngine.backward``; gradients are averaged over the ranks, as in DeepSpeed.
 
         Raises:
-            ConfigError: the schedule in force cannot do this, see ``train_batch``; or nothing can go backward from
-                ``loss``.
+            ConfigError: the active schedule does not support this call, see ``train_batch``; or ``loss`` is not a
+                scalar with a graph.
         """
         loss = as_scalar(loss)
         if not self._in_train_batch:
-            self._refuse_backward()
+            self._validate_backward()
         if self.schedule.updates_in_backward and not self._in_train_batch:
-            bad_losses = all_reduce_sum((~loss.detach().isfinite()).double(), self._ranks)
+            bad_losses = all_reduce_sum((~loss.detach().isfinite()).double(), self._data_parallel_group)
             if bad_losses.item():
                 self.optimizer.skip_step("a loss was not finite")
                 return loss / self.gradient_accumulation_steps()
         try:
             return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         except BaseException:
-            self.optimizer.discard()
+            self.optimizer.abort_step()
             raise
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        """``DeepSpeedEngine.step``; says so where the step was skipped.
+        """Run ``DeepSpeedEngine.step``, and log a warning if the step was skipped.
 
         Raises:
-            ConfigError: the learning-rate scheduler needs a metric, and ``lr_kwargs`` has none.
+            ConfigError: the learning-rate scheduler needs a metric and ``lr_kwargs`` has none.
         """
         skipped = self.skipped_steps
-        self._refuse_step_without_metric(lr_kwargs)
+        self._validate_scheduler_metric(lr_kwargs)
         super().step(lr_kwargs)
         if self.skipped_steps > skipped and self.global_rank == 0:
             logger.warning(
@@ -260,25 +268,25 @@ class LomoEngine(DeepSpeedEngine):
         then: Callable[[], None] | None = None,
         in_background: bool = False,
     ) -> bool:
-        """Write the whole state of training as ``save_dir/tag``; every rank calls it, between steps.
+        """Write the complete training state to ``save_dir/tag``; call it on every rank, between steps.
 
         Args:
-            tag: the folder's name, ``checkpoint-<step>`` by default.
-            client_state: what the caller wants back from ``load_checkpoint``, as JSON; the same on every rank.
-            save_latest: whether ``latest`` is to name it.
+            tag: the folder name; ``checkpoint-<step>`` by default.
+            client_state: caller data for ``load_checkpoint`` to return; must be JSON and equal on every rank.
+            save_latest: whether to make ``latest`` point to this checkpoint.
             add_files, then, in_background: see ``Saver.save``.
 
         Returns:
-            True, as DeepSpeed's does.
+            True, as in DeepSpeed.
 
         Raises:
-            ConfigError: a step is under way, whose gradients no checkpoint holds.
+            ConfigError: a step is unfinished; checkpoints do not contain gradients.
             CheckpointError: ``tag`` is a path; or see ``Saver.save``.
         """
         if self.optimizer.backward_passes:
             raise ConfigError(
-                f"save_checkpoint saves between steps, but {self.optimizer.backward_passes} engine.backward of an "
-                "unfinished step came before it; call engine.step() first"
+                f"save_checkpoint must not run inside an unfinished step, but engine.backward has run "
+                f"{self.optimizer.backward_passes} time(s) since the last step; call engine.step() first"
             )
         tag = tag or checkpoint_name(self.global_steps)
         if Path(tag).name != tag or tag == "..":
@@ -303,96 +311,99 @@ class LomoEngine(DeepSpeedEngine):
         load_module_only: bool = False,
         custom_load_fn: None = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
-        """Go on from the checkpoint ``load_dir/tag``, or the one that was saved there last; every rank calls it.
+        """Resume from the checkpoint ``load_dir/tag``, by default the latest one; call it on every rank.
 
-        The number of ranks may be another than the one that saved; weights are the same bit for bit then, and dropout
-        and stochastic rounding draw other numbers.
+        The world size may differ from the one that saved the checkpoint. The weights are then still bit-identical,
+        but dropout and stochastic rounding use different random numbers.
 
         Args:
-            load_module_strict: must be True: every tensor is loaded.
-            load_optimizer_states: whether to go on with the saved dynamic loss scale and state of the update rule.
-            load_lr_scheduler_states: whether to go on with the saved scheduler, its settings (a base learning rate,
-                milestones) included, and learning rates; if not, this engine's stay as they are.
-            load_module_only: load the weights, and nothing else.
+            load_module_strict: must be True, because every tensor is loaded.
+            load_optimizer_states: whether to restore the dynamic loss scale and the state of the update rule.
+            load_lr_scheduler_states: whether to restore the scheduler, including its settings (base learning rate,
+                milestones), and the learning rates; False keeps this engine's.
+            load_module_only: whether to load only the weights and buffers.
             custom_load_fn: must be None.
 
         Returns:
-            The folder and its ``client_state``; None and None where nothing was ever saved.
+            The checkpoint folder and its ``client_state``; (None, None) if ``load_dir`` has no checkpoint.
 
         Raises:
-            LomoError: the checkpoint is damaged, or of another model or type of scheduler.
+            LomoError: the checkpoint is damaged, or was saved with another model or scheduler type.
         """
-        _refuse_partial_loading(load_module_strict, custom_load_fn)
+        _validate_full_loading(load_module_strict, custom_load_fn)
         self.saver.wait()
         tag = tag or gather_objects(read_latest(Path(load_dir)), self.saver.group)[0]
         if tag is None:
             return None, None
         snapshot = capture_engine(self)
-        found = open_checkpoint(Path(load_dir) / tag, snapshot.tensors, self.saver.group)
+        checkpoint = open_checkpoint(Path(load_dir) / tag, snapshot.tensors, self.saver.group)
         if load_module_only:
-            restore_weights(self, found, self.saver.group)
+            restore_weights(self, checkpoint, self.saver.group)
         else:
-            restore_engine(self, found, self.saver.group, load_optimizer_states, load_lr_scheduler_states)
-        return str(found.folder), found.record["client_state"]
+            restore_engine(self, checkpoint, self.saver.group, load_optimizer_states, load_lr_scheduler_states)
+        return str(checkpoint.folder), checkpoint.record["client_state"]
 
-    def restore(self, found: Checkpoint) -> None:
-        """Go on from a checkpoint that has been verified; every rank calls it.
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Resume from a verified checkpoint; call it on every rank.
 
-        The learning rate is the one that this engine's own scheduler gives after as many steps.
+        The learning rate follows this engine's own scheduler, advanced by the number of steps already taken.
         """
-        restore_engine(self, found, self.saver.group, scheduler=False)
+        restore_engine(self, checkpoint, self.saver.group, scheduler=False)
         advance_scheduler(self)
 
     @cached_property
     def saver(self) -> Saver:
-        """Writes this engine's checkpoints; made by all ranks at once, at the first save or load."""
+        """Saver of this engine's checkpoints, created collectively at the first save or load."""
         return Saver(torch.distributed.new_group(backend="gloo", timeout=TIMEOUT))
 
     def destroy(self) -> None:
-        """Take every hook off the model, and end what saves its checkpoints."""
+        """Remove every hook from the model, and close the checkpoint saver."""
         super().destroy()
-        self._labels.remove()
-        self._access.remove()
+        self._label_observer.remove()
+        self._parameter_access.remove()
         if "saver" in vars(self):
             self.saver.close()
             del self.saver
 
     def _backward_prologue(self) -> None:
         if not self._in_train_batch:
-            self._refuse_backward()
+            self._validate_backward()
         self.optimizer.gathering.begin_backward()
         super()._backward_prologue()
 
-    def _refuse_step_without_metric(self, lr_kwargs: dict[str, Any] | None) -> None:
-        """DeepSpeed would give the scheduler the batch size in its place."""
+    def _validate_scheduler_metric(self, lr_kwargs: dict[str, Any] | None) -> None:
+        """Raise if the scheduler needs a metric and got none; DeepSpeed would pass it the batch size instead."""
         if needs_metric(self.lr_scheduler) and not lr_kwargs:
             raise ConfigError(
-                f"{type(self.lr_scheduler).__name__} steps by a metric, which train_batch has none of; use another "
+                f"{type(self.lr_scheduler).__name__} needs a metric, which train_batch does not provide; use another "
                 "scheduler, or engine.backward(loss) and engine.step({'metrics': metric})"
             )
 
-    def _refuse_backward(self) -> None:
-        """DeepSpeed's idiom cannot always be followed; found here, ``loss.backward()`` is refused too."""
+    def _validate_backward(self) -> None:
+        """Raise if the active schedule does not support separate ``backward`` and ``step`` calls.
+
+        ``_backward_prologue`` calls this too, so a plain ``loss.backward()`` is also checked.
+        """
         if self.schedule.passes == 2:
             raise ConfigError(
-                "update_schedule two_pass runs every batch forward and backward twice, which engine.backward cannot; "
-                "call engine.train_batch(batch), or use update_schedule stash"
+                "update_schedule two_pass must run every batch forward and backward twice, which engine.backward "
+                "cannot do; call engine.train_batch(batch), or use update_schedule stash"
             )
         if not self.schedule.keeps_gradients and (
             self.optimizer.backward_passes or not self.is_gradient_accumulation_boundary()
         ):
             raise ConfigError(
-                "several backward passes make one step, but update_schedule immediate keeps no gradients to add up; "
+                "update_schedule immediate cannot accumulate gradients, but got several backward passes in one step; "
                 "call engine.step() after each backward, or use update_schedule stash"
             )
 
     def zero_optimization_partition_weights(self) -> bool:
-        """Whether weights are gathered for each use, and DeepSpeed must watch each use; see ``gathering.Resident``."""
+        """Return whether weights are gathered for each use; False for ``gathering.Resident``, which needs no hooks."""
         built = self.optimizer is not None
         return super().zero_optimization_partition_weights() and not (built and self.optimizer.gathering.resident)
 
     def _broadcast_model(self) -> None:
-        """On one rank DeepSpeed would build a communicator for it."""
+        """Skip the broadcast on one rank, where DeepSpeed would create a communicator for it."""
         if dist.get_world_size() > 1:
             super()._broadcast_model()
 
@@ -406,36 +417,36 @@ class LomoEngine(DeepSpeedEngine):
     def _configure_lr_scheduler(self) -> None:
         super()._configure_lr_scheduler()
         if self.client_lr_scheduler is not None:
-            refuse_idle_scheduler(self.lr_scheduler, (self.basic_optimizer, self.optimizer))
+            validate_built_scheduler(self.lr_scheduler, (self.basic_optimizer, self.optimizer))
 
     def _configure_optimizer(self, client_optimizer: None, model_parameters: list[Any]) -> None:
         lomo = read_lomo_config(self.config)
         self.basic_optimizer = ParameterGroups(model_parameters, lomo.lr, lomo.weight_decay)
         self.optimizer = build_optimizer(self, self.basic_optimizer, lomo)
-        self._labels = LabelWatch(self.module)
-        self._access = ParameterAccess(self.module)
+        self._label_observer = LabelObserver(self.module)
+        self._parameter_access = ParameterAccess(self.module)
 
     @property
-    def _ranks(self) -> ProcessGroup:
+    def _data_parallel_group(self) -> ProcessGroup:
         return self.seq_data_parallel_group
 
 
-def _refuse_partial_loading(load_module_strict: bool, custom_load_fn: None) -> None:
+def _validate_full_loading(load_module_strict: bool, custom_load_fn: None) -> None:
     if not load_module_strict:
         raise ConfigError(
-            "load_module_strict False is not supported, as each rank loads its own shards of every tensor; load into "
-            "the model that was saved, or export the checkpoint and load that"
+            "load_module_strict False is not supported, because each rank loads its own shards of every tensor; load "
+            "into the model that was saved, or export the checkpoint and load the exported model"
         )
     if custom_load_fn is not None:
         raise ConfigError(
-            "custom_load_fn is not supported, as no rank ever holds a whole state_dict; export the checkpoint, change "
-            "the exported model, and begin from that"
+            "custom_load_fn is not supported, because no rank ever holds a full state_dict; export the checkpoint, "
+            "change the exported model, and start from it"
         )
 
 
 def _join_process_group(distributed_port: int, dist_init_required: bool | None) -> None:
     if dist_init_required is not False and not torch.distributed.is_initialized():
-        start_process_group()  # which needs no launcher, where DeepSpeed's own would look for MPI
+        start_process_group()  # works without a launcher; DeepSpeed's own initialization would look for MPI
     dist.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
         distributed_port=distributed_port,
@@ -444,17 +455,18 @@ def _join_process_group(distributed_port: int, dist_init_required: bool | None) 
 
 
 def _load_config(args: Any, config: Any, config_params: Any) -> dict[str, Any]:
-    given = [c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None]
-    if len(given) != 1:
-        raise ConfigError(f"give one DeepSpeed config, as config= or in args.deepspeed_config, got {len(given)}")
-    if isinstance(given[0], dict):
-        return given[0]
+    sources = [c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None]
+    if len(sources) != 1:
+        raise ConfigError(f"give one DeepSpeed config, as config= or in args.deepspeed_config, got {len(sources)}")
+    source = sources[0]
+    if isinstance(source, dict):
+        return source
     try:
-        loaded = load_ds_config(given[0])
-    except Exception as error:  # whatever its JSON reader and its decoders raise
-        raise ConfigError(f"the DeepSpeed config {one_line(given[0])} cannot be read: {one_line(error)}") from error
+        loaded = load_ds_config(source)
+    except Exception as error:  # JSON readers and decoders raise many types
+        raise ConfigError(f"the DeepSpeed config {one_line(source)} cannot be read: {one_line(error)}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(
-            f"the DeepSpeed config {one_line(given[0])} must hold a JSON object, got {type(loaded).__name__}"
+            f"the DeepSpeed config {one_line(source)} must hold a JSON object, got {type(loaded).__name__}"
         )
     return loaded

@@ -9,7 +9,7 @@ from torch import Tensor
 from lomo_ds.errors import ConfigError
 
 
-def loss_of(output: Any) -> Tensor:
+def extract_loss(output: Any) -> Tensor:
     """Find the loss in a model's output: the tensor itself, ``["loss"]``, ``.loss``, or the one in a tuple.
 
     Returns:

@@ -39,7 +39,7 @@ class LomoOptimizer(ZeROOptimizer):
         gathering: gives modules their whole parameters.
         hooks: bring the gradients to ``schedule``.
         choice: what the settings of the schedule came to.
-        ranks: the data-parallel ranks.
+        process_group: the process group of the data-parallel ranks.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class LomoOptimizer(ZeROOptimizer):
         schedule: Schedule,
         choice: Choice,
         loss_scaler: LossScalerBase,
-        ranks: ProcessGroup,
+        process_group: ProcessGroup,
     ) -> None:
         super().__init__()
         self.optimizer = groups
@@ -59,7 +59,7 @@ class LomoOptimizer(ZeROOptimizer):
         self.schedule = schedule
         self.choice = choice
         self.loss_scaler = loss_scaler
-        self.ranks = ranks
+        self.process_group = process_group
         # read by ZeROOptimizer.scale_if_loss and needs_scaler
         self.dynamic_loss_scale = loss_scaler.dynamic
         self.custom_loss_scaler = False
@@ -93,17 +93,17 @@ class LomoOptimizer(ZeROOptimizer):
         self._loss_sum += contribution
         self._knows_loss = True
 
-    def skip_step(self, reason: str, scale_is_to_blame: bool = True) -> None:
+    def skip_step(self, reason: str, counts_as_overflow: bool = True) -> None:
         """All ranks know that the step under way must change nothing, without asking one another again."""
         self.skip_reason = reason
-        self._scale_is_to_blame = scale_is_to_blame
+        self._counts_as_overflow = counts_as_overflow
         self._global_grad_norm, self.loss = math.nan, math.nan
         self._agreed = True
 
-    def agree_on_step(self) -> list[float]:
+    def reduce_norms_and_loss(self) -> list[float]:
         """The step's one collective: overflow, global norm and loss; returns the clip factors of the groups."""
         squared_norms = self.schedule.measure() / self.schedule.scale**2
-        agreed = all_reduce_sum(torch.cat([squared_norms, self._loss_sum]), self.ranks).cpu()
+        agreed = all_reduce_sum(torch.cat([squared_norms, self._loss_sum]), self.process_group).cpu()
         self._global_grad_norm = float(agreed[:-1].sum().sqrt())
         self.loss = float(agreed[-1]) if self._knows_loss else math.nan
         if not agreed[-1].isfinite():
@@ -120,7 +120,7 @@ class LomoOptimizer(ZeROOptimizer):
             NonFiniteGradientError: the schedule had already updated weights from an inf or nan.
         """
         if not self._agreed:
-            coefficients = self.agree_on_step()
+            coefficients = self.reduce_norms_and_loss()
             if self.skip_reason is None:
                 self.schedule.apply(coefficients)
             elif self.schedule.updates_in_backward:
@@ -131,12 +131,12 @@ class LomoOptimizer(ZeROOptimizer):
                 )
         self.last_skip_reason = self.skip_reason
         self.optimizer.step()  # learning-rate schedulers want to have seen it
-        if self.dynamic_loss_scale and (self._scale_is_to_blame or not self.overflow):
+        if self.dynamic_loss_scale and (self._counts_as_overflow or not self.overflow):
             self.loss_scaler.update_scale(self.overflow)
         self.gathering.refresh()
         self._start_step()
 
-    def discard(self) -> None:
+    def abort_step(self) -> None:
         """Forget a step that an exception has cut short, while it is being raised.
 
         One rank, or several that have all failed at the same place, may go on with another step: nothing of this one
@@ -179,7 +179,7 @@ class LomoOptimizer(ZeROOptimizer):
         for group, lr in zip(self.param_groups, state["lr"], strict=True):
             group["lr"] = lr
 
-    def begin_anew(self) -> None:
+    def reset_after_load(self) -> None:
         """Let the next step see shards that have been filled, and the loss scale as it is now."""
         self.gathering.refresh()
         self._start_step()
@@ -190,11 +190,11 @@ class LomoOptimizer(ZeROOptimizer):
         self.gathering.destroy()
 
     def _start_step(self) -> None:
-        world_size = torch.distributed.get_world_size(self.ranks)
+        world_size = torch.distributed.get_world_size(self.process_group)
         self.schedule.start(scale=self.cur_scale * world_size)
         self.backward_passes = 0  # of the step under way
         self.skip_reason = None
-        self._scale_is_to_blame = True
+        self._counts_as_overflow = True
         self._agreed = False
         self._loss_sum = torch.zeros(1, dtype=torch.float64, device=self.schedule.device)
         self._knows_loss = False

@@ -8,19 +8,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lomo_ds.distributed.collectives import all_reduce_sum
-from lomo_ds.engine.batches import Batch, micro_batches_of, on_device, with_any_labels
+from lomo_ds.engine.batches import Batch, as_micro_batches, move_to_device, with_dummy_labels
 from lomo_ds.engine.items import (
     WAY_OUT,
     Count,
-    LabelWatch,
+    LabelObserver,
     Seen,
     count_items,
     count_labels,
-    given_counts,
-    items_of,
-    sums_of,
+    count_sums,
+    parse_num_items,
+    total_items,
 )
-from lomo_ds.engine.loss import loss_of
+from lomo_ds.engine.loss import extract_loss
 from lomo_ds.errors import ConfigError, PeerError
 
 
@@ -31,7 +31,7 @@ class StepBatch:
         batch, num_items: see ``LomoEngine.train_batch``.
         watch: of the model that will run it.
         device: the one that computes.
-        ranks: those that take the step together.
+        process_group: those that take the step together.
 
     Raises:
         ConfigError: the batch is none, or cannot be counted.
@@ -41,28 +41,28 @@ class StepBatch:
         self,
         batch: Batch | Sequence[Batch],
         num_items: int | Sequence[int] | None,
-        watch: LabelWatch,
+        watch: LabelObserver,
         device: torch.device,
-        ranks: ProcessGroup,
+        process_group: ProcessGroup,
     ) -> None:
-        micro_batches = micro_batches_of(batch)
+        micro_batches = as_micro_batches(batch)
         # counted where the labels lie, which is the host: on the device each count would wait for it
         if num_items is not None:
-            self.counts = given_counts(num_items, len(micro_batches))
+            self.counts = parse_num_items(num_items, len(micro_batches))
         else:
             self.counts = [count_items(micro_batch, watch.shifts) for micro_batch in micro_batches]
         self.micro_batches = [
-            on_device(micro_batch if any(count) else with_any_labels(micro_batch), device)
+            move_to_device(micro_batch if any(count) else with_dummy_labels(micro_batch), device)
             for micro_batch, count in zip(micro_batches, self.counts, strict=True)
         ]
         self.is_given = num_items is not None
         self.watch = watch
         self.device = device
-        self.ranks = ranks
+        self.process_group = process_group
         self.way: str | None = None  # in which the model treats its labels, where that was seen
         self.share: float | None = None  # of one item in the step; 0 where it must be skipped
         self.skip_reason: str | None = None
-        self.scale_is_to_blame = False
+        self.counts_as_overflow = False
 
     def __len__(self) -> int:
         return len(self.micro_batches)
@@ -106,7 +106,7 @@ class StepBatch:
         return model(**self.micro_batches[position])
 
     def _loss_in(self, output: Any, position: int) -> Tensor:
-        loss = loss_of(output)
+        loss = extract_loss(output)
         if self.share is None:
             self._count_as_seen()
         else:
@@ -147,19 +147,19 @@ class StepBatch:
 
     def _agree_on_share(self, loss: Tensor, refusal: ConfigError | None) -> None:
         """Let ``share`` be one over the items of the whole step, all ranks; 0 where the step must be skipped."""
-        counted = torch.tensor([refusal is not None, *sums_of(self.counts)], dtype=torch.float64).to(self.device)
+        counted = torch.tensor([refusal is not None, *count_sums(self.counts)], dtype=torch.float64).to(self.device)
         is_bad = (~loss.isfinite()).double().view(1)
-        bad_losses, refusals, *sums = all_reduce_sum(torch.cat([is_bad, counted]), self.ranks).tolist()
+        bad_losses, refusals, *sums = all_reduce_sum(torch.cat([is_bad, counted]), self.process_group).tolist()
         if refusal is not None:
             refusal.of_some_ranks = True
             raise refusal
         if refusals:
             raise PeerError("another rank refuses what its model returned")
-        items = items_of(sums)
+        items = total_items(sums)
         if bad_losses:
-            self.skip_reason, self.scale_is_to_blame = "a loss was not finite", True
+            self.skip_reason, self.counts_as_overflow = "a loss was not finite", True
         elif not items:
-            self.skip_reason = "no label in it counts"
+            self.skip_reason = "the step has no labelled items"
         self.share = 0.0 if self.skip_reason else 1.0 / items
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lomo_ds.distributed.collectives import all_reduce_sum
-from lomo_ds.engine.items import Count, LabelWatch, items_of, sums_of
+from lomo_ds.engine.items import Count, LabelObserver, count_sums, total_items
 from lomo_ds.engine.protocol import TrainingEngine
 from lomo_ds.engine.step_batch import StepBatch
 
@@ -22,7 +22,7 @@ def evaluate_loss(
         interrupted: asked before each batch, with the same answer on every rank; True ends it with None.
     """
     training = engine.module.training
-    watch = LabelWatch(engine.module)
+    watch = LabelObserver(engine.module)
     engine.eval()
     try:
         total = torch.zeros(1, dtype=torch.float64, device=engine.device)  # of losses times items
@@ -38,9 +38,9 @@ def evaluate_loss(
     finally:
         watch.remove()
         engine.train(training)
-    sums = torch.tensor(sums_of(counts), dtype=torch.float64).to(engine.device)
+    sums = torch.tensor(count_sums(counts), dtype=torch.float64).to(engine.device)
     summed, *sums_of_all = all_reduce_sum(torch.cat([total, sums]), engine.seq_data_parallel_group).tolist()
-    return summed / items_of(sums_of_all)
+    return summed / total_items(sums_of_all)
 
 
 @torch.no_grad()

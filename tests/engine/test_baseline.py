@@ -144,7 +144,7 @@ def skip(reason: str) -> tuple[float, list[str]]:
     reference = PlainOptimizer(copy.deepcopy(model), "adamw")
     engine = make_baseline(model, "adamw", accumulation=2)
     batches = [whole_batch(step, rows=4) for step in range(3)]
-    if reason == "no label in it counts":
+    if reason == "the step has no labelled items":
         batches[1]["labels"] = torch.full_like(batches[1]["labels"], -100)
 
     def poison(value: Any) -> Any:
@@ -171,7 +171,9 @@ def skip(reason: str) -> tuple[float, list[str]]:
     return largest_difference(weights_of(engine), reference.model), [record for record in records if reason in record]
 
 
-@pytest.mark.parametrize("reason", ["no label in it counts", "a loss was not finite", "a gradient was not finite"])
+@pytest.mark.parametrize(
+    "reason", ["the step has no labelled items", "a loss was not finite", "a gradient was not finite"]
+)
 def test_a_skipped_step_changes_nothing(ranks: GroupOf, reason: str) -> None:
     outcomes = ranks(2).run(skip, reason)
     assert max(difference for difference, _ in outcomes) < 1e-6

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from lomo_ds.engine.batches import micro_batches_of, on_device, with_any_labels
+from lomo_ds.engine.batches import as_micro_batches, move_to_device, with_dummy_labels
 from lomo_ds.errors import ConfigError
 
 X = torch.zeros(2, 3)
@@ -17,8 +17,8 @@ Pair = namedtuple("Pair", ["left", "right"])
 @pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict, BatchEncoding])
 def test_any_mapping_is_a_micro_batch(kind: Any) -> None:
     batch = kind({"x": X})
-    assert micro_batches_of(batch) == [batch]
-    assert micro_batches_of([batch, batch]) == micro_batches_of((batch, batch)) == [batch, batch]
+    assert as_micro_batches(batch) == [batch]
+    assert as_micro_batches([batch, batch]) == as_micro_batches((batch, batch)) == [batch, batch]
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,13 @@ def test_any_mapping_is_a_micro_batch(kind: Any) -> None:
 )
 def test_refuses_what_names_no_arguments(batch: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        micro_batches_of(batch)
+        as_micro_batches(batch)
 
 
 def test_tensors_move_wherever_they_lie_in_a_batch() -> None:
     packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(2), torch.zeros(1)])
     batch = {"x": X, "nested": [X, {"y": (X, Pair(X, 1.0))}], "encoding": UserDict(z=X), "packed": packed, "k": "text"}
-    moved = on_device(batch, torch.device("meta"))
+    moved = move_to_device(batch, torch.device("meta"))
     assert moved["x"].is_meta
     assert moved["nested"][0].is_meta
     assert moved["nested"][1]["y"][0].is_meta
@@ -58,7 +58,7 @@ def test_tensors_move_wherever_they_lie_in_a_batch() -> None:
 
 def test_any_labels_make_a_loss_without_changing_the_batch() -> None:
     batch = {"input_ids": torch.tensor([[3, 4]]), "labels": torch.tensor([[-100, -100]])}
-    filled = with_any_labels(batch)
+    filled = with_dummy_labels(batch)
     assert filled["labels"].tolist() == [[0, 0]]
     assert filled["input_ids"] is batch["input_ids"]
     assert batch["labels"].tolist() == [[-100, -100]]

@@ -10,7 +10,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 import lomo_ds
-from lomo_ds.engine.client_arguments import read_parameters, refuse_data
+from lomo_ds.engine.client_arguments import validate_model_parameters, validate_training_data
 from lomo_ds.errors import ConfigError
 from tests.engines import make_engine
 from tests.ranks import Ranks
@@ -100,7 +100,7 @@ def plateau() -> tuple[str, float]:
 
 def test_a_scheduler_that_needs_a_metric_gets_no_batch_size_instead(ranks: GroupOf) -> None:
     reason, rate = ranks(1).run(plateau)[0]
-    assert "ReduceLROnPlateau steps by a metric" in reason
+    assert "ReduceLROnPlateau needs a metric" in reason
     assert rate == pytest.approx(0.03)
 
 
@@ -118,17 +118,17 @@ def test_a_scheduler_that_needs_a_metric_gets_no_batch_size_instead(ranks: Group
     ],
 )
 def test_parameters_of_the_model_are_taken(given: Any) -> None:
-    assert read_parameters(MODEL, given) == list(given)
+    assert validate_model_parameters(MODEL, given) == list(given)
 
 
 @pytest.mark.parametrize("in_group", [False, True])
 def test_a_generator_is_read_once(in_group: bool) -> None:
     if in_group:
-        groups = read_parameters(MODEL, [{"params": (p for p in MODEL.parameters())}])
+        groups = validate_model_parameters(MODEL, [{"params": (p for p in MODEL.parameters())}])
         assert groups is not None
         assert groups[0]["params"] == [WEIGHT, BIAS]
     else:
-        assert read_parameters(MODEL, MODEL.parameters()) == [WEIGHT, BIAS]
+        assert validate_model_parameters(MODEL, MODEL.parameters()) == [WEIGHT, BIAS]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_generator_is_read_once(in_group: bool) -> None:
 )
 def test_parameters_that_would_not_train_are_refused(given: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        read_parameters(MODEL, given)
+        validate_model_parameters(MODEL, given)
 
 
 # data
@@ -173,9 +173,9 @@ def test_parameters_that_would_not_train_are_refused(given: Any, reason: str) ->
 )
 def test_data_that_would_be_ignored_is_refused(data: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        refuse_data(data, None)
+        validate_training_data(data, None)
 
 
 def test_collate_fn_is_a_function() -> None:
     with pytest.raises(ConfigError, match="collate_fn must be a function, got 'pad'"):
-        refuse_data([1], "pad")  # type: ignore[arg-type]
+        validate_training_data([1], "pad")  # type: ignore[arg-type]

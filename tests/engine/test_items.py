@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lomo_ds.engine.items import Count, count_items, given_counts, items_of, shifts_labels, sums_of
+from lomo_ds.engine.items import Count, count_items, count_sums, parse_num_items, shifts_labels, total_items
 from lomo_ds.errors import ConfigError
 from tests.reference import tiny_model
 
@@ -145,31 +145,31 @@ def test_refuses_what_cannot_be_counted(batch: dict[str, Any], reason: str) -> N
 
 @pytest.mark.parametrize("counts", [[(3, 2), (6, 4)], [(0, 0), (5, 4)], [(7, 7), (1, 1)], [(0, 0)], [(9, 5)]])
 def test_two_ways_of_counting_that_weigh_alike(counts: list[tuple[int, int]]) -> None:
-    assert items_of(sums_of([Count(*count) for count in counts])) == sum(items for items, _ in counts)
+    assert total_items(count_sums([Count(*count) for count in counts])) == sum(items for items, _ in counts)
 
 
 @pytest.mark.parametrize("counts", [[(3, 2), (4, 3)], [(1, 0), (1, 1)], [(1, 0)], [(10**6, 10**6 - 1), (10**6, 10**6)]])
 def test_two_ways_of_counting_that_differ_are_refused(counts: list[tuple[int, int]]) -> None:
     with pytest.raises(ConfigError, match="give num_items to train_batch"):
-        items_of(sums_of([Count(*count) for count in counts]))
+        total_items(count_sums([Count(*count) for count in counts]))
 
 
 @pytest.mark.parametrize("tensors", [(3, 1), (3, 3, 1)])
 def test_rows_of_batches_of_like_shapes_need_no_name(tensors: tuple[int, ...]) -> None:
     like = {str(number): torch.zeros(length) for number, length in enumerate(tensors)}
     count = count_items(like, shifts=None)
-    assert items_of(sums_of([count, count])) == 2 * tensors[0]
+    assert total_items(count_sums([count, count])) == 2 * tensors[0]
     other = count_items(like | {"0": torch.zeros(7)}, shifts=None)
     with pytest.raises(ConfigError, match="what in the batch its rows are"):
-        items_of(sums_of([count, other]))
+        total_items(count_sums([count, other]))
 
 
 def test_num_items_is_one_for_each_micro_batch() -> None:
-    assert given_counts(3, 1) == given_counts([3], 1) == given_counts(torch.tensor(3), 1) == [Count(3, 3)]  # type: ignore[arg-type]
-    assert given_counts((3, 0), 2) == [Count(3, 3), Count(0, 0)]
+    assert parse_num_items(3, 1) == parse_num_items([3], 1) == parse_num_items(torch.tensor(3), 1) == [Count(3, 3)]  # type: ignore[arg-type]
+    assert parse_num_items((3, 0), 2) == [Count(3, 3), Count(0, 0)]
 
 
 @pytest.mark.parametrize("given", [[3], 3, [3, -1], [3, 1.5], [True, 1], "34", None])
 def test_num_items_that_are_none(given: Any) -> None:
     with pytest.raises(ConfigError, match="a list of one for each of the 2 micro-batches, got"):
-        given_counts(given, 2)
+        parse_num_items(given, 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lomo_ds.engine.loss import as_scalar, loss_of
+from lomo_ds.engine.loss import as_scalar, extract_loss
 from lomo_ds.errors import ConfigError
 
 LOSS = torch.tensor(1.0, requires_grad=True)
@@ -37,14 +37,14 @@ class Output:
     ],
 )
 def test_finds_the_loss(output: Any) -> None:
-    loss = loss_of(output)
+    loss = extract_loss(output)
     assert loss.data_ptr() == LOSS.data_ptr()
     assert loss.requires_grad
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1)])
 def test_one_number_is_a_loss_of_any_shape(shape: tuple[int, ...]) -> None:
-    loss = loss_of(LOSS.reshape(shape))
+    loss = extract_loss(LOSS.reshape(shape))
     assert (loss.shape, loss.requires_grad) == ((), True)
 
 
@@ -70,12 +70,12 @@ def test_one_number_is_a_loss_of_any_shape(shape: tuple[int, ...]) -> None:
 )
 def test_refuses_what_is_no_loss(output: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        loss_of(output)
+        extract_loss(output)
 
 
 def test_a_loss_needs_no_graph_where_nothing_trains() -> None:
     with torch.no_grad():
-        assert loss_of((LOGITS.detach(), LOSS.detach())) == 1.0
+        assert extract_loss((LOGITS.detach(), LOSS.detach())) == 1.0
 
 
 def test_an_output_in_place_of_its_loss() -> None:
