@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.test_engine_checkpoints import interrupted_and_not
+from tests.checkpoint.test_engine_checkpoints import check_bit_exact_resume
 from tests.determinism import deterministic_algorithms
 from tests.engine.test_baseline import PlainOptimizer, make_baseline, trainable_model
 from tests.engines import largest_difference, make_engine, weights_of
@@ -101,7 +101,7 @@ def test_half_precision_learns(ranks: GroupOf, section: str) -> None:
 
 def interrupted_on_gpu(folder: str, precision: str, offload: bool, in_background: bool) -> None:
     with deterministic_algorithms():
-        interrupted_and_not(folder, precision, offload, in_background)
+        check_bit_exact_resume(folder, precision, offload, in_background)
 
 
 @pytest.mark.parametrize(

@@ -1,42 +1,49 @@
-"""Checkpoints: the whole state of a run on disk, exact, atomic and verified, for any number of ranks to go on from."""
+"""Checkpoints: the full state of a run, saved atomically, verified on load, and resumable on any number of ranks."""
 
 from lomo_ds.checkpoint.folders import (
     checkpoint_name,
-    checkpoints_in,
     is_checkpoint,
+    list_checkpoints,
     read_latest,
     remove,
     remove_unfinished,
     rotate,
     step_of,
 )
-from lomo_ds.checkpoint.load import Checkpoint, newest_alone, newest_whole, open_alone, open_checkpoint, restore
-from lomo_ds.checkpoint.locate import is_run
+from lomo_ds.checkpoint.load import (
+    Checkpoint,
+    open_checkpoint,
+    open_in_one_process,
+    open_newest,
+    open_newest_in_one_process,
+    restore,
+)
+from lomo_ds.checkpoint.locate import is_run_folder
 from lomo_ds.checkpoint.save import Saver
-from lomo_ds.checkpoint.state import MODEL, Snapshot, dtype_of, refuse_other_model, tensor_record
-from lomo_ds.checkpoint.weights import whole_tensors
+from lomo_ds.checkpoint.state import MODEL, Snapshot, check_same_model, describe_tensors, parse_dtype
+from lomo_ds.checkpoint.weights import load_full_tensors
 
 __all__ = [
     "MODEL",
     "Checkpoint",
     "Saver",
     "Snapshot",
+    "check_same_model",
     "checkpoint_name",
-    "checkpoints_in",
-    "dtype_of",
+    "describe_tensors",
     "is_checkpoint",
-    "is_run",
-    "newest_alone",
-    "newest_whole",
-    "open_alone",
+    "is_run_folder",
+    "list_checkpoints",
+    "load_full_tensors",
     "open_checkpoint",
+    "open_in_one_process",
+    "open_newest",
+    "open_newest_in_one_process",
+    "parse_dtype",
     "read_latest",
-    "refuse_other_model",
     "remove",
     "remove_unfinished",
     "restore",
     "rotate",
     "step_of",
-    "tensor_record",
-    "whole_tensors",
 ]

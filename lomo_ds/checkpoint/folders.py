@@ -1,4 +1,4 @@
-"""Checkpoints side by side in one folder: their names and order, and which one is the latest."""
+"""Names, order and rotation of the checkpoint folders in an output folder, and the ``latest`` file."""
 
 import os
 import re
@@ -8,61 +8,61 @@ from pathlib import Path
 from lomo_ds.checkpoint.manifest import MANIFEST, sync_folder
 from lomo_ds.errors import CheckpointError
 
-WEIGHTS = "weights"  # folder of every rank's shards, the first that a save makes
+WEIGHTS = "weights"  # folder with the shards of all ranks; a save creates it first
 RECORD = "state.json"
-LATEST = "latest"  # the file that names the checkpoint written last, as DeepSpeed's does
-# what a process that was killed leaves behind: in the making, being deleted, replaced
+LATEST = "latest"  # file with the name of the newest checkpoint, as in DeepSpeed
+# suffixes of folders that a killed process leaves behind: being written, being deleted, being replaced
 UNFINISHED = (".partial", ".deleting", ".replaced")
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder of the checkpoint after ``step``."""
+    """Return the folder name of the checkpoint saved after ``step``."""
     return f"checkpoint-{step}"
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's folder is named after; -1 if it is none of ours."""
-    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(found.group(1)) if found else -1
+    """Return the step in a checkpoint folder's name, or -1 if the name is not ``checkpoint-<step>``."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match.group(1)) if match else -1
 
 
-def checkpoints_in(output_dir: Path) -> list[Path]:
-    """All checkpoints of lomo_ds, whole or not, the lowest step first."""
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Return all lomo_ds checkpoints, complete or not, in order of their steps."""
     folders = [folder for folder in output_dir.glob("checkpoint-*") if step_of(folder) >= 0 and is_checkpoint(folder)]
     return sorted(folders, key=step_of)
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether ``folder`` is a checkpoint of lomo_ds, damaged perhaps; other programs give theirs the same names."""
-    signs = [(folder / WEIGHTS).is_dir(), (folder / RECORD).is_file(), (folder / MANIFEST).is_file()]
-    return sum(signs) >= 2
+    """Return whether ``folder`` is a lomo_ds checkpoint, possibly damaged; other programs use the same names."""
+    markers = [(folder / WEIGHTS).is_dir(), (folder / RECORD).is_file(), (folder / MANIFEST).is_file()]
+    return sum(markers) >= 2
 
 
-def refuse_to_replace(folder: Path) -> None:
-    """Check that a save to ``folder`` deletes nothing but a checkpoint, or what a save cut short has left.
+def check_replaceable(folder: Path) -> None:
+    """Check that a save to ``folder`` would delete only a checkpoint or the remains of an interrupted save.
 
     Raises:
-        CheckpointError: something else is there.
+        CheckpointError: ``folder`` holds something else.
     """
     partial = folder.with_name(folder.name + ".partial")
-    for place, is_ours in ((folder, is_checkpoint(folder)), (partial, (partial / WEIGHTS).is_dir())):
-        is_empty = place.is_dir() and not any(place.iterdir())
-        if os.path.lexists(place) and not is_empty and not is_ours:
+    for path, is_ours in ((folder, is_checkpoint(folder)), (partial, (partial / WEIGHTS).is_dir())):
+        is_empty = path.is_dir() and not any(path.iterdir())
+        if os.path.lexists(path) and not is_empty and not is_ours:
             raise CheckpointError(
-                f"a checkpoint takes the place of a checkpoint alone, and {place} is none that lomo_ds has written; "
+                f"a checkpoint may only replace another checkpoint, but {path} is not one that lomo_ds wrote; "
                 "give another tag or folder"
             )
 
 
 def newest_first(output_dir: Path) -> list[Path]:
-    """The checkpoints in the order in which to try them: what ``latest`` names, then the highest step first."""
-    found = checkpoints_in(output_dir)[::-1]
+    """Return the checkpoints in the order to try them: the one that ``latest`` names, then by descending step."""
+    checkpoints = list_checkpoints(output_dir)[::-1]
     latest = read_latest(output_dir)
-    return sorted(found, key=lambda folder: folder.name != latest)
+    return sorted(checkpoints, key=lambda folder: folder.name != latest)
 
 
 def read_latest(folder: Path) -> str | None:
-    """The name of the checkpoint that was written last; None if no file says so."""
+    """Return the name of the newest checkpoint from ``latest``, or None if that file cannot be read."""
     try:
         return (folder / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -70,7 +70,7 @@ def read_latest(folder: Path) -> str | None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a whole checkpoint its name, in place of an older one of that name."""
+    """Rename a complete checkpoint to its final name, replacing an older checkpoint of that name."""
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
         final.rename(replaced)
@@ -84,8 +84,8 @@ def publish(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def point_latest(final: Path) -> None:
-    """Let ``latest`` name the checkpoint ``final``, at once or not at all."""
+def write_latest(final: Path) -> None:
+    """Write the name of the checkpoint ``final`` to ``latest``, atomically."""
     pointer = final.parent / (LATEST + ".partial")
     with pointer.open("w", encoding="utf-8") as file:
         file.write(final.name + "\n")
@@ -96,20 +96,20 @@ def point_latest(final: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int, protected: set[str]) -> None:
-    """Delete the checkpoints of the lowest steps until ``limit`` are left, but none whose name is ``protected``."""
-    found = checkpoints_in(output_dir)
-    surplus = max(len(found) - limit, 0)
-    for folder in [folder for folder in found if folder.name not in protected][:surplus]:
+    """Delete the checkpoints of the lowest steps until ``limit`` remain, but none whose name is ``protected``."""
+    checkpoints = list_checkpoints(output_dir)
+    surplus = max(len(checkpoints) - limit, 0)
+    for folder in [folder for folder in checkpoints if folder.name not in protected][:surplus]:
         remove(folder)
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Delete what a process that was killed has left half written or half deleted.
+    """Delete folders that a killed process left half written or half deleted.
 
-    A checkpoint that was moved aside for one of the same name comes back, if the other has not taken its place.
+    A checkpoint that was moved aside for a new one of the same name is restored if the new one was not put in place.
     """
-    found = [folder for folder in output_dir.glob("checkpoint-*.*") if folder.suffix in UNFINISHED]
-    for folder in found:
+    unfinished = [folder for folder in output_dir.glob("checkpoint-*.*") if folder.suffix in UNFINISHED]
+    for folder in unfinished:
         original = folder.with_suffix("")
         if step_of(original) < 0:
             continue
@@ -120,7 +120,7 @@ def remove_unfinished(output_dir: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; at no moment is there one with half its files."""
+    """Delete a checkpoint, renaming it first so that no checkpoint with half its files is ever visible."""
     deleting = folder.with_name(folder.name + ".deleting")
     folder.rename(deleting)
-    shutil.rmtree(deleting, ignore_errors=True)  # a file that someone holds open goes with the next start
+    shutil.rmtree(deleting, ignore_errors=True)  # files that are still open are deleted at the next start

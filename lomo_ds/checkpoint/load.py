@@ -1,4 +1,4 @@
-"""A checkpoint read by all ranks: verified first, then each rank takes its part of it."""
+"""Loading of checkpoints: verify the files on all ranks, then let each rank read its own part."""
 
 import logging
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lomo_ds.checkpoint.folders import WEIGHTS, newest_first
-from lomo_ds.checkpoint.manifest import Entry, read_manifest, share, verify, warn_of_edits
+from lomo_ds.checkpoint.manifest import Entry, files_for_rank, read_manifest, verify_files, warn_about_edits
 from lomo_ds.checkpoint.state import (
     MODEL,
     Snapshot,
-    read_rank,
+    check_no_extra_files,
+    check_same_blocks,
+    check_same_model,
+    load_rank_state,
     read_record,
-    refuse_other_blocks,
-    refuse_other_model,
-    refuse_strangers,
 )
 from lomo_ds.checkpoint.weights import load_weights
 from lomo_ds.distributed.collectives import gather_objects, raise_on_all_ranks
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every byte is what was written, but for settings that people edit."""
+    """A verified checkpoint: every file has the bytes that were written, except settings that people may edit."""
 
     folder: Path
     record: dict[str, Any]
 
     @property
     def weights(self) -> Path:
-        """The folder of its weights."""
+        """Folder of the weights."""
         return self.folder / WEIGHTS
 
 
@@ -47,106 +47,106 @@ def open_checkpoint(
     group: ProcessGroup | None = None,
     check: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> Checkpoint:
-    """Verify a checkpoint; all ranks call it, and each reads its share of the files.
+    """Verify a checkpoint. All ranks must call this, and each rank reads a part of the files.
 
     Args:
-        tensors: of the model at hand, see ``tensor_record``.
-        check: raises a ``LomoError`` where the record is not one to go on from.
+        tensors: shapes and dtypes of the current model, see ``describe_tensors``.
+        check: raises a ``LomoError`` if training cannot resume from the record.
 
     Raises:
-        LomoError: it is missing, damaged, or of another model; ``PeerError`` on all ranks but the one that found out.
+        LomoError: the checkpoint is missing, damaged, or of another model; the other ranks raise ``PeerError``.
     """
 
-    def opened() -> Checkpoint:
-        files, settings, found = _described(folder)
-        refuse_other_blocks(folder, found.record, torch.distributed.get_world_size(group))
-        refuse_other_model(folder, found.record, tensors)
+    def open_and_verify() -> Checkpoint:
+        files, settings, checkpoint = _read_metadata(folder)
+        check_same_blocks(folder, checkpoint.record, torch.distributed.get_world_size(group))
+        check_same_model(folder, checkpoint.record, tensors)
         if check is not None:
-            check(folder, found.record)
+            check(folder, checkpoint.record)
         rank = torch.distributed.get_rank(group)
-        verify(folder, share(files, rank, torch.distributed.get_world_size(group)))
+        verify_files(folder, files_for_rank(files, rank, torch.distributed.get_world_size(group)))
         if rank == 0:
-            warn_of_edits(folder, settings)
-        return found
+            warn_about_edits(folder, settings)
+        return checkpoint
 
-    return raise_on_all_ranks(opened, group)
+    return raise_on_all_ranks(open_and_verify, group)
 
 
-def open_alone(folder: Path) -> Checkpoint:
-    """Verify a checkpoint in one process, without the others that ``open_checkpoint`` needs.
+def open_in_one_process(folder: Path) -> Checkpoint:
+    """Verify a checkpoint in a single process, without a process group.
 
     Raises:
-        LomoError: it is missing or damaged.
+        LomoError: the checkpoint is missing or damaged.
     """
-    files, settings, found = _described(folder)
-    verify(folder, files)
-    warn_of_edits(folder, settings)
-    return found
+    files, settings, checkpoint = _read_metadata(folder)
+    verify_files(folder, files)
+    warn_about_edits(folder, settings)
+    return checkpoint
 
 
-def newest_alone(run: Path) -> Checkpoint:
-    """The newest whole checkpoint of a run's folder, verified in one process; damaged ones are passed over, and logged.
+def open_newest_in_one_process(run: Path) -> Checkpoint:
+    """Open the newest intact checkpoint of a run folder in a single process; log and skip damaged ones.
 
     Raises:
-        CheckpointError: none of them is whole.
+        CheckpointError: no checkpoint is intact.
     """
     for folder in newest_first(run):
         try:
-            return open_alone(folder)
+            return open_in_one_process(folder)
         except LomoError as error:
             logger.warning("checkpoint passed over: %s", error)
     raise CheckpointError(f"none of the checkpoints in {run} is whole, see above; give the folder of another run")
 
 
-def _described(folder: Path) -> tuple[dict[str, Entry], dict[str, Entry], Checkpoint]:
-    """The files of a checkpoint, all of them there; those of its model folder, which people edit; and its record.
+def _read_metadata(folder: Path) -> tuple[dict[str, Entry], dict[str, Entry], Checkpoint]:
+    """Return the fixed files of a checkpoint, the editable files of its model folder, and the checkpoint.
 
-    All but weights and random states are verified.
+    All fixed files exist. All of them except the weights and random states have been verified.
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint {folder}")
     files, settings = read_manifest(folder, editable=lambda name: name.startswith(f"{MODEL}/"))
-    refuse_strangers(folder, files)
-    verify(folder, {name: entry for name, entry in files.items() if not name.endswith(".safetensors")})
+    check_no_extra_files(folder, files)
+    verify_files(folder, {name: entry for name, entry in files.items() if not name.endswith(".safetensors")})
     return files, settings, Checkpoint(folder, read_record(folder, files))
 
 
-def newest_whole(
+def open_newest(
     output_dir: Path,
     tensors: dict[str, list[Any]],
     group: ProcessGroup | None = None,
     check: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> Checkpoint | None:
-    """The newest checkpoint that ``open_checkpoint`` finds nothing wrong with; the others are passed over, and logged.
+    """Open the newest checkpoint that ``open_checkpoint`` accepts; log and skip the others.
 
     Returns:
         None if ``output_dir`` holds no checkpoint at all.
 
     Raises:
-        CheckpointError: it holds some, and none is fit to go on from.
+        CheckpointError: there are checkpoints, but training can resume from none of them.
     """
-    found = gather_objects(newest_first(output_dir), group)[0]  # as rank 0 sees a shared file system
-    for folder in found:
+    folders = gather_objects(newest_first(output_dir), group)[0]  # rank 0's view of the shared file system
+    for folder in folders:
         try:
             return open_checkpoint(folder, tensors, group, check)
         except LomoError as error:
             if torch.distributed.get_rank(group) == 0:
                 logger.warning("checkpoint passed over: %s", error)
-    if found:
+    if folders:
         raise CheckpointError(
-            f"none of the {len(found)} checkpoints in {output_dir} can be resumed from, see above; to start from the "
+            f"none of the {len(folders)} checkpoints in {output_dir} can be resumed from, see above; to start from the "
             "beginning, remove them or give another --output_dir"
         )
     return None
 
 
 def restore(checkpoint: Checkpoint, snapshot: Snapshot, group: ProcessGroup) -> dict[str, Tensor]:
-    """Fill the shards and buffers of ``snapshot``; all ranks call it.
+    """Load a checkpoint into the shards and buffers of ``snapshot``. All ranks must call this.
 
     Returns:
-        What this rank had for itself; empty if the checkpoint is of another number of ranks.
+        This rank's ``Snapshot.rank_state``; empty if the checkpoint was saved with another world size.
     """
     load_weights(snapshot.shards, snapshot.buffers, checkpoint.weights, group)
     if checkpoint.record["world_size"] != torch.distributed.get_world_size(group):
         return {}
-    return raise_on_all_ranks(lambda: read_rank(checkpoint.folder, torch.distributed.get_rank(group)), group)
+    return raise_on_all_ranks(lambda: load_rank_state(checkpoint.folder, torch.distributed.get_rank(group)), group)

@@ -1,4 +1,4 @@
-"""A folder's files with their sizes and checksums, so that a damaged one is found before anything of it is used."""
+"""The manifest of a folder: sizes and checksums of its files, checked before any of them is used."""
 
 import hashlib
 import json
@@ -17,51 +17,51 @@ Entry = dict[str, Any]  # "bytes" and "sha256" of one file
 logger = logging.getLogger(__name__)
 
 
-def entries(folder: Path, files: Iterable[Path]) -> dict[str, Entry]:
-    """Size and checksum of each of ``files``, by its path in ``folder``; what has been written is on the disk then."""
-    found = {}
+def compute_entries(folder: Path, files: Iterable[Path]) -> dict[str, Entry]:
+    """Sync ``files`` to disk and return the size and checksum of each, keyed by its path in ``folder``."""
+    entries = {}
     for file in files:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        found[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
-    return found
+        entries[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
+    return entries
 
 
 def write_manifest(folder: Path, files: dict[str, Entry]) -> None:
-    """Write the manifest, itself checksummed, and make the folder's names durable."""
+    """Write the manifest with a checksum of its own, and sync the folder's directory entries."""
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(_dump(files))
         file.flush()
         os.fsync(file.fileno())
-    for below in {folder, *((folder / name).parent for name in files)}:
-        sync_folder(below)
+    for parent in {folder, *((folder / name).parent for name in files)}:
+        sync_folder(parent)
 
 
 def read_manifest(folder: Path, editable: Callable[[str], bool]) -> tuple[dict[str, Entry], dict[str, Entry]]:
-    """The entries of the manifest in ``folder``.
+    """Read the manifest in ``folder`` and check that its fixed files exist with the right size.
 
     Args:
-        editable: whether people edit the file of this name.
+        editable: returns whether people may edit the file of this name; all other files are fixed.
 
     Returns:
-        The entries of the files that nobody edits, each of which exists and has the size that it names; the others'.
+        The entries of the fixed files, and the entries of the editable files.
 
     Raises:
-        DamagedError: the manifest is missing or damaged, or a file that nobody edits is missing or of another size.
+        DamagedError: the manifest is missing or damaged, or a fixed file is missing or has another size.
     """
     path = folder / MANIFEST
     try:
         text = path.read_bytes().decode("utf-8")
         files: dict[str, Entry] = json.loads(text)["files"]
-        whole = text == _dump(files)
+        intact = text == _dump(files)
     except FileNotFoundError:
         raise DamagedError(
-            f"{folder} is not whole: it holds no {MANIFEST}, which is written last and belongs into every copy"
+            f"{folder} is not whole: it holds no {MANIFEST}, which is written last and must be part of every copy"
         ) from None
     except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise DamagedError(f"{path} is damaged: it is not what was written")
     fixed = {name: entry for name, entry in files.items() if not editable(name)}
     for name, entry in fixed.items():
@@ -73,11 +73,11 @@ def read_manifest(folder: Path, editable: Callable[[str], bool]) -> tuple[dict[s
     return fixed, {name: entry for name, entry in files.items() if name not in fixed}
 
 
-def verify(folder: Path, files: dict[str, Entry]) -> None:
-    """Read ``files`` of ``folder`` and compare their checksums.
+def verify_files(folder: Path, files: dict[str, Entry]) -> None:
+    """Compare the checksums of ``files`` in ``folder`` with their manifest entries.
 
     Raises:
-        DamagedError: one differs or cannot be read.
+        DamagedError: a file differs or cannot be read.
     """
     for name, entry in files.items():
         file = folder / name
@@ -89,15 +89,15 @@ def verify(folder: Path, files: dict[str, Entry]) -> None:
         if digest != entry["sha256"]:
             raise DamagedError(
                 f"{file} is damaged: its checksum is not the one in {MANIFEST}; if it was changed on purpose, save the "
-                "model anew with transformers' save_pretrained, which leaves the manifest behind"
+                "model again with transformers' save_pretrained to a new folder, which will have no manifest"
             )
 
 
-def warn_of_edits(folder: Path, files: dict[str, Entry]) -> None:
-    """Log the names of those of ``files`` that a person has changed or removed.
+def warn_about_edits(folder: Path, files: dict[str, Entry]) -> None:
+    """Log a warning with the names of ``files`` that were changed or removed.
 
     Raises:
-        DamagedError: one cannot be read, or is no JSON any more.
+        DamagedError: a file cannot be read, or is no longer valid JSON.
     """
     names = []
     for name, entry in files.items():
@@ -112,25 +112,25 @@ def warn_of_edits(folder: Path, files: dict[str, Entry]) -> None:
         except OSError as error:
             raise DamagedError(f"{folder / name} cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            raise DamagedError(f"{folder / name} was changed and is no JSON any more: {error}") from None
+            raise DamagedError(f"{folder / name} was changed and is no longer valid JSON: {error}") from None
     if names:
         logger.warning("changed in %s since lomo_ds wrote it, and used as it is now: %s", folder, ", ".join(names))
 
 
-def share(files: dict[str, Entry], rank: int, world_size: int) -> dict[str, Entry]:
-    """What one rank verifies, so that all ranks together verify every file once, each about as many bytes."""
+def files_for_rank(files: dict[str, Entry], rank: int, world_size: int) -> dict[str, Entry]:
+    """Return the files that one rank verifies: each file goes to one rank, and bytes are balanced over the ranks."""
     loads = [0] * world_size
-    mine = {}
+    assigned = {}
     for name in sorted(files, key=lambda name: (-files[name]["bytes"], name)):
         lightest = loads.index(min(loads))
         loads[lightest] += files[name]["bytes"]
         if lightest == rank:
-            mine[name] = files[name]
-    return mine
+            assigned[name] = files[name]
+    return assigned
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names that were created or renamed in ``folder`` durable."""
+    """Sync the directory ``folder``, so that created and renamed files survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -139,7 +139,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _dump(files: dict[str, Entry]) -> str:
-    """One way to write the entries, so that any other byte is damage."""
+    """Serialize the entries deterministically, so that any differing byte means damage."""
     body = json.dumps(files, sort_keys=True)
     content = {"files": files, "sha256": hashlib.sha256(body.encode()).hexdigest()}
     return json.dumps(content, indent=1, sort_keys=True) + "\n"

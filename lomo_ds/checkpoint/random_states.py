@@ -1,4 +1,4 @@
-"""What dropout and data draw from, kept and put back."""
+"""Saving and restoring the states of all random number generators."""
 
 import random
 from dataclasses import dataclass
@@ -18,23 +18,23 @@ class RandomStates:
 
     @classmethod
     def capture(cls) -> "RandomStates":
-        """The states as they are now."""
+        """Return the current states."""
         return cls(torch.get_rng_state(), get_accelerator().get_rng_state())
 
     def restore(self) -> None:
-        """Make what follows draw the same numbers again."""
+        """Set the generators to these states."""
         torch.set_rng_state(self.host)
         get_accelerator().set_rng_state(self.device)
 
 
 def all_random_states() -> dict[str, Tensor]:
-    """The state of every generator of this process, Python's and numpy's too, as tensors that a file can hold."""
-    torchs = RandomStates.capture()
+    """Return the states of this process's generators (torch, Python and NumPy) as tensors for a safetensors file."""
+    torch_states = RandomStates.capture()
     version, internal, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     return {
-        "random.host": torchs.host,
-        "random.device": torchs.device,
+        "random.host": torch_states.host,
+        "random.device": torch_states.device,
         "random.python": torch.tensor([version, *internal], dtype=torch.int64),
         "random.python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
         "random.numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
@@ -44,7 +44,7 @@ def all_random_states() -> dict[str, Tensor]:
 
 
 def restore_all_random_states(states: dict[str, Tensor]) -> None:
-    """Put back what ``all_random_states`` has found."""
+    """Restore the states that ``all_random_states`` returned."""
     RandomStates(states["random.host"], states["random.device"]).restore()
     version, *internal = states["random.python"].tolist()
     gauss = states["random.python_gauss"].tolist()

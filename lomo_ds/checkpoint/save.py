@@ -1,4 +1,4 @@
-"""A checkpoint written by all ranks: aside first, checksummed, synced, and renamed when it is whole."""
+"""Saving of checkpoints by all ranks: write to a temporary folder, checksum, sync, then rename to the final name."""
 
 import dataclasses
 import json
@@ -15,10 +15,10 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from torch.distributed import ProcessGroup
 
-from lomo_ds.checkpoint.folders import RECORD, WEIGHTS, point_latest, publish, refuse_to_replace
-from lomo_ds.checkpoint.manifest import entries, write_manifest
-from lomo_ds.checkpoint.state import FORMAT, Snapshot, rank_file
-from lomo_ds.checkpoint.weights import files_of_rank, save_weights
+from lomo_ds.checkpoint.folders import RECORD, WEIGHTS, check_replaceable, publish, write_latest
+from lomo_ds.checkpoint.manifest import compute_entries, write_manifest
+from lomo_ds.checkpoint.state import FORMAT, Snapshot, rank_state_file
+from lomo_ds.checkpoint.weights import save_weights, weight_files_of_rank
 from lomo_ds.distributed.collectives import gather_objects, raise_on_all_ranks
 from lomo_ds.errors import CheckpointError
 
@@ -26,11 +26,11 @@ Result = TypeVar("Result")
 
 
 class Saver:
-    """Writes checkpoints, one at a time, in this thread or in one of its own.
+    """Writer of checkpoints, one at a time, in the calling thread or in a background thread.
 
     Args:
-        group: of all ranks, over host memory (gloo), used for nothing else: a save of its own thread runs beside
-            the training's collectives.
+        group: a gloo process group of all ranks, reserved for this object: a background save runs its collectives
+            concurrently with those of training.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -40,62 +40,62 @@ class Saver:
         self.executor = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="checkpoint",
-            initializer=accelerator.set_device,  # each thread has a device of its own, the first one unless told
+            initializer=accelerator.set_device,  # the current device is per thread, and device 0 by default
             initargs=(accelerator.current_device(),),
         )
         self.pending: Future[None] | None = None
-        self._end_group = weakref.finalize(self, _end, group)
-        self._end_group.atexit = False
+        self._destroy_group = weakref.finalize(self, _destroy_group, group)
+        self._destroy_group.atexit = False
 
     def save(
         self,
         snapshot: Snapshot,
         final: Path,
         add_files: Callable[[Path], None] | None = None,
-        then: Callable[[], None] | None = None,
+        after_save: Callable[[], None] | None = None,
         in_background: bool = False,
         is_latest: bool = True,
     ) -> None:
-        """Write ``snapshot`` as the folder ``final``; every rank calls it with the same ``final``.
+        """Write ``snapshot`` to the folder ``final``. Every rank must call this with the same ``final``.
 
         Args:
-            add_files: writes further files into the folder that it is given; rank 0 calls it.
-            then: what rank 0 does when the checkpoint is in place.
-            in_background: copy the shards (on NVMe, where they lie there) and return; ``wait`` tells how it ended.
-            is_latest: let ``latest`` name it.
+            add_files: writes more files into the folder that it is given; only rank 0 calls it.
+            after_save: called on rank 0 when the checkpoint is in place.
+            in_background: copy the shards (those on NVMe stay there) and return; ``wait`` reports failures.
+            is_latest: whether to write the name of this checkpoint to ``latest``.
 
         Raises:
-            CheckpointError: ``final`` is something else than a checkpoint, which the rank that knows says; or it could
-                not be written, on every rank in the same words. Nothing that was there before has changed. Of a save in
-                the background, the next ``save`` or ``wait`` raises it.
+            CheckpointError: ``final`` exists and is not a checkpoint (raised by the rank that sees it); or the
+                checkpoint cannot be written (raised by every rank with the same message). Existing checkpoints are
+                unchanged. If a background save fails, the next ``save`` or ``wait`` raises the error.
         """
         self.wait()
-        self._refuse_to_replace(final)
-        put_in_place = partial(_put_in_place, final, is_latest, then)
+        self._check_replaceable(final)
+        finalize = partial(_finalize, final, is_latest, after_save)
         if in_background:
-            copied = self._on_all(lambda: _set_apart(snapshot), final)
-            self.pending = self.executor.submit(self._write, copied, final, add_files, put_in_place)
+            copied = self._on_all(lambda: _copy(snapshot), final)
+            self.pending = self.executor.submit(self._write, copied, final, add_files, finalize)
         else:
-            self._write(snapshot, final, add_files, put_in_place)
+            self._write(snapshot, final, add_files, finalize)
 
     def wait(self) -> None:
-        """Until no save is under way.
+        """Wait until no save is in progress.
 
         Raises:
-            CheckpointError: the one in the background could not be written.
+            CheckpointError: the background save failed.
         """
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Wait for what is under way, and end the group: a thread of it polls its connections until then.
+        """Wait for a save in progress, then destroy the process group and with it the thread that polls connections.
 
         Raises:
             CheckpointError: see ``wait``.
         """
         self.wait()
-        self._end_group()
+        self._destroy_group()
         del self.group
 
     def _write(
@@ -103,70 +103,70 @@ class Saver:
         snapshot: Snapshot,
         final: Path,
         add_files: Callable[[Path], None] | None,
-        put_in_place: Callable[[Path], None],
+        finalize: Callable[[Path], None],
     ) -> None:
-        aside = final.with_name(final.name + ".partial")
+        temporary = final.with_name(final.name + ".partial")
         try:
-            self._on_main(lambda: _make_empty(aside), final)
-            save_weights(snapshot.shards, snapshot.buffers, aside / WEIGHTS, self.group)
-            self._on_all(lambda: save_file(snapshot.of_rank, rank_file(aside, self.rank)), final)
-            self._on_main(lambda: self._write_record(snapshot, aside, add_files), final)
-            self._write_manifest(aside, final)
-            self._on_main(lambda: put_in_place(aside), final)
+            self._on_main(lambda: _make_empty(temporary), final)
+            save_weights(snapshot.shards, snapshot.buffers, temporary / WEIGHTS, self.group)
+            self._on_all(lambda: save_file(snapshot.rank_state, rank_state_file(temporary, self.rank)), final)
+            self._on_main(lambda: self._write_record(snapshot, temporary, add_files), final)
+            self._write_manifest(temporary, final)
+            self._on_main(lambda: finalize(temporary), final)
         except CheckpointError:
             if self.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)  # the disk may be full
+                shutil.rmtree(temporary, ignore_errors=True)  # frees space if the disk is full
             raise
 
-    def _write_record(self, snapshot: Snapshot, aside: Path, add_files: Callable[[Path], None] | None) -> None:
+    def _write_record(self, snapshot: Snapshot, temporary: Path, add_files: Callable[[Path], None] | None) -> None:
         record = {
             "format": FORMAT,
             "world_size": torch.distributed.get_world_size(self.group),
             "tensors": snapshot.tensors,
             **snapshot.record,
         }
-        (aside / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if add_files is not None:
-            add_files(aside)
+            add_files(temporary)
 
-    def _write_manifest(self, aside: Path, final: Path) -> None:
-        """Each rank reads back and sums what it has written, rank 0 the rest."""
-        mine = [rank_file(aside, self.rank), *files_of_rank(aside / WEIGHTS, self.rank)]
+    def _write_manifest(self, temporary: Path, final: Path) -> None:
+        """Compute checksums of the files that each rank wrote (rank 0: the common files too) and write the manifest."""
+        written = [rank_state_file(temporary, self.rank), *weight_files_of_rank(temporary / WEIGHTS, self.rank)]
         if self.rank == 0:
-            of_ranks = ("rank-", "shard-")
-            mine += [file for file in aside.rglob("*") if file.is_file() and not file.name.startswith(of_ranks)]
-        found = self._on_all(lambda: entries(aside, mine), final)
-        every = {name: entry for part in gather_objects(found, self.group) for name, entry in part.items()}
-        self._on_main(lambda: write_manifest(aside, every), final)
+            prefixes = ("rank-", "shard-")
+            written += [file for file in temporary.rglob("*") if file.is_file() and not file.name.startswith(prefixes)]
+        entries = self._on_all(lambda: compute_entries(temporary, written), final)
+        all_entries = {name: entry for part in gather_objects(entries, self.group) for name, entry in part.items()}
+        self._on_main(lambda: write_manifest(temporary, all_entries), final)
 
-    def _refuse_to_replace(self, final: Path) -> None:
-        """Before anything is written; where one rank sees what is in the way, all raise."""
-        raise_on_all_ranks(lambda: refuse_to_replace(final) if self.rank == 0 else None, self.group)
+    def _check_replaceable(self, final: Path) -> None:
+        """Check on rank 0 that ``final`` may be replaced; if not, raise on all ranks."""
+        raise_on_all_ranks(lambda: check_replaceable(final) if self.rank == 0 else None, self.group)
 
     def _on_main(self, action: Callable[[], None], final: Path) -> None:
         self._on_all(lambda: action() if self.rank == 0 else None, final)
 
     def _on_all(self, action: Callable[[], Result], final: Path) -> Result:
-        """Run ``action``; if it fails on any rank, all raise, in the words of the first."""
+        """Run ``action`` on every rank; if it fails on any rank, raise the lowest failing rank's error on all."""
         result, cause = None, None
         try:
             result = action()
-        except Exception as error:  # whatever it is: a rank that kept it to itself would leave the others waiting
+        except Exception as error:  # any kind: if this rank raised alone, the other ranks would wait for ever
             cause = error
-        told = f"{getattr(cause, 'strerror', None) or cause} (rank {self.rank})" if cause else None
-        for failure in gather_objects(told, self.group):
+        message = f"{getattr(cause, 'strerror', None) or cause} (rank {self.rank})" if cause else None
+        for failure in gather_objects(message, self.group):
             if failure is not None:
                 raise CheckpointError(f"{final} cannot be written: {failure}") from cause
         return cast(Result, result)
 
 
-def _end(group: ProcessGroup) -> None:
-    if torch.distributed.is_initialized():  # else it has ended with all others
+def _destroy_group(group: ProcessGroup) -> None:
+    if torch.distributed.is_initialized():  # otherwise all groups have been destroyed already
         torch.distributed.destroy_process_group(group)
 
 
-def _set_apart(snapshot: Snapshot) -> Snapshot:
-    """Copies that training does not change: in host memory, or on NVMe what lies there."""
+def _copy(snapshot: Snapshot) -> Snapshot:
+    """Copy the snapshot so that training cannot change it: to host memory, or on NVMe for shards that are there."""
     shards = [shard.copy() for shard in snapshot.shards]
     buffers = {name: buffer.to("cpu", copy=True) for name, buffer in snapshot.buffers.items()}
     return dataclasses.replace(snapshot, shards=shards, buffers=buffers)
@@ -178,9 +178,9 @@ def _make_empty(folder: Path) -> None:
     (folder / WEIGHTS).mkdir(parents=True)
 
 
-def _put_in_place(final: Path, is_latest: bool, then: Callable[[], None] | None, aside: Path) -> None:
-    publish(aside, final)
+def _finalize(final: Path, is_latest: bool, after_save: Callable[[], None] | None, temporary: Path) -> None:
+    publish(temporary, final)
     if is_latest:
-        point_latest(final)
-    if then is not None:
-        then()
+        write_latest(final)
+    if after_save is not None:
+        after_save()

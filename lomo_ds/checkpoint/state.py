@@ -1,4 +1,4 @@
-"""What one checkpoint holds beside the weights, and how it is laid out on disk."""
+"""The contents of a checkpoint other than the weights, their layout on disk, and compatibility checks."""
 
 import json
 import math
@@ -17,49 +17,49 @@ from lomo_ds.errors import CheckpointError, DamagedError
 from lomo_ds.numerics.int8 import BLOCK
 from lomo_ds.zero3 import SCALES, Shard
 
-MODEL = "model"  # folder of configuration and tokenizer, in a checkpoint of launch/train.py
+MODEL = "model"  # folder of configuration and tokenizer in checkpoints that launch/train.py writes
 FORMAT = 1
 
 
 @dataclass
 class Snapshot:
-    """One rank's view of a step that is to be saved.
+    """One rank's state after a step, to be saved or filled.
 
     Attributes:
-        shards: of every parameter, in the model's order.
-        buffers: that belong to the weights, the same on every rank.
-        of_rank: what only this rank has: states of generators, of the update rule.
-        record: what is the same on every rank, as JSON: counters, loss scale, learning rates, and what the caller adds.
+        shards: this rank's shard of every parameter, in the model's order.
+        buffers: the model's persistent buffers, which are equal on every rank.
+        rank_state: state of this rank only: random number generators and the update rule.
+        record: JSON state that is equal on every rank: counters, loss scale, learning rates, the caller's additions.
     """
 
     shards: list[Shard]
     buffers: dict[str, Tensor]
-    of_rank: dict[str, Tensor]
+    rank_state: dict[str, Tensor]
     record: dict[str, Any]
 
     @property
     def tensors(self) -> dict[str, list[Any]]:
-        """See ``tensor_record``."""
-        whole = {s.name: torch.empty(s.shape, dtype=s.data.dtype, device="meta") for s in self.shards}
-        return tensor_record(whole | self.buffers)
+        """Shapes and dtypes of all parameters and buffers, see ``describe_tensors``."""
+        parameters = {s.name: torch.empty(s.shape, dtype=s.data.dtype, device="meta") for s in self.shards}
+        return describe_tensors(parameters | self.buffers)
 
 
-def rank_file(folder: Path, rank: int) -> Path:
-    """Where ``of_rank`` of a rank is kept."""
+def rank_state_file(folder: Path, rank: int) -> Path:
+    """Return the path of the file that holds the ``rank_state`` of ``rank``."""
     return folder / f"rank-{rank:05d}.safetensors"
 
 
-def tensor_record(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
-    """Shape and dtype of every whole tensor (on the meta device, say), by name, as JSON."""
+def describe_tensors(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
+    """Return the shape and dtype of every full tensor (which may be on the meta device), keyed by name, as JSON."""
     return {name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
 
 
 def read_record(folder: Path, files: Iterable[str]) -> dict[str, Any]:
-    """The record of a checkpoint that holds ``files``.
+    """Read the record of a checkpoint that holds ``files``.
 
     Raises:
-        DamagedError: it is unreadable, or the files are not those of its number of ranks.
-        CheckpointError: another version of lomo_ds wrote it.
+        DamagedError: the record is unreadable, or the files do not match its world size.
+        CheckpointError: another version of lomo_ds wrote the checkpoint.
     """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -68,55 +68,58 @@ def read_record(folder: Path, files: Iterable[str]) -> dict[str, Any]:
         raise DamagedError(f"{folder / RECORD} is damaged: {error}") from None
     if version != FORMAT:
         raise CheckpointError(
-            f"{folder} was written in format {version}, and this lomo_ds reads format {FORMAT}; resume with the "
+            f"{folder} was written in format {version}, but this lomo_ds reads format {FORMAT}; resume with the "
             "version that wrote it"
         )
     ranks = [name for name in files if name.startswith("rank-")]
     if len(ranks) != world_size:
-        raise DamagedError(f"{folder} is not whole: it is of {world_size} ranks, and holds the files of {len(ranks)}")
+        raise DamagedError(f"{folder} is not whole: {world_size} ranks saved it, but it holds files of {len(ranks)}")
     return record
 
 
-def refuse_strangers(folder: Path, files: Iterable[str]) -> None:
-    """Check that the folder of the weights holds nothing but ``files``: all in it would be taken for weights.
+def check_no_extra_files(folder: Path, files: Iterable[str]) -> None:
+    """Check that the weights folder holds only ``files``, because loading reads every file in it.
 
     Raises:
-        DamagedError: there is another one; it is named.
+        DamagedError: there is another file; the message names it.
     """
     for file in (folder / WEIGHTS).iterdir():
         if file.relative_to(folder).as_posix() not in files:
-            raise DamagedError(f"{file} is not of this checkpoint, whose manifest does not name it; remove it")
+            raise DamagedError(f"{file} is not part of this checkpoint: its manifest does not name it; remove the file")
 
 
-def read_rank(folder: Path, rank: int) -> dict[str, Tensor]:
-    """``of_rank`` of one rank."""
+def load_rank_state(folder: Path, rank: int) -> dict[str, Tensor]:
+    """Load the ``rank_state`` of one rank."""
     try:
-        return load_file(rank_file(folder, rank))
+        return load_file(rank_state_file(folder, rank))
     except (OSError, SafetensorError) as error:
-        raise DamagedError(f"{rank_file(folder, rank)} cannot be read: {error}") from None
+        raise DamagedError(f"{rank_state_file(folder, rank)} cannot be read: {error}") from None
 
 
-def refuse_other_model(folder: Path, record: dict[str, Any], tensors: dict[str, list[Any]]) -> None:
-    """Check that a checkpoint is of the model at hand.
+def check_same_model(folder: Path, record: dict[str, Any], tensors: dict[str, list[Any]]) -> None:
+    """Check that a checkpoint has the tensors of the current model.
+
+    Args:
+        tensors: shapes and dtypes of the current model, see ``describe_tensors``.
 
     Raises:
-        CheckpointError: a tensor of it is missing, unknown, or of another shape or dtype; the first is named.
+        CheckpointError: a tensor is missing, unknown, or has another shape or dtype; the message names the first.
     """
-    theirs = record["tensors"]
-    for name in sorted(theirs.keys() | tensors.keys()):
-        if theirs.get(name) != tensors.get(name):
-            have, want = (_describe(found.get(name)) for found in (theirs, tensors))
+    saved = record["tensors"]
+    for name in sorted(saved.keys() | tensors.keys()):
+        if saved.get(name) != tensors.get(name):
             raise CheckpointError(
-                f"{folder} is of another model: its {name} is {have}, and this model's is {want}; resume with the "
-                "model and precision it was saved with, or give another --output_dir"
+                f"{folder} is of another model: its {name} is {_describe(saved.get(name))}, but this model's is "
+                f"{_describe(tensors.get(name))}; resume with the model and precision it was saved with, or give "
+                "another --output_dir"
             )
 
 
-def refuse_other_blocks(folder: Path, record: dict[str, Any], world_size: int) -> None:
-    """Check that the blocks of weights in eight bits, which begin anew on each rank, are the same on ``world_size``.
+def check_same_blocks(folder: Path, record: dict[str, Any], world_size: int) -> None:
+    """Check that the blocks of int8 weights are the same on ``world_size`` ranks; each rank's shard starts a new block.
 
     Raises:
-        CheckpointError: they are not; the first parameter is named.
+        CheckpointError: the blocks differ; the message names the first parameter.
     """
     ranks = {record["world_size"], world_size}
     for name, (shape, _) in record["tensors"].items():
@@ -126,13 +129,13 @@ def refuse_other_blocks(folder: Path, record: dict[str, Any], world_size: int) -
             and any(math.prod(shape) % (count * BLOCK) for count in ranks)
         ):
             raise CheckpointError(
-                f"{folder} holds weights in eight bits as {record['world_size']} ranks cut them into blocks, and those "
-                f"of {name} begin elsewhere on {world_size}; resume on {record['world_size']}"
+                f"{folder} holds int8 weights in the blocks of {record['world_size']} ranks, but the blocks of {name} "
+                f"differ on {world_size} ranks; resume on {record['world_size']}"
             )
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype that ``tensor_record`` has written down."""
+def parse_dtype(name: str) -> torch.dtype:
+    """Return the dtype for a name that ``describe_tensors`` wrote."""
     return getattr(torch, name)
 
 

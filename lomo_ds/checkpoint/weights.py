@@ -1,7 +1,7 @@
-"""Weights of a checkpoint: each rank writes its own shards, any number of ranks reads them.
+"""Weights of a checkpoint: each rank writes its own shards, and any number of ranks can read them.
 
-``torch.distributed.checkpoint`` over safetensors: a shard is a 1-D DTensor over the flattened parameter, which knows
-where it lies in the whole. No file of it is a pickle.
+This uses ``torch.distributed.checkpoint`` with safetensors files. A shard is saved as a 1-D DTensor over the flattened
+parameter, which records the shard's position in it. No file is a pickle.
 """
 
 import warnings
@@ -17,57 +17,58 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lomo_ds import zero3
-from lomo_ds.checkpoint.planners import FromShards, IntoShards
+from lomo_ds.checkpoint.planners import ShardLoadPlanner, ShardSavePlanner
 from lomo_ds.errors import CheckpointError, DamagedError
+from lomo_ds.numerics.flat import ceil_div
 
-FILE_BYTES = 2**28  # of one rank's shards in one file, which is put together in memory before it is written
+FILE_BYTES = 2**28  # largest file of one rank's shards; a file is assembled in memory before it is written
 
 
 def save_weights(shards: list[zero3.Shard], buffers: dict[str, Tensor], folder: Path, group: ProcessGroup) -> None:
-    """Write every rank's ``shards``, and one rank's ``buffers``, into ``folder``; all ranks call it.
+    """Write the ``shards`` of every rank and the ``buffers`` of one rank to ``folder``. All ranks must call this.
 
     Raises:
-        CheckpointError: some rank cannot write; on every rank.
+        CheckpointError: a rank cannot write; raised on every rank.
     """
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(shards, buffers), save_distributed=True)
     tensors = _as_dtensors(shards, group) | buffers
     try:
-        checkpoint.save(tensors, storage_writer=writer, planner=FromShards(shards), process_group=group)
+        checkpoint.save(tensors, storage_writer=writer, planner=ShardSavePlanner(shards), process_group=group)
     except CheckpointException as error:
         raise CheckpointError(f"{folder.parent} cannot be written: {_first_failure(error)}") from None
 
 
 def load_weights(shards: list[zero3.Shard], buffers: dict[str, Tensor], folder: Path, group: ProcessGroup) -> None:
-    """Fill every rank's ``shards``, and ``buffers``, from what any number of ranks has written; all ranks call it.
+    """Fill ``shards`` and ``buffers`` from a checkpoint of any world size. All ranks must call this.
 
     Raises:
-        DamagedError: the files do not hold them; on every rank.
+        DamagedError: the files do not hold them; raised on every rank.
     """
     tensors = _as_dtensors(shards, group) | buffers
     try:
         reader = HuggingFaceStorageReader(str(folder))
-        checkpoint.load(tensors, storage_reader=reader, planner=IntoShards(shards), process_group=group)
+        checkpoint.load(tensors, storage_reader=reader, planner=ShardLoadPlanner(shards), process_group=group)
     except CheckpointException as error:
         raise DamagedError(f"{folder} cannot be read: {_first_failure(error)}") from None
 
 
-def whole_tensors(
+def load_full_tensors(
     like: dict[str, Tensor], folder: Path, in_eight_bits: Collection[str] = (), parts: int = 1
 ) -> dict[str, Tensor]:
-    """Whole tensors, in one process, without the ranks that wrote them.
+    """Load full tensors in a single process, without a process group.
 
     Args:
-        like: the shape and dtype of each, on the meta device.
-        in_eight_bits: names of those that were written so; they come back as floats.
-        parts: how many ranks have written.
+        like: tensors on the meta device with the shapes and dtypes to load, keyed by name.
+        in_eight_bits: names of the tensors that were saved as int8; they are returned as floats.
+        parts: the number of ranks that saved the checkpoint.
 
     Raises:
-        DamagedError: the files do not hold them.
+        DamagedError: the files do not hold the tensors.
     """
-    kept = zero3.kept_tensors(like, in_eight_bits, parts)
-    flat = {name: torch.empty(tensor.numel(), dtype=tensor.dtype) for name, tensor in kept.items()}
+    stored = zero3.kept_tensors(like, in_eight_bits, parts)
+    flat = {name: torch.empty(tensor.numel(), dtype=tensor.dtype) for name, tensor in stored.items()}
     try:
-        with warnings.catch_warnings(action="ignore"):  # that torch.distributed is off, which is what no_dist asks for
+        with warnings.catch_warnings(action="ignore"):  # no_dist=True warns that torch.distributed is not used
             checkpoint.load(flat, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
         raise DamagedError(f"{folder} cannot be read: {_first_failure(error)}") from None
@@ -77,8 +78,8 @@ def whole_tensors(
     return {name: flat[name].view(tensor.shape) for name, tensor in like.items()}
 
 
-def files_of_rank(folder: Path, rank: int) -> list[Path]:
-    """The files that ``save_weights`` has written on one rank."""
+def weight_files_of_rank(folder: Path, rank: int) -> list[Path]:
+    """Return the files that ``save_weights`` wrote on one rank."""
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
 
 
@@ -101,11 +102,11 @@ def _as_dtensors(shards: list[zero3.Shard], group: ProcessGroup) -> dict[str, Te
 
 
 def _files(shards: list[zero3.Shard], buffers: dict[str, Tensor]) -> dict[str, int]:
-    """Which file a tensor goes into, counted from 1, the same on every rank."""
+    """Assign each tensor to a file number, counted from 1 and equal on every rank."""
     file_of: dict[str, int] = dict.fromkeys(buffers, 1)
     file, filled = 1, 0
     for shard in shards:
-        nbytes = -(-shard.shape.numel() // torch.distributed.get_world_size(shard.group)) * shard.data.itemsize
+        nbytes = ceil_div(shard.shape.numel(), torch.distributed.get_world_size(shard.group)) * shard.data.itemsize
         if filled and filled + nbytes > FILE_BYTES:
             file, filled = file + 1, 0
         file_of[shard.name] = file

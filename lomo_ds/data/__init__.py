@@ -4,10 +4,10 @@ from lomo_ds.data.loader import MicroBatches, Position, TrainingSteps, evaluatio
 from lomo_ds.data.packing import PackedBlocks
 from lomo_ds.data.tokens import tokenize_file
 from lomo_ds.data.vocabulary import (
+    check_prompt,
+    check_token_ids,
     highest_id,
-    refuse_unknown_rows,
-    refuse_unknown_rows_of_prompt,
-    warn_of_unknown_tokens,
+    warn_about_unknown_tokens,
 )
 
 __all__ = [
@@ -15,10 +15,10 @@ __all__ = [
     "PackedBlocks",
     "Position",
     "TrainingSteps",
+    "check_prompt",
+    "check_token_ids",
     "evaluation_batches",
     "highest_id",
-    "refuse_unknown_rows",
-    "refuse_unknown_rows_of_prompt",
     "tokenize_file",
-    "warn_of_unknown_tokens",
+    "warn_about_unknown_tokens",
 ]

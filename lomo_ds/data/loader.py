@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from lomo_ds.data.packing import IGNORE_INDEX, PackedBlocks
+from lomo_ds.numerics.flat import ceil_div
 
 MicroBatches = list[dict[str, Tensor]]
 
@@ -63,7 +64,7 @@ class TrainingSteps:
     @property
     def per_epoch(self) -> int:
         """Steps of a whole epoch."""
-        return -(-len(self.blocks) // self.sequences)
+        return ceil_div(len(self.blocks), self.sequences)
 
     @property
     def data(self) -> dict[str, Any]:
@@ -104,9 +105,9 @@ class TrainingSteps:
         order = _order(len(self.blocks), position.epoch, self.seed)
         indices = order[position.consumed : position.consumed + count].tolist()
         turn = self.batch_size * self.world_size
-        firsts = range(self.rank * self.batch_size, -(-count // turn) * turn, turn)
+        firsts = range(self.rank * self.batch_size, ceil_div(count, turn) * turn, turn)
         return [
-            default_collate([block_or_filler(self.blocks, indices, first + k) for k in range(self.batch_size)])
+            default_collate([block_or_padding(self.blocks, indices, first + k) for k in range(self.batch_size)])
             for first in firsts
         ]
 
@@ -122,7 +123,7 @@ class TrainingSteps:
     def _steps_left(self) -> int:
         left, epoch, consumed = 0, self.position.epoch, self.position.consumed
         while (wanted := self._end_of_epoch(epoch)) > consumed:
-            left += -(-(wanted - consumed) // self.sequences)
+            left += ceil_div(wanted - consumed, self.sequences)
             epoch, consumed = epoch + 1, 0
         return left
 
@@ -133,11 +134,11 @@ def evaluation_batches(
     """Batches of this rank, every block once over all ranks, equally many batches of one shape on every rank."""
     everything = range(len(blocks))
     turn = batch_size * world_size
-    for first in range(rank * batch_size, -(-len(blocks) // turn) * turn, turn):
-        yield default_collate([block_or_filler(blocks, everything, first + k) for k in range(batch_size)])
+    for first in range(rank * batch_size, ceil_div(len(blocks), turn) * turn, turn):
+        yield default_collate([block_or_padding(blocks, everything, first + k) for k in range(batch_size)])
 
 
-def block_or_filler(blocks: PackedBlocks, indices: Sequence[int], place: int) -> dict[str, Tensor]:
+def block_or_padding(blocks: PackedBlocks, indices: Sequence[int], place: int) -> dict[str, Tensor]:
     """The block at ``place`` of ``indices``; behind their end, one whose labels are all ignored.
 
     ZeRO-3 gathers a layer on all ranks at once, so a rank that has run out must take part.

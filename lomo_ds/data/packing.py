@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lomo_ds.data.pieces import TokenArray
+from lomo_ds.data.chunked_tokenization import TokenArray
+from lomo_ds.numerics.flat import ceil_div
 
 DIGESTED = 256  # blocks, at most
 
@@ -24,12 +25,12 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         self.length = length
 
     def __len__(self) -> int:
-        return -(-len(self.tokens) // self.length)
+        return ceil_div(len(self.tokens), self.length)
 
     def digest(self) -> str:
         """A checksum of tokens here and there, which tells one text from another without reading all of it."""
         digest = hashlib.sha256()
-        for index in range(0, len(self), -(-len(self) // DIGESTED)):
+        for index in range(0, len(self), ceil_div(len(self), DIGESTED)):
             digest.update(self.tokens[index * self.length : (index + 1) * self.length].astype("<i4").tobytes())
         return digest.hexdigest()[:16]
 

@@ -8,8 +8,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lomo_ds.data.chunked_tokenization import TokenArray, token_ids
 from lomo_ds.data.fingerprint import fingerprint
-from lomo_ds.data.pieces import TokenArray, token_ids
 from lomo_ds.data.text import read_documents
 from lomo_ds.errors import DataError, one_line
 

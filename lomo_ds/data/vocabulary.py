@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lomo_ds.data.pieces import TokenArray
+from lomo_ds.data.chunked_tokenization import TokenArray
 from lomo_ds.data.tokens import document_ids
 from lomo_ds.errors import DataError, one_line
 
@@ -20,7 +20,7 @@ def highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values(), default=-1)
 
 
-def refuse_unknown_rows(tokens: TokenArray, path: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+def check_token_ids(tokens: TokenArray, path: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     """Check that a model whose embedding has ``rows`` rows has one for each of ``tokens``, which are those of ``path``.
 
     Raises:
@@ -32,7 +32,7 @@ def refuse_unknown_rows(tokens: TokenArray, path: Path, tokenizer: PreTrainedTok
         _refuse_beyond(ids, f"document {number} of {path}", tokenizer, rows)
 
 
-def refuse_unknown_rows_of_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+def check_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     """Check that the model can continue ``prompt``.
 
     Raises:
@@ -58,7 +58,7 @@ def _refuse_beyond(ids: TokenArray, where: str, tokenizer: PreTrainedTokenizerBa
         )
 
 
-def warn_of_unknown_tokens(tokens: TokenArray, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def warn_about_unknown_tokens(tokens: TokenArray, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Log that a model learns little from ``tokens``, where most of them say that the tokenizer has none."""
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):

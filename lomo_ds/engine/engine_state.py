@@ -56,7 +56,7 @@ def capture_engine(engine: DeepSpeedEngine, client_state: dict[str, Any] | None 
     return Snapshot(
         shards=zero3.shards(engine.module),
         buffers={name: buffer for name, buffer in engine.module.named_buffers() if name in persistent},
-        of_rank=all_random_states() | {f"rule.{name}": state for name, state in rule.items()},
+        rank_state=all_random_states() | {f"rule.{name}": state for name, state in rule.items()},
         record=json.loads(json.dumps(record)),  # training goes on while a save in the background writes it
     )
 
@@ -82,7 +82,7 @@ def restore_engine(
     record, now = found.record, capture_engine(engine)
     if scheduler:
         _refuse_another_scheduler(found, now.record)
-    of_rank = restore(found, now, group)
+    rank_state = restore(found, now, group)
     for name in COUNTERS:
         setattr(engine, name, record["counters"][name])
     if scheduler:
@@ -90,9 +90,9 @@ def restore_engine(
     if optimizer:
         engine.optimizer.load_loss_scale(record["optimizer"])
     engine.optimizer.reset_after_load()
-    if of_rank and record["device_type"] == engine.device.type:
-        restore_all_random_states(of_rank)
-        rule = {name.removeprefix("rule."): state for name, state in of_rank.items() if name.startswith("rule.")}
+    if rank_state and record["device_type"] == engine.device.type:
+        restore_all_random_states(rank_state)
+        rule = {name.removeprefix("rule."): state for name, state in rank_state.items() if name.startswith("rule.")}
         if optimizer:
             engine.optimizer.schedule.rule.load_state(rule)
     elif engine.global_rank == 0:

@@ -265,7 +265,7 @@ class LomoEngine(DeepSpeedEngine):
         save_latest: bool = True,
         *,
         add_files: Callable[[Path], None] | None = None,
-        then: Callable[[], None] | None = None,
+        after_save: Callable[[], None] | None = None,
         in_background: bool = False,
     ) -> bool:
         """Write the complete training state to ``save_dir/tag``; call it on every rank, between steps.
@@ -274,7 +274,7 @@ class LomoEngine(DeepSpeedEngine):
             tag: the folder name; ``checkpoint-<step>`` by default.
             client_state: caller data for ``load_checkpoint`` to return; must be JSON and equal on every rank.
             save_latest: whether to make ``latest`` point to this checkpoint.
-            add_files, then, in_background: see ``Saver.save``.
+            add_files, after_save, in_background: see ``Saver.save``.
 
         Returns:
             True, as in DeepSpeed.
@@ -295,7 +295,7 @@ class LomoEngine(DeepSpeedEngine):
             capture_engine(self, client_state),
             Path(save_dir) / tag,
             add_files,
-            then,
+            after_save,
             in_background,
             save_latest,
         )

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lomo_ds.errors import ModelError
 from lomo_ds.models.meta_model import saved_buffers
 from lomo_ds.models.random_weights import random_piece
-from lomo_ds.models.sources import Joined, Source, Stored
+from lomo_ds.models.sources import Concatenated, Source, Stored
 
 NewRows = Literal["mean", "normal"]  # how new rows begin
 USUAL_STD = 0.02  # transformers' own, where a configuration has no initializer_range
@@ -34,7 +34,7 @@ def smaller(config: PretrainedConfig, rows: int) -> PretrainedConfig:
     return before
 
 
-def with_new_rows(
+def extend_embeddings(
     model: PreTrainedModel, sources: dict[str, Source], new_rows: NewRows, seed: int
 ) -> dict[str, Source]:
     """The values of each parameter and saved buffer of ``model``, whose embeddings are longer than the stored ones.
@@ -76,7 +76,7 @@ def _longer(source: Source, name: str, added: int, new_rows: NewRows, std: float
         rows: Source = MeanRows(shape, source.dtype, source)
     else:
         rows = Stored(shape, source.dtype, name, partial(_draw, name, shape, std, seed))
-    return Joined(torch.Size([source.shape[0] + added, *shape[1:]]), source.dtype, (source, rows), 0)
+    return Concatenated(torch.Size([source.shape[0] + added, *shape[1:]]), source.dtype, (source, rows), 0)
 
 
 def _draw(name: str, shape: torch.Size, std: float, seed: int, start: int, out: Tensor) -> None:

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lomo_ds import zero3
-from lomo_ds.checkpoint.manifest import MANIFEST, entries, sync_folder, write_manifest
+from lomo_ds.checkpoint.manifest import MANIFEST, compute_entries, sync_folder, write_manifest
 from lomo_ds.distributed.collectives import raise_on_all_ranks
 from lomo_ds.errors import ModelError
 from lomo_ds.models.conversion import saved_sources
-from lomo_ds.models.meta_model import meta_of_class, saved_buffers, saved_tensors
+from lomo_ds.models.meta_model import meta_model_of_class, saved_buffers, saved_tensors
 from lomo_ds.models.sources import Source, Stored, stored_names
 
 MAX_SHARD_SIZE = "5GB"  # transformers' own
@@ -58,7 +58,7 @@ def save_pretrained(
             return parameters[name].detach().to("cpu", copy=True) if main else None
 
     export = raise_on_all_ranks(
-        lambda: Export(folder, meta_of_class(type(model), model.config, model.dtype), max_shard_size)
+        lambda: Export(folder, meta_model_of_class(type(model), model.config, model.dtype), max_shard_size)
     )
     _on_main(export.start)
     for file, names in export.files.items():
@@ -151,7 +151,7 @@ class Export:
                 index = {"metadata": self.split.metadata, "weight_map": self.split.tensor_to_filename}
                 (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             save_settings(model, tokenizer, self.partial)
-            write_manifest(self.partial, entries(self.partial, _files_below(self.partial)))
+            write_manifest(self.partial, compute_entries(self.partial, _files_below(self.partial)))
             # without a config.json no folder is taken for a model, so none is while old and new files are mixed
             (self.folder / CONFIG).unlink(missing_ok=True)
             for stale in self.folder.iterdir():  # of an earlier export in more parts, or fewer

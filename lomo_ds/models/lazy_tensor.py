@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lomo_ds.models.sources import Cast, Computed, Joined, Narrowed, Permuted, Reshaped, Source
+from lomo_ds.models.sources import Cast, Computed, Concatenated, Narrowed, Permuted, Reshaped, Source
 
 aten = torch.ops.aten
 
@@ -103,7 +103,7 @@ def _cat(like: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Source | None
     sources = tuple(
         tensor.source for tensor in tensors if isinstance(tensor, LazyTensor) and tensor.dim() == like.dim()
     )
-    return Joined(like.shape, like.dtype, sources, dim % like.dim()) if len(sources) == len(tensors) else None
+    return Concatenated(like.shape, like.dtype, sources, dim % like.dim()) if len(sources) == len(tensors) else None
 
 
 def _stack(like: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Source | None:

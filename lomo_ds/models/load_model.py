@@ -13,10 +13,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lomo_ds import zero3
 from lomo_ds.errors import ModelError
 from lomo_ds.models.conversion import find_sources, find_text_sources
-from lomo_ds.models.embeddings import NewRows, smaller, with_new_rows
+from lomo_ds.models.embeddings import NewRows, extend_embeddings, smaller
 from lomo_ds.models.files import first_line
-from lomo_ds.models.meta_model import meta_model, meta_of_class, saved_buffers
-from lomo_ds.models.model_config import whole_config
+from lomo_ds.models.meta_model import meta_model, meta_model_of_class, saved_buffers
+from lomo_ds.models.model_config import multimodal_config
 from lomo_ds.models.presets import PRESETS, is_preset
 from lomo_ds.models.random_weights import random_piece
 from lomo_ds.models.sources import Source
@@ -89,7 +89,7 @@ def load_model(
         sources = _sources(name, model, trust_remote_code)
     else:
         before = meta_model(smaller(config, stored_rows), dtype, trust_remote_code)
-        sources = with_new_rows(model, _sources(name, before, trust_remote_code), new_rows, seed)
+        sources = extend_embeddings(model, _sources(name, before, trust_remote_code), new_rows, seed)
     for buffer_name in saved_buffers(model):
         if buffer_name in sources:
             _set_buffer(model, buffer_name, sources[buffer_name].read_whole())
@@ -99,11 +99,11 @@ def load_model(
 
 
 def _sources(name: str, model: PreTrainedModel, trust_remote_code: bool) -> dict[str, Source]:
-    whole = whole_config(name, model.config, trust_remote_code)
+    whole = multimodal_config(name, model.config, trust_remote_code)
     if whole is None:
         return find_sources(model, Path(name))
     kind = getattr(transformers, whole.architectures[0])
-    return find_text_sources(model, meta_of_class(kind, whole, model.dtype), Path(name))
+    return find_text_sources(model, meta_model_of_class(kind, whole, model.dtype), Path(name))
 
 
 def empty_model(

@@ -27,7 +27,7 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: 
         raise ModelError(f"no model can be built from {name}: {first_line(error)}") from error
 
 
-def meta_of_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def meta_model_of_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the class ``kind``, as ``meta_model`` makes it."""
     return _on_meta(partial(kind._from_config, config), dtype)
 

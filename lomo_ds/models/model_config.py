@@ -49,7 +49,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     return config
 
 
-def whole_config(name: str, config: PretrainedConfig, trust_remote_code: bool = False) -> PretrainedConfig | None:
+def multimodal_config(name: str, config: PretrainedConfig, trust_remote_code: bool = False) -> PretrainedConfig | None:
     """The configuration of the model that the text model of ``config`` is a part of in its folder; None if of none."""
     whole = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     return whole if type(whole) is not type(config) else None

@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor
 
+from lomo_ds.numerics.flat import ceil_div
+
 CHUNK_NUMEL = 2**20  # drawn at once, from a generator of its own
 
 
@@ -20,7 +22,7 @@ def random_piece(name: str, shape: torch.Size, start: int, stop: int, std: float
         return torch.ones(stop - start)
     numel = math.prod(shape)
     piece = torch.empty(stop - start)
-    for chunk in range(start // CHUNK_NUMEL, -(-stop // CHUNK_NUMEL)):
+    for chunk in range(start // CHUNK_NUMEL, ceil_div(stop, CHUNK_NUMEL)):
         first = chunk * CHUNK_NUMEL
         drawn = _chunk(name, chunk, min(CHUNK_NUMEL, numel - first), std, seed)
         lower, upper = max(start, first), min(stop, first + len(drawn))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lomo_ds.numerics.flat import ceil_div
+
 Box = tuple[tuple[int, int], ...]  # [start, stop) in each dimension
 SMALLEST_READ = 4096  # bytes; shorter runs are read together with what lies between them
 
@@ -83,7 +85,7 @@ class Cast(Source):
 
 
 @dataclass(frozen=True)
-class Joined(Source):
+class Concatenated(Source):
     """``torch.cat`` of ``parts``."""
 
     parts: tuple[Source, ...]
@@ -182,7 +184,7 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]
         yield ()
         return
     inner = math.prod(shape[1:])
-    first, last = -(-start // inner), stop // inner  # the rows between them are whole
+    first, last = ceil_div(start, inner), stop // inner  # the rows between them are whole
     if start < first * inner:
         yield from _boxes_in_row(shape, first - 1, start, stop)
     if first < last:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 from lomo_ds.errors import ModelError, one_line
 from lomo_ds.models.files import first_line
 from lomo_ds.models.presets import is_preset
-from lomo_ds.models.verify import refuse_pointers
+from lomo_ds.models.verify import check_no_lfs_pointers
 
 CONFIG, SENTENCEPIECE = "tokenizer_config.json", "tokenizer.model"
 FIRST_LLAMA = "LLaMATokenizer"  # the class in the first conversions, which no release of transformers has
@@ -30,7 +30,7 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTo
     """
     if is_preset(folder):
         raise ModelError(f"the preset {folder} has no tokenizer of its own; give one with --tokenizer_name FOLDER")
-    refuse_pointers(Path(folder))
+    check_no_lfs_pointers(Path(folder))
     try:
         named = _names_of_nameless(Path(folder))
         first_llama = _settings(Path(folder) / CONFIG).get("tokenizer_class") == FIRST_LLAMA

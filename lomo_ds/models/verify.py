@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from lomo_ds.checkpoint.manifest import MANIFEST, read_manifest, share, verify, warn_of_edits
+from lomo_ds.checkpoint.manifest import MANIFEST, files_for_rank, read_manifest, verify_files, warn_about_edits
 from lomo_ds.errors import ModelError
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -22,20 +22,20 @@ def verify_export(folder: str, rank: int = 0, world_size: int = 1, weights: bool
 
     Raises:
         DamagedError: a weight file is not what was written, or another is no JSON any more.
-        ModelError: a file is none, see ``refuse_pointers``.
+        ModelError: a file is none, see ``check_no_lfs_pointers``.
     """
     path = Path(folder)
-    refuse_pointers(path)
+    check_no_lfs_pointers(path)
     if not (path / MANIFEST).exists() and not _claims_manifest(path):
         return
     wanted, others = read_manifest(path, editable=lambda name: not name.endswith(WEIGHTS))
     if weights:
-        verify(path, share(wanted, rank, world_size))
+        verify_files(path, files_for_rank(wanted, rank, world_size))
     elif rank == 0:
-        warn_of_edits(path, others)
+        warn_about_edits(path, others)
 
 
-def refuse_pointers(folder: Path) -> None:
+def check_no_lfs_pointers(folder: Path) -> None:
     """Check that no file is what git leaves in place of one that git-lfs keeps.
 
     Raises:

@@ -95,7 +95,7 @@ class CheckpointKeeper:
                 checkpoint_name(step),
                 {"progress": dataclasses.asdict(state), "data": data},
                 add_files=self.add_files,
-                then=partial(self._rotate, state),
+                after_save=partial(self._rotate, state),
                 in_background=in_background,
             )
         except CheckpointError as error:

@@ -6,14 +6,14 @@ from tqdm import tqdm
 
 from lomo_ds.checkpoint import (
     MODEL,
-    checkpoints_in,
-    dtype_of,
-    is_run,
-    newest_alone,
-    open_alone,
-    refuse_other_model,
-    tensor_record,
-    whole_tensors,
+    check_same_model,
+    describe_tensors,
+    is_run_folder,
+    list_checkpoints,
+    load_full_tensors,
+    open_in_one_process,
+    open_newest_in_one_process,
+    parse_dtype,
 )
 from lomo_ds.errors import CheckpointError
 from lomo_ds.models import Export, load_config, load_generation_config, load_tokenizer, meta_model, saved_tensors
@@ -40,10 +40,10 @@ def export_checkpoint(
         LomoError: the checkpoint is damaged or of another model, or the folder cannot or must not be written.
     """
     refuse_full_folder(output_dir)
-    of_run = is_run(checkpoint)
-    read = checkpoints_in(checkpoint) if of_run else [checkpoint]
+    of_run = is_run_folder(checkpoint)
+    read = list_checkpoints(checkpoint) if of_run else [checkpoint]
     refuse_what_is_read(output_dir, [*read, Path(model_name_or_path)] if model_name_or_path else read)
-    found = newest_alone(checkpoint) if of_run else open_alone(checkpoint)
+    found = open_newest_in_one_process(checkpoint) if of_run else open_in_one_process(checkpoint)
     checkpoint = found.folder
     folder = model_name_or_path or str(checkpoint / MODEL)
     if not Path(folder).is_dir():
@@ -51,18 +51,18 @@ def export_checkpoint(
             f"{checkpoint} holds no model configuration, since it was not launch/train.py that saved it; give the "
             "folder of its model with --model_name_or_path"
         )
-    dtypes = {name: dtype_of(dtype) for name, (_, dtype) in found.record["tensors"].items()}
+    dtypes = {name: parse_dtype(dtype) for name, (_, dtype) in found.record["tensors"].items()}
     dtype = next(d for name, d in dtypes.items() if d.is_floating_point and not name.endswith(SCALES))
     model = meta_model(load_config(folder, trust_remote_code), dtype, trust_remote_code)
     load_generation_config(model, folder)
     tensors = saved_tensors(model)
     in_eight_bits = {name for name in tensors if name + SCALES in dtypes}
     kept = kept_tensors(tensors, in_eight_bits, found.record["world_size"])
-    refuse_other_model(checkpoint, found.record, tensor_record(kept))
+    check_same_model(checkpoint, found.record, describe_tensors(kept))
     tokenizer = load_tokenizer(folder, trust_remote_code)
     export = Export(output_dir, model, max_shard_size)
     export.start()
     for file, names in tqdm(export.files.items(), desc="exporting", unit=" files", disable=None):
         wanted = {name: tensors[name] for name in names}
-        export.write(file, whole_tensors(wanted, found.weights, in_eight_bits, found.record["world_size"]))
+        export.write(file, load_full_tensors(wanted, found.weights, in_eight_bits, found.record["world_size"]))
     export.finish(model, tokenizer)

@@ -19,12 +19,12 @@ from lomo_ds import zero3
 from lomo_ds.checkpoint import (
     MODEL,
     Checkpoint,
-    is_run,
-    newest_whole,
+    describe_tensors,
+    is_run_folder,
     open_checkpoint,
+    open_newest,
     remove,
     remove_unfinished,
-    tensor_record,
 )
 from lomo_ds.config.arguments import MAX_SEQ_LENGTH, TrainArguments
 from lomo_ds.config.ds_config import (
@@ -40,11 +40,11 @@ from lomo_ds.config.lomo_config import refuse_what_cannot_be, refuse_what_no_bas
 from lomo_ds.data import (
     PackedBlocks,
     TrainingSteps,
+    check_prompt,
+    check_token_ids,
     highest_id,
-    refuse_unknown_rows,
-    refuse_unknown_rows_of_prompt,
     tokenize_file,
-    warn_of_unknown_tokens,
+    warn_about_unknown_tokens,
 )
 from lomo_ds.distributed.collectives import gather_objects, raise_on_all_ranks
 from lomo_ds.distributed.process_group import is_local_main_process
@@ -253,7 +253,7 @@ def _is_done(output_dir: Path, run_id: dict[str, Any], arguments: TrainArguments
 def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, data: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint to go on from, verified; None to start from the beginning."""
     output_dir = Path(arguments.output_dir)
-    tensors = raise_on_all_ranks(lambda: tensor_record(_kept_tensors(config, arguments)))
+    tensors = raise_on_all_ranks(lambda: describe_tensors(_kept_tensors(config, arguments)))
 
     def check(folder: Path, record: dict[str, Any]) -> None:
         refuse_what_stays(folder, arguments)
@@ -269,8 +269,8 @@ def _find_checkpoint(arguments: TrainArguments, config: PretrainedConfig, data: 
     folder = raise_on_all_ranks(lambda: resume_from(arguments))
     if folder is None:
         return None
-    if folder == output_dir or raise_on_all_ranks(lambda: is_run(folder)):
-        found = newest_whole(folder, tensors, check=check)
+    if folder == output_dir or raise_on_all_ranks(lambda: is_run_folder(folder)):
+        found = open_newest(folder, tensors, check=check)
     else:
         found = open_checkpoint(folder, tensors, check=check)
     if found and found.folder.resolve().parent != output_dir.resolve():
@@ -433,7 +433,7 @@ def _load_vocabulary(
             "beyond them will be refused", highest, config.vocab_size - 1,
         )  # fmt: skip
     if arguments.sample_prompt is not None:
-        refuse_unknown_rows_of_prompt(arguments.sample_prompt, tokenizer, config.vocab_size)
+        check_prompt(arguments.sample_prompt, tokenizer, config.vocab_size)
     return config, tokenizer, _sequence_length(config, arguments), stored_rows
 
 
@@ -477,7 +477,7 @@ def _load_blocks(
     raise_on_all_ranks(lambda: tokenized() if is_local_main_process() else None)
     training, *validation = raise_on_all_ranks(tokenized)
     for file, blocks in zip(files, [training, *validation], strict=True):
-        warn_of_unknown_tokens(blocks.tokens, file, tokenizer)
+        warn_about_unknown_tokens(blocks.tokens, file, tokenizer)
     return training, validation[0] if validation else None
 
 
@@ -485,7 +485,7 @@ def _packed(file: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, rows: i
     tokens = tokenize_file(file, tokenizer, cache)
     if len(tokens) < 2:
         raise DataError(f"{file} gives {len(tokens)} token; there is nothing to predict in fewer than 2")
-    refuse_unknown_rows(tokens, file, tokenizer, rows)
+    check_token_ids(tokens, file, tokenizer, rows)
     return PackedBlocks(tokens, length)
 
 

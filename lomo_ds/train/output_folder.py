@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lomo_ds.checkpoint import checkpoints_in, is_checkpoint, step_of
+from lomo_ds.checkpoint import is_checkpoint, list_checkpoints, step_of
 from lomo_ds.checkpoint.manifest import MANIFEST
 from lomo_ds.config.arguments import HEADER, TrainArguments
 from lomo_ds.errors import CheckpointError, ConfigError
@@ -108,7 +108,7 @@ def checkpoints_of_another_run(output_dir: Path, resumed: Path | None) -> list[P
     """Those that a later ``auto`` would mistake for this run's: all, but ``resumed`` and those before it."""
     goes_on = resumed is not None and resumed.resolve().parent == output_dir.resolve()
     up_to = step_of(resumed) if resumed is not None and goes_on else -1
-    return [folder for folder in checkpoints_in(output_dir) if step_of(folder) > up_to]
+    return [folder for folder in list_checkpoints(output_dir) if step_of(folder) > up_to]
 
 
 def refuse_full_folder(folder: Path) -> None:
@@ -184,4 +184,4 @@ def _is_of_a_run(folder: Path) -> bool:
                 return True
     except (OSError, UnicodeDecodeError):
         pass
-    return (folder / FINISHED).exists() or bool(checkpoints_in(folder))
+    return (folder / FINISHED).exists() or bool(list_checkpoints(folder))

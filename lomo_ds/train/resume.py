@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from transformers import PretrainedConfig
 
-from lomo_ds.checkpoint import MODEL, Checkpoint, checkpoints_in
+from lomo_ds.checkpoint import MODEL, Checkpoint, list_checkpoints
 from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.config.ds_config import SAME_MEANING
 from lomo_ds.errors import CheckpointError
@@ -74,7 +74,7 @@ def resume_from(arguments: TrainArguments) -> Path | None:
     if word not in NEWEST:
         folder = Path(str(asked))
         return output_dir if folder.resolve() == output_dir.resolve() else folder
-    if not checkpoints_in(output_dir):
+    if not list_checkpoints(output_dir):
         raise CheckpointError(
             f"--resume_from_checkpoint {asked} goes on from the newest checkpoint in --output_dir {output_dir}, which "
             "holds none; give the folder of one, or auto, which begins anew then"

@@ -1,4 +1,4 @@
-"""engine.save_checkpoint and load_checkpoint: bit for bit, on any number of ranks, and nothing that is damaged."""
+"""Tests of engine.save_checkpoint and load_checkpoint: bit-exact, on any world size, and safe against damage."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 import lomo_ds
-from lomo_ds.checkpoint import checkpoints_in, manifest, newest_whole, open_alone, remove_unfinished, weights
+from lomo_ds.checkpoint import list_checkpoints, manifest, open_in_one_process, open_newest, remove_unfinished, weights
 from lomo_ds.checkpoint.folders import publish
 from lomo_ds.engine.engine_state import capture_engine
 from lomo_ds.errors import LomoError
@@ -26,12 +26,12 @@ GroupOf = Callable[..., Ranks]
 
 
 def make(precision: str, offload: bool = False) -> lomo_ds.LomoEngine:
-    """An engine with all that has a state: dropout, stochastic rounding, a loss scale, a learning-rate schedule."""
+    """Build an engine with every kind of state: dropout, stochastic rounding, loss scale, learning-rate schedule."""
     get_accelerator().is_fp16_supported = lambda: True
     precisions: dict[str, dict[str, Any]] = {
         "fp32": {},
         "bf16": {"bf16": {"enabled": True}},
-        # overflows at first, and grows every second step
+        # the loss scale overflows at first, then grows every second step
         "fp16": {"fp16": {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 2, "hysteresis": 1}},
     }
     sections = precisions[precision]
@@ -50,35 +50,36 @@ def make(precision: str, offload: bool = False) -> lomo_ds.LomoEngine:
 
 
 def step(engine: lomo_ds.LomoEngine, number: int) -> tuple[float, float, float, float]:
-    """Train on this rank's part of a batch; everything that a log line tells."""
-    mine = part(whole_batch(number, rows=4 * dist.get_world_size()), dist.get_rank(), dist.get_world_size())
+    """Train on this rank's part of a batch, and return the values that are logged."""
+    batch = part(whole_batch(number, rows=4 * dist.get_world_size()), dist.get_rank(), dist.get_world_size())
     lr = engine.get_lr()[0]
-    loss = float(engine.train_batch([part(mine, 0, 2), part(mine, 1, 2)]))
+    loss = float(engine.train_batch([part(batch, 0, 2), part(batch, 1, 2)]))
     return loss, engine.get_global_grad_norm(), lr, engine.cur_scale
 
 
-def interrupted_and_not(folder: str, precision: str, offload: bool, in_background: bool) -> None:
-    """A run that is saved, thrown away and resumed ends as one that never stopped, and says the same on the way."""
+def check_bit_exact_resume(folder: str, precision: str, offload: bool, in_background: bool) -> None:
+    """Check that a run that is saved and resumed has the same weights and logs as a run without interruption."""
     torch.manual_seed(5)
-    whole = make(precision, offload)
-    expected = [step(whole, number) for number in range(8)]
-    assert precision != "fp16" or (whole.skipped_steps and len({scale for *_, scale in expected[5:]}) > 1), "in motion"
+    uninterrupted = make(precision, offload)
+    expected = [step(uninterrupted, number) for number in range(8)]
+    scales_after_resume = {scale for *_, scale in expected[5:]}
+    assert precision != "fp16" or (uninterrupted.skipped_steps and len(scales_after_resume) > 1), "the scale changes"
 
     torch.manual_seed(5)
-    stopped = make(precision, offload)
+    interrupted = make(precision, offload)
     for number in range(5):
-        step(stopped, number)
-    stopped.save_checkpoint(folder, client_state={"number": 5}, in_background=in_background)
-    step(stopped, 5)  # while the shards are being written, perhaps
-    stopped.saver.wait()
+        step(interrupted, number)
+    interrupted.save_checkpoint(folder, client_state={"number": 5}, in_background=in_background)
+    step(interrupted, 5)  # possibly while the shards are being written
+    interrupted.saver.wait()
 
     torch.manual_seed(99)
     resumed = make(precision, offload)
     assert resumed.load_checkpoint(folder) == (f"{folder}/checkpoint-5", {"number": 5})
-    told = [step(resumed, number) for number in range(5, 8)]
-    assert str(told) == str(expected[5:])
-    assert identical(weights_of(resumed), weights_of(whole))
-    assert (resumed.global_steps, resumed.skipped_steps) == (whole.global_steps, whole.skipped_steps)
+    logged = [step(resumed, number) for number in range(5, 8)]
+    assert str(logged) == str(expected[5:])
+    assert identical(weights_of(resumed), weights_of(uninterrupted))
+    assert (resumed.global_steps, resumed.skipped_steps) == (uninterrupted.global_steps, uninterrupted.skipped_steps)
 
 
 @pytest.mark.parametrize(
@@ -86,17 +87,17 @@ def interrupted_and_not(folder: str, precision: str, offload: bool, in_backgroun
     [("bf16", False, False), ("fp16", False, True), ("fp32", False, True), ("bf16", True, True)],
 )
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_resumed_is_never_stopped(
+def test_resuming_is_bit_exact(
     ranks: GroupOf, tmp_path: Path, world_size: int, precision: str, offload: bool, in_background: bool
 ) -> None:
-    ranks(world_size).run(interrupted_and_not, str(tmp_path), precision, offload, in_background)
+    ranks(world_size).run(check_bit_exact_resume, str(tmp_path), precision, offload, in_background)
 
 
-# another number of ranks
+# resuming with another world size
 
 
 def save_trained(folder: str) -> dict[str, Tensor]:
-    weights.FILE_BYTES = 3000  # several files a rank
+    weights.FILE_BYTES = 3000  # several files per rank
     engine = make("bf16")
     step(engine, 0)
     engine.save_checkpoint(folder)
@@ -104,24 +105,24 @@ def save_trained(folder: str) -> dict[str, Tensor]:
 
 
 def load_and_save(folder: str) -> dict[str, Tensor]:
-    """The weights as loaded, from which the next checkpoint is written."""
+    """Load the checkpoint, save it again, and return the loaded weights."""
     engine = make("bf16")
     engine.load_checkpoint(folder)
     engine.save_checkpoint(folder)
     loaded = weights_of(engine)
     step(engine, 1)
-    assert not identical(weights_of(engine), loaded), "it goes on"
+    assert not identical(weights_of(engine), loaded), "training continues"
     return loaded
 
 
-def test_any_number_of_ranks_goes_on_with_the_same_bits(ranks: GroupOf, tmp_path: Path) -> None:
+def test_any_world_size_loads_the_same_bits(ranks: GroupOf, tmp_path: Path) -> None:
     saved = ranks(4).run(save_trained, str(tmp_path))[0]
     for world_size in (2, 1, 3, 8):
         for loaded in ranks(world_size).run(load_and_save, str(tmp_path)):
             assert identical(loaded, saved), world_size
 
 
-# what is not loaded
+# checkpoints that are not loaded
 
 
 def save_two(folder: str) -> None:
@@ -138,8 +139,8 @@ def two_checkpoints(ranks: GroupOf, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def refusal(folder: str, tag: str | None) -> list[str]:
-    """What load_checkpoint says, over all ranks; and that nothing of the engine has changed."""
+def load_error(folder: str, tag: str | None) -> list[str]:
+    """Return this rank's error message of load_checkpoint, and check that the engine is unchanged."""
     engine = make("bf16")
     before = weights_of(engine)
     try:
@@ -150,8 +151,8 @@ def refusal(folder: str, tag: str | None) -> list[str]:
     return ["it was loaded"]
 
 
-def newest(folder: str) -> str:
-    return newest_whole(Path(folder), capture_engine(make("bf16")).tensors).folder.name  # type: ignore[union-attr]
+def newest_name(folder: str) -> str:
+    return open_newest(Path(folder), capture_engine(make("bf16")).tensors).folder.name  # type: ignore[union-attr]
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
@@ -168,96 +169,99 @@ KINDS = ["state.json", "rank-00001.safetensors", "weights/shard-00002-*.safetens
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named_never_loaded_and_passed_over(
+def test_a_damaged_checkpoint_is_reported_and_skipped(
     ranks: GroupOf, two_checkpoints: Path, tmp_path: Path, kind: str, damage: str
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(two_checkpoints, copy)
     file = next((copy / "checkpoint-2").glob(kind))
     DAMAGE[damage](file)
-    said = [sentence for told in ranks(2).run(refusal, str(copy), None) for sentence in told]
-    assert len(said) == 1, "one rank speaks"
-    assert file.name in said[0]
-    assert ranks(2).run(newest, str(copy)) == ["checkpoint-1", "checkpoint-1"]
-    assert ranks(1).run(newest, str(copy)) == ["checkpoint-1"], "found by however few ranks"
+    messages = [message for of_rank in ranks(2).run(load_error, str(copy), None) for message in of_rank]
+    assert len(messages) == 1, "one rank reports it"
+    assert file.name in messages[0]
+    assert ranks(2).run(newest_name, str(copy)) == ["checkpoint-1", "checkpoint-1"]
+    assert ranks(1).run(newest_name, str(copy)) == ["checkpoint-1"], "one rank alone detects it as well"
 
 
-def test_latest_that_points_nowhere(ranks: GroupOf, two_checkpoints: Path, tmp_path: Path) -> None:
+def test_latest_names_a_missing_checkpoint(ranks: GroupOf, two_checkpoints: Path, tmp_path: Path) -> None:
     shutil.copytree(two_checkpoints, copy := tmp_path / "copy")
     (copy / "latest").write_text("checkpoint-3\n")
-    assert "there is no checkpoint" in ranks(1).run(refusal, str(copy), None)[0][0]
-    assert ranks(1).run(newest, str(copy)) == ["checkpoint-2"], "the highest step then"
+    assert "there is no checkpoint" in ranks(1).run(load_error, str(copy), None)[0][0]
+    assert ranks(1).run(newest_name, str(copy)) == ["checkpoint-2"], "the highest step instead"
     (copy / "latest").unlink()
-    assert ranks(1).run(load_nothing, str(copy)) == [(None, None)]
+    assert ranks(1).run(load_newest, str(copy)) == [(None, None)]
 
 
-def load_nothing(folder: str) -> tuple[str | None, Any]:
+def load_newest(folder: str) -> tuple[str | None, Any]:
     return make("bf16").load_checkpoint(folder)
 
 
-def refused_other_model(folder: str) -> str:
+def other_model_error(folder: str) -> str:
     engine = make_engine(tiny_model(tied=True), bf16={"enabled": True})
     with pytest.raises(LomoError) as error:
         engine.load_checkpoint(folder)
     return str(error.value)
 
 
-def refused_other_precision(folder: str) -> str:
+def other_precision_error(folder: str) -> str:
     with pytest.raises(LomoError) as error:
         make("fp32").load_checkpoint(folder)
     return str(error.value)
 
 
-def test_another_model_is_refused(ranks: GroupOf, two_checkpoints: Path) -> None:
+def test_a_checkpoint_of_another_model_is_rejected(ranks: GroupOf, two_checkpoints: Path) -> None:
     assert (
-        "its lm_head.weight is (61, 20) bfloat16, and this model's is absent"
-        in (ranks(1).run(refused_other_model, str(two_checkpoints))[0])
+        "its lm_head.weight is (61, 20) bfloat16, but this model's is absent"
+        in (ranks(1).run(other_model_error, str(two_checkpoints))[0])
     )
     assert (
-        "bfloat16, and this model's is (1,) float32" in (ranks(1).run(refused_other_precision, str(two_checkpoints))[0])
+        "bfloat16, but this model's is (1,) float32" in (ranks(1).run(other_precision_error, str(two_checkpoints))[0])
     )
 
 
-def test_files_of_ranks_that_were_not_there(ranks: GroupOf, two_checkpoints: Path, tmp_path: Path) -> None:
-    """A manifest may be whole and yet describe a mixture of two saves."""
+def test_world_size_that_does_not_match_the_files(ranks: GroupOf, two_checkpoints: Path, tmp_path: Path) -> None:
+    """Check that a mixture of two saves is detected even if its manifest is intact."""
     shutil.copytree(two_checkpoints, copy := tmp_path / "copy")
     state = copy / "checkpoint-2/state.json"
     state.write_text(state.read_text().replace('"world_size": 2', '"world_size": 4'))
     names = [file for file in (copy / "checkpoint-2").rglob("*") if file.is_file() and file.name != manifest.MANIFEST]
-    manifest.write_manifest(copy / "checkpoint-2", manifest.entries(copy / "checkpoint-2", names))
-    assert "it is of 4 ranks, and holds the files of 2" in ranks(1).run(refusal, str(copy), None)[0][0]
+    manifest.write_manifest(copy / "checkpoint-2", manifest.compute_entries(copy / "checkpoint-2", names))
+    assert "4 ranks saved it, but it holds files of 2" in ranks(1).run(load_error, str(copy), None)[0][0]
 
 
-def test_weights_that_the_manifest_does_not_name(ranks: GroupOf, two_checkpoints: Path, tmp_path: Path) -> None:
-    """Left over from a copy over an older checkpoint, say: they would be read with the others."""
+def test_weight_files_that_the_manifest_does_not_name(ranks: GroupOf, two_checkpoints: Path, tmp_path: Path) -> None:
+    """Check that extra files are detected, since they would be read with the others.
+
+    They may be left when a checkpoint is copied over an older one.
+    """
     shutil.copytree(two_checkpoints, copy := tmp_path / "copy")
     weights_folder = copy / "checkpoint-2/weights"
     shutil.copy(next(weights_folder.iterdir()), weights_folder / "shard-00003-model-00001-of-00001.safetensors")
-    assert "is not of this checkpoint" in ranks(1).run(refusal, str(copy), None)[0][0]
+    assert "is not part of this checkpoint" in ranks(1).run(load_error, str(copy), None)[0][0]
 
 
-def test_killed_while_a_checkpoint_takes_the_place_of_another(two_checkpoints: Path, tmp_path: Path) -> None:
-    """The old one is back, whatever had become of the new one."""
+def test_killed_while_one_checkpoint_replaces_another(two_checkpoints: Path, tmp_path: Path) -> None:
+    """Check that the old checkpoint is restored and the unfinished new one is deleted."""
     shutil.copytree(two_checkpoints, copy := tmp_path / "copy")
     (copy / "checkpoint-2").rename(copy / "checkpoint-2.replaced")
     (copy / "checkpoint-1").rename(copy / "checkpoint-2.partial")
     remove_unfinished(copy)
-    assert [folder.name for folder in checkpoints_in(copy)] == ["checkpoint-2"]
-    assert len(list(copy.iterdir())) == 2, "and latest"
-    open_alone(copy / "checkpoint-2")
+    assert [folder.name for folder in list_checkpoints(copy)] == ["checkpoint-2"]
+    assert len(list(copy.iterdir())) == 2, "the checkpoint and latest"
+    open_in_one_process(copy / "checkpoint-2")
 
 
-def test_a_checkpoint_that_cannot_be_renamed_leaves_the_old_one(two_checkpoints: Path, tmp_path: Path) -> None:
+def test_a_failed_rename_leaves_the_old_checkpoint(two_checkpoints: Path, tmp_path: Path) -> None:
     shutil.copytree(two_checkpoints, copy := tmp_path / "copy")
     with pytest.raises(FileNotFoundError):
         publish(copy / "no such.partial", copy / "checkpoint-2")
-    open_alone(copy / "checkpoint-2")
+    open_in_one_process(copy / "checkpoint-2")
 
 
-def rising_milestones(folder: str) -> bool:
-    """A scheduler whose state has numbers for keys goes on too; and a save waits for the end of a step."""
+def resume_multi_step_lr(folder: str) -> bool:
+    """Check that a scheduler whose state has integer keys resumes, and that no save is allowed within a step."""
 
-    def made() -> lomo_ds.LomoEngine:
+    def new_engine() -> lomo_ds.LomoEngine:
         return make_engine(
             tiny_model(),
             "stash",
@@ -265,26 +269,26 @@ def rising_milestones(folder: str) -> bool:
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3]),
         )
 
-    whole, stopped, resumed = made(), made(), made()
+    uninterrupted, interrupted, resumed = new_engine(), new_engine(), new_engine()
     for number in range(2):
-        step(whole, number)
-        step(stopped, number)
-    stopped.save_checkpoint(folder, in_background=True)
-    stopped.load_checkpoint(folder)
+        step(uninterrupted, number)
+        step(interrupted, number)
+    interrupted.save_checkpoint(folder, in_background=True)
+    interrupted.load_checkpoint(folder)
     resumed.load_checkpoint(folder)
     for number in range(2, 5):
-        step(whole, number)
+        step(uninterrupted, number)
         step(resumed, number)
-    assert resumed.get_lr() == whole.get_lr() == [pytest.approx(0.003)]
+    assert resumed.get_lr() == uninterrupted.get_lr() == [pytest.approx(0.003)]
     loss = resumed(**whole_batch(0, rows=2)).loss
     resumed.backward(loss)
     with pytest.raises(LomoError, match="save_checkpoint must not run inside an unfinished step"):
         resumed.save_checkpoint(folder)
-    return identical(weights_of(resumed), weights_of(whole))
+    return identical(weights_of(resumed), weights_of(uninterrupted))
 
 
-def test_any_scheduler_goes_on(ranks: GroupOf, tmp_path: Path) -> None:
-    assert ranks(2).run(rising_milestones, str(tmp_path)) == [True, True]
+def test_any_scheduler_resumes(ranks: GroupOf, tmp_path: Path) -> None:
+    assert ranks(2).run(resume_multi_step_lr, str(tmp_path)) == [True, True]
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(two_checkpoints: Path) -> None:
@@ -292,10 +296,10 @@ def test_no_file_of_a_checkpoint_is_a_pickle(two_checkpoints: Path) -> None:
         assert file.is_dir() or file.suffix in (".json", ".safetensors") or file.name == "latest", file
 
 
-# what a save leaves alone
+# saves that fail
 
 
-def save_onto_a_full_disk(folder: str) -> str:
+def failed_save_error(folder: str) -> str:
     engine = make("bf16")
     with pytest.raises(LomoError) as error:
         engine.save_checkpoint(folder)
@@ -303,37 +307,37 @@ def save_onto_a_full_disk(folder: str) -> str:
     return str(error.value)
 
 
-def test_a_full_disk_is_told_by_all_ranks_and_leaves_nothing_behind(ranks: GroupOf, small_disk: Path) -> None:
-    (small_disk / "filler").write_bytes(bytes(small_disk_free(small_disk) - 40_000))
-    told = ranks(2).run(save_onto_a_full_disk, str(small_disk))
-    assert "checkpoint-0 cannot be written: " in told[0]
-    assert "No space left on device" in told[0]
-    assert told[0] == told[1]
+def test_all_ranks_report_a_full_disk_and_leave_no_files(ranks: GroupOf, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(free_bytes(small_disk) - 40_000))
+    messages = ranks(2).run(failed_save_error, str(small_disk))
+    assert "checkpoint-0 cannot be written: " in messages[0]
+    assert "No space left on device" in messages[0]
+    assert messages[0] == messages[1]
     assert [file.name for file in small_disk.iterdir()] == ["filler"]
 
 
-def test_a_disk_that_is_read_only(ranks: GroupOf, small_disk: Path) -> None:
+def test_a_read_only_disk(ranks: GroupOf, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    assert "Read-only file system" in ranks(2).run(save_onto_a_full_disk, str(small_disk))[1]
+    assert "Read-only file system" in ranks(2).run(failed_save_error, str(small_disk))[1]
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of two megabytes."""
+    """Mount a file system of two megabytes."""
     with mounted(tmp_path / "small", megabytes=2) as folder:
         yield folder
 
 
-def small_disk_free(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def unsaved_state(folder: str) -> str:
+def client_state_error(folder: str) -> str:
     with pytest.raises(TypeError) as error:
         make("bf16").save_checkpoint(folder, client_state={"loss": torch.zeros(1)})
     return str(error.value)
 
 
-def test_a_client_state_that_is_no_json(ranks: GroupOf, tmp_path: Path) -> None:
-    assert "not JSON serializable" in ranks(1).run(unsaved_state, str(tmp_path))[0]
-    assert checkpoints_in(tmp_path) == []
+def test_a_client_state_that_is_not_json(ranks: GroupOf, tmp_path: Path) -> None:
+    assert "not JSON serializable" in ranks(1).run(client_state_error, str(tmp_path))[0]
+    assert list_checkpoints(tmp_path) == []

@@ -9,11 +9,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lomo_ds.data import (
+    check_prompt,
+    check_token_ids,
     highest_id,
-    refuse_unknown_rows,
-    refuse_unknown_rows_of_prompt,
     tokenize_file,
-    warn_of_unknown_tokens,
+    warn_about_unknown_tokens,
 )
 from lomo_ds.errors import DataError
 from tests.data.tokenizers import Letters, byte_level
@@ -30,13 +30,13 @@ def padded() -> tuple[PreTrainedTokenizerFast, int]:
 
 def check(file: Path, tokenizer: Any, rows: int) -> None:
     for _ in range(2):  # from the file, and from the cache
-        refuse_unknown_rows(tokenize_file(file, tokenizer, file.parent / "cache"), file, tokenizer, rows)
+        check_token_ids(tokenize_file(file, tokenizer, file.parent / "cache"), file, tokenizer, rows)
 
 
 def test_a_token_without_a_row_may_be_in_the_tokenizer(tmp_path: Path, padded: tuple[Any, int]) -> None:
     (tmp_path / "a.txt").write_text("the fox")
     check(tmp_path / "a.txt", *padded)
-    refuse_unknown_rows_of_prompt("the fox", *padded)
+    check_prompt("the fox", *padded)
 
 
 def test_but_not_in_a_text(tmp_path: Path, padded: tuple[Any, int]) -> None:
@@ -46,7 +46,7 @@ def test_but_not_in_a_text(tmp_path: Path, padded: tuple[Any, int]) -> None:
     with pytest.raises(DataError, match=rf"^document 3 of .*a\.jsonl {sentence}"):
         check(tmp_path / "a.jsonl", tokenizer, rows)
     with pytest.raises(DataError, match=f"^--sample_prompt {sentence}"):
-        refuse_unknown_rows_of_prompt("<pad>", tokenizer, rows)
+        check_prompt("<pad>", tokenizer, rows)
     check(tmp_path / "a.jsonl", tokenizer, rows + 1)
 
 
@@ -81,7 +81,7 @@ def test_a_text_of_which_nothing_becomes_a_token(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no token for any text in .*a\.jsonl"):
         tokenize_file(file, deaf, tmp_path)
     with pytest.raises(DataError, match="--sample_prompt must hold at least one token"):
-        refuse_unknown_rows_of_prompt("xx", deaf, 128)
+        check_prompt("xx", deaf, 128)
 
 
 def test_ids_that_are_no_numbers(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_ids_that_are_no_numbers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="fails at document 1 of"):
         tokenize_file(tmp_path / "a.txt", strange, tmp_path)
     with pytest.raises(DataError, match="fails at --sample_prompt"):
-        refuse_unknown_rows_of_prompt("text", strange, 128)
+        check_prompt("text", strange, 128)
 
 
 def test_a_text_of_mostly_unknown_tokens_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -107,7 +107,7 @@ def test_a_text_of_mostly_unknown_tokens_is_told(tmp_path: Path, caplog: pytest.
         (tmp_path / name).write_text(text)
         tokens = tokenize_file(tmp_path / name, tokenizer, tmp_path)
         with caplog.at_level(logging.WARNING, "lomo_ds"):
-            warn_of_unknown_tokens(tokens, tmp_path / name, tokenizer)
+            warn_about_unknown_tokens(tokens, tmp_path / name, tokenizer)
     assert len(caplog.messages) == 1
     assert "75% of the tokens of " in caplog.messages[0]
     assert "unknown.txt are <unk>" in caplog.messages[0]

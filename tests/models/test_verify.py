@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lomo_ds.checkpoint.manifest import MANIFEST, entries, write_manifest
+from lomo_ds.checkpoint.manifest import MANIFEST, compute_entries, write_manifest
 from lomo_ds.errors import DamagedError, ModelError
 from lomo_ds.models.verify import verify_export
 from tests.data.tokenizers import byte_level
@@ -22,7 +22,7 @@ def exported(tmp_path: Path) -> Path:
     for file in tmp_path.glob("*.safetensors"):
         save_file(load_file(file), file, metadata={"format": "pt", "manifest": MANIFEST})
     byte_level().save_pretrained(tmp_path)
-    write_manifest(tmp_path, entries(tmp_path, sorted(tmp_path.iterdir())))
+    write_manifest(tmp_path, compute_entries(tmp_path, sorted(tmp_path.iterdir())))
     return tmp_path
 
 
@@ -77,7 +77,7 @@ def test_weights_are_what_was_written(exported: Path, name: str) -> None:
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe"])
 def test_a_setting_that_no_editor_leaves_behind(exported: Path, content: bytes) -> None:
     (exported / "config.json").write_bytes(content)
-    with pytest.raises(DamagedError, match=r"config\.json was changed and is no JSON any more"):
+    with pytest.raises(DamagedError, match=r"config\.json was changed and is no longer valid JSON"):
         verify_all(exported)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lomo_ds.checkpoint import checkpoints_in, remove_unfinished, rotate
+from lomo_ds.checkpoint import list_checkpoints, remove_unfinished, rotate
 from lomo_ds.checkpoint.manifest import MANIFEST
 from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.errors import ConfigError, LomoError
@@ -165,7 +165,7 @@ def test_only_checkpoints_of_lomo_ds_are_deleted(tmp_path: Path) -> None:
     file(tmp_path / "checkpoint-4.partial/weights/shard")
     rotate(tmp_path, 1, set())
     remove_unfinished(tmp_path)
-    assert checkpoints_in(tmp_path) == [tmp_path / "checkpoint-3"]
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-3"]
     assert theirs.exists()
     assert all(path.exists() for path in unfinished)
     assert not (tmp_path / "checkpoint-4.partial").exists()

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.faults import demo_with_dropout
-from lomo_ds.checkpoint import checkpoints_in, open_alone, save
+from lomo_ds.checkpoint import list_checkpoints, open_in_one_process, save
 from lomo_ds.engine import build
 from lomo_ds.engine.lomo import LomoEngine
 from lomo_ds.errors import LomoError
@@ -150,7 +150,7 @@ def test_killed_between_checkpoints_what_follows_is_done_again(ranks: GroupOf, d
     (tmp_path / "killed/checkpoint-6.partial").mkdir()
     assert "resumed: 4 steps of 8" in run(ranks(2), [*argv, "--resume_from_checkpoint=auto"])
     assert_same(tmp_path / "whole", tmp_path / "killed")
-    assert [folder.name for folder in checkpoints_in(tmp_path / "killed")] == ["checkpoint-4", "checkpoint-8"]
+    assert [folder.name for folder in list_checkpoints(tmp_path / "killed")] == ["checkpoint-4", "checkpoint-8"]
     assert not list((tmp_path / "killed").glob("*.partial"))
 
 
@@ -196,7 +196,7 @@ def test_old_checkpoints_go_and_the_best_is_exported(
     results = ranks(2).run(run_with_losses, argv, [9.0, math.nan, 4.0, 6.0, 7.0, 7.5, 8.0])
     assert results[0][0] == 0, results
     assert "best model: checkpoint-4, held-out loss 4.0000" in results[0][1]
-    assert [folder.name for folder in checkpoints_in(tmp_path)] == ["checkpoint-4", "checkpoint-12"]
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-12"]
     export(tmp_path / "checkpoint-4", tmp_path / "exported")
     best, exported = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "exported"))
     assert all(torch.equal(best[name], exported[name]) for name in best)
@@ -264,7 +264,7 @@ def test_a_run_that_is_given_up_leaves_no_checkpoint_behind(
     argv = arguments(dropout, copy, max_steps=1, save_steps=1, learning_rate=0.1)
     said = logged(ranks(2), [*argv, "--overwrite_output_dir"])
     assert "checkpoint-4 of another run is deleted" in said
-    assert [folder.name for folder in checkpoints_in(copy)] == ["checkpoint-1"]
+    assert [folder.name for folder in list_checkpoints(copy)] == ["checkpoint-1"]
     assert [record["step"] for record in records(copy)] == [0, 1]
     shutil.rmtree(copy / "checkpoint-1")
     assert "holds the model of another run; give another, " in refused(ranks(2), argv)
@@ -280,7 +280,7 @@ def test_damaged_checkpoints_are_passed_over(ranks: GroupOf, dropout: Path, two_
         refused(ranks(2), [*argv, f"--resume_from_checkpoint={copy}/checkpoint-2"])
     )
     assert "resumed: 2 steps of 4" in run(ranks(2), [*argv, "--resume_from_checkpoint=auto"])
-    for folder in checkpoints_in(copy):
+    for folder in list_checkpoints(copy):
         (folder / "state.json").unlink()
     (copy / "finished.json").unlink()
     said = refused(ranks(2), [*argv, "--resume_from_checkpoint=auto"])
@@ -347,7 +347,7 @@ def test_training_goes_on_without_a_checkpoint(ranks: GroupOf, dropout: Path, tm
     argv = arguments(dropout, tmp_path, max_steps=8, save_steps=2, logging_steps=1, async_save=async_save)
     results = ranks(2).run(fail_at, argv, [4, 6])
     assert [status for status, _, _ in results] == [0, 0], results
-    assert [folder.name for folder in checkpoints_in(tmp_path)] == ["checkpoint-2", "checkpoint-8"]
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-8"]
     assert records(tmp_path)[-1]["failed_saves"] == (1 if async_save else 2), "the second is known at the next save"
     assert not list(tmp_path.glob("*.partial"))
 
@@ -377,8 +377,8 @@ def test_a_full_disk_while_training_and_at_its_end(ranks: GroupOf, dropout: Path
     assert "the model cannot be written to " in errors[0]
     assert "No space left on device" in errors[0]
     assert records(small_disk)[-1]["failed_saves"] > 0
-    assert [folder.name for folder in checkpoints_in(small_disk)] == ["checkpoint-2"]
-    open_alone(small_disk / "checkpoint-2")
+    assert [folder.name for folder in list_checkpoints(small_disk)] == ["checkpoint-2"]
+    open_in_one_process(small_disk / "checkpoint-2")
     (small_disk / "filler").unlink()
     assert "resumed: 2 steps of 6" in run(ranks(2), [*argv, "--resume_from_checkpoint=auto", "--save_total_limit=1"])
 
@@ -425,7 +425,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_named(
         DAMAGE[damage](tmp_path / name)
         caplog.clear()
         try:
-            open_alone(copy)
+            open_in_one_process(copy)
             said = caplog.text if name.parent.name == "model" else ""
         except LomoError as error:
             said = str(error)

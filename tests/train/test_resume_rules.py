@@ -12,7 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import LlamaConfig, get_scheduler
 
-from lomo_ds.checkpoint import Checkpoint, is_run, open_checkpoint
+from lomo_ds.checkpoint import Checkpoint, is_run_folder, open_checkpoint
 from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.engine.engine_state import capture_engine
 from lomo_ds.engine.lomo import LomoEngine
@@ -179,8 +179,8 @@ def test_other_words_and_paths(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_and_the_folder_of_a_run(tmp_path: Path) -> None:
-    assert not is_run(checkpoint(tmp_path / "checkpoint-3"))
-    assert is_run(tmp_path)
+    assert not is_run_folder(checkpoint(tmp_path / "checkpoint-3"))
+    assert is_run_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_checkpoint_and_the_folder_of_a_run(tmp_path: Path) -> None:
         ("out/checkpoint-3/weights", "is a part of the checkpoint .*/out/checkpoint-3; give that folder"),
         ("out/checkpoint-3/state.json", "is a part of the checkpoint"),
         ("nowhere", "there is no checkpoint"),
-        ("hf/checkpoint-5", "is a checkpoint of Hugging Face's Trainer, and lomo_ds reads its own"),
+        ("hf/checkpoint-5", "is a checkpoint of Hugging Face's Trainer, but lomo_ds reads only its own"),
         ("hf", "is an output folder of Hugging Face's Trainer"),
         ("ds/global_step5", "is a checkpoint of DeepSpeed's own engine"),
         ("ds", "is a checkpoint folder of DeepSpeed's own engine"),
@@ -205,7 +205,7 @@ def test_other_folders_are_called_by_their_names(tmp_path: Path, name: str, sent
         (tmp_path / file).parent.mkdir(parents=True)
         (tmp_path / file).touch()
     with pytest.raises(CheckpointError, match=sentence):
-        is_run(tmp_path / name)
+        is_run_folder(tmp_path / name)
 
 
 # figures that are no longer to be compared
@@ -422,8 +422,8 @@ def test_a_save_replaces_nothing_but_a_checkpoint(ranks: GroupOf, tmp_path: Path
     (tmp_path / "note.txt").touch()
     (tmp_path / "empty").mkdir()
     model, note, nested, parent = ranks(1).run(replaced_by_a_save, str(tmp_path))[0]
-    assert "a checkpoint takes the place of a checkpoint alone, and" in model
-    assert f"{tmp_path}/note.txt is none" in note
+    assert "a checkpoint may only replace another checkpoint, but" in model
+    assert f"{tmp_path}/note.txt is not one" in note
     assert "tag must be the name of one folder in save_dir, got 'a/b'" in nested
     assert "got '..'" in parent
     assert (tmp_path / "model/config.json").read_text() == "{}"

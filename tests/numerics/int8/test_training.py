@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import lomo_ds
 from lomo_ds import zero3
 from lomo_ds.checkpoint import MODEL
-from lomo_ds.checkpoint.state import refuse_other_blocks
+from lomo_ds.checkpoint.state import check_same_blocks
 from lomo_ds.errors import CheckpointError, LomoError
 from lomo_ds.models import load_tokenizer
 from lomo_ds.numerics.int8 import eager
@@ -192,9 +192,9 @@ def test_blocks_that_begin_elsewhere_are_refused(ranks: GroupOf, tmp_path: Path,
     ranks(3).run(saved, str(tmp_path), "fp32", str(demo / "model"))
     assert "resume on 3" in ranks(2).run(resumed_on_another_number, str(tmp_path))[0]
     record = {"world_size": 4, "tensors": {"w": [[64, 64], "int8"], f"w{zero3.SCALES}": [[64], "bfloat16"]}}
-    refuse_other_blocks(tmp_path, record, 2)  # 64 blocks, which both cut between
-    with pytest.raises(CheckpointError, match="begin elsewhere on 3; resume on 4"):
-        refuse_other_blocks(tmp_path, record, 3)
+    check_same_blocks(tmp_path, record, 2)  # 64 blocks, which both cut between
+    with pytest.raises(CheckpointError, match="differ on 3 ranks; resume on 4"):
+        check_same_blocks(tmp_path, record, 3)
 
 
 def test_buffers_are_not_put_into_eight_bits() -> None:

@@ -1,4 +1,4 @@
-"""A long document's tokens are those of tokenizing it at once."""
+"""Tests that a long document tokenized in chunks has the same tokens as when tokenized at once."""
 
 import random
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lomo_ds.data import pieces
-from lomo_ds.data.pieces import token_ids
+from lomo_ds.data import chunked_tokenization
+from lomo_ds.data.chunked_tokenization import token_ids
 from tests.data.tokenizers import KINDS, Letters
 
 
@@ -22,9 +22,9 @@ def at_once(text: str, tokenizer: Any) -> list[int]:
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECE", 301)
-    monkeypatch.setattr(pieces, "OVERLAP", 120)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_tokenization, "CHUNK", 301)
+    monkeypatch.setattr(chunked_tokenization, "OVERLAP", 120)
 
 
 words = st.sampled_from(
@@ -32,9 +32,9 @@ words = st.sampled_from(
 )
 
 
-@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
-def test_pieces_of_any_text_make_the_whole(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+def test_chunks_of_any_text_give_the_same_tokens(make: Callable[[], PreTrainedTokenizerFast]) -> None:
     tokenizer = make()
 
     @settings(max_examples=25, deadline=None)
@@ -46,39 +46,39 @@ def test_pieces_of_any_text_make_the_whole(make: Callable[[], PreTrainedTokenize
     check()
 
 
-@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
-def test_pieces_are_used_and_no_cut_adds_a_space(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+def test_long_text_is_chunked_and_no_cut_adds_a_space(make: Callable[[], PreTrainedTokenizerFast]) -> None:
     tokenizer = make()
     text = "the quick brown fox\njumps over the lazy dog\n" * 99
-    joined = pieces._joined_pieces(text, tokenizer)
-    assert joined is not None
-    assert len(joined) > 10
-    assert np.concatenate(joined).tolist() == at_once(text, tokenizer)
+    parts = chunked_tokenization._tokenize_in_chunks(text, tokenizer)
+    assert parts is not None
+    assert len(parts) > 10
+    assert np.concatenate(parts).tolist() == at_once(text, tokenizer)
 
 
-@pytest.mark.usefixtures("small_pieces")
-def test_pieces_without_a_token_in_common_are_given_up() -> None:
-    """Digits are counted by threes from the left, and so stand elsewhere in every piece."""
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_without_a_common_token_are_not_joined() -> None:
+    """Check the fallback with digits, which are grouped by threes from the left, so differently in each chunk."""
     numbers = Tokenizer(models.WordLevel({"111": 0, "11": 1, "1": 2}, unk_token="1"))
     numbers.pre_tokenizer = pre_tokenizers.Split(Regex("1{1,3}"), "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=numbers)
     text = "1" * 1001
-    assert pieces._joined_pieces(text, tokenizer) is None
+    assert chunked_tokenization._tokenize_in_chunks(text, tokenizer) is None
     assert token_ids(text, tokenizer).tolist() == [0] * 333 + [1]
 
 
-@pytest.mark.usefixtures("small_pieces")
-def test_a_tokenizer_in_python_gets_the_whole_document() -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_a_slow_tokenizer_gets_the_entire_document() -> None:
     tokenizer: Any = Letters()
     assert token_ids("text " * 300, tokenizer).tolist() == [ord(letter) for letter in "text " * 300]
     assert tokenizer.calls == 1
 
 
 @pytest.mark.parametrize("folder", ["stories260K", "llama_tokenizer"])
-def test_shakespeare_on_one_line_and_on_many(assets: Path, folder: str) -> None:
+def test_shakespeare_with_and_without_line_breaks(assets: Path, folder: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(assets / folder)
     text = (assets / "text/tinyshakespeare_train.txt").read_text()[:200_000]
     for document in (text, text.replace("\n", " ")):
-        assert len(pieces._joined_pieces(document, tokenizer) or []) > 2
+        assert len(chunked_tokenization._tokenize_in_chunks(document, tokenizer) or []) > 2
         assert token_ids(document, tokenizer).tolist() == at_once(document, tokenizer)
