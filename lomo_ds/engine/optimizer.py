@@ -106,7 +106,7 @@ class LomoOptimizer(ZeROOptimizer):
         Returns:
             The clip coefficient of each clipping group.
         """
-        squared_norms = self.schedule.measure() / self.schedule.scale**2
+        squared_norms = self.schedule.squared_norms() / self.schedule.scale**2
         totals = all_reduce_sum(torch.cat([squared_norms, self._loss_sum]), self.process_group).cpu()
         self._global_grad_norm = float(totals[:-1].sum().sqrt())
         self.loss = float(totals[-1]) if self._has_loss else math.nan
@@ -147,7 +147,7 @@ class LomoOptimizer(ZeROOptimizer):
         discarded step remains, except weights that ``immediate`` has already updated; modules see the current shards.
         If only some ranks failed, they have called fewer collectives than the others, and the job must end.
         """
-        self.hooks.forget()
+        self.hooks.reset()
         try:
             self.gathering.drop()
         except Exception as error:  # must not hide the original exception

@@ -12,7 +12,7 @@ from lomo_ds.planner.settings import Settings
 from lomo_ds.update.buckets import Buckets
 from lomo_ds.update.clipping import clipping_groups
 from lomo_ds.update.rules.rule_bytes import Temporaries
-from lomo_ds.update.schedules.gradient_footprint import Keeps
+from lomo_ds.update.schedules.gradient_footprint import GradientFootprint
 
 
 class Gradients(Protocol):
@@ -52,7 +52,7 @@ class Reduced:
         self,
         rehearsal: Rehearsal,
         settings: Settings,
-        keeps: Keeps,
+        keeps: GradientFootprint,
         temporaries: Temporaries,
         observe: Callable[[], None],
         on_cpu: bool,

@@ -17,7 +17,7 @@ from lomo_ds.planner.seconds import Seconds, count_seconds
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.step_bytes import Memory, count_memory
 from lomo_ds.update.schedules import Choice, choose_schedule
-from lomo_ds.update.schedules.gradient_footprint import keeps
+from lomo_ds.update.schedules.gradient_footprint import gradient_footprint
 from lomo_ds.zero3.gathering import choose_granularity, largest_use, reach_of_offload
 
 GIB = 2**30
@@ -175,7 +175,7 @@ def plan(model: PlannedModel, settings: Settings, machine: Machine, by_name: boo
     choice = _choice(settings, shards, free_gpu, free_host)
     if machine.device == "cpu":
         choice = dataclasses.replace(choice, stash_device="gpu")  # the one memory there is; see build_schedule
-    kept = keeps(choice, settings.clip_group_norm is not None, _stash_dtype(settings))
+    kept = gradient_footprint(choice, settings.clip_group_norm is not None, _stash_dtype(settings))
     rehearsal = model.rehearse(settings, granularity)
     memory = count_memory(rehearsal, _with_reach(model, settings, granularity), machine, kept, by_name)
     seconds = count_seconds(rehearsal, settings, machine, kept, memory)

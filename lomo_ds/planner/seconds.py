@@ -11,7 +11,7 @@ from lomo_ds.planner.machine import Machine
 from lomo_ds.planner.moments import Rehearsal
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.step_bytes import Memory
-from lomo_ds.update.schedules.gradient_footprint import Keeps
+from lomo_ds.update.schedules.gradient_footprint import GradientFootprint
 
 COMPUTE, UP, DOWN, PEERS, NVME = "compute", "link up", "link down", "between GPUs", "nvme"
 WORDS = {COMPUTE: "arithmetic", UP: "the link", DOWN: "the link", PEERS: "the link between GPUs", NVME: "the disk"}
@@ -39,7 +39,9 @@ class Seconds:
         return WORDS[self.bound]
 
 
-def count_seconds(rehearsal: Rehearsal, settings: Settings, machine: Machine, keeps: Keeps, memory: Memory) -> Seconds:
+def count_seconds(
+    rehearsal: Rehearsal, settings: Settings, machine: Machine, keeps: GradientFootprint, memory: Memory
+) -> Seconds:
     """What a step of ``settings`` takes at best on ``machine``."""
     forward, backward, after = _phases(rehearsal, settings, keeps, memory)
     times = settings.accumulation * keeps.passes
@@ -62,7 +64,7 @@ def count_seconds(rehearsal: Rehearsal, settings: Settings, machine: Machine, ke
 
 
 def _phases(
-    rehearsal: Rehearsal, settings: Settings, keeps: Keeps, memory: Memory
+    rehearsal: Rehearsal, settings: Settings, keeps: GradientFootprint, memory: Memory
 ) -> tuple[Counter[str], Counter[str], Counter[str]]:
     """Operations and bytes of a forward, a backward, and what comes once in a step."""
     numel, gpus, itemsize = rehearsal.numel, settings.gpus, settings.dtype.itemsize

@@ -13,7 +13,7 @@ from lomo_ds.planner.moments import Alive, Event, Moment, Rehearsal
 from lomo_ds.planner.recorder import CHECKPOINT
 from lomo_ds.planner.settings import Settings
 from lomo_ds.update.rules.rule_bytes import sgd_state_bytes, sgd_temporaries, square_sums_bytes
-from lomo_ds.update.schedules.gradient_footprint import Keeps
+from lomo_ds.update.schedules.gradient_footprint import GradientFootprint
 from lomo_ds.zero3 import Ahead
 from lomo_ds.zero3.gathering import AHEAD_NUMEL, overlaps
 
@@ -54,7 +54,7 @@ class Memory:
 
 
 def count_memory(
-    rehearsal: Rehearsal, settings: Settings, machine: Machine, keeps: Keeps, by_name: bool = False
+    rehearsal: Rehearsal, settings: Settings, machine: Machine, keeps: GradientFootprint, by_name: bool = False
 ) -> Memory:
     """What one rank takes in a step that is neither the first nor the second, in which DeepSpeed learns the order.
 
@@ -67,7 +67,9 @@ def count_memory(
 class _Ledger:
     """Adds up, and remembers the peak."""
 
-    def __init__(self, rehearsal: Rehearsal, settings: Settings, machine: Machine, keeps: Keeps, by_name: bool) -> None:
+    def __init__(
+        self, rehearsal: Rehearsal, settings: Settings, machine: Machine, keeps: GradientFootprint, by_name: bool
+    ) -> None:
         self.rehearsal, self.settings, self.keeps, self.by_name = rehearsal, settings, keeps, by_name
         self.memory = Memory()
         self.peak = -1

@@ -1,1 +1,1 @@
-"""The way of a gradient: from the hook that takes it from autograd, over its reduction, to the weights it changes."""
+"""Gradient processing: from the autograd hook, through reduction over the ranks, to the parameter update."""

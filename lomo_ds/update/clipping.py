@@ -12,7 +12,7 @@ _EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 @dataclass(frozen=True)
 class Clipping:
-    """At most one of the three limits is set; with none, gradients pass as they are.
+    """Clipping settings: at most one of the three limits is set; with none, gradients are not clipped.
 
     Attributes:
         value: every element is clamped to [-value, value].
@@ -33,11 +33,11 @@ class Clipping:
         return "none" if self.value is None else f"each gradient element to {self.value:g} (clip_grad_value)"
 
     def limit(self, scale: float) -> float | None:
-        """The largest magnitude of an element of gradients that are ``scale`` times their true values."""
+        """Return the largest allowed magnitude of gradient elements that are ``scale`` times their true values."""
         return None if self.value is None else self.value * scale
 
     def coefficients(self, squared_norms: Tensor) -> Tensor:
-        """The factor for each group from the squared norms of all groups (1-D, unscaled gradients)."""
+        """Return the clip coefficient of each group, given the squared norms of all groups (1-D, unscaled)."""
         if self.global_norm is not None:
             norm = squared_norms.sum().sqrt()
             return (self.global_norm / (norm + _EPSILON)).clamp(max=1.0).expand_as(squared_norms)
@@ -47,7 +47,7 @@ class Clipping:
 
 
 def clipping_groups(names: list[str]) -> list[int]:
-    """The clipping group of each parameter: its decoder layer, or, outside the layers, its module."""
+    """Return each parameter's clipping group: one group per decoder layer, and one per module outside the layers."""
     owners = [layer_of(name) or name.rpartition(".")[0] for name in names]
-    number = {owner: index for index, owner in enumerate(dict.fromkeys(owners))}
-    return [number[owner] for owner in owners]
+    group_of_owner = {owner: index for index, owner in enumerate(dict.fromkeys(owners))}
+    return [group_of_owner[owner] for owner in owners]

@@ -1,4 +1,4 @@
-"""From whole gradients to this rank's shards of their sum: a bucket at a time, while backward goes on."""
+"""Gradient reduction: reduce-scatters full gradients to this rank's shards, in buckets that overlap with backward."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,32 +10,34 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.update.buckets import Buckets
 
-Deliver = Callable[[list[int], list[Tensor]], None]
+OnReduced = Callable[[list[int], list[Tensor]], None]
 
 
 @dataclass(frozen=True)
-class _Flight:
-    """A reduce-scatter under way."""
+class _PendingReduceScatter:
+    """A reduce-scatter in flight."""
 
     indices: tuple[int, ...]
-    shards: Tensor  # what it writes: padded shards behind one another
-    whole: Tensor  # what it reads, which must live as long
+    shards: Tensor  # output: the padded shards, concatenated
+    full: Tensor  # input, which must stay alive until the collective ends
     work: Any
 
 
 class Reduction:
-    """Sums the gradients of all ranks, and delivers each rank its shards, in an order that all ranks share.
+    """Sums gradients over the ranks and passes this rank's shards on, in the same order on every rank.
 
-    ``Buckets`` bounds how many are alive. On one rank there is nothing to sum, and shards are the gradients themselves.
+    ``Buckets`` bounds the number of gradients that are alive. On one rank, gradients are passed on without a
+    collective.
 
     Args:
-        numels: of each whole parameter.
-        shard_numels: of this rank's part of each, without padding.
-        group: the ranks that parameters are split over.
-        dtype: what gradients are summed in; None keeps their own.
-        deliver: is given parameters' indices and their gradient shards (1-D, to be kept or clobbered).
+        numels: elements of each full parameter.
+        shard_numels: elements of this rank's shard of each parameter, without padding.
+        group: the ranks that parameters are partitioned over.
+        dtype: the dtype gradients are reduced in; None keeps their own.
+        on_reduced: receives parameter indices and their gradient shards (1-D); it may keep or overwrite the shards.
     """
 
     def __init__(
@@ -44,76 +46,82 @@ class Reduction:
         shard_numels: list[int],
         group: ProcessGroup,
         dtype: torch.dtype | None,
-        deliver: Deliver,
+        on_reduced: OnReduced,
     ) -> None:
         self.numels = numels
         self.shard_numels = shard_numels
         self.group = group
         self.dtype = dtype
-        self.deliver = deliver
+        self.on_reduced = on_reduced
         self.world_size = dist.get_world_size(group)
-        self.buckets: Buckets[tuple[int, Tensor]] = Buckets(max(numels), self.world_size, self._launch, self._land)
-        self.forget()
+        self.buckets: Buckets[tuple[int, Tensor]] = Buckets(
+            max(numels), self.world_size, self._launch, self._limit_in_flight
+        )
+        self.reset()
 
     def add(self, index: int, gradient: Tensor) -> None:
-        """Take the whole gradient of parameter ``index``; any shape, the same order and dtypes on all ranks."""
+        """Add the full gradient, of any shape, of parameter ``index``; order and dtypes must be equal on all ranks."""
         self.buckets.add((index, gradient), self.numels[index])
 
     def flush(self) -> None:
-        """Deliver all that is left."""
+        """Launch the last bucket, and pass on all remaining shards."""
         self.buckets.flush()
 
-    def forget(self) -> None:
-        """Drop what has not been delivered."""
-        self.buckets.forget()
-        self.in_flight: deque[_Flight] = deque()
+    def reset(self) -> None:
+        """Drop all gradients that have not been passed on."""
+        self.buckets.clear()
+        self.in_flight: deque[_PendingReduceScatter] = deque()
         self.in_flight_numel = 0
 
     def _launch(self, bucket: list[tuple[int, Tensor]]) -> None:
-        """Send off what has waited together; gradients of several dtypes by themselves."""
+        """Start the reduction of one bucket, with one collective per dtype."""
         indices = [index for index, _ in bucket]
         flat = [gradient.reshape(-1) for _, gradient in bucket]
-        bucket.clear()  # a gradient that is converted or packed below does not live beside its copy
+        bucket.clear()  # drops references, so that gradients do not outlive their converted or packed copies
         if self.dtype is not None:
             flat = [gradient.to(self.dtype) for gradient in flat]
         if self.world_size == 1:
-            self.deliver(indices, flat)
+            self.on_reduced(indices, flat)
             return
         for dtype in dict.fromkeys(gradient.dtype for gradient in flat):
-            alike = [
+            matching = [
                 (index, gradient) for index, gradient in zip(indices, flat, strict=True) if gradient.dtype == dtype
             ]
-            some, theirs = zip(*alike, strict=True)
-            self._reduce_scatter(some, interleave(theirs, self.world_size))
+            matching_indices, gradients = zip(*matching, strict=True)
+            self._reduce_scatter(matching_indices, interleave(gradients, self.world_size))
 
-    def _reduce_scatter(self, indices: tuple[int, ...], whole: Tensor) -> None:
-        shards = torch.empty(whole.numel() // self.world_size, dtype=whole.dtype, device=whole.device)
-        work = dist.reduce_scatter_tensor(shards, whole, group=self.group, async_op=True)
-        self.in_flight.append(_Flight(indices, shards, whole, work))
-        self.in_flight_numel += whole.numel()
+    def _reduce_scatter(self, indices: tuple[int, ...], full: Tensor) -> None:
+        shards = torch.empty(full.numel() // self.world_size, dtype=full.dtype, device=full.device)
+        work = dist.reduce_scatter_tensor(shards, full, group=self.group, async_op=True)
+        self.in_flight.append(_PendingReduceScatter(indices, shards, full, work))
+        self.in_flight_numel += full.numel()
 
-    def _land(self, until: int) -> None:
-        """Deliver the oldest until at most ``until`` elements are in flight.
+    def _limit_in_flight(self, max_numel: int) -> None:
+        """Wait for the oldest reductions and pass their shards on, until at most ``max_numel`` elements are in flight.
 
-        On CUDA to wait is the stream's business: what is freed here may be used again by what runs behind it.
+        On CUDA only the current stream waits, so memory freed here can be reused by later work on that stream.
         """
-        while self.in_flight and self.in_flight_numel > until:
-            flight = self.in_flight.popleft()
-            self.in_flight_numel -= flight.whole.numel()
-            flight.work.wait()
-            self.deliver(list(flight.indices), self._cut(flight))
+        while self.in_flight and self.in_flight_numel > max_numel:
+            pending = self.in_flight.popleft()
+            self.in_flight_numel -= pending.full.numel()
+            pending.work.wait()
+            self.on_reduced(list(pending.indices), self._split_shards(pending))
 
-    def _cut(self, flight: _Flight) -> list[Tensor]:
-        """The shards of a bucket, without their padding."""
-        padded = [-(-self.numels[index] // self.world_size) for index in flight.indices]
+    def _split_shards(self, pending: _PendingReduceScatter) -> list[Tensor]:
+        """Split the output of a bucket into its shards, without padding."""
+        padded = [ceil_div(self.numels[index], self.world_size) for index in pending.indices]
         return [
             shard.narrow(0, 0, self.shard_numels[index])
-            for index, shard in zip(flight.indices, flight.shards.split(padded), strict=True)
+            for index, shard in zip(pending.indices, pending.shards.split(padded), strict=True)
         ]
 
 
 def interleave(gradients: Sequence[Tensor], world_size: int) -> Tensor:
-    """Flat gradients as one, whose n-th part holds the n-th part of each, zero-padded to ceil(numel / world size)."""
+    """Pack flat gradients into one tensor for a reduce-scatter.
+
+    The n-th part of the result, out of ``world_size`` equal parts, holds the n-th shard of every gradient. Each
+    gradient is zero-padded to a multiple of ``world_size``.
+    """
     parts = []
     for gradient in gradients:
         padding = -gradient.numel() % world_size

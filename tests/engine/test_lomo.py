@@ -143,11 +143,11 @@ def more_micro_batches_than_configured() -> float:
     engine = make_engine(model, "stash", bf16={"enabled": True})
     engine.train_batch([even_batch(step, 1) for step in range(8)])
     stash: Any = engine.schedule
-    assert not stash.held
+    assert not stash.stashed
     engine.backward(engine(**even_batch(0, 1)).loss)
     engine.set_gradient_accumulation_boundary(False)
     engine.backward(engine(**even_batch(1, 1)).loss)
-    return float({held.dtype for held in stash.held.values()} == {torch.float32})
+    return float({held.dtype for held in stash.stashed.values()} == {torch.float32})
 
 
 def test_gradients_add_up_in_fp32(ranks: GroupOf) -> None:

@@ -56,7 +56,7 @@ def test_a_backward_waits_only_to_bound_what_is_in_flight(
     copied = []
     for index, numel in enumerate(numels):
         schedule.offer_gathered_weight(index, torch.ones(numel))
-        schedule.take([index], [torch.ones(numel)])
+        schedule.receive([index], [torch.ones(numel)])
         copied.append(store.transfer.leaving[-1].copied)
     waits = [target for stream, target in streams.waits if stream == COMPUTING]
     assert waits == [copied[index] for index in waited_for]

@@ -45,7 +45,7 @@ def bring(schedule: Any, start: int = 0) -> None:
     """A step's gradients."""
     for number, buckets in enumerate(STEP, start):
         for bucket in buckets:
-            schedule.take(bucket, [gradient(number, index).mul(1.0) for index in bucket])
+            schedule.receive(bucket, [gradient(number, index).mul(1.0) for index in bucket])
         schedule.flush()
 
 
@@ -60,8 +60,8 @@ def test_a_stash_in_host_memory_adds_up_the_same_bits(
             schedule.start(scale=1.0)
             bring(schedule, 3 * step)
         assert not in_host[0].transfer.leaving
-        assert not in_host[0].ahead.coming
-        assert torch.equal(in_host[0].measure(), expected[0].measure())
+        assert not in_host[0].prefetcher.coming
+        assert torch.equal(in_host[0].squared_norms(), expected[0].squared_norms())
         for schedule, _ in (in_host, expected):
             schedule.apply([0.5])
     assert all(torch.equal(one, other) for one, other in zip(in_host[1], expected[1], strict=True))
@@ -80,7 +80,7 @@ def test_it_does_in_whatever_order_streams_run(monkeypatch: pytest.MonkeyPatch, 
         bring(in_host[0])
         in_host[0].apply([0.5])
     assert device.reused
-    assert torch.equal(in_host[0].measure(), expected[0].measure())
+    assert torch.equal(in_host[0].squared_norms(), expected[0].squared_norms())
     expected[0].apply([0.5])
     assert all(torch.equal(one, other) for one, other in zip(in_host[1], expected[1], strict=True))
 
@@ -111,12 +111,12 @@ def test_the_second_micro_batch_fetches_sums_ahead(monkeypatch: pytest.MonkeyPat
     targets = [Target(25, 0, {"lr": 0.5, "weight_decay": 0.0}) for _ in range(4)]
     stash = HostStash(targets, DeviceStore([]), Sgd(), Clipping(), CPU)
     for index in range(4):
-        stash.take([index], [torch.ones(25)])
+        stash.receive([index], [torch.ones(25)])
     stash.flush()
     transfer = Noted({buffer.data_ptr(): index for index, buffer in stash.buffers.items()})
-    stash.transfer = stash.ahead.transfer = transfer
+    stash.transfer = stash.prefetcher.transfer = transfer
     for index in range(4):
-        stash.take([index], [torch.ones(25)])
+        stash.receive([index], [torch.ones(25)])
     assert transfer.log == AHEAD
 
 

@@ -160,7 +160,7 @@ def left_by_backward(schedule: str) -> tuple[int, int]:
     with LeftAlive(list(model.parameters())) as watched:
         engine.backward(loss)
     stash: Any = engine.schedule
-    return len(watched.made), watched.count(list(stash.held.values()) if schedule == "stash" else [])
+    return len(watched.made), watched.count(list(stash.stashed.values()) if schedule == "stash" else [])
 
 
 @pytest.mark.parametrize("schedule", ["immediate", "stash"])
@@ -176,9 +176,9 @@ def stash_bytes() -> tuple[int, int]:
     engine = make_engine(model_of_some_size(), "stash", threshold=0)
     stash: Any = engine.schedule
     engine.backward(engine(**batch()).loss)
-    held = {shard.untyped_storage()._cdata: shard.untyped_storage().nbytes() for shard in stash.held.values()}
+    held = {shard.untyped_storage()._cdata: shard.untyped_storage().nbytes() for shard in stash.stashed.values()}
     engine.step()
-    assert not stash.held
+    assert not stash.stashed
     return sum(held.values()), 4 * sum(target.numel for target in stash.targets)
 
 

@@ -1,4 +1,4 @@
-"""Update rules: how a parameter shard and its gradient become the new shard."""
+"""Update rules: compute the new parameter shard from the shard and its gradient."""
 
 from lomo_ds.update.rules.rule import Rule
 from lomo_ds.update.rules.sgd import Sgd

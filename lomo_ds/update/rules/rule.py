@@ -1,4 +1,4 @@
-"""The protocol of an update rule: pure math over tensors, without hooks, ranks or DeepSpeed."""
+"""Protocol of an update rule: pure math on tensors, independent of hooks, ranks and DeepSpeed."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,7 +11,7 @@ from lomo_ds.numerics.square_sums import SquareSums
 
 
 class Rule(Protocol):
-    """Turns parameter shards and their gradients into the new shards."""
+    """Updates parameter shards from their gradients."""
 
     def update(
         self,
@@ -23,34 +23,33 @@ class Rule(Protocol):
         limit: float | None = None,
         squares: SquareSums | None = None,
     ) -> None:
-        """Write the updated parameters into ``shards``. The host does not wait for the device.
+        """Write the updated parameters into ``shards``, without making the host wait for the device.
 
         Args:
-            shards: on the device that computes.
-            gradients: each as long as its shard, on the same device; any float dtype. Clobbered.
-            coefficient: what gradients are multiplied by first (averaging, unscaling, clipping); a float or
-                a 0-dim tensor.
+            shards: parameter shards on the compute device.
+            gradients: one gradient per shard, with the same length and device; any float dtype. Overwritten.
+            coefficient: factor for the gradients (averaging, unscaling, clipping); a float or a 0-dim tensor.
             lr: learning rate.
             weight_decay: decoupled weight decay (arXiv 1711.05101).
-            limit: magnitude that elements of gradients are clamped to before all else; None for none.
-            squares: from ``square_sums``: to be given the sums of squares of the gradients as they come, before they
-                are clamped. ``coefficient`` is a float then.
+            limit: maximum magnitude that gradient elements are clamped to before scaling; None does not clamp.
+            squares: the result of ``square_sums``, which receives the sums of squares of the gradients before
+                clamping; requires ``coefficient`` to be a float. None computes no sums.
         """
         ...
 
     def square_sums(self, numels: Sequence[int], device: torch.device) -> SquareSums | None:
-        """Room for a step's sums of squares where ``update`` adds them up as it reads gradients; else None.
+        """Allocate a step's sums of squares; None if ``update`` cannot compute them on this device.
 
         Args:
-            numels: of all gradients of a step.
-            device: where they are computed.
+            numels: elements of each gradient of a step.
+            device: the device the gradients are computed on.
         """
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep of this rank's rule, by name."""
+        """Return the tensors of this rank's rule that a checkpoint must save, by name."""
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what ``state`` had returned."""
+        """Restore what ``state`` has returned."""
         ...

@@ -1,4 +1,4 @@
-"""What a rule declares for a plan: the bytes it holds from step to step, and those its update takes in passing."""
+"""Memory of an update rule, for the planner: its persistent state and the temporaries of an update, in bytes."""
 
 from collections.abc import Callable
 
@@ -7,24 +7,24 @@ import torch
 from lomo_ds.numerics.flat import CPU_PIECE_NUMEL
 from lomo_ds.numerics.square_sums import slots_of
 
-Temporaries = Callable[[int], int]  # bytes in passing of an update of so many elements
+Temporaries = Callable[[int], int]  # maps the number of updated elements to the bytes of temporaries
 
-# update_half on a piece, when it rounds: exact values, their bits with noise added, the noise, and the result
+# update_half with stochastic rounding: fp32 values, their bits with noise added, the noise, and the result
 HALF_BYTES_PER_ELEMENT = 4 + 4 + 2 + 2
 
 
 def sgd_state_bytes(numel: int) -> int:
-    """Of so many parameters, on a rank: SGD holds none."""
+    """Return the state bytes of SGD for ``numel`` parameters: 0, because SGD is stateless."""
     return 0
 
 
 def square_sums_bytes(numel: int) -> int:
-    """Of a shard of so many elements, where a kernel adds up the squares of its gradient; see ``SquareSums``."""
+    """Return the bytes of a shard's ``SquareSums`` when a kernel computes them during the update."""
     return torch.float32.itemsize * slots_of(numel)
 
 
 def sgd_temporaries(dtype: torch.dtype, device: str) -> Temporaries:
-    """Of ``Sgd.update`` for shards of ``dtype``: none in fp32, nor where a kernel writes in one pass over memory."""
+    """Return the temporaries of ``Sgd.update``: none for fp32 shards, and none if a kernel updates in one pass."""
     if dtype == torch.float32 or device != "cpu":
         return lambda numel: 0
     return lambda numel: HALF_BYTES_PER_ELEMENT * min(numel, CPU_PIECE_NUMEL)

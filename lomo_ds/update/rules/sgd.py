@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 class Sgd:
-    """Plain SGD with fp32 arithmetic and no state.
+    """Plain SGD in fp32 arithmetic, without optimizer state.
 
     Args:
-        generator: source of stochastic rounding for half-precision shards, on the device that computes;
+        generator: random generator for stochastic rounding of half-precision shards, on the compute device;
             None rounds to nearest.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self.generator = generator
-        self.calls: dict[int, int] = defaultdict(int)  # updates so far of each tensor in eight bits, by its number
+        self.calls: dict[int, int] = defaultdict(int)  # number of updates of each int8 tensor, by tensor number
 
     def update(
         self,
@@ -41,7 +41,7 @@ class Sgd:
         limit: float | None = None,
         squares: SquareSums | None = None,
     ) -> None:
-        """See ``Rule.update``."""
+        """Implement ``Rule.update``."""
         decay = 1 - lr * weight_decay
         floats: list[tuple[Tensor, Tensor]] = []
         for shard, gradient in zip(shards, gradients, strict=True):
@@ -51,30 +51,30 @@ class Sgd:
             factor = _factor(coefficient, lr, gradient.device)
             slots = None if squares is None else squares.take(gradient.numel())
             int8.update(shard, gradient, factor, decay, self._noise_for(shard), limit, slots)
-        for alike, of_alike in _alike(floats):
-            kernel = kernel_for(of_alike[0].device)
-            # fp32 weights are not rounded: torch updates all of them in a launch or two, and reads a gradient once too
-            if kernel is not None and (squares is not None or alike[0].dtype != torch.float32):
-                factor = _factor(coefficient, lr, of_alike[0].device)
-                self._launch(kernel, alike, of_alike, factor, decay, limit, squares)
+        for group_shards, group_gradients in _group_by_dtype(floats):
+            kernel = kernel_for(group_gradients[0].device)
+            # fp32 weights need no rounding: torch updates them all in one or two launches and reads gradients once too
+            if kernel is not None and (squares is not None or group_shards[0].dtype != torch.float32):
+                factor = _factor(coefficient, lr, group_gradients[0].device)
+                self._launch(kernel, group_shards, group_gradients, factor, decay, limit, squares)
             else:
-                assert squares is None, "there are none without a kernel"
-                self._update_in_torch(alike, of_alike, coefficient, lr, decay, limit)
+                assert squares is None, "sums of squares need a kernel"
+                self._update_in_torch(group_shards, group_gradients, coefficient, lr, decay, limit)
 
     def square_sums(self, numels: Sequence[int], device: torch.device) -> SquareSums | None:
-        """See ``Rule.square_sums``."""
+        """Implement ``Rule.square_sums``."""
         return None if kernel_for(device) is None else SquareSums(numels, device)
 
     def state(self) -> dict[str, Tensor]:
-        """See ``Rule.state``."""
+        """Implement ``Rule.state``."""
         if self.generator is None:
             return {}
         calls = torch.tensor(sorted(self.calls.items()), dtype=torch.int64).view(-1, 2)
         return {"generator": self.generator.get_state(), "calls": calls}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """See ``Rule.load_state``."""
-        if self.generator is not None and "generator" in state:  # there is none of a run that rounded to nearest
+        """Implement ``Rule.load_state``."""
+        if self.generator is not None and "generator" in state:  # a run that rounded to nearest has saved no generator
             self.generator.set_state(state["generator"])
             self.calls = defaultdict(int, state["calls"].tolist() if "calls" in state else [])
 
@@ -88,7 +88,7 @@ class Sgd:
         limit: float | None,
         squares: SquareSums | None,
     ) -> None:
-        """Update each shard in one launch, which reads its gradient once."""
+        """Update each shard with one kernel launch that reads its gradient once."""
         for shard, gradient in zip(shards, gradients, strict=True):
             noise = None if shard.dtype == torch.float32 else self._next_call()
             slots = None if squares is None else squares.take(gradient.numel())
@@ -103,7 +103,7 @@ class Sgd:
         decay: float,
         limit: float | None,
     ) -> None:
-        """Update shards together, in pieces where they are copied on the way."""
+        """Update all shards together with PyTorch operations, in pieces if they need temporary copies."""
         if limit is not None:
             for gradient in gradients:
                 clamp_(gradient, limit)
@@ -116,8 +116,8 @@ class Sgd:
             factor = _factor(coefficient, lr, device)
             compute = partial(update_half, factor=factor, decay=decay, generator=self.generator)
         copies = shards[0].dtype != torch.float32 or gradients[0].dtype != torch.float32
-        for part, of_part in pieces(shards, gradients) if copies else [(shards, gradients)]:
-            compute(part, of_part)
+        for shard_parts, gradient_parts in pieces(shards, gradients) if copies else [(shards, gradients)]:
+            compute(shard_parts, gradient_parts)
 
     def _noise_for(self, blocks: int8.Blocks) -> int8.Noise | None:
         if self.generator is None:
@@ -127,23 +127,23 @@ class Sgd:
         return int8.Noise(self.generator.initial_seed() % 2**64, blocks.number, step)
 
     def _next_call(self) -> tuple[int, int] | None:
-        """Seed and number of a kernel's call. The generator counts them, so its state says where noise goes on."""
+        """Return the seed and number of the next kernel call, which the generator's state counts."""
         if self.generator is None:
             return None
         offset = self.generator.get_offset()
-        self.generator.set_offset(offset + 4)  # CUDA takes multiples of four only
+        self.generator.set_offset(offset + 4)  # CUDA accepts only multiples of four
         return self.generator.initial_seed(), offset // 4
 
 
 def _factor(coefficient: float | Tensor, lr: float, device: torch.device) -> float | Tensor:
-    """Their product; of a tensor rounded once to fp32, without waiting for the device."""
+    """Return ``coefficient * lr``; a tensor result is rounded once to fp32, and the host does not wait for it."""
     if isinstance(coefficient, Tensor):
         return (coefficient.to(device, torch.float64, non_blocking=True) * lr).float()
     return coefficient * lr
 
 
-def _alike(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
-    """Shards and gradients, apart by dtypes."""
+def _group_by_dtype(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
+    """Group shards and gradients by their dtypes."""
     groups: dict[tuple[torch.dtype, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for shard, gradient in pairs:
         key = (shard.dtype, gradient.dtype)
@@ -155,7 +155,7 @@ def _alike(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[list[Tensor
 
 @functools.cache
 def kernel_for(device: torch.device) -> ModuleType | None:
-    """``sgd_kernel``, tried once; None off the GPU, and, with a warning, where Triton is missing or does not work."""
+    """Return the module ``sgd_kernel`` after a trial run; None if not on a GPU or if Triton fails (with a warning)."""
     if device.type != "cuda":
         return None
     try:
@@ -164,7 +164,7 @@ def kernel_for(device: torch.device) -> ModuleType | None:
         trial = torch.zeros(1, dtype=torch.bfloat16, device=device)
         squares = torch.empty(1, dtype=torch.float32, device=device)
         sgd_kernel.update(trial, trial.clone(), 1.0, 1.0, (0, 0), None, squares)
-    except Exception as error:  # no Triton, no C compiler, a GPU it does not know: each has an exception of its own
-        logger.warning("weights are updated in several passes over memory, for Triton fails: %s", error)
+    except Exception as error:  # no Triton, no C compiler, an unsupported GPU: each raises another type
+        logger.warning("weights are updated in several passes over memory, because Triton fails: %s", error)
         return None
     return sgd_kernel

@@ -1,4 +1,4 @@
-"""SGD on shards and gradients of one device, in PyTorch's own operations."""
+"""SGD update with PyTorch operations, for shards and gradients on one device."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def update_single(
     """Write ``decay * shard - lr * coefficient * gradient`` into fp32 shards, as ``torch.optim.SGD`` computes it.
 
     Args:
-        gradients: fp32 ones are clobbered; others are copied in fp32.
+        gradients: fp32 gradients are overwritten; others are copied to fp32.
         coefficient: a float, or a 0-dim fp32 tensor on the shards' device.
     """
     exact = [gradient.float() for gradient in gradients]
@@ -34,21 +34,22 @@ def update_half(
 ) -> None:
     """Write ``decay * shard - factor * gradient`` into half-precision shards, rounded once from fp32.
 
-    Every product and difference is rounded to fp32 for itself. Temporaries are as long as all shards together.
+    Products and differences are rounded to fp32 separately. Each temporary has as many elements as all shards
+    together.
 
     Args:
-        gradients: one of fp32 is clobbered.
+        gradients: a single fp32 gradient is overwritten.
         factor: a float, or a 0-dim fp32 tensor on the shards' device.
-        generator: of stochastic rounding, on the shards' device; None rounds to nearest.
+        generator: random generator for stochastic rounding, on the shards' device; None rounds to nearest.
     """
-    exact = _joined(shards).float()
+    exact = _concatenate(shards).float()
     if decay != 1:
         exact.mul_(decay)
-    exact.sub_(_joined(gradients).float().mul_(factor))
+    exact.sub_(_concatenate(gradients).float().mul_(factor))
     if generator is not None:
         exact = stochastic_round(exact, shards[0].dtype, generator)
     torch._foreach_copy_(shards, exact.split([shard.numel() for shard in shards]))
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
+def _concatenate(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

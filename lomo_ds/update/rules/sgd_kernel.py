@@ -1,6 +1,6 @@
-"""SGD on a shard as a Triton kernel in one pass over memory: read, add up squares, clamp, update, round, write.
+"""SGD update of a shard as a one-pass Triton kernel: read, sum squares, clamp, update, round, write.
 
-To import this file is to import triton, which not every machine has.
+Importing this module imports triton, which is not available on every machine.
 """
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 from lomo_ds.numerics.square_sums import PROGRAM_NUMEL, slots_of
 from lomo_ds.numerics.triton_launch import Launcher, alignment
 
-# Unfused, product and difference are rounded apart, as they are in eager mode.
+# Without FMA fusion, product and difference are rounded separately, as in eager mode.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-BLOCK = tl.constexpr(8 * 32 * 4)  # 8 neighbours for each thread: 16 bytes, the widest load there is
-BLOCKS = tl.constexpr(8)  # of a program; one call of Philox gives a lane 4 words, 16 bits for each of 8 blocks
-PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al., SC 2011, table 2)
+BLOCK = tl.constexpr(8 * 32 * 4)  # 8 adjacent elements per thread: 16 bytes, the widest load
+BLOCKS = tl.constexpr(8)  # blocks per program; one Philox call gives a lane 4 words: 16 bits for each of 8 blocks
+PHILOX_ROUNDS = tl.constexpr(7)  # the smallest number that passes BigCrush (Salmon et al., SC 2011, table 2)
 FP16_SMALLEST_NORMAL = tl.constexpr(2.0**-14)
 assert BLOCK.value * BLOCKS.value == PROGRAM_NUMEL
 
@@ -31,23 +31,23 @@ def update(
 ) -> None:
     """Write ``decay * shard - factor * gradient`` into ``shard``, rounded once, without waiting for the device.
 
-    Into half precision product and difference are rounded to fp32 for themselves, as by ``update_half``; into fp32 they
-    are rounded together, as torch.optim.SGD does.
+    For half-precision shards, product and difference are rounded to fp32 separately, as in ``update_half``. For fp32
+    shards they are computed with one rounding (FMA), as in torch.optim.SGD.
 
     Args:
         shard: 1-D and contiguous, bfloat16, float16 or float32, on the current device.
-        gradient: as long as ``shard``, contiguous, on its device; any float dtype.
-        factor: a float, or, unless ``shard`` is fp32, a 0-dim fp32 tensor on the same device.
-        noise: seed and number of this call, both below 2 ** 64, for stochastic rounding: the same two give the same
-            bits, and others independent ones. None rounds to nearest, as an fp32 ``shard`` must.
-        limit: magnitude that gradients are clamped to first; None leaves them as they are.
-        squares: 1-D fp32, a slot for each program of 8192 elements, to be filled with the sum of squares of the
-            gradients that the program has read, before they are clamped. The same gradients give the same bits.
+        gradient: contiguous, with the length and device of ``shard``; any float dtype.
+        factor: a float; or a 0-dim fp32 tensor on the same device, unless ``shard`` is fp32.
+        noise: seed and number of this call for stochastic rounding, both below 2 ** 64. Equal pairs give equal random
+            bits, and different pairs give independent ones. None rounds to nearest, and is required for fp32.
+        limit: maximum magnitude that gradients are clamped to first; None does not clamp.
+        squares: 1-D fp32 output with one slot per program of 8192 elements. Each program writes the sum of squares of
+            its gradients before clamping; the result is deterministic.
     """
     assert shard.shape == gradient.shape
     assert shard.is_contiguous()
     assert gradient.is_contiguous()
-    assert shard.numel() < 2**35, "32 bits number the lanes"
+    assert shard.numel() < 2**35, "lane numbers must fit in 32 bits"
     assert shard.dtype != torch.float32 or (noise is None and not isinstance(factor, Tensor))
     programs = slots_of(shard.numel())
     assert squares is None or squares.shape == (programs,)
@@ -62,7 +62,7 @@ def update(
         (shard.device, shard.dtype, gradient.dtype, aligned, compiled_for),
         shard,
         gradient,
-        factor if in_memory else float(factor),  # an int would be compiled in
+        factor if in_memory else float(factor),  # an int could be compiled in as a constant
         float(decay),
         None if limit is None else min(float(limit), torch.finfo(gradient.dtype).max),
         squares,
@@ -74,7 +74,7 @@ def update(
     )
 
 
-# A launch's ``squares`` begin anywhere in a buffer; where that is at a multiple of 16 bytes must not compile anew.
+# ``squares`` may start anywhere in a buffer; its alignment must not cause another compilation.
 @triton.jit(do_not_specialize=["numel", "seed", "call"], do_not_specialize_on_alignment=["factor", "squares"])
 def _sgd(
     weights: tl.tensor,
@@ -89,16 +89,16 @@ def _sgd(
     FACTOR_IN_MEMORY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ) -> None:
-    """One program updates ``BLOCKS`` blocks of ``BLOCK`` neighbours; lane i has element i of each."""
+    """Update ``BLOCKS`` blocks of ``BLOCK`` adjacent elements per program; lane i handles element i of each block."""
     if FACTOR_IN_MEMORY:
         factor = tl.load(factor)
     start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS)
-    left = numel - start
+    remaining = numel - start
     weights, gradients = weights + start, gradients + start
-    if left >= BLOCK * BLOCKS:  # a mask of any length would rule out wide loads
-        _blocks(weights, gradients, factor, decay, limit, squares, left, seed, call, STOCHASTIC, False)
+    if remaining >= BLOCK * BLOCKS:  # a mask would prevent wide loads
+        _blocks(weights, gradients, factor, decay, limit, squares, remaining, seed, call, STOCHASTIC, False)
     else:
-        _blocks(weights, gradients, factor, decay, limit, squares, left, seed, call, STOCHASTIC, True)
+        _blocks(weights, gradients, factor, decay, limit, squares, remaining, seed, call, STOCHASTIC, True)
 
 
 _launch_sgd = Launcher(_sgd, OPTIONS)
@@ -112,7 +112,7 @@ def _blocks(
     decay: tl.tensor,
     limit: tl.tensor,
     squares: tl.tensor,
-    left: tl.tensor,
+    remaining: tl.tensor,
     seed: tl.tensor,
     call: tl.tensor,
     STOCHASTIC: tl.constexpr,
@@ -122,33 +122,33 @@ def _blocks(
     total = tl.zeros([BLOCK], tl.float32)
     if STOCHASTIC:
         words = _random_words(seed, call, lanes)
-    loaded = _load(weights, gradients, 0, lanes, left, MASKED)
+    loaded = _load(weights, gradients, 0, lanes, remaining, MASKED)
     for block in tl.static_range(BLOCKS):
         weight, gradient = loaded
-        if block + 1 < BLOCKS and not MASKED:  # ahead of the store, for the compiler takes no load across one
-            loaded = _load(weights, gradients, block + 1, lanes, left, MASKED)
+        if block + 1 < BLOCKS and not MASKED:  # before the store, because the compiler moves no load across a store
+            loaded = _load(weights, gradients, block + 1, lanes, remaining, MASKED)
         exact = gradient.to(tl.float32)
         if squares is not None:
             total += exact * exact
         if limit is not None:
-            exact = _clamped(exact, limit, gradients.dtype.element_ty)
+            exact = _clamp(exact, limit, gradients.dtype.element_ty)
         updated = _step(weight, exact, factor, decay)
         if STOCHASTIC:
             noise = (words[block // 2] >> (16 * (block % 2))) & 0xFFFF
-            rounded = _round_at_random(updated, noise.to(tl.int32), weights.dtype.element_ty)
+            rounded = _round_stochastically(updated, noise.to(tl.int32), weights.dtype.element_ty)
         else:
             rounded = _round_to_nearest(updated, weights.dtype.element_ty)
-        places = block * BLOCK + lanes
-        tl.store(weights + places, rounded, places < left if MASKED else None)
-        if block + 1 < BLOCKS and MASKED:  # ahead, masks would need registers that the program above wants
-            loaded = _load(weights, gradients, block + 1, lanes, left, MASKED)
+        offsets = block * BLOCK + lanes
+        tl.store(weights + offsets, rounded, offsets < remaining if MASKED else None)
+        if block + 1 < BLOCKS and MASKED:  # after the store, because earlier masks would cost registers
+            loaded = _load(weights, gradients, block + 1, lanes, remaining, MASKED)
     if squares is not None:
         tl.store(squares + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit
 def _step(weight: tl.tensor, gradient: tl.tensor, factor: tl.tensor, decay: tl.tensor) -> tl.tensor:
-    """``decay * weight - factor * gradient`` in fp32."""
+    """Return ``decay * weight - factor * gradient`` in fp32."""
     decayed = weight.to(tl.float32) * decay
     if weight.dtype == tl.float32:
         return tl.fma(-gradient, tl.full(gradient.shape, factor, tl.float32), decayed)
@@ -156,8 +156,8 @@ def _step(weight: tl.tensor, gradient: tl.tensor, factor: tl.tensor, decay: tl.t
 
 
 @triton.jit
-def _clamped(values: tl.tensor, limit: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """To [-limit, limit], which gradients' ``dtype`` rounds first, as in eager mode; nan stays."""
+def _clamp(values: tl.tensor, limit: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Clamp to [-limit, limit], with the limit rounded to the gradients' ``dtype`` as in eager mode; nan stays nan."""
     limit = _round_to_nearest(tl.full(values.shape, limit, tl.float32), dtype).to(tl.float32)
     values = tl.where(values > limit, limit, values)
     return tl.where(values < -limit, -limit, values)
@@ -169,18 +169,18 @@ def _load(
     gradients: tl.tensor,
     block: tl.constexpr,
     lanes: tl.tensor,
-    left: tl.tensor,
+    remaining: tl.tensor,
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """This block of both."""
-    places = block * BLOCK + lanes
-    mask = places < left if MASKED else None
-    return tl.load(weights + places, mask), tl.load(gradients + places, mask, 0 if MASKED else None)
+    """Load one block of weights and gradients."""
+    offsets = block * BLOCK + lanes
+    mask = offsets < remaining if MASKED else None
+    return tl.load(weights + offsets, mask), tl.load(gradients + offsets, mask, 0 if MASKED else None)
 
 
 @triton.jit
 def _random_words(seed: tl.tensor, call: tl.tensor, lanes: tl.tensor) -> tuple[tl.tensor, ...]:
-    """Four uint32 for each lane of this program; the counter is (lane, 0, call)."""
+    """Return four random uint32 for each lane of this program; the Philox counter is (lane, 0, call)."""
     lane = tl.program_id(0).to(tl.uint32) * BLOCK + lanes.to(tl.uint32)
     zeros = lane * 0
     call = call.to(tl.uint64)
@@ -189,8 +189,8 @@ def _random_words(seed: tl.tensor, call: tl.tensor, lanes: tl.tensor) -> tuple[t
 
 
 @triton.jit
-def _round_at_random(exact: tl.tensor, noise: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """As ``numerics.stochastic_round``, from 16 random bits."""
+def _round_stochastically(exact: tl.tensor, noise: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Round like ``numerics.stochastic_round``, with 16 random bits."""
     if dtype == tl.float16:
         lift = tl.where(tl.abs(exact) < FP16_SMALLEST_NORMAL, FP16_SMALLEST_NORMAL, 0.0)
         lift = tl.where(exact < 0, -lift, lift)
@@ -200,7 +200,7 @@ def _round_at_random(exact: tl.tensor, noise: tl.tensor, dtype: tl.constexpr) ->
 
 @triton.jit
 def _round_to_nearest(exact: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Ties to even; by hand for bfloat16, which Triton's interpreter would cut off."""
+    """Round to nearest, ties to even; done by hand for bfloat16, which Triton's interpreter would truncate."""
     if dtype != tl.bfloat16:
         return exact.to(dtype)
     odd = (exact.to(tl.int32, bitcast=True) >> 16) & 1
@@ -209,6 +209,6 @@ def _round_to_nearest(exact: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _clear_low_bits(values: tl.tensor, noise: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """Add ``noise`` to the low bits of fp32 and clear them: a carry is a step up in magnitude. inf and nan stay."""
+    """Add ``noise`` to the low bits of fp32 values and clear them: a carry rounds up. inf and nan stay unchanged."""
     bits = (values.to(tl.int32, bitcast=True) + noise) & -(1 << BITS)
     return tl.where(values == values, bits.to(tl.float32, bitcast=True), values)

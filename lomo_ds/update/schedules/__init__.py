@@ -1,4 +1,4 @@
-"""Update schedules: when the gradient that backward has just produced is used."""
+"""Update schedules: decide when the gradients that backward produces are used to update parameters."""
 
 from lomo_ds.update.schedules.choose import Choice, choose_schedule
 from lomo_ds.update.schedules.schedule import Schedule, Target

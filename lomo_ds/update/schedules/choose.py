@@ -1,4 +1,4 @@
-"""What ``auto`` means: the cheapest schedule that does what was asked in the memory that is there."""
+"""Resolves ``update_schedule`` auto: the cheapest schedule that supports the settings and fits into memory."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,13 @@ from lomo_ds.config.lomo_config import LomoConfig
 from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import HOST_SHARE, format_bytes, require_host_bytes
 
-# The stash is full when backward has consumed the activations, which nobody has seen yet at start.
+# Share of the free device memory that a stash may use. The rest is for activations, whose size is unknown at start.
 DEVICE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A schedule, where its stash lies, and why."""
+    """A resolved schedule, the device of its stash, and the reason for the choice."""
 
     schedule: str  # immediate, two_pass or stash
     stash_device: str  # cpu or gpu
@@ -20,12 +20,12 @@ class Choice:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The parameters of LOMO that ask for it by name."""
+        """Parameters of LOMO that request this choice explicitly."""
         return {"update_schedule": self.schedule, "stash_device": self.stash_device}
 
     def __str__(self) -> str:
-        where = f" on {self.stash_device}" if self.schedule == "stash" else ""
-        return f"{self.schedule}{where} ({self.reason})"
+        location = f" on {self.stash_device}" if self.schedule == "stash" else ""
+        return f"{self.schedule}{location} ({self.reason})"
 
 
 def choose_schedule(
@@ -40,50 +40,50 @@ def choose_schedule(
     """Resolve ``update_schedule`` and ``stash_device``.
 
     Args:
-        gradient_clipping: the limit on the global norm; 0 for none.
-        fp16: whether an overflow must be found before any update.
-        stash_bytes: what the stash of one rank takes.
-        free_device_bytes: free memory of the device that computes, the smallest over all ranks.
-        free_host_bytes: a rank's share of the host's available memory, the smallest over all ranks.
+        gradient_clipping: the limit of the global norm; 0 does not clip.
+        fp16: whether training is in fp16, which must detect overflow before any update.
+        stash_bytes: bytes of one rank's stash.
+        free_device_bytes: free memory of the compute device, the minimum over all ranks.
+        free_host_bytes: a rank's share of the available host memory, the minimum over all ranks.
 
     Raises:
-        ConfigError: accumulation needs the stash, and it fits nowhere; or not where it was asked to be.
+        ConfigError: the stash is required but does not fit, or does not fit on the requested device.
     """
-    needs_whole_gradient = _need(gradient_clipping, fp16, accumulation_steps)
+    against_immediate = _reason_against_immediate(gradient_clipping, fp16, accumulation_steps)
     if lomo.update_schedule in ("immediate", "two_pass"):
-        return Choice(lomo.update_schedule, "gpu", "as asked")
-    if lomo.update_schedule == "auto" and needs_whole_gradient is None:
-        return Choice("immediate", "gpu", "nothing needs the whole gradient")
-    why = needs_whole_gradient if lomo.update_schedule == "auto" else "as asked"
-    need = f"{format_bytes(stash_bytes)} of gradient shards a rank"
+        return Choice(lomo.update_schedule, "gpu", "as configured")
+    if lomo.update_schedule == "auto" and against_immediate is None:
+        return Choice("immediate", "gpu", "no setting needs all gradients before an update")
+    reason = against_immediate if lomo.update_schedule == "auto" else "as configured"
+    stash_size = f"{format_bytes(stash_bytes)} of gradient shards per rank"
     if lomo.stash_device == "cpu":
         require_host_bytes(
             stash_bytes, free_host_bytes, "stash_device cpu", "use update_schedule two_pass, or stash_device gpu"
         )
     if lomo.stash_device != "auto":
-        return Choice("stash", lomo.stash_device, f"{why}; {need}")
+        return Choice("stash", lomo.stash_device, f"{reason}; {stash_size}")
     if stash_bytes <= DEVICE_SHARE * free_device_bytes:
-        return Choice("stash", "gpu", f"{why}; {need}, {format_bytes(free_device_bytes)} free on the device")
+        return Choice("stash", "gpu", f"{reason}; {stash_size}, {format_bytes(free_device_bytes)} free on the device")
     if stash_bytes <= HOST_SHARE * free_host_bytes:
-        return Choice("stash", "cpu", f"{why}; {need}, {format_bytes(free_host_bytes)} free in host memory")
-    nowhere = (
-        f"{need} fit neither the device ({format_bytes(free_device_bytes)} free) nor host memory "
-        f"({format_bytes(free_host_bytes)} free a rank)"
+        return Choice("stash", "cpu", f"{reason}; {stash_size}, {format_bytes(free_host_bytes)} free in host memory")
+    does_not_fit = (
+        f"{stash_size} fit neither the device ({format_bytes(free_device_bytes)} free) nor host memory "
+        f"({format_bytes(free_host_bytes)} free per rank)"
     )
     if lomo.update_schedule == "auto" and accumulation_steps == 1:
-        return Choice("two_pass", "gpu", f"{why}; {nowhere}")
+        return Choice("two_pass", "gpu", f"{reason}; {does_not_fit}")
     raise ConfigError(
-        f"update_schedule {lomo.update_schedule} needs a stash, but {nowhere}; use more ranks, "
+        f"update_schedule {lomo.update_schedule} needs a stash, but {does_not_fit}; use more ranks, "
         "update_schedule two_pass with gradient_accumulation_steps 1, or set stash_device yourself"
     )
 
 
-def _need(gradient_clipping: float, fp16: bool, accumulation_steps: int) -> str | None:
-    """What ``immediate`` cannot do, in words; None if nothing of it was asked for."""
+def _reason_against_immediate(gradient_clipping: float, fp16: bool, accumulation_steps: int) -> str | None:
+    """Return why ``immediate`` does not support the settings; None if it does."""
     if gradient_clipping > 0:
         return f"gradient_clipping {gradient_clipping} needs the global norm before any update"
     if fp16:
-        return "fp16 needs to know of overflow before any update"
+        return "fp16 needs to detect overflow before any update"
     if accumulation_steps > 1:
-        return f"gradient_accumulation_steps {accumulation_steps} needs gradients added up"
+        return f"gradient_accumulation_steps {accumulation_steps} needs gradients to accumulate"
     return None

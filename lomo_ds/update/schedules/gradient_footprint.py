@@ -1,4 +1,4 @@
-"""What each schedule declares for a plan: the gradient shards it keeps, and where; how often it runs a batch."""
+"""Gradient memory of each schedule, for the planner: which shards are kept, and where; passes per batch."""
 
 from dataclasses import dataclass
 
@@ -12,17 +12,17 @@ from lomo_ds.update.schedules.two_pass import TwoPass
 
 
 @dataclass(frozen=True)
-class Keeps:
-    """Of a rank's gradient shards, those a schedule keeps beyond the moment of their arrival.
+class GradientFootprint:
+    """Gradient shards that a schedule keeps on a rank after they arrive.
 
     Attributes:
         passes: forward and backward passes of a step.
-        on_device: all shards lie on the device until the step ends.
-        on_host: all shards lie in pinned host memory until the step ends.
-        in_flight: the most bytes on their way there, on the device; a tensor that is larger goes by itself.
-        group: the shards of a clipping group lie on the device until it is complete.
-        itemsize: of a kept element; None: as it came.
-        square_sums: whether a rule's kernel may add up the squares of gradients while it updates.
+        on_device: whether all shards stay on the device until the step ends.
+        on_host: whether all shards stay in pinned host memory until the step ends.
+        in_flight: maximum bytes on the device that are being copied to the host; a larger tensor is copied alone.
+        group: whether the shards of a clipping group stay on the device until the group is complete.
+        itemsize: bytes of a kept element; None keeps the gradient's own dtype.
+        square_sums: whether a rule's kernel may compute sums of squares of the gradients during the update.
     """
 
     passes: int = 1
@@ -34,17 +34,21 @@ class Keeps:
     square_sums: bool = False
 
     def bytes_of(self, size: int, itemsize: int) -> int:
-        """What shards of ``size`` bytes, of ``itemsize`` each, take where they are kept."""
+        """Return the bytes that kept shards take, given their ``size`` and ``itemsize`` on arrival, in bytes."""
         return size // itemsize * (self.itemsize or itemsize)
 
 
-def keeps(choice: Choice, clips_groups: bool = False, stash_dtype: torch.dtype | None = None) -> Keeps:
-    """What the schedule of ``choice`` keeps; see ``build_schedule``, whose arguments these are."""
+def gradient_footprint(
+    choice: Choice, clips_groups: bool = False, stash_dtype: torch.dtype | None = None
+) -> GradientFootprint:
+    """Return the gradient footprint of the schedule that ``choice`` selects; see ``Stash`` for ``stash_dtype``."""
     if choice.schedule == "immediate":
-        return Keeps(Immediate.passes, group=clips_groups, square_sums=not clips_groups)
+        return GradientFootprint(Immediate.passes, group=clips_groups, square_sums=not clips_groups)
     if choice.schedule == "two_pass":
-        return Keeps(TwoPass.passes)
+        return GradientFootprint(TwoPass.passes)
     on_host = choice.stash_device == "cpu"
     itemsize = None if stash_dtype is None else stash_dtype.itemsize
     in_flight = IN_FLIGHT_BYTES if on_host else 0
-    return Keeps(Stash.passes, on_device=not on_host, on_host=on_host, in_flight=in_flight, itemsize=itemsize)
+    return GradientFootprint(
+        Stash.passes, on_device=not on_host, on_host=on_host, in_flight=in_flight, itemsize=itemsize
+    )

@@ -1,4 +1,4 @@
-"""Update each shard as soon as its gradient is there: no more than two parameters' gradients are ever alive."""
+"""Immediate schedule: updates each shard as soon as its gradient arrives, so at most two gradients are alive."""
 
 from collections import Counter, defaultdict
 
@@ -15,7 +15,7 @@ from lomo_ds.zero3.stores import Store
 
 
 class Immediate(Schedule):
-    """One pass, nothing kept; with group-norm clipping, the shards of one group are kept until it is complete."""
+    """One pass without stored gradients; group-norm clipping holds the shards of a group until it is complete."""
 
     updates_in_backward = True
 
@@ -26,12 +26,12 @@ class Immediate(Schedule):
         rule: Rule,
         clipping: Clipping,
         device: torch.device,
-        ranks: ProcessGroup,
+        process_group: ProcessGroup,
     ) -> None:
-        self.ranks = ranks
-        self.sizes = Counter(target.group for target in targets)
-        self.waiting: dict[int, dict[int, Tensor]] = defaultdict(dict)  # by group and target
-        self.squares: SquareSums | None = None  # of this step, where an update need not know them
+        self.process_group = process_group
+        self.group_sizes = Counter(target.group for target in targets)
+        self.waiting: dict[int, dict[int, Tensor]] = defaultdict(dict)  # gradient shards by group and target
+        self.squares: SquareSums | None = None  # sums that kernels compute; None if norms are computed separately
         if clipping.group_norm is None:
             self.squares = rule.square_sums([target.numel for target in targets], device)
         super().__init__(targets, store, rule, clipping, device)
@@ -45,31 +45,33 @@ class Immediate(Schedule):
     def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
         self.store.offer_gathered_weight(index, whole)
 
-    def take(self, indices: list[int], gradients: list[Tensor]) -> None:
+    def receive(self, indices: list[int], gradients: list[Tensor]) -> None:
         if self.squares is None:
-            self.note_norms(indices, gradients)
+            self.record_norms(indices, gradients)
         if self.clipping.group_norm is None:
             self.update(indices, gradients, 1.0, self.squares)
             return
         for index, gradient in zip(indices, gradients, strict=True):
             group = self.targets[index].group
             self.waiting[group][index] = gradient
-            if len(self.waiting[group]) == self.sizes[group]:
+            if len(self.waiting[group]) == self.group_sizes[group]:
                 self._update_group(group)
 
     def flush(self) -> None:
-        for group in sorted(self.waiting):  # groups with a parameter that this batch did not use
+        for group in sorted(self.waiting):  # groups in which this batch did not use every parameter
             self._update_group(group)
         super().flush()
 
-    def measure(self) -> Tensor:
+    def squared_norms(self) -> Tensor:
         if self.squares is None:
-            return super().measure()
-        groups = len(self.members)  # of which nothing but the sum is asked where no group is clipped
+            return super().squared_norms()
+        groups = len(self.group_masks)  # without group clipping only the total is needed, so it goes to the first group
         return torch.nn.functional.pad(self.squares.total()[None], (0, groups - 1))
 
     def _update_group(self, group: int) -> None:
         gradients = self.waiting.pop(group)
-        squared = torch.stack([self.norms[index] for index in gradients]).double().square().sum(dim=0, keepdim=True)
-        coefficient = self.clipping.coefficients(all_reduce_sum(squared, self.ranks) / self.scale**2)[0]
+        squared_norm = (
+            torch.stack([self.norms[index] for index in gradients]).double().square().sum(dim=0, keepdim=True)
+        )
+        coefficient = self.clipping.coefficients(all_reduce_sum(squared_norm, self.process_group) / self.scale**2)[0]
         self.update(list(gradients), list(gradients.values()), coefficient)

@@ -1,4 +1,4 @@
-"""The paper's schedule: a first backward measures the gradients, a second computes them again and updates."""
+"""Two-pass schedule of the paper: the first backward measures gradients, the second recomputes them and updates."""
 
 from torch import Tensor
 
@@ -6,10 +6,10 @@ from lomo_ds.update.schedules.schedule import Schedule
 
 
 class TwoPass(Schedule):
-    """Two passes, nothing kept: no more than two parameters' gradients are alive, and clipping is exact."""
+    """Two passes without stored gradients: at most two parameters' gradients are alive, and clipping is exact."""
 
     passes = 2
-    coefficients: list[float] | None = None  # of the clipping groups, from the first pass; None while measuring
+    coefficients: list[float] | None = None  # clip coefficients from the first pass; None during the first pass
 
     def start(self, scale: float) -> None:
         super().start(scale)
@@ -19,9 +19,9 @@ class TwoPass(Schedule):
         if self.coefficients is not None:
             self.store.offer_gathered_weight(index, whole)
 
-    def take(self, indices: list[int], gradients: list[Tensor]) -> None:
+    def receive(self, indices: list[int], gradients: list[Tensor]) -> None:
         if self.coefficients is None:
-            self.note_norms(indices, gradients)
+            self.record_norms(indices, gradients)
         else:
             self.update(indices, gradients, self.coefficients)
 

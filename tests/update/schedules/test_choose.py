@@ -58,7 +58,7 @@ def test_accumulation_that_fits_nowhere_is_refused() -> None:
 
 @pytest.mark.parametrize("schedule", ["immediate", "two_pass"])
 def test_what_is_asked_for_is_done(schedule: str) -> None:
-    assert choose(schedule, clipping=0.0) == Choice(schedule, "gpu", "as asked")
+    assert choose(schedule, clipping=0.0) == Choice(schedule, "gpu", "as configured")
 
 
 def test_a_stash_in_host_memory_that_does_not_fit_is_refused() -> None:

@@ -81,26 +81,26 @@ def test_a_gradient_is_read_by_its_update_alone(monkeypatch: pytest.MonkeyPatch,
         arrived = gradients(step)
         kernel.launches = 0
         with Operations() as operations:
-            schedule.take([3, 2], [arrived[3], arrived[2]])
-            schedule.take([1, 0], [arrived[1], arrived[0]])
+            schedule.receive([3, 2], [arrived[3], arrived[2]])
+            schedule.receive([1, 0], [arrived[1], arrived[0]])
             schedule.flush()
         assert kernel.launches == 1 + 1 + 2, "one for each part that is lent"
         names = {name for name in operations.names if "split" not in name}
         assert names <= {"aten::slice.Tensor", "aten::detach"}, "views alone"
         exact = sum(float(gradient.double().square().sum()) for gradient in arrived)
-        assert float(schedule.measure().sum()) == pytest.approx(exact, rel=1e-6)
-        assert schedule.measure().shape == (3,)
+        assert float(schedule.squared_norms().sum()) == pytest.approx(exact, rel=1e-6)
+        assert schedule.squared_norms().shape == (3,)
 
 
 def test_a_step_without_some_parameters_counts_none_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sgd, "kernel_for", lambda device: Kernel())
     schedule = schedule_of(Clipping())
-    schedule.take([0, 1, 2, 3], gradients(0))
+    schedule.receive([0, 1, 2, 3], gradients(0))
     schedule.start(scale=1.0)
-    assert schedule.measure().tolist() == [0.0, 0.0, 0.0]
+    assert schedule.squared_norms().tolist() == [0.0, 0.0, 0.0]
     (arrived, *_) = gradients(1)
-    schedule.take([0], [arrived])
-    assert float(schedule.measure().sum()) == pytest.approx(float(arrived.double().square().sum()), rel=1e-6)
+    schedule.receive([0], [arrived])
+    assert float(schedule.squared_norms().sum()) == pytest.approx(float(arrived.double().square().sum()), rel=1e-6)
 
 
 def test_group_clipping_knows_norms_before_it_updates(monkeypatch: pytest.MonkeyPatch) -> None:
