@@ -222,12 +222,12 @@ def kernels_in_use(desk: Desk, int8: bool) -> dict[str, str]:
 
 def plans() -> list[Row]:
     """On paper: one card, every parameter in host memory."""
-    from lomo_ds.planner import Machine, PlannedModel, Settings, plan
+    from lomo_ds.planner import Machine, PlannedModel, Settings, plan_run
 
     rows: list[Row] = []
     machine = Machine(pcie=PLANNED_LINK, host_memory=256 * 2**30)
     for model in PAPER:
-        planned = PlannedModel.of(model)
+        planned = PlannedModel.load(model)
         for batch in PLANNED_BATCHES:
             run = Settings(
                 batch=batch,
@@ -237,14 +237,14 @@ def plans() -> list[Row]:
                 offload_param="cpu",
             )
             for settings in (run, run.but(weights="int8")):
-                found = plan(planned, settings, machine)
+                found = plan_run(planned, settings, machine)
                 rows.append(
                     {
                         "model": model,
                         "weights": settings.weights,
                         "tokens": run.tokens,
                         "tokens_per_second": found.tokens_per_second,
-                        "bound": found.seconds.bound_in_words,
+                        "bound": found.time.bottleneck_name,
                         "gpu": found.gpu_bytes,
                         "fits": found.fits,
                         "host": found.host_bytes,

@@ -302,11 +302,11 @@ def machine_here(device: str, **known: Any) -> Any:
     """The machine to plan for: this GPU's arithmetic, and what else is known of it."""
     from benchmarks.lib.planned import machine_of
     from benchmarks.throughput import PEAK_TFLOPS, known_gpu
-    from lomo_ds.planner import this_machine
+    from lomo_ds.planner import detect_machine
 
     if device != "cuda":
         return machine_of(device)
-    gpu, here = known_gpu(torch.cuda.get_device_name()), this_machine(1)
+    gpu, here = known_gpu(torch.cuda.get_device_name()), detect_machine(1)
     flops = PEAK_TFLOPS[gpu] * 1e12 if gpu is not None else here.flops
     return machine_of(device, flops=flops, workspace=here.workspace, **known)
 
@@ -319,7 +319,7 @@ def planned_figures(method: str, work: Workload, world: int, machine: Any) -> Pa
     if found is None:
         return {}
     peak = {"planned_peak": bytes_of_tensors(found)}
-    return peak | ({"planned_seconds": found.seconds.step} if machine.device == "gpu" else {})
+    return peak | ({"planned_seconds": found.time.total} if machine.device == "gpu" else {})
 
 
 def times_of(work: Workload, seconds: float) -> Part:

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.lib import methods
 from benchmarks.lib.workload import Workload
-from lomo_ds.planner import Machine, Plan, PlannedModel, Settings, plan
+from lomo_ds.planner import Machine, Plan, PlannedModel, Settings, plan_run
 from lomo_ds.planner.suggest import ZERO
 
 OPTIMIZERS: dict[str, Any] = {"deepspeed-sgd": "sgd", "deepspeed-adamw": "adamw"}
@@ -34,7 +34,7 @@ def plan_of(method: str, work: Workload, ranks: int, machine: Machine) -> Plan |
     ours = base in methods.OURS
     zero = {name: work.zero[theirs] for name, theirs in ZERO.items() if theirs in work.zero}
     if not ours:  # see methods._deepspeed
-        largest = max(parameter.numel() for parameter in model.empty.parameters())
+        largest = max(parameter.numel() for parameter in model.meta_model.parameters())
         zero["reduce_bucket_size"] = min(500_000_000, largest)
     lomo = {name: work.lomo[name] for name in ("stash_device", "gather_granularity", "weights") if name in work.lomo}
     settings = Settings(
@@ -52,7 +52,7 @@ def plan_of(method: str, work: Workload, ranks: int, machine: Machine) -> Plan |
         **{"stash_device": "gpu", **lomo},
         **zero,
     )
-    return plan(model, settings, machine)
+    return plan_run(model, settings, machine)
 
 
 def planned_peak(method: str, work: Workload, ranks: int, device: str) -> int | None:

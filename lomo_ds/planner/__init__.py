@@ -1,9 +1,9 @@
-"""Bytes and seconds on paper: will a run fit, what bounds its step, and the smallest change that makes it fit."""
+"""The memory planner: predicts without a GPU whether a run fits, how fast it is, and which change makes it fit."""
 
 from lomo_ds.planner.advice import Advice, advise
-from lomo_ds.planner.machine import Machine, parse_bytes, parse_rate, this_machine
-from lomo_ds.planner.plan import Plan, PlannedModel, plan, refuse_what_does_not_fit_host
-from lomo_ds.planner.report import as_json, as_text
+from lomo_ds.planner.machine import Machine, detect_machine, parse_bytes, parse_rate
+from lomo_ds.planner.plan import Plan, PlannedModel, check_host_memory, plan_run
+from lomo_ds.planner.report import format_plan, plan_as_dict
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.suggest import command_line, settings_of, suggested_ds_config
 
@@ -14,14 +14,14 @@ __all__ = [
     "PlannedModel",
     "Settings",
     "advise",
-    "as_json",
-    "as_text",
+    "check_host_memory",
     "command_line",
+    "detect_machine",
+    "format_plan",
     "parse_bytes",
     "parse_rate",
-    "plan",
-    "refuse_what_does_not_fit_host",
+    "plan_as_dict",
+    "plan_run",
     "settings_of",
     "suggested_ds_config",
-    "this_machine",
 ]

@@ -1,4 +1,4 @@
-"""The smallest change that makes a plan fit: one alone before several together, cheap ones before dear ones."""
+"""Searches the smallest change that makes a plan fit: single changes before combined ones, cheap before costly."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from functools import cache
 from itertools import combinations, islice
 
 from lomo_ds.errors import ConfigError
-from lomo_ds.planner.plan import Plan, PlannedModel, plan
+from lomo_ds.planner.plan import Plan, PlannedModel, plan_run
 from lomo_ds.planner.settings import Settings
 
-MOST_GPUS, GPUS_OF_A_HOST = 64, 8
+MAX_GPUS, GPUS_PER_HOST = 64, 8
 
 
 @dataclass(frozen=True)
@@ -17,18 +17,18 @@ class Advice:
     """Changes that make a plan fit, and the plan with them.
 
     Attributes:
-        changes: in words.
-        plan: that fits.
+        changes: the changes in words.
+        plan: the plan that fits.
     """
 
     changes: tuple[str, ...]
     plan: Plan
 
     def __str__(self) -> str:
-        """In one sentence, without its end."""
-        *some, last = self.changes
-        told = f"{', '.join(some)} and {last}" if some else last
-        return f"it fits with {told}: {self.plan}"
+        """Describe the changes and the plan in one clause."""
+        *first, last = self.changes
+        changes = f"{', '.join(first)} and {last}" if first else last
+        return f"it fits with {changes}: {self.plan}"
 
 
 @dataclass(frozen=True)
@@ -38,71 +38,71 @@ class _Variant:
 
 
 Change = Callable[[Settings], Iterator[_Variant]]
-Attempt = Callable[[Settings], Plan | None]  # None where settings cannot be
+Attempt = Callable[[Settings], Plan | None]  # None: the settings are invalid
 
 
-def advise(found: Plan, model: PlannedModel) -> Advice | None:
-    """The smallest change with which ``found`` fits; None if it fits as it is, or with nothing known here."""
-    if found.fits:
+def advise(plan: Plan, model: PlannedModel) -> Advice | None:
+    """Return the smallest change that makes ``plan`` fit; None if it fits already, or if no known change suffices."""
+    if plan.fits:
         return None
 
-    @cache  # changes that change nothing further lead to the same settings again
+    @cache  # different changes may lead to the same settings
     def attempt(settings: Settings) -> Plan | None:
         try:
-            return plan(model, settings, found.machine)
+            return plan_run(model, settings, plan.machine)
         except ConfigError:
             return None
 
-    free, dear = _free_changes(found, model), _dear_changes(found)
-    pairs = sorted(combinations(range(len(free)), 2), key=sum)
-    for change in (*free, *dear):
-        fitting = _mildest(found, attempt, [_first_variant(change)])
+    cheap, costly = _cheap_changes(plan, model), _costly_changes(plan)
+    pairs = sorted(combinations(range(len(cheap)), 2), key=sum)
+    for change in (*cheap, *costly):
+        fitting = _mildest(plan, attempt, [_first_variant(change)])
         if fitting is not None:
             return fitting
     for one, other in pairs:
-        fitting = _mildest(found, attempt, [free[one], free[other]])
+        fitting = _mildest(plan, attempt, [cheap[one], cheap[other]])
         if fitting is not None:
             return fitting
-    return _several(found, attempt, [*free, *dear])
+    return _combine(plan, attempt, [*cheap, *costly])
 
 
-def _several(found: Plan, attempt: Attempt, changes: list[Change]) -> Advice | None:
-    """One after another, as far as they help, until it fits; then without those not needed, the dearest first."""
+def _combine(plan: Plan, attempt: Attempt, changes: list[Change]) -> Advice | None:
+    """Add changes that help until the plan fits, then drop those that turn out unnecessary, the costliest first."""
     chosen: list[Change] = []
-    least = _lack(found)
+    shortfall = _shortfall(plan)
     for change in changes:
-        fitting = _mildest(found, attempt, [*chosen, change])
+        fitting = _mildest(plan, attempt, [*chosen, change])
         if fitting is None:
-            tried = attempt(_apply(found.settings, [*chosen, change])[1])
-            if tried is not None and _lack(tried) < least:
-                chosen, least = [*chosen, change], _lack(tried)
+            tried = attempt(_apply(plan.settings, [*chosen, change])[1])
+            if tried is not None and _shortfall(tried) < shortfall:
+                chosen, shortfall = [*chosen, change], _shortfall(tried)
             continue
         needed = [*chosen, change]
-        for superfluous in reversed(chosen):
-            fewer = [other for other in needed if other is not superfluous]
-            without = _mildest(found, attempt, fewer)
+        for candidate in reversed(chosen):
+            fewer = [change for change in needed if change is not candidate]
+            without = _mildest(plan, attempt, fewer)
             if without is not None:
                 needed, fitting = fewer, without
         return fitting
     return None
 
 
-def _lack(found: Plan) -> int:
-    """Bytes that are missing, on a GPU and on a host."""
-    on_gpu = found.gpu_bytes - found.machine.gpu_memory
-    return max(0, on_gpu) + max(0, found.host_bytes - found.usable_host_bytes)
+def _shortfall(plan: Plan) -> int:
+    """Return the bytes by which the plan exceeds GPU memory and host memory."""
+    on_gpu = plan.gpu_bytes - plan.machine.gpu_memory
+    return max(0, on_gpu) + max(0, plan.host_bytes - plan.usable_host_bytes)
 
 
 def _first_variant(change: Change) -> Change:
-    """The mildest form of a change alone: half a batch, not a sixteenth of it."""
+    """Restrict a change to its mildest variant, for example half the batch size."""
     return lambda settings: islice(change(settings), 1)
 
 
-def _mildest(found: Plan, attempt: Attempt, changes: list[Change]) -> Advice | None:
-    """All of ``changes``, the last as mild as fits, those before it as far as they go."""
-    *before, last = changes
-    words, settings = _apply(found.settings, before)
-    for variant in _possible(last, settings):
+def _mildest(plan: Plan, attempt: Attempt, changes: list[Change]) -> Advice | None:
+    """Apply all of ``changes`` in full, except the last one, of which the mildest variant that fits is used."""
+    *rest, last = changes
+    words, settings = _apply(plan.settings, rest)
+    for variant in _variants(last, settings):
         tried = attempt(variant.settings)
         if tried is not None and tried.fits:
             return Advice((*words, variant.words), tried)
@@ -110,31 +110,31 @@ def _mildest(found: Plan, attempt: Attempt, changes: list[Change]) -> Advice | N
 
 
 def _apply(settings: Settings, changes: list[Change]) -> tuple[list[str], Settings]:
-    """Changes as far as they go, in words and done."""
+    """Apply changes in full; return them in words, and the resulting settings."""
     words = []
     for change in changes:
-        variants = _possible(change, settings)
+        variants = _variants(change, settings)
         if variants:
             settings = variants[-1].settings
             words.append(variants[-1].words)
     return words, settings
 
 
-def _possible(change: Change, settings: Settings) -> list[_Variant]:
+def _variants(change: Change, settings: Settings) -> list[_Variant]:
     return list(change(settings))
 
 
-def _free_changes(found: Plan, model: PlannedModel) -> list[Change]:
-    """Those that cost time at most, in the order of how much."""
+def _cheap_changes(plan: Plan, model: PlannedModel) -> list[Change]:
+    """Return the changes that cost nothing but time, in the order of that cost."""
     changes: list[Change] = [_checkpointing]
-    if model.can_tile and not found.tiled and found.settings.optimizer == "lomo":
+    if model.can_tile and not plan.tiled and plan.settings.optimizer == "lomo":
         changes.append(_tiled_logits)
-    return [*changes, _finer_gathering, _leaner_gathering, _schedule, _offloaded_activations, _offload, _int8]
+    return [*changes, _gather_by_module, _disable_prefetch, _schedule, _offloaded_activations, _offload, _int8]
 
 
-def _dear_changes(found: Plan) -> list[Change]:
-    """Those that make another run of it, or need other machines."""
-    return [_smaller_batch, _shorter, _more_gpus, *([_nvme] if found.machine.nvme else [])]
+def _costly_changes(plan: Plan) -> list[Change]:
+    """Return the changes that alter the training run or need other machines."""
+    return [_smaller_batch, _shorter, _more_gpus, *([_nvme] if plan.machine.nvme else [])]
 
 
 def _checkpointing(settings: Settings) -> Iterator[_Variant]:
@@ -146,17 +146,17 @@ def _tiled_logits(settings: Settings) -> Iterator[_Variant]:
     yield _Variant("--tiled_logits", settings.but(tiled_logits=True))
 
 
-def _finer_gathering(settings: Settings) -> Iterator[_Variant]:
+def _gather_by_module(settings: Settings) -> Iterator[_Variant]:
     if settings.optimizer == "lomo" and not settings.resident and settings.gather_granularity != "module":
         yield _Variant("gather_granularity module", settings.but(gather_granularity="module"))
 
 
-def _leaner_gathering(settings: Settings) -> Iterator[_Variant]:
+def _disable_prefetch(settings: Settings) -> Iterator[_Variant]:
     if not settings.resident and settings.max_live_parameters:
-        lean = {"max_live_parameters": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 0}
+        limits = {"max_live_parameters": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 0}
         yield _Variant(
             "stage3_max_live_parameters, stage3_max_reuse_distance and stage3_prefetch_bucket_size 0",
-            settings.but(**lean),
+            settings.but(**limits),
         )
 
 
@@ -205,9 +205,9 @@ def _shorter(settings: Settings) -> Iterator[_Variant]:
 
 def _more_gpus(settings: Settings) -> Iterator[_Variant]:
     gpus = settings.gpus
-    while 2 * gpus <= MOST_GPUS:
+    while 2 * gpus <= MAX_GPUS:
         gpus *= 2
-        hosts = max(settings.hosts, gpus // GPUS_OF_A_HOST)
+        hosts = max(settings.hosts, gpus // GPUS_PER_HOST)
         yield _Variant(f"{gpus} GPUs", settings.but(gpus=gpus, hosts=hosts))
 
 

@@ -10,8 +10,8 @@ from lomo_ds.errors import ConfigError
 from lomo_ds.numerics.precision import Precision
 from lomo_ds.planner.advice import advise
 from lomo_ds.planner.machine import Machine, parse_bytes, parse_rate
-from lomo_ds.planner.plan import PlannedModel, plan
-from lomo_ds.planner.report import as_json, as_text, moments_as_text
+from lomo_ds.planner.plan import PlannedModel, plan_run
+from lomo_ds.planner.report import format_peak, format_plan, plan_as_dict
 from lomo_ds.planner.settings import Offload, Optimizer, Settings
 from lomo_ds.planner.suggest import suggested_ds_config
 
@@ -30,13 +30,13 @@ def main(argv: list[str]) -> None:
         LomoError: what was asked for makes no sense, or the model cannot be read.
     """
     given = _parser().parse_args(argv)
-    model = PlannedModel.of(given.model, given.trust_remote_code)
-    found = plan(model, _settings(given), _machine(given), by_name=given.moments)
+    model = PlannedModel.load(given.model, given.trust_remote_code)
+    found = plan_run(model, _settings(given), _machine(given), by_name=given.moments)
     if given.moments:
-        print(moments_as_text(found))
+        print(format_peak(found))
         return
     advice = advise(found, model)
-    print(json.dumps(as_json(found, advice), indent=1) if given.json else as_text(found, advice))
+    print(json.dumps(plan_as_dict(found, advice), indent=1) if given.json else format_plan(found, advice))
     if given.suggest is not None:
         _write(given.suggest, suggested_ds_config(advice.plan if advice else found, given.nvme_path))
 

@@ -1,4 +1,4 @@
-"""The machine of a run: memory, links and arithmetic, as given in words or as this process finds them."""
+"""The machine of a run: memory, links and arithmetic, as stated by the user or detected by this process."""
 
 import re
 from dataclasses import dataclass
@@ -10,31 +10,31 @@ from deepspeed.accelerator import get_accelerator
 
 from lomo_ds.errors import ConfigError
 
-CONTEXT_BYTES = 768 * 2**20  # what CUDA and its libraries' kernels take of a card beside tensors
-# torch allocates a workspace of cuBLAS for each thread that multiplies: forward's and backward's
+CONTEXT_BYTES = 768 * 2**20  # GPU memory of CUDA and its libraries' kernels, beside tensors
+# torch allocates a cuBLAS workspace for each thread that multiplies: that of forward and that of backward
 WORKSPACES = 2
 WORKSPACE_BYTES = 8320 * 2**10
-WORKSPACE_BYTES_OF_HOPPER = 32 * 2**20
-# Floating-point operations in a cycle of a multiprocessor's tensor cores, bf16 with fp32 sums, by compute capability
+HOPPER_WORKSPACE_BYTES = 32 * 2**20
+# Floating-point operations per cycle and multiprocessor, bf16 with fp32 sums, by compute capability
 FLOPS_PER_CYCLE = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}
-OF_A_CONSUMER_CARD = 512
-NVME = 3e9  # bytes a second: no drive says what it can do, and this one reads and writes as PCIe 3.0 does
+CONSUMER_FLOPS_PER_CYCLE = 512
+NVME = 3e9  # bytes per second of a PCIe 3.0 drive; assumed, because a drive does not report its speed
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs alike, and the hosts they are in.
+    """Identical GPUs, and the hosts that contain them.
 
     Attributes:
-        gpu_memory: bytes of a GPU; ``host_memory``, of a host, which its ranks share.
-        pcie: bytes a second between a GPU and its host, in either direction, both at once.
-        gpu_link: bytes a second of a GPU to its peers; 0 where they are reached over ``pcie``.
-        nvme: bytes a second that a host reads, and writes; 0 for none.
-        flops: of a GPU in a second, as its maker states them for bf16 with fp32 sums.
-        utilisation: share of them that matrix products of this size get.
-        workspace: bytes of a GPU that cuBLAS works in.
-        device: ``gpu``; ``cpu`` for ranks that compute on the host, as tests do.
+        gpu_memory: bytes of a GPU; ``host_memory``, bytes of a host, shared by its ranks.
+        pcie: bytes per second between a GPU and its host, in each direction at the same time.
+        gpu_link: bytes per second from a GPU to its peers; 0 if they communicate over ``pcie``.
+        nvme: bytes per second that a host reads or writes; 0 for no disk.
+        flops: floating-point operations per second of a GPU, as its maker states them for bf16 with fp32 sums.
+        utilisation: fraction of ``flops`` that matrix products reach.
+        workspace: bytes of the cuBLAS workspaces of a GPU.
+        device: ``gpu``; ``cpu`` for ranks that compute on the host, as in tests.
     """
 
     gpu_memory: int = 24 * 2**30
@@ -52,52 +52,52 @@ class Machine:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}")
         if self.utilisation > 1:
-            raise ConfigError(f"utilisation is a share of the GPU's flops, at most 1, got {self.utilisation}")
+            raise ConfigError(f"utilisation is a fraction of the GPU's flops, at most 1, got {self.utilisation}")
 
     @property
     def context(self) -> int:
-        """Bytes of a GPU that no tensor gets."""
+        """Bytes of a GPU that are not available to tensors."""
         return CONTEXT_BYTES if self.device == "gpu" else 0
 
 
-def this_machine(ranks_here: int) -> Machine:
-    """This rank's GPU and host; links and drive are assumed. Without a GPU ranks share the host's memory.
+def detect_machine(ranks_on_host: int) -> Machine:
+    """Detect this rank's GPU and host, and assume its links and disk.
 
     Args:
-        ranks_here: on this host.
+        ranks_on_host: number of ranks on this host. Without GPUs they share its memory.
     """
     host_memory = psutil.virtual_memory().total
     if get_accelerator().device_name() != "cuda":
-        return Machine(host_memory // ranks_here, host_memory, nvme=NVME, device="cpu")
-    found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    per_cycle = FLOPS_PER_CYCLE.get((found.major, found.minor), OF_A_CONSUMER_CARD)
-    cycles = 1000.0 * getattr(found, "clock_rate", 1_700_000)  # stated in kHz
-    flops = per_cycle * found.multi_processor_count * cycles
-    workspace = WORKSPACES * (WORKSPACE_BYTES_OF_HOPPER if found.major == 9 else WORKSPACE_BYTES)
-    return Machine(found.total_memory, host_memory, nvme=NVME, flops=flops, workspace=workspace)
+        return Machine(host_memory // ranks_on_host, host_memory, nvme=NVME, device="cpu")
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    per_cycle = FLOPS_PER_CYCLE.get((gpu.major, gpu.minor), CONSUMER_FLOPS_PER_CYCLE)
+    cycles = 1000.0 * getattr(gpu, "clock_rate", 1_700_000)  # stated in kHz
+    flops = per_cycle * gpu.multi_processor_count * cycles
+    workspace = WORKSPACES * (HOPPER_WORKSPACE_BYTES if gpu.major == 9 else WORKSPACE_BYTES)
+    return Machine(gpu.total_memory, host_memory, nvme=NVME, flops=flops, workspace=workspace)
 
 
 def parse_bytes(text: str, name: str = "memory") -> int:
-    """``24GB`` in bytes. Memory is sold in powers of 1024, so GB and GiB are the same here.
+    """Parse an amount of memory such as ``24GB``. Memory is sold in powers of 1024, so GB and GiB are the same here.
 
     Raises:
-        ConfigError: it is no such thing.
+        ConfigError: ``text`` is not an amount of memory.
     """
     return int(_parse(text, 1024, r"(?:i?B)?", name, "an amount of memory such as 24GB or 512MiB"))
 
 
 def parse_rate(text: str, name: str = "rate") -> float:
-    """``16GB/s`` in bytes a second. Links are sold in powers of 1000.
+    """Parse a rate such as ``16GB/s``. Links are sold in powers of 1000.
 
     Raises:
-        ConfigError: it is no such thing.
+        ConfigError: ``text`` is not a rate.
     """
     return _parse(text, 1000, r"B/s", name, "a rate such as 16GB/s")
 
 
 def _parse(text: str, base: int, unit: str, name: str, rule: str) -> float:
-    found = re.fullmatch(rf"\s*(\d{{1,9}}(?:\.\d{{1,9}})?)\s*([KMGT]?){unit}\s*", text, re.IGNORECASE)
-    value = float(found[1]) * base ** UNITS[found[2].upper()] if found else 0.0
+    match = re.fullmatch(rf"\s*(\d{{1,9}}(?:\.\d{{1,9}})?)\s*([KMGT]?){unit}\s*", text, re.IGNORECASE)
+    value = float(match[1]) * base ** UNITS[match[2].upper()] if match else 0.0
     if not value:
         raise ConfigError(f"--{name} must be {rule}, got {text!r}")
     return value

@@ -1,4 +1,4 @@
-"""A plan: one run on one machine, its bytes, its seconds, and whether it fits."""
+"""The plan of a training run: its memory, its time per step, and whether it fits the machine."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import HOST_SHARE
 from lomo_ds.models import can_tile_logits, load_config, meta_model
 from lomo_ds.planner.machine import Machine
-from lomo_ds.planner.moments import Rehearsal
-from lomo_ds.planner.rehearsal import rehearse
-from lomo_ds.planner.seconds import Seconds, count_seconds
 from lomo_ds.planner.settings import Settings
-from lomo_ds.planner.step_bytes import Memory, count_memory
+from lomo_ds.planner.step_memory import StepMemory, estimate_memory
+from lomo_ds.planner.step_time import StepTime, estimate_time
+from lomo_ds.planner.trace import trace_step
+from lomo_ds.planner.trace_events import StepTrace
 from lomo_ds.update.schedules import Choice, choose_schedule
 from lomo_ds.update.schedules.gradient_footprint import gradient_footprint
 from lomo_ds.zero3.gathering import choose_granularity, largest_use, reach_of_offload
@@ -24,33 +24,33 @@ GIB = 2**30
 
 
 class PlannedModel:
-    """A model's configuration, and every rehearsal of it so far: plans that differ elsewhere share them.
+    """A model to plan for. It caches its step traces, so that plans with the same forward and backward share one.
 
     Args:
-        config: of any causal language model.
-        name: what to call it.
+        config: configuration of any causal language model.
+        name: name of the model in plans.
     """
 
     def __init__(self, config: PretrainedConfig, name: str = "model", trust_remote_code: bool = False) -> None:
         self.config = config
         self.name = name
         self.trust_remote_code = trust_remote_code
-        self.empty = meta_model(config, torch.bfloat16, trust_remote_code)
-        self.numel = sum(parameter.numel() for parameter in self.empty.parameters())
-        self.can_tile = can_tile_logits(self.empty)
-        self.rehearsals: dict[tuple[object, ...], tuple[Rehearsal, Rehearsal]] = {}
+        self.meta_model = meta_model(config, torch.bfloat16, trust_remote_code)
+        self.numel = sum(parameter.numel() for parameter in self.meta_model.parameters())
+        self.can_tile = can_tile_logits(self.meta_model)
+        self.traces: dict[tuple[object, ...], tuple[StepTrace, StepTrace]] = {}
 
     @classmethod
-    def of(cls, name: str, trust_remote_code: bool = False) -> "PlannedModel":
-        """The model of a folder, or a preset.
+    def load(cls, name: str, trust_remote_code: bool = False) -> "PlannedModel":
+        """Load the configuration of a model folder or of a preset.
 
         Raises:
             ModelError: there is no such model.
         """
         return cls(load_config(name, trust_remote_code), name, trust_remote_code)
 
-    def rehearse(self, settings: Settings, granularity: str) -> Rehearsal:
-        """A micro-batch of ``settings``, whose parameters are gathered by ``module`` or by ``layer``."""
+    def trace(self, settings: Settings, granularity: str) -> StepTrace:
+        """Trace a micro-batch of ``settings`` whose parameters are gathered by ``module`` or by ``layer``."""
         key = (
             settings.batch,
             settings.sequence,
@@ -60,21 +60,23 @@ class PlannedModel:
             settings.tiled_logits,
             settings.optimizer == "lomo",
         )
-        if key not in self.rehearsals:
-            found = rehearse(self.config, settings, self.trust_remote_code)
-            self.rehearsals[key] = found, found.by_layer()
-        return self.rehearsals[key][granularity == "layer"]
+        if key not in self.traces:
+            trace = trace_step(self.config, settings, self.trust_remote_code)
+            self.traces[key] = trace, trace.by_layer()
+        return self.traces[key][granularity == "layer"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes, and what it gives.
+    """The predicted memory and speed of one run on one machine.
 
     Attributes:
-        choice: the update schedule that the settings come to, and why.
-        granularity: what is gathered at once; ``auto`` where nothing is.
-        numel: parameters of the model.
-        memory: of each rank.
+        choice: the update schedule that the settings select, and the reason.
+        granularity: ``module`` or ``layer``, the unit of gathering; ``auto`` if nothing is gathered.
+        numel: number of parameter elements of the model.
+        tiled: whether logits are computed in tiles.
+        memory: memory of each rank.
+        time: time of a step.
     """
 
     model: str
@@ -84,87 +86,87 @@ class Plan:
     granularity: str
     numel: int
     tiled: bool
-    memory: Memory
-    seconds: Seconds
+    memory: StepMemory
+    time: StepTime
 
     @property
     def gpu_bytes(self) -> int:
-        """What a GPU needs."""
+        """Peak bytes of one GPU."""
         return self.memory.peak
 
     @property
     def pinned_host_bytes(self) -> dict[str, int]:
-        """By kind, of all ranks of a host."""
+        """Bytes by kind that all ranks of a host pin together."""
         return {kind: size * self.settings.gpus_of_a_host for kind, size in self.memory.host.items()}
 
     @property
     def host_bytes(self) -> int:
-        """What a host's ranks pin together."""
+        """Bytes that all ranks of a host pin together."""
         return sum(self.pinned_host_bytes.values())
 
     @property
     def usable_host_bytes(self) -> int:
-        """What they may pin; the rest stays with the operating system and the data loader."""
+        """Bytes that may be pinned on a host; the rest is left to the operating system and the data loader."""
         return int(HOST_SHARE * self.machine.host_memory)
 
     @property
     def fits_gpu(self) -> bool:
-        """Whether a GPU has what it needs."""
+        """Return whether the run fits in GPU memory."""
         return self.gpu_bytes <= self.machine.gpu_memory
 
     @property
     def fits_host(self) -> bool:
-        """Whether a host has what its ranks pin."""
+        """Return whether the run fits in host memory."""
         return self.host_bytes <= self.usable_host_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether it fits in every memory."""
+        """Return whether the run fits in both GPU and host memory."""
         return self.fits_gpu and self.fits_host
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all GPUs together."""
-        return self.settings.tokens / self.seconds.step
+        """Tokens per second of all GPUs together."""
+        return self.settings.tokens / self.time.total
 
     def __str__(self) -> str:
-        """In one line."""
+        """Summarize the plan in one line."""
         host = f" and {gib(self.host_bytes)} GiB of host memory" if self.host_bytes else ""
-        rate = f"bound by {self.seconds.bound_in_words}, about {rounded(self.tokens_per_second)} tokens/s"
+        rate = f"bound by {self.time.bottleneck_name}, about {rounded(self.tokens_per_second)} tokens/s"
         if not self.fits:
-            return f"does not fit: {self.lack}"
+            return f"does not fit: {self.shortfall}"
         need = gib(self.gpu_bytes) if self.gpu_bytes >= GIB / 10 else f"{self.gpu_bytes / 2**20:.1f} MiB"
         memory = f"{need} of {gib(self.machine.gpu_memory)} GiB a"
-        if self.machine.device == "cpu":  # whose speed nobody has stated
+        if self.machine.device == "cpu":  # its speed is unknown
             return f"{memory} rank"
         return f"{memory} GPU{host}, {rate}"
 
     @property
-    def lack(self) -> str:
-        """What there is too little of, in words."""
-        lacks = []
+    def shortfall(self) -> str:
+        """The memory that is too small, in words; empty if the run fits."""
+        parts = []
         if not self.fits_gpu:
-            lacks.append(f"{gib(self.gpu_bytes)} GiB on a GPU of {gib(self.machine.gpu_memory)} GiB")
+            parts.append(f"{gib(self.gpu_bytes)} GiB on a GPU of {gib(self.machine.gpu_memory)} GiB")
         if not self.fits_host:
-            lacks.append(
-                f"{gib(self.host_bytes)} GiB pinned in host memory, of whose {gib(self.machine.host_memory)} GiB "
-                f"{gib(self.usable_host_bytes)} may be"
+            parts.append(
+                f"{gib(self.host_bytes)} GiB of pinned host memory, but only {gib(self.usable_host_bytes)} of "
+                f"{gib(self.machine.host_memory)} GiB may be pinned"
             )
-        return " and ".join(lacks)
+        return " and ".join(parts)
 
 
-def plan(model: PlannedModel, settings: Settings, machine: Machine, by_name: bool = False) -> Plan:
-    """What a run of ``settings`` takes on ``machine``, decided as the engine decides.
+def plan_run(model: PlannedModel, settings: Settings, machine: Machine, by_name: bool = False) -> Plan:
+    """Predict the memory and speed of a run of ``settings`` on ``machine``, with the engine's own choices.
 
     Args:
-        by_name: whether ``memory.sizes`` are wanted, which takes a while.
+        by_name: fill in ``memory.sizes``, which takes longer.
 
     Raises:
         ConfigError: the settings contradict each other.
-        ModelError: the model cannot be rehearsed.
+        ModelError: the model cannot be traced.
     """
-    _refuse(settings, machine)
-    shards = sum(settings.shard_numel(parameter.numel()) for parameter in model.empty.parameters())
+    _validate(settings, machine)
+    shards = sum(settings.shard_numel(parameter.numel()) for parameter in model.meta_model.parameters())
     stored = settings.stored_bytes(shards)
     on_gpu, on_host = (stored, 0) if settings.offload_param == "none" else (0, stored)
     if settings.offload_param == "nvme":
@@ -174,40 +176,40 @@ def plan(model: PlannedModel, settings: Settings, machine: Machine, by_name: boo
     granularity = _granularity(model, settings, free_gpu)
     choice = _choice(settings, shards, free_gpu, free_host)
     if machine.device == "cpu":
-        choice = dataclasses.replace(choice, stash_device="gpu")  # the one memory there is; see build_schedule
-    kept = gradient_footprint(choice, settings.clip_group_norm is not None, _stash_dtype(settings))
-    rehearsal = model.rehearse(settings, granularity)
-    memory = count_memory(rehearsal, _with_reach(model, settings, granularity), machine, kept, by_name)
-    seconds = count_seconds(rehearsal, settings, machine, kept, memory)
-    return Plan(model.name, settings, machine, choice, granularity, model.numel, rehearsal.tiled, memory, seconds)
+        choice = dataclasses.replace(choice, stash_device="gpu")  # host memory is the only memory, as in build_schedule
+    footprint = gradient_footprint(choice, settings.clip_group_norm is not None, _stash_dtype(settings))
+    trace = model.trace(settings, granularity)
+    memory = estimate_memory(trace, _with_prefetch_limits(model, settings, granularity), machine, footprint, by_name)
+    time = estimate_time(trace, settings, machine, footprint, memory)
+    return Plan(model.name, settings, machine, choice, granularity, model.numel, trace.tiled, memory, time)
 
 
-def refuse_what_does_not_fit_host(found: Plan, way_out: str | None) -> None:
-    """Refuse a run that would pin more host memory than there is, before it has pinned any.
+def check_host_memory(plan: Plan, advice: str | None) -> None:
+    """Raise if a run would pin more host memory than allowed, before it has pinned any.
 
     Args:
-        way_out: the smallest change that fits, in words, see ``advise``.
+        advice: the smallest change that fits, in words; see ``advise``.
 
     Raises:
-        ConfigError: need, have, and the way out.
+        ConfigError: the run does not fit; the message gives the need, the limit and the advice.
     """
-    if found.fits_host:
+    if plan.fits_host:
         return
-    kinds = ", ".join(f"{gib(size)} GiB of {kind}" for kind, size in found.pinned_host_bytes.items())
+    kinds = ", ".join(f"{gib(size)} GiB of {kind}" for kind, size in plan.pinned_host_bytes.items())
     raise ConfigError(
-        f"the ranks of a host would pin {gib(found.host_bytes)} GiB of its memory ({kinds}), and of its "
-        f"{gib(found.machine.host_memory)} GiB {gib(found.usable_host_bytes)} may be; "
-        f"{way_out or 'no change that the planner knows makes it fit'}"
+        f"the ranks of a host would pin {gib(plan.host_bytes)} GiB of its memory ({kinds}), but only "
+        f"{gib(plan.usable_host_bytes)} of its {gib(plan.machine.host_memory)} GiB may be pinned; "
+        f"{advice or 'no change that the planner knows makes it fit'}"
     )
 
 
 def gib(size: int) -> str:
-    """In GiB, with a digit behind the point."""
+    """Format bytes in GiB with one decimal."""
     return f"{size / GIB:.1f}"
 
 
 def rounded(value: float) -> str:
-    """To two digits, which is more than an estimate knows; all of it below ten."""
+    """Format an estimate with two significant digits."""
     return f"{value:.2g}" if value < 10 else f"{float(f'{value:.2g}'):.0f}"
 
 
@@ -216,19 +218,19 @@ def _granularity(model: PlannedModel, settings: Settings, free: int) -> str:
         return "auto"
     if settings.optimizer != "lomo":
         return "module"
-    return choose_granularity(settings.gather_granularity, model.empty.to(settings.dtype), free)
+    return choose_granularity(settings.gather_granularity, model.meta_model.to(settings.dtype), free)
 
 
-def _with_reach(model: PlannedModel, settings: Settings, granularity: str) -> Settings:
-    """How far ahead is gathered, where nobody asked for that."""
+def _with_prefetch_limits(model: PlannedModel, settings: Settings, granularity: str) -> Settings:
+    """Set the prefetch limits that the engine sets for offloaded parameters, unless the user has changed them."""
     if settings.offload_param != "cpu" or settings.optimizer != "lomo":
         return settings
-    largest = largest_use(model.empty, granularity)
+    largest = largest_use(model.meta_model, granularity)
     prefetch, live = reach_of_offload(settings.prefetch_bucket_size, settings.max_live_parameters, largest)
-    asked = Settings.__dataclass_fields__
-    if settings.prefetch_bucket_size == asked["prefetch_bucket_size"].default:
+    fields = Settings.__dataclass_fields__
+    if settings.prefetch_bucket_size == fields["prefetch_bucket_size"].default:
         settings = settings.but(prefetch_bucket_size=prefetch)
-    if settings.max_live_parameters == asked["max_live_parameters"].default:
+    if settings.max_live_parameters == fields["max_live_parameters"].default:
         settings = settings.but(max_live_parameters=live)
     return settings
 
@@ -252,7 +254,7 @@ def _choice(settings: Settings, shard_numel: int, free_gpu: int, free_host: int)
             free_gpu,
             free_host,
         )
-    except ConfigError as error:  # it fits nowhere, which the plan shows
+    except ConfigError as error:  # the stash fits nowhere; the plan will show that
         return Choice("stash", "cpu" if settings.stash_device == "cpu" else "gpu", str(error))
 
 
@@ -260,27 +262,28 @@ def _stash_dtype(settings: Settings) -> torch.dtype | None:
     return torch.float32 if settings.accumulation > 1 else None
 
 
-def _refuse(settings: Settings, machine: Machine) -> None:
+def _validate(settings: Settings, machine: Machine) -> None:
     if settings.offload_param == "nvme" and not machine.nvme:
-        raise ConfigError("offload_param nvme needs to know how fast the disk is; give --nvme, 3GB/s for one")
+        raise ConfigError("offload_param nvme needs the speed of the disk; give --nvme, for example 3GB/s")
     if settings.int8_weights and settings.offload_param == "nvme":
-        raise ConfigError("weights int8 cannot lie on NVMe; plan them with --offload_param cpu")
-    asked = settings.update_schedule
+        raise ConfigError("weights int8 cannot be offloaded to NVMe; plan them with --offload_param cpu")
+    schedule = settings.update_schedule
     if settings.optimizer != "lomo":
         if settings.int8_weights or settings.offload_param == "nvme":
-            raise ConfigError("weights in eight bits and on a disk are LOMO's; plan them with --optim lomo")
+            raise ConfigError("weights int8 and offload_param nvme need LOMO; plan them with --optim lomo")
         return
-    if asked == "immediate" and (settings.gradient_clipping or settings.precision == "fp16"):
+    if schedule == "immediate" and (settings.gradient_clipping or settings.precision == "fp16"):
         raise ConfigError(
             "update_schedule immediate updates weights before the global norm or an overflow is known; plan it with "
-            "--gradient_clipping 0 and not in fp16, or use stash or two_pass"
+            "--gradient_clipping 0 and without fp16, or use stash or two_pass"
         )
-    if asked in ("immediate", "two_pass") and settings.accumulation > 1:
+    if schedule in ("immediate", "two_pass") and settings.accumulation > 1:
         raise ConfigError(
-            f"update_schedule {asked} keeps no gradients to add up, got accumulation {settings.accumulation}; use stash"
+            f"update_schedule {schedule} cannot accumulate gradients, got accumulation {settings.accumulation}; "
+            "use stash"
         )
     if settings.clip_group_norm is not None and settings.gradient_clipping:
         raise ConfigError(
-            "only one kind of clipping can be in force, got gradient_clipping and clip_group_norm; give "
-            "--gradient_clipping 0 with the other"
+            "only one kind of clipping can be used, got gradient_clipping and clip_group_norm; give "
+            "--gradient_clipping 0 with --clip_group_norm"
         )

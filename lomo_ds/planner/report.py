@@ -1,4 +1,4 @@
-"""A plan for people and for scripts."""
+"""Formats a plan as text for a terminal and as a dictionary for JSON."""
 
 import dataclasses
 from typing import Any
@@ -7,91 +7,95 @@ from lomo_ds.planner.advice import Advice
 from lomo_ds.planner.plan import GIB, Plan, gib, rounded
 from lomo_ds.planner.suggest import command_line
 
-LEAST_SHOWN = 2**20  # bytes of a row of the table of moments
+MIN_SHOWN_BYTES = 2**20  # smaller tensors share one row of the table
 FILE = "FILE is the DeepSpeed config that --suggest FILE writes"
 
 
-def as_text(found: Plan, advice: Advice | None) -> str:
-    """For a terminal."""
-    settings, machine, seconds = found.settings, found.machine, found.seconds
+def format_plan(plan: Plan, advice: Advice | None) -> str:
+    """Format a plan for a terminal."""
+    settings, machine, time = plan.settings, plan.machine, plan.time
     lines = [
-        f"{found.model}: {found.numel / 1e9:.2f}B parameters in {settings.precision}"
-        f"{', kept in eight bits' if settings.int8_weights else ''}, on {_gpus(settings.gpus)} of "
+        f"{plan.model}: {plan.numel / 1e9:.2f}B parameters in {settings.precision}"
+        f"{', stored in int8' if settings.int8_weights else ''}, on {_gpus(settings.gpus)} of "
         f"{gib(machine.gpu_memory)} GiB; a step is {settings.tokens} tokens",
-        f"schedule: {found.choice}",
-        f"gathered at once: {'nothing' if settings.resident else 'a ' + found.granularity}; "
-        f"logits {'a tile at a time' if found.tiled else 'whole'}; "
-        f"activations {'computed again' if settings.gradient_checkpointing else 'kept'}",
+        f"schedule: {plan.choice}",
+        f"gathered at once: {'nothing' if settings.resident else 'a ' + plan.granularity}; "
+        f"logits {'in tiles' if plan.tiled else 'not tiled'}; "
+        f"activations {'recomputed' if settings.gradient_checkpointing else 'kept'}",
         "",
-        f"GiB on each GPU at the peak ({found.memory.when})",
-        *_sizes(found.memory.at_peak),
-        *_sizes({"in all": found.gpu_bytes, "there is": machine.gpu_memory}),
+        f"GiB on each GPU at the peak ({plan.memory.when})",
+        *_sizes(plan.memory.at_peak),
+        *_sizes({"total": plan.gpu_bytes, "available": machine.gpu_memory}),
     ]
-    if found.host_bytes:
+    if plan.host_bytes:
         lines += [
             "",
-            "GiB pinned in the memory of each host",
-            *_sizes(found.pinned_host_bytes),
-            *_sizes({"in all": found.host_bytes, "may be": found.usable_host_bytes}),
+            "GiB of pinned memory on each host",
+            *_sizes(plan.pinned_host_bytes),
+            *_sizes({"total": plan.host_bytes, "available": plan.usable_host_bytes}),
         ]
     lines += [
         "",
-        f"seconds of a step, if {100 * machine.utilisation:.0f} % of {machine.flops / 1e12:.0f} TFLOP/s and "
-        f"{machine.pcie / 1e9:.0f} GB/s are had",
-        *_rows({kind: f"{value:.3g}" for kind, value in seconds.by_kind.items() if value}),
-        *_rows({"a step": f"{seconds.step:.3g}"}),
+        f"seconds of a step, at {100 * machine.utilisation:.0f} % of {machine.flops / 1e12:.0f} TFLOP/s and "
+        f"{machine.pcie / 1e9:.0f} GB/s",
+        *_rows({kind: f"{value:.3g}" for kind, value in time.by_kind.items() if value}),
+        *_rows({"a step": f"{time.total:.3g}"}),
         "",
-        f"bound by {seconds.bound_in_words}; about {rounded(found.tokens_per_second)} tokens/s in all",
-        f"plan: {found}",
+        f"bound by {time.bottleneck_name}; about {rounded(plan.tokens_per_second)} tokens/s in total",
+        f"plan: {plan}",
     ]
     if advice is not None:
         lines += [f"{advice}", command_line(advice.plan), FILE]
-    elif not found.fits:
+    elif not plan.fits:
         lines.append("no change that the planner knows makes it fit")
     else:
-        lines += [command_line(found), FILE]
+        lines += [command_line(plan), FILE]
     return "\n".join(lines)
 
 
-def moments_as_text(found: Plan) -> str:
-    """A table of the tensors that make up the peak on a GPU, the largest first."""
-    rows = sorted(((size, kind, name) for (kind, name), size in found.memory.sizes.items() if size), reverse=True)
-    lines = [f"  {size / GIB:>7.3f}  {kind:<20}  {name}".rstrip() for size, kind, name in rows if size >= LEAST_SHOWN]
-    rest = sum(size for size, _, _ in rows if size < LEAST_SHOWN)
+def format_peak(plan: Plan) -> str:
+    """Format a table of the tensors that make up the GPU's peak, the largest first."""
+    rows = sorted(((size, kind, name) for (kind, name), size in plan.memory.sizes.items() if size), reverse=True)
+    lines = [
+        f"  {size / GIB:>7.3f}  {kind:<20}  {name}".rstrip() for size, kind, name in rows if size >= MIN_SHOWN_BYTES
+    ]
+    rest = sum(size for size, _, _ in rows if size < MIN_SHOWN_BYTES)
     return "\n".join(
         [
-            f"GiB on each GPU at the peak ({found.memory.when}): {found.gpu_bytes / GIB:.3f}",
+            f"GiB on each GPU at the peak ({plan.memory.when}): {plan.gpu_bytes / GIB:.3f}",
             *lines,
-            f"  {rest / GIB:>7.3f}  all that is smaller",
+            f"  {rest / GIB:>7.3f}  smaller tensors",
         ]
     )
 
 
-def as_json(found: Plan, advice: Advice | None) -> dict[str, Any]:
-    """For scripts: bytes, seconds, and the advice as a plan of its own."""
+def plan_as_dict(plan: Plan, advice: Advice | None) -> dict[str, Any]:
+    """Return a plan as a dictionary for JSON; the advice contains a plan of its own."""
     return {
-        "model": found.model,
-        "parameters": found.numel,
-        "settings": dataclasses.asdict(found.settings),
-        "machine": dataclasses.asdict(found.machine),
-        "schedule": dataclasses.asdict(found.choice),
-        "gather_granularity": found.granularity,
-        "tiled_logits": found.tiled,
-        "gpu_bytes": {"total": found.gpu_bytes, "by_kind": found.memory.at_peak, "when": found.memory.when},
-        "pinned_host_bytes": {"total": found.host_bytes, "by_kind": found.pinned_host_bytes},
-        "nvme_bytes": found.memory.nvme,
-        "seconds": {"step": found.seconds.step, "by_kind": found.seconds.by_kind},
-        "link_bytes": found.seconds.link_bytes,
-        "bound_by": found.seconds.bound,
-        "tokens_per_second": found.tokens_per_second,
-        "fits": found.fits,
-        "verdict": str(found),
-        "advice": None if advice is None else {"changes": list(advice.changes), "plan": as_json(advice.plan, None)},
+        "model": plan.model,
+        "parameters": plan.numel,
+        "settings": dataclasses.asdict(plan.settings),
+        "machine": dataclasses.asdict(plan.machine),
+        "schedule": dataclasses.asdict(plan.choice),
+        "gather_granularity": plan.granularity,
+        "tiled_logits": plan.tiled,
+        "gpu_bytes": {"total": plan.gpu_bytes, "by_kind": plan.memory.at_peak, "when": plan.memory.when},
+        "pinned_host_bytes": {"total": plan.host_bytes, "by_kind": plan.pinned_host_bytes},
+        "nvme_bytes": plan.memory.nvme,
+        "seconds": {"step": plan.time.total, "by_kind": plan.time.by_kind},
+        "link_bytes": plan.time.link_bytes,
+        "bound_by": plan.time.bottleneck,
+        "tokens_per_second": plan.tokens_per_second,
+        "fits": plan.fits,
+        "verdict": str(plan),
+        "advice": None
+        if advice is None
+        else {"changes": list(advice.changes), "plan": plan_as_dict(advice.plan, None)},
     }
 
 
-def _sizes(found: dict[str, int]) -> list[str]:
-    return _rows({kind: f"{size / 2**30:.2f}" for kind, size in found.items() if size})
+def _sizes(sizes: dict[str, int]) -> list[str]:
+    return _rows({kind: f"{size / 2**30:.2f}" for kind, size in sizes.items() if size})
 
 
 def _rows(values: dict[str, str]) -> list[str]:

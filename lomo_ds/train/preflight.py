@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.distributed.process_group import ranks_on_host
 from lomo_ds.errors import DoesNotFitError, LomoError
-from lomo_ds.planner import Plan, PlannedModel, advise, plan, refuse_what_does_not_fit_host, settings_of, this_machine
+from lomo_ds.planner import Plan, PlannedModel, advise, check_host_memory, detect_machine, plan_run, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Outlook:
         except Exception as error:
             logger.info("plan: none could be made (%s)", error)
             return
-        refuse_what_does_not_fit_host(found, str(advice) if advice else None)
+        check_host_memory(found, str(advice) if advice else None)
         logger.info("plan: %s", found)
 
     @contextlib.contextmanager
@@ -77,7 +77,7 @@ class Outlook:
             if found.fits:
                 known = f"{found} were expected, so see whether something else takes memory there; or "
                 less = dataclasses.replace(found.machine, gpu_memory=int(LESS * found.gpu_bytes))
-                found = plan(model, found.settings, less)
+                found = plan_run(model, found.settings, less)
             advice = advise(found, model)
         except LomoError as error:
             return str(error)
@@ -97,7 +97,7 @@ class Outlook:
             tiled_logits=arguments.tiled_logits,
             activation_offload=arguments.activation_offload,
         )
-        return plan(model, settings, this_machine(local_ranks))
+        return plan_run(model, settings, detect_machine(local_ranks))
 
     def _model(self) -> PlannedModel:
         return PlannedModel(self.config, self.arguments.model_name_or_path, self.arguments.trust_remote_code)

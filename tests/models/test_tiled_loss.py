@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lomo_ds.models.tiled_loss import MAX_BLOCKS, tiled_cross_entropy
-from lomo_ds.planner.moments import Rehearsal
-from lomo_ds.planner.recorder import Recorder
+from lomo_ds.planner.trace_events import StepTrace
+from lomo_ds.planner.trace_recorder import TraceRecorder
 from tests.largest import Largest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,9 +175,9 @@ def test_beside_the_gradients_are_two_tiles_and_one_sum(dtype: torch.dtype, leng
         hidden = torch.empty(tokens, size, dtype=dtype, requires_grad=True)
         weight = torch.empty(vocabulary, size, dtype=dtype, requires_grad=True)
         labels = torch.empty(tokens, dtype=torch.int64)
-    with Recorder(Rehearsal([], []), vocabulary) as recorder:
+    with TraceRecorder(StepTrace([], []), vocabulary) as recorder:
         for tensor in (hidden, weight, labels):
-            recorder.know(tensor)
+            recorder.exclude(tensor)
         tiled_cross_entropy(hidden, weight, None, labels, tile_bytes=tile_bytes).backward()
     gradients = hidden.nbytes + weight.nbytes
     product = products * width * size * dtype.itemsize

@@ -1,4 +1,4 @@
-"""The planner: what it predicts is what is measured, what it advises fits, and what it suggests can be run."""
+"""The planner: predictions match measurements, advised settings fit, and suggested configs run."""
 
 import dataclasses
 import gc
@@ -27,19 +27,19 @@ from lomo_ds.planner import (
     PlannedModel,
     Settings,
     advise,
-    as_json,
+    check_host_memory,
     command_line,
     parse_bytes,
     parse_rate,
-    plan,
-    refuse_what_does_not_fit_host,
+    plan_as_dict,
+    plan_run,
     settings_of,
     suggested_ds_config,
 )
 from lomo_ds.planner.command import main
-from lomo_ds.planner.gathered import LINGERING
-from lomo_ds.planner.rehearsal import rehearse
-from lomo_ds.planner.step_bytes import CONTEXT, GATHERED, SHARDS, STASH
+from lomo_ds.planner.gathered_params import RELEASED
+from lomo_ds.planner.step_memory import CONTEXT, GATHERED, SHARDS, STASH
+from lomo_ds.planner.trace import trace_step
 from lomo_ds.zero3.gathering import AHEAD_NUMEL
 from tests.launching import ROOT, demo_arguments, run_main
 from tests.limits import HUNG
@@ -62,19 +62,19 @@ def tiny(**changes: Any) -> PlannedModel:
 
 @pytest.fixture(scope="module")
 def llama_7b() -> PlannedModel:
-    return PlannedModel.of("7b")
+    return PlannedModel.load("7b")
 
 
 @pytest.fixture(scope="module")
 def llama_65b() -> PlannedModel:
-    return PlannedModel.of("65b")
+    return PlannedModel.load("65b")
 
 
-# what it predicts
+# predictions
 
 
 def measured_peak(method: str, work: Workload) -> int:
-    """On a rank: the most bytes of tensors alive at once in a step, without what other tests have left behind."""
+    """Return a rank's peak bytes of live tensors in a step, without the tensors that other tests have left behind."""
     from benchmarks.lib import footprint, methods
 
     before = storages()
@@ -83,15 +83,15 @@ def measured_peak(method: str, work: Workload) -> int:
 
 
 def storages() -> set[tuple[int, int]]:
-    """Of all tensors that are alive: which, and its bytes."""
+    """Return address and bytes of every live CPU storage."""
     gc.collect()
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    kept = [tensor.untyped_storage() for tensor in found if tensor.layout == torch.strided]
-    return {(storage._cdata, storage.nbytes()) for storage in kept if storage.device.type == "cpu"}
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    strided = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
+    return {(storage._cdata, storage.nbytes()) for storage in strided if storage.device.type == "cpu"}
 
 
 @pytest.mark.parametrize(
-    ("method", "ranks_of_it", "work"),
+    ("method", "world_size", "work"),
     [
         ("immediate", 2, Workload("40m", 64, 1, checkpointing=True, zero=LARGE)),
         ("stash+clip", 2, Workload(TINY, 64, 4, zero=LARGE)),
@@ -106,131 +106,137 @@ def storages() -> set[tuple[int, int]]:
         ("immediate", 4, Workload(TINY, 64, 4, zero=LARGE)),
     ],
 )
-def test_the_peak_is_what_is_measured(ranks: GroupOf, method: str, ranks_of_it: int, work: Workload) -> None:
+def test_the_predicted_peak_equals_the_measured_one(
+    ranks: GroupOf, method: str, world_size: int, work: Workload
+) -> None:
     from benchmarks.lib.planned import planned_peak
 
-    planned = planned_peak(method, work, ranks_of_it, "cpu")
-    measured = max(ranks(ranks_of_it).run(measured_peak, method, work))
+    planned = planned_peak(method, work, world_size, "cpu")
+    measured = max(ranks(world_size).run(measured_peak, method, work))
     assert planned == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("gpus", [1, 2])
-def test_few_layers_stand_for_many(checkpointing: bool, gpus: int) -> None:
+def test_extrapolated_trace_equals_the_trace_of_all_layers(checkpointing: bool, gpus: int) -> None:
     from transformers import LlamaConfig
 
     run = Settings(gpus=gpus, sequence=32, batch=2, precision="fp32", gradient_checkpointing=checkpointing)
     config = LlamaConfig(**SHAPES[TINY])
-    few, all_of_them = rehearse(config, run), rehearse(config, run, every_layer=True)
-    for found in (few, all_of_them):  # operations are counted as a sum alone
-        found.moments = [dataclasses.replace(moment, flops=0) for moment in found.moments]
-    assert few == all_of_them
-    for moment, same in zip(few.moments, all_of_them.moments, strict=True):
-        assert +few.sizes_of(moment.alive) == all_of_them.sizes_of(same.alive)
-        assert few.sizes_of(moment.alive).total() == moment.peak
-        assert few.sizes_of(moment.alive_level).total() == moment.level
+    short, full = trace_step(config, run), trace_step(config, run, every_layer=True)
+    for trace in (short, full):  # flops are extrapolated only in total
+        trace.events = [dataclasses.replace(event, flops=0) for event in trace.events]
+    assert short == full
+    for event, expected in zip(short.events, full.events, strict=True):
+        assert +short.sizes_of(event.live_at_peak) == full.sizes_of(expected.live_at_peak)
+        assert short.sizes_of(event.live_at_peak).total() == event.peak
+        assert short.sizes_of(event.live).total() == event.level
 
 
-def test_operations_are_those_of_matrix_products_and_attention() -> None:
+def test_flops_are_those_of_matrix_products_and_attention() -> None:
     from benchmarks.lib.workload import flops_per_token
 
     work = Workload(TINY, 64, 2)
     run = Settings(gpus=1, sequence=work.sequence, batch=work.batch, tiled_logits=False)
-    counted = rehearse(work.config(), run).flops
-    half_of_attention = 6 * 16 * 64 * work.sequence * work.tokens  # what a causal kernel leaves out, and computes again
+    counted = trace_step(work.config(), run).flops
+    half_of_attention = (
+        6 * 16 * 64 * work.sequence * work.tokens
+    )  # skipped by a causal kernel, and recomputed in backward
     assert counted == pytest.approx(flops_per_token(work) * work.tokens, abs=half_of_attention)
 
 
-def test_an_architecture_with_a_forward_of_its_own_is_counted_too() -> None:
+def test_an_architecture_with_its_own_forward_can_be_planned() -> None:
     from transformers import GPT2Config
 
     model = PlannedModel(GPT2Config(n_embd=32, n_layer=6, n_head=2, vocab_size=128, n_positions=64), "gpt2")
-    found = plan(model, Settings(gpus=2, sequence=32, gradient_clipping=0), Machine())
-    assert found.fits
-    assert not found.tiled
+    plan = plan_run(model, Settings(gpus=2, sequence=32, gradient_clipping=0), Machine())
+    assert plan.fits
+    assert not plan.tiled
 
 
-# where it lies
+# placement
 
 
 def test_int8_shards_take_a_byte_and_a_scale_for_each_block() -> None:
     model = tiny()
     for int8, size in ((False, 2.0), (True, 1.0 + 2 / 64)):
-        found = plan(model, Settings(gpus=2, sequence=32, weights="int8" if int8 else "auto"), Machine())
-        assert found.memory.at_peak[SHARDS] == pytest.approx(size * model.numel / 2, rel=0.01)
+        plan = plan_run(model, Settings(gpus=2, sequence=32, weights="int8" if int8 else "auto"), Machine())
+        assert plan.memory.at_peak[SHARDS] == pytest.approx(size * model.numel / 2, rel=0.01)
 
 
-def test_what_is_released_lingers_where_a_host_may_be_ahead_of_its_gpu(llama_7b: PlannedModel) -> None:
+def test_released_parameters_are_freed_late_if_the_host_runs_ahead_of_its_gpu(llama_7b: PlannedModel) -> None:
     run = Settings(gradient_clipping=0.0, gradient_checkpointing=True, gather_granularity="module")
 
-    def lingering(run: Settings, machine: Machine) -> int:
-        return plan(llama_7b, run, machine, by_name=True).memory.sizes.get((GATHERED, LINGERING), 0)
+    def released_bytes(run: Settings, machine: Machine) -> int:
+        return plan_run(llama_7b, run, machine, by_name=True).memory.sizes.get((GATHERED, RELEASED), 0)
 
-    from_host, largest = run.but(offload_param="cpu"), 32000 * 4096  # which is prefetched then
-    assert 0 < lingering(from_host, Machine()) <= 2 * (largest + AHEAD_NUMEL) * run.dtype.itemsize
-    assert lingering(run.but(gpus=2), Machine()) == 0, "gathers reuse memory in the order of the computing stream"
-    assert lingering(from_host, Machine(device="cpu")) == 0
+    from_host, largest = run.but(offload_param="cpu"), 32000 * 4096  # the embedding, which is prefetched then
+    assert 0 < released_bytes(from_host, Machine()) <= 2 * (largest + AHEAD_NUMEL) * run.dtype.itemsize
+    assert released_bytes(run.but(gpus=2), Machine()) == 0, "gathers and compute reuse memory in one stream"
+    assert released_bytes(from_host, Machine(device="cpu")) == 0
 
 
-def test_of_what_is_pinned_a_host_has_all_its_ranks(llama_65b: PlannedModel) -> None:
+def test_a_host_pins_the_memory_of_all_its_ranks(llama_65b: PlannedModel) -> None:
     run = Settings(gpus=8, gradient_checkpointing=True, update_schedule="stash", stash_device="cpu")
     run = run.but(offload_param="cpu")
     machine = Machine(host_memory=256 * GIB)
-    found = plan(llama_65b, run, machine)
+    plan = plan_run(llama_65b, run, machine)
     whole = 2 * llama_65b.numel
-    assert found.pinned_host_bytes.keys() == {SHARDS, STASH}
-    assert 2 * whole < found.host_bytes < 1.1 * 2 * whole, "what is left of a slab is pinned too"
-    assert found.fits_gpu
-    assert not found.fits_host
-    with pytest.raises(ConfigError, match=r"would pin 24\d\.\d GiB .* of its 256\.0 GiB 204\.8 may be; it fits with"):
-        refuse_what_does_not_fit_host(found, str(advise(found, llama_65b)))
-    apart = plan(llama_65b, run.but(hosts=2), machine)
-    assert apart.host_bytes == found.host_bytes // 2
-    refuse_what_does_not_fit_host(apart, None)
+    assert plan.pinned_host_bytes.keys() == {SHARDS, STASH}
+    assert 2 * whole < plan.host_bytes < 1.1 * 2 * whole, "the unused rest of a slab is pinned too"
+    assert plan.fits_gpu
+    assert not plan.fits_host
+    with pytest.raises(
+        ConfigError, match=r"would pin 24\d\.\d GiB .* only 204\.8 of its 256\.0 GiB may be pinned; it fits with"
+    ):
+        check_host_memory(plan, str(advise(plan, llama_65b)))
+    spread = plan_run(llama_65b, run.but(hosts=2), machine)
+    assert spread.host_bytes == plan.host_bytes // 2
+    check_host_memory(spread, None)
 
 
-# how fast
+# speed
 
 
-def test_one_card_of_a_fast_link_outruns_the_papers_eight_on_65b(llama_65b: PlannedModel) -> None:
-    """arXiv 2306.09782, Table 2: 4.93 tokens a second on each of eight RTX 3090."""
+def test_one_gpu_with_a_fast_link_outruns_the_papers_eight_on_65b(llama_65b: PlannedModel) -> None:
+    """The paper (arXiv 2306.09782, Table 2) reports 4.93 tokens per second on each of eight RTX 3090."""
     run = Settings(offload_param="cpu", gradient_checkpointing=True, gradient_clipping=0, sequence=1024)
-    found = plan(llama_65b, run, Machine(host_memory=256 * GIB, pcie=24e9))
-    assert found.fits
-    assert found.tokens_per_second > 8 * 4.93
+    plan = plan_run(llama_65b, run, Machine(host_memory=256 * GIB, pcie=24e9))
+    assert plan.fits
+    assert plan.tokens_per_second > 8 * 4.93
     whole = 2 * llama_65b.numel
-    assert found.seconds.link_bytes["link up"] == pytest.approx(2 * whole, rel=0.01), "gathered twice"
-    assert found.seconds.link_bytes["link down"] == pytest.approx(whole, rel=0.01), "written once"
+    assert plan.time.link_bytes["link up"] == pytest.approx(2 * whole, rel=0.01), "gathered twice"
+    assert plan.time.link_bytes["link down"] == pytest.approx(whole, rel=0.01), "written once"
 
 
 @pytest.mark.parametrize(("schedule", "units"), [("immediate", 3), ("stash", 3), ("two_pass", 6)])
-def test_gpus_exchange_as_many_bytes_as_the_schedule_costs(schedule: Any, units: int) -> None:
+def test_gpus_exchange_the_bytes_of_the_schedule(schedule: Any, units: int) -> None:
     model = tiny(hidden_size=256, num_hidden_layers=6)
-    lean: dict[str, Any] = {
+    limits: dict[str, Any] = {
         "max_live_parameters": 0,
         "max_reuse_distance": 0,
         "prefetch_bucket_size": 0,
         "persistence_threshold": 0,
     }
-    clips = 0.0 if schedule == "immediate" else 1.0
-    run = Settings(gpus=4, sequence=32, update_schedule=schedule, stash_device="gpu", gradient_clipping=clips, **lean)
+    clip = 0.0 if schedule == "immediate" else 1.0
+    run = Settings(gpus=4, sequence=32, update_schedule=schedule, stash_device="gpu", gradient_clipping=clip, **limits)
     run = run.but(persistence_threshold=0)
-    found = plan(model, run, Machine())
-    sent = found.seconds.link_bytes["between GPUs"]
+    plan = plan_run(model, run, Machine())
+    sent = plan.time.link_bytes["between GPUs"]
     assert sent == pytest.approx(units * 2 * model.numel * 3 / 4, rel=0.01)
 
 
-def test_what_bounds_a_step_is_what_it_waits_for() -> None:
+def test_the_bottleneck_is_the_slowest_part() -> None:
     run = Settings(gpus=2, sequence=32)
     model = tiny()
-    assert plan(model, run, Machine(flops=1e3)).seconds.bound_in_words == "arithmetic"
-    assert plan(model, run, Machine(pcie=1.0)).seconds.bound_in_words == "the link"
-    assert plan(model, run, Machine(gpu_link=1.0)).seconds.bound_in_words == "the link between GPUs"
+    assert plan_run(model, run, Machine(flops=1e3)).time.bottleneck_name == "arithmetic"
+    assert plan_run(model, run, Machine(pcie=1.0)).time.bottleneck_name == "the link"
+    assert plan_run(model, run, Machine(gpu_link=1.0)).time.bottleneck_name == "the link between GPUs"
     slow_disk = Machine(nvme=1.0)
-    assert plan(model, run.but(offload_param="nvme"), slow_disk).seconds.bound_in_words == "the disk"
+    assert plan_run(model, run.but(offload_param="nvme"), slow_disk).time.bottleneck_name == "the disk"
 
 
-# what it advises
+# advice
 
 
 ADVISED = [
@@ -245,55 +251,55 @@ ADVISED = [
 
 
 @pytest.mark.parametrize(("name", "run", "machine"), ADVISED)
-def test_advice_fits_and_can_be_run(
+def test_advised_settings_fit_and_can_be_launched(
     name: str, run: Settings, machine: Machine, llama_7b: PlannedModel, llama_65b: PlannedModel, tmp_path: Path
 ) -> None:
     model = {"7b": llama_7b, "65b": llama_65b}[name]
-    found = plan(model, run, machine)
-    assert not found.fits
-    advice = advise(found, model)
+    plan = plan_run(model, run, machine)
+    assert not plan.fits
+    advice = advise(plan, model)
     assert advice is not None
-    assert plan(model, advice.plan.settings, machine).fits
-    ds_config = as_launch_reads_it(advice.plan, tmp_path)
-    again = settings_of(
+    assert plan_run(model, advice.plan.settings, machine).fits
+    ds_config = config_as_launched(advice.plan, tmp_path)
+    settings_read = settings_of(
         ds_config,
         **{
             field: getattr(advice.plan.settings, field)
             for field in ("gpus", "hosts", "sequence", "gradient_checkpointing", "tiled_logits", "activation_offload")
         },
     )
-    assert again == advice.plan.settings
+    assert settings_read == advice.plan.settings
 
 
-def as_launch_reads_it(found: Plan, folder: Path) -> dict[str, Any]:
-    """The suggested config, with the suggested arguments, after all that launch/train.py checks."""
+def config_as_launched(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Return the suggested config after launch/train.py has read and checked it with the suggested arguments."""
     file = folder / "suggested.json"
-    file.write_text(json.dumps(suggested_ds_config(found)))
-    words = command_line(found).replace("FILE", str(file)).split()
+    file.write_text(json.dumps(suggested_ds_config(plan)))
+    words = command_line(plan).replace("FILE", str(file)).split()
     argv = [*words[words.index("launch/train.py") + 1 : -1], "--train_file", "text.txt", "--output_dir", "out"]
     arguments, given_names = parse_arguments(argv)
-    ds_config, arguments = reconcile(read_ds_config(str(file)), arguments, given_names, found.settings.gpus)
-    assert arguments.gradient_checkpointing == found.settings.gradient_checkpointing
+    ds_config, arguments = reconcile(read_ds_config(str(file)), arguments, given_names, plan.settings.gpus)
+    assert arguments.gradient_checkpointing == plan.settings.gradient_checkpointing
     ds_config = fill_scheduler(ds_config, arguments, total_steps=10)
-    if found.settings.optimizer == "lomo":
+    if plan.settings.optimizer == "lomo":
         refuse_what_cannot_be(ds_config)
-    parse_ds_config(ds_config | {"train_batch_size": found.settings.batch * found.settings.accumulation})
+    parse_ds_config(ds_config | {"train_batch_size": plan.settings.batch * plan.settings.accumulation})
     return ds_config
 
 
 def test_the_smallest_change_comes_first(llama_7b: PlannedModel) -> None:
-    found = plan(llama_7b, Settings(sequence=512, batch=8), Machine())
-    advice = advise(found, llama_7b)
+    plan = plan_run(llama_7b, Settings(sequence=512, batch=8), Machine())
+    advice = advise(plan, llama_7b)
     assert advice is not None
     assert advice.changes == ("--gradient_checkpointing",)
-    assert advise(advice.plan, llama_7b) is None, "nothing to advise where all fits"
+    assert advise(advice.plan, llama_7b) is None, "a plan that fits needs no advice"
 
 
 def test_a_config_for_nvme_needs_a_folder() -> None:
-    found = plan(tiny(), Settings(sequence=32, offload_param="nvme"), Machine(nvme=3e9))
+    plan = plan_run(tiny(), Settings(sequence=32, offload_param="nvme"), Machine(nvme=3e9))
     with pytest.raises(ConfigError, match="give --nvme_path"):
-        suggested_ds_config(found)
-    zero = suggested_ds_config(found, "/local")["zero_optimization"]
+        suggested_ds_config(plan)
+    zero = suggested_ds_config(plan, "/local")["zero_optimization"]
     assert zero["offload_param"] == {"device": "nvme", "pin_memory": True, "nvme_path": "/local"}
 
 
@@ -319,28 +325,28 @@ MODEL = tiny()
 def test_more_memory_never_makes_a_plan_unfit(run: Settings, tight: int, more: int) -> None:
     context = Machine().context
     small, large = (Machine(context + 1 + size, 2**28 + 1000 * size) for size in (tight, tight + more))
-    before, after = plan(MODEL, run, small, by_name=True), plan(MODEL, run, large)
+    before, after = plan_run(MODEL, run, small, by_name=True), plan_run(MODEL, run, large)
     assert after.fits or not before.fits
     assert before.gpu_bytes == sum(before.memory.at_peak.values()) > before.memory.at_peak[CONTEXT]
     assert before.gpu_bytes == sum(before.memory.sizes.values())
     assert min(before.memory.sizes.values()) >= 0
 
 
-# how it speaks
+# output
 
 
 COMMAND = ["--model", "40m", "--gpus", "2", "--seq", "128"]
 
 
-def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_output(capsys: pytest.CaptureFixture[str]) -> None:
     main(COMMAND)
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for words in ("parameter shard", "gathered", "stash", "seconds of a step", "tokens/s", "bound by", "50 % of 71"):
-        assert words in told
-    assert "\nplan: " in told
+        assert words in output
+    assert "\nplan: " in output
 
 
-def test_what_makes_up_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
+def test_moments_lists_the_tensors_of_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
     main([*COMMAND, "--batch=8", "--gradient_checkpointing", "--tiled_logits=false", "--moments"])
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("GiB on each GPU at the peak (in backward, before lm_head.weight): ")
@@ -352,14 +358,16 @@ def test_what_makes_up_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
         assert sum(row.split()[0] == logits and row.endswith(words) for row in rows) == 1
 
 
-def test_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
     main([*COMMAND, "--json", "--gpu_memory=1GB", "--batch=64", "--host_memory=64GB"])
-    told = json.loads(capsys.readouterr().out)
-    assert told["fits"] is False
-    assert told["gpu_bytes"]["total"] == sum(told["gpu_bytes"]["by_kind"].values()) > GIB
-    assert told["seconds"]["step"] > 0
-    assert told["advice"]["plan"]["fits"]
-    assert json.loads(json.dumps(as_json(plan(tiny(), Settings(sequence=32), Machine()), None)))["advice"] is None
+    output = json.loads(capsys.readouterr().out)
+    assert output["fits"] is False
+    assert output["gpu_bytes"]["total"] == sum(output["gpu_bytes"]["by_kind"].values()) > GIB
+    assert output["seconds"]["step"] > 0
+    assert output["advice"]["plan"]["fits"]
+    assert (
+        json.loads(json.dumps(plan_as_dict(plan_run(tiny(), Settings(sequence=32), Machine()), None)))["advice"] is None
+    )
 
 
 def test_a_suggestion_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,7 +378,7 @@ def test_a_suggestion_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[s
         main([*COMMAND, f"--suggest={tmp_path}"])
 
 
-def test_the_script_needs_no_ranks_and_no_gpu() -> None:
+def test_the_script_runs_without_ranks_and_without_gpu() -> None:
     command = [sys.executable, str(ROOT / "launch/plan.py"), *COMMAND, "--pcie=fast"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=HUNG, cwd=ROOT)
     assert run.returncode == 2
@@ -378,7 +386,7 @@ def test_the_script_needs_no_ranks_and_no_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "sentence"),
+    ("argv", "message"),
     [
         (["--gpu_memory=24"], None),
         (["--gpu_memory=24XB"], "--gpu_memory must be an amount of memory such as 24GB or 512MiB, got '24XB'"),
@@ -390,22 +398,22 @@ def test_the_script_needs_no_ranks_and_no_gpu() -> None:
         (["--seq=1"], "seq must be at least 2, got 1"),
         (["--tflops=nan"], "flops must be above 0, got nan"),
         (["--utilisation=1.5"], "at most 1, got 1.5"),
-        (["--offload_param=nvme"], "give --nvme, 3GB/s for one"),
+        (["--offload_param=nvme"], "give --nvme, for example 3GB/s"),
         (["--update_schedule=immediate"], "plan it with --gradient_clipping 0"),
-        (["--update_schedule=two_pass", "--accumulation=2"], "keeps no gradients to add up, got accumulation 2"),
+        (["--update_schedule=two_pass", "--accumulation=2"], "cannot accumulate gradients, got accumulation 2"),
         (["--activation_offload"], "add gradient_checkpointing, or leave it out"),
         (["--gradient_clipping=-1"], "gradient_clipping must be at least 0"),
         (["--optim=adamw", "--weights=int8"], "plan them with --optim lomo"),
         (["--model=nowhere"], "got nowhere"),
     ],
 )
-def test_nonsense_is_refused_in_a_sentence(argv: list[str], sentence: str | None) -> None:
-    if sentence is None:
+def test_invalid_arguments_raise_a_clear_error(argv: list[str], message: str | None) -> None:
+    if message is None:
         assert parse_bytes(argv[0].partition("=")[2]) == 24
         return
-    with pytest.raises((ConfigError, ModelError)) as refused:
+    with pytest.raises((ConfigError, ModelError)) as raised:
         main([*COMMAND, *argv])
-    assert sentence in str(refused.value)
+    assert message in str(raised.value)
 
 
 def test_units() -> None:
@@ -415,14 +423,14 @@ def test_units() -> None:
     assert parse_rate("500 MB/s") == 5e8
 
 
-# in a job
+# within a job
 
 
-def test_a_job_says_its_plan(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
-    """Rank 0 alone, before the model is loaded."""
-    told = ranks(2).run(run_and_read_log, demo_arguments(demo, tmp_path, max_steps=1))
-    assert [len(lines) for lines in told] == [1, 0]
-    assert re.fullmatch(r"plan: \d+\.\d MiB of \d+\.\d GiB a rank", told[0][0])
+def test_a_job_logs_its_plan(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
+    """Only rank 0 logs it, before the model is loaded."""
+    logged = ranks(2).run(run_and_read_log, demo_arguments(demo, tmp_path, max_steps=1))
+    assert [len(lines) for lines in logged] == [1, 0]
+    assert re.fullmatch(r"plan: \d+\.\d MiB of \d+\.\d GiB a rank", logged[0][0])
 
 
 def run_and_read_log(argv: list[str]) -> list[str]:
@@ -441,25 +449,27 @@ def run_and_read_log(argv: list[str]) -> list[str]:
     return lines
 
 
-def test_where_memory_runs_out_one_sentence_says_what_fits(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
-    (status, _, told), (_, _, silent) = ranks(2).run(run_out_of_memory, demo_arguments(demo, tmp_path, max_steps=1))
+def test_an_out_of_memory_error_says_which_settings_fit(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
+    (status, _, error), (_, _, other_error) = ranks(2).run(
+        run_out_of_memory, demo_arguments(demo, tmp_path, max_steps=1)
+    )
     assert status == 2
-    assert told.count("error:") == 1
-    assert "Traceback" not in told
-    assert "rank 0 has no GPU memory left: CUDA out of memory; " in told
-    assert "see whether something else takes memory there; or it fits with " in told, "a tiny model on a large host"
-    assert "error: rank 1 has no GPU memory left" in silent, "no lifeline ends this one while it waits for rank 0"
+    assert error.count("error:") == 1
+    assert "Traceback" not in error
+    assert "rank 0 has no GPU memory left: CUDA out of memory; " in error
+    assert "see whether something else takes memory there; or it fits with " in error, "a tiny model on a large host"
+    assert "error: rank 1 has no GPU memory left" in other_error, "rank 1 is not aborted while it waits for rank 0"
 
 
 def run_out_of_memory(argv: list[str]) -> tuple[int, str, str]:
-    """A job in which every rank's first step finds no memory."""
+    """Run a job in which the first step of every rank runs out of memory."""
     from lomo_ds.train.loop import Trainer
 
     def fail(self: Trainer) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    before, Trainer.run = Trainer.run, fail  # type: ignore[method-assign]
+    original, Trainer.run = Trainer.run, fail  # type: ignore[method-assign]
     try:
         return run_main(argv)
     finally:
-        Trainer.run = before  # type: ignore[method-assign]
+        Trainer.run = original  # type: ignore[method-assign]

@@ -1,0 +1,121 @@
+"""The trace of one training step: its events in order, and the bytes of activations alive around each of them."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class EventKind(Enum):
+    """Point of a step at which memory other than activations changes."""
+
+    FETCH_FORWARD = "a module is about to run forward"
+    FREE_FORWARD = "a module has run forward"
+    FETCH_BACKWARD = "a module is about to run backward"
+    FREE_BACKWARD = "a module has run backward"
+    GRADIENT = "a parameter's full gradient has been computed"
+    LOSS = "forward has ended"
+    END = "backward has ended"
+
+
+@dataclass(frozen=True)
+class LiveActivations:
+    """Activations alive at one instant.
+
+    Attributes:
+        sizes: bytes by tensor name.
+        extrapolated_layers: number of layers that were not run and have left their activations by now.
+    """
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    extrapolated_layers: int = 0
+
+
+@dataclass(frozen=True)
+class TraceEvent:
+    """One event, and the activations alive up to it.
+
+    Attributes:
+        index: index of the module or of the parameter; -1 for an event of the whole step.
+        peak: most activation bytes alive since the previous event.
+        level: activation bytes alive now, without a gradient that has just been computed.
+        logits: bytes of ``peak`` in tensors whose last dimension is the vocabulary; ``logits_level``, those of
+            ``level``.
+        flops: floating-point operations since the step began.
+        live_at_peak: the activations that make up ``peak``; ``live``, those that make up ``level``.
+    """
+
+    kind: EventKind
+    index: int
+    peak: int
+    level: int
+    logits: int = 0
+    logits_level: int = 0
+    flops: int = 0
+    live_at_peak: LiveActivations = field(default=LiveActivations(), compare=False)
+    live: LiveActivations = field(default=LiveActivations(), compare=False)
+
+
+@dataclass
+class StepTrace:
+    """The forward and backward pass of one micro-batch.
+
+    Attributes:
+        names: parameter names in the model's order; ``numels``, their numbers of elements.
+        modules: indices of each module's own parameters, without those of its submodules; ``module_names``, the
+            modules' names.
+        layers: indices of the decoder layers in ``modules``.
+        checkpoints: bytes of each decoder layer's input, by the layer's index in ``modules``.
+        events: the events in order.
+        buffers: bytes of the model's buffers.
+        layer_of_module: index of the decoder layer that contains a module, by the module's index.
+        flops: floating-point operations of matrix products and attention, recomputation included.
+        forward_flops: the part of ``flops`` in the forward pass.
+        tiled: whether logits are computed in tiles.
+        bytes_per_layer: bytes by tensor name that one layer's forward leaves for backward; empty if every layer ran.
+    """
+
+    names: list[str]
+    numels: list[int]
+    modules: list[list[int]] = field(default_factory=list)
+    module_names: list[str] = field(default_factory=list)
+    layers: set[int] = field(default_factory=set)
+    checkpoints: dict[int, int] = field(default_factory=dict)
+    events: list[TraceEvent] = field(default_factory=list)
+    buffers: int = 0
+    layer_of_module: dict[int, int] = field(default_factory=dict)
+    flops: int = 0
+    forward_flops: int = 0
+    tiled: bool = False
+    bytes_per_layer: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def numel(self) -> int:
+        """Number of parameter elements of the model."""
+        return sum(self.numels)
+
+    def sizes_of(self, live: LiveActivations) -> Counter[str]:
+        """Return the bytes by name of live activations, including those of layers that were not run."""
+        sizes = Counter(live.sizes)
+        for name, size in self.bytes_per_layer.items():
+            sizes[name] += live.extrapolated_layers * size
+        return sizes
+
+    def by_layer(self) -> "StepTrace":
+        """Return the trace as seen when each decoder layer is gathered whole: without the events of its submodules."""
+        modules = list(self.modules)
+        for module, layer in self.layer_of_module.items():
+            modules[layer] = modules[layer] + self.modules[module]
+        events: list[TraceEvent] = []
+        dropped: TraceEvent | None = None  # the event with the highest peak among those dropped since the last one
+        for event in self.events:
+            highest = event if dropped is None or event.peak > dropped.peak else dropped
+            if event.kind is not EventKind.GRADIENT and event.index in self.layer_of_module:
+                dropped = highest
+                continue
+            events.append(
+                dataclasses.replace(event, peak=highest.peak, logits=highest.logits, live_at_peak=highest.live_at_peak)
+            )
+            dropped = None
+        return dataclasses.replace(self, modules=modules, events=events)
