@@ -63,11 +63,11 @@ class Traffic:
     def watch(self) -> None:
         """From now on, in this process."""
         from lomo_ds.memory.host_memory import Fetch, HostTransfer
-        from lomo_ds.zero3.wire import AsKept
+        from lomo_ds.zero3.wire import PlainWireFormat
 
-        pack, offload, start_fetch = AsKept.pack, HostTransfer.offload, HostTransfer.start_fetch
+        pack, offload, start_fetch = PlainWireFormat.pack, HostTransfer.offload, HostTransfer.start_fetch
 
-        def counted_pack(wire: AsKept, shard: Tensor) -> Tensor:
+        def counted_pack(wire: PlainWireFormat, shard: Tensor) -> Tensor:
             self.up += shard.nbytes
             return pack(wire, shard)
 
@@ -79,7 +79,7 @@ class Traffic:
             self.up += host_tensor.nbytes
             return start_fetch(transfer, host_tensor)
 
-        vars_of: Any = (AsKept, HostTransfer)
+        vars_of: Any = (PlainWireFormat, HostTransfer)
         vars_of[0].pack, vars_of[1].offload, vars_of[1].start_fetch = counted_pack, counted_offload, counted_fetch
 
 
@@ -127,20 +127,20 @@ def measure_link(desk: Desk) -> dict[str, float]:
 def build(desk: Desk, method: str, work: Workload) -> dict[str, Any]:
     """On a rank: make the model in host memory; what it takes there."""
     from lomo_ds import zero3
-    from lomo_ds.memory.host_memory import bytes_of
+    from lomo_ds.memory.host_memory import storage_bytes
 
     desk["traffic"] = Traffic()
     desk["traffic"].watch()
     desk["built"] = methods.build(method, work)
     shards = zero3.shards(desk["built"].model)
-    return {"parameters": bytes_of(shard.data for shard in shards)}
+    return {"parameters": storage_bytes(shard.data for shard in shards)}
 
 
 def measure(desk: Desk, work: Workload, steps: int) -> Row:
     """On a rank: what steps with this batch take."""
     from deepspeed.accelerator import get_accelerator
 
-    from lomo_ds.memory.host_memory import bytes_of
+    from lomo_ds.memory.host_memory import storage_bytes
 
     built, traffic = desk["built"], desk["traffic"]
     built.batch = work.rows(built.device)
@@ -164,7 +164,7 @@ def measure(desk: Desk, work: Workload, steps: int) -> Row:
         "down": traffic.down / steps,
         "peak_allocated": torch.cuda.max_memory_allocated() if on_gpu else None,
         "peak_reserved": torch.cuda.max_memory_reserved() if on_gpu else None,
-        "stash": bytes_of(tensor for tensor in built.gradients() if tensor.device.type == "cpu") if on_gpu else 0,
+        "stash": storage_bytes(tensor for tensor in built.gradients() if tensor.device.type == "cpu") if on_gpu else 0,
         "loss": float(loss),
     }
 

@@ -70,7 +70,7 @@ def count(desk: Desk, method: str, work: Workload) -> dict[str, float]:
     from lomo_ds import zero3
 
     built = methods.build(method, work)
-    whole = [zero3.whole_shape(parameter).numel() for parameter in built.model.parameters()]
+    whole = [zero3.full_shape(parameter).numel() for parameter in built.model.parameters()]
     parameters = sum(whole) * work.dtype.itemsize
     for _ in range(TRACED):
         built.step()

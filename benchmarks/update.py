@@ -68,11 +68,11 @@ class Kind:
     def shard(self, elements: int, device: torch.device) -> Values:
         """A shard of random values."""
         values = torch.randn(elements, device=device).to(self.gradient_dtype)
-        return int8.blocks_in(int8.buffer_of(values), elements) if self.dtype == torch.int8 else values
+        return int8.view_blocks(int8.quantize_flat(values), elements) if self.dtype == torch.int8 else values
 
     def bytes_moved(self, elements: int) -> int:
         """By an update, and so by the copy it is compared with: shard and gradient are read, the shard is written."""
-        shard = int8.bytes_of_buffer(elements) if self.dtype == torch.int8 else elements * self.dtype.itemsize
+        shard = int8.quantized_bytes(elements) if self.dtype == torch.int8 else elements * self.dtype.itemsize
         return 2 * shard + elements * self.gradient_dtype.itemsize
 
 

@@ -24,12 +24,12 @@ class LomoError(Exception):
     """Base of every error that is the user's to mend.
 
     Attributes:
-        only_here: no other rank raises this error, so this one must tell it.
-        of_some_ranks: any number of ranks may raise it, and one of them must tell it.
+        only_on_this_rank: no other rank raises this error, so this one must tell it.
+        on_some_ranks: any number of ranks may raise it, and one of them must tell it.
     """
 
-    only_here = False
-    of_some_ranks = False
+    only_on_this_rank = False
+    on_some_ranks = False
 
 
 class ConfigError(LomoError, ValueError):
@@ -63,7 +63,7 @@ class NonFiniteGradientError(LomoError, ArithmeticError):
 class DoesNotFitError(LomoError, MemoryError):
     """A GPU ran out of memory."""
 
-    of_some_ranks = True
+    on_some_ranks = True
 
 
 class PeerError(LomoError, RuntimeError):

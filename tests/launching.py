@@ -11,18 +11,18 @@ from lomo_ds.train import cli
 ROOT = Path(__file__).parent.parent
 
 
-class OneOfMany:
-    """In place of a lifeline where the ranks live on for further tests."""
+class NoWatchdog:
+    """Stand-in for ``Watchdog`` on ranks that must survive a failed run, since later tests use them."""
 
-    def close(self, spoken: bool) -> None: ...
+    def close(self, reported: bool) -> None: ...
 
-    def wait_for_verdict(self) -> None: ...
+    def wait_for_shutdown(self) -> None: ...
 
 
 def run_main(argv: list[str]) -> tuple[int, str, str]:
     """launch/train.py's main in this rank's process: exit status, stdout, stderr."""
     cli.SILENT_RANK_DELAY = 0.0  # no launcher here that would end the rank that speaks
-    cli.Lifeline = OneOfMany  # type: ignore[assignment, misc]
+    cli.Watchdog = NoWatchdog  # type: ignore[assignment, misc]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = runpy.run_path(str(ROOT / "launch/train.py"))["main"](argv)

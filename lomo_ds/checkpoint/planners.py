@@ -16,7 +16,7 @@ class ShardSavePlanner(DefaultSavePlanner):
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         super().__init__()
-        self.on_nvme = {shard.name: shard for shard in shards if shard.place is not None}
+        self.on_nvme = {shard.name: shard for shard in shards if shard.slot is not None}
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """Return the values of ``write_item``, which is an entire shard or buffer."""
@@ -29,7 +29,7 @@ class ShardLoadPlanner(DefaultLoadPlanner):
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.on_nvme = {shard.name: shard for shard in shards if shard.place is not None}
+        self.on_nvme = {shard.name: shard for shard in shards if shard.slot is not None}
         self.filling: tuple[str, Tensor] | None = None  # name and host copy of the shard that is being filled
 
     def set_up_planner(

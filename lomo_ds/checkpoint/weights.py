@@ -65,7 +65,7 @@ def load_full_tensors(
     Raises:
         DamagedError: the files do not hold the tensors.
     """
-    stored = zero3.kept_tensors(like, in_eight_bits, parts)
+    stored = zero3.stored_tensors(like, in_eight_bits, parts)
     flat = {name: torch.empty(tensor.numel(), dtype=tensor.dtype) for name, tensor in stored.items()}
     try:
         with warnings.catch_warnings(action="ignore"):  # no_dist=True warns that torch.distributed is not used
@@ -74,7 +74,7 @@ def load_full_tensors(
         raise DamagedError(f"{folder} cannot be read: {_first_failure(error)}") from None
     for name, tensor in like.items():
         if name in in_eight_bits:
-            flat[name] = zero3.as_floats(flat[name], flat[name + zero3.SCALES], parts, tensor.dtype)
+            flat[name] = zero3.dequantize_parameter(flat[name], flat[name + zero3.SCALES], parts, tensor.dtype)
     return {name: flat[name].view(tensor.shape) for name, tensor in like.items()}
 
 

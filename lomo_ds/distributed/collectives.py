@@ -49,7 +49,7 @@ def raise_on_all_ranks(action: Callable[[], Result], group: ProcessGroup | None 
         return outcome
     if first == torch.distributed.get_rank(group):
         assert isinstance(outcome, LomoError)
-        outcome.only_here = True
+        outcome.only_on_this_rank = True
         raise outcome
     raise PeerError(failures[first])
 

@@ -19,13 +19,13 @@ from lomo_ds.distributed.collectives import gather_objects
 from lomo_ds.distributed.process_group import is_local_main_process
 
 GOODBYE = b"."  # this rank is done
-SPOKEN = b"!"  # the user has been told why the job ends
+REPORTED = b"!"  # the user has been told why the job ends
 CONNECT_TIMEOUT = 60.0  # seconds
 PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}  # a host that is gone is missed after 19 seconds
 PEER_DIED = 70  # exit status; EX_SOFTWARE of sysexits.h
 
 
-class Lifeline:
+class Watchdog:
     """Ends this process when another rank's is gone, with a sentence from one of those that are left.
 
     All ranks make one together, and ``close`` it.
@@ -37,23 +37,23 @@ class Lifeline:
         self.names = gather_objects(f"rank {self.rank} (process {os.getpid()} on {socket.gethostname()})")
         self.peers = _connect(self.rank, dist.get_world_size())
         self.wake, self.sleeper = socket.socketpair()
-        self.thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
 
-    def close(self, spoken: bool = False) -> None:
+    def close(self, reported: bool = False) -> None:
         """Stop watching and being watched.
 
         Args:
-            spoken: this rank ends before its work is done and has said why, so that the others must end too.
+            reported: this rank ends before its work is done and has said why, so that the others must end too.
         """
         self.closed = True
-        self._tell(SPOKEN if spoken else GOODBYE)
+        self._tell(REPORTED if reported else GOODBYE)
         self.wake.close()
         self.thread.join()
         for peer in (*self.peers.values(), self.sleeper):
             peer.close()
 
-    def wait_for_verdict(self, seconds: float = 3.0) -> None:
+    def wait_for_shutdown(self, seconds: float = 3.0) -> None:
         """Let the watch end this process, if the error of a collective is but the echo of a peer's death."""
         if self.peers:
             time.sleep(seconds)
@@ -70,19 +70,19 @@ class Lifeline:
                     word = _read(self.peers[key.data])
                     selector.unregister(self.peers[key.data])
                     if word != GOODBYE and not self.closed:
-                        self._end(key.data, spoken=word == SPOKEN)
+                        self._end(key.data, reported=word == REPORTED)
 
-    def _end(self, lost: int, spoken: bool) -> None:
+    def _end(self, lost: int, reported: bool) -> None:
         """Rank 0 hears of every death and tells the others; of its own, rank 1 and the first of each host tell."""
         speaks = self.rank == 0 or (lost == 0 and (self.rank == 1 or is_local_main_process()))
-        if speaks and not spoken:
+        if speaks and not reported:
             print(
                 f"error: {self.names[lost]} has died, and training cannot go on without it; start again with "
                 "--resume_from_checkpoint auto to continue from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
-        self._tell(SPOKEN)
+        self._tell(REPORTED)
         os._exit(PEER_DIED)
 
     def _tell(self, word: bytes) -> None:

@@ -18,7 +18,7 @@ from lomo_ds.distributed.collectives import all_reduce_min, raise_on_all_ranks
 from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import format_bytes, free_bytes
-from lomo_ds.memory.host_memory import bytes_of
+from lomo_ds.memory.host_memory import storage_bytes
 from lomo_ds.update.clipping import Clipping, clipping_groups
 from lomo_ds.update.hooks import BackwardHooks
 from lomo_ds.update.rules import Rule, Sgd
@@ -29,15 +29,15 @@ from lomo_ds.update.schedules.two_pass import TwoPass
 from lomo_ds.zero3.gathering import (
     AHEAD_NUMEL,
     Gathering,
-    OnDemand,
-    Resident,
+    OnDemandGathering,
+    ResidentGathering,
     choose_granularity,
-    largest_use,
-    overlaps,
-    reach_of_offload,
+    default_overlap_comm,
+    largest_gather_numel,
+    offload_prefetch_limits,
 )
 from lomo_ds.zero3.stores import DeviceStore, HostStore, NvmeStore, Store
-from lomo_ds.zero3.wire import AsKept, Quantized
+from lomo_ds.zero3.wire import PlainWireFormat, QuantizedWireFormat
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +90,12 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
         lambda: zero3.split(engine.module, engine.config, dtype, free_host), engine.seq_data_parallel_group
     )
     if zero3.is_resident_config(engine.config) and zero3.is_resident(engine.module):
-        return Resident(engine.module)
+        return ResidentGathering(engine.module)
     granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
     undo, wired, reach = _bound_gathering(engine, granularity)
-    return OnDemand(
+    return OnDemandGathering(
         engine.module,
         granularity,
         undo,
@@ -118,20 +118,20 @@ def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callabl
     prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
     offload = zero3.offload_device(engine.config)
     if offload == "cpu":
-        largest = largest_use(engine.module, granularity)
-        prefetch_numel, live_numel = reach_of_offload(prefetch_numel, live_numel, largest)
+        largest = largest_gather_numel(engine.module, granularity)
+        prefetch_numel, live_numel = offload_prefetch_limits(prefetch_numel, live_numel, largest)
         prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", prefetch_numel)
         live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
-    overlap = _unless_asked(engine, "overlap_comm", overlaps(offload))
+    overlap = _unless_asked(engine, "overlap_comm", default_overlap_comm(offload))
     ahead_numel = prefetch_numel + AHEAD_NUMEL if overlap else None
-    exact = AsKept(engine.device, copies=offload == "cpu")
+    exact = PlainWireFormat(engine.device, copies=offload == "cpu")
     quantized = _travels_in_eight_bits(engine)
-    wired = quantized or offload != "none" or zero3.keeps_eight_bits(engine.config)
+    wired = quantized or offload != "none" or zero3.uses_int8_weights(engine.config)
     if wired:
-        wire = Quantized(engine.device, exact.copies) if quantized else exact
-        undo = zero3.gather_by(engine.module, wire, exact, ahead_numel)
+        wire = QuantizedWireFormat(engine.device, exact.copies) if quantized else exact
+        undo = zero3.install_gathering(engine.module, wire, exact, ahead_numel)
     elif ahead_numel is not None:
-        undo = zero3.gather_within(engine.module, ahead_numel)
+        undo = zero3.limit_gathering(engine.module, ahead_numel)
     else:
         undo = _nothing_to_undo
     reach = {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel, "overlap_comm": overlap}
@@ -156,9 +156,9 @@ def _unless_asked(engine: DeepSpeedEngine, name: str, ours: int) -> int:
 
 def _build_store(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> Store:
     if zero3.offload_device(engine.config) == "cpu":
-        return HostStore(shards, engine.device, rounded=_travels_in_eight_bits(engine))
+        return HostStore(shards, engine.device, gathered_is_lossy=_travels_in_eight_bits(engine))
     if zero3.offload_device(engine.config) == "nvme":
-        return NvmeStore(shards, engine.device, rounded=_travels_in_eight_bits(engine))
+        return NvmeStore(shards, engine.device, gathered_is_lossy=_travels_in_eight_bits(engine))
     return DeviceStore(shards)
 
 
@@ -201,7 +201,7 @@ def _announce_host_memory(engine: DeepSpeedEngine, shards: list[zero3.Shard], ch
     """Say, once, what of host memory a rank pins."""
     pinned = {}
     if zero3.offload_device(engine.config) == "cpu":
-        pinned["parameters"] = bytes_of(shard.kept for shard in shards)
+        pinned["parameters"] = storage_bytes(shard.storage for shard in shards)
     if choice.settings == {"update_schedule": "stash", "stash_device": "cpu"}:
         pinned["gradient shards"] = stash_bytes
     if pinned and engine.global_rank == 0:

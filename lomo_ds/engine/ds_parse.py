@@ -53,7 +53,7 @@ def parse_ds_config(ds_config: dict[str, Any]) -> DeepSpeedConfig:
     offload = parsed.zero_config.offload_param
     if offload is not None and offload.device == OffloadDeviceEnum.nvme:
         half = parsed.float16_config.enabled or parsed.bfloat16_config.enabled
-        zero3.refuse_nvme_that_cannot_be(ds_config, itemsize=2 if half else 4)
+        zero3.validate_nvme(ds_config, itemsize=2 if half else 4)
     # DeepSpeed's default is true, for which the host waits for the device at each forward and step
     if "enabled" not in parsed.timers_config.model_fields_set:
         parsed.timers_config.enabled = False

@@ -398,7 +398,7 @@ class LomoEngine(DeepSpeedEngine):
             )
 
     def zero_optimization_partition_weights(self) -> bool:
-        """Return whether weights are gathered for each use; False for ``gathering.Resident``, which needs no hooks."""
+        """Return whether weights are gathered for each use; False for ``ResidentGathering``, which needs no hooks."""
         built = self.optimizer is not None
         return super().zero_optimization_partition_weights() and not (built and self.optimizer.gathering.resident)
 

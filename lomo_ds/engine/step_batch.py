@@ -151,7 +151,7 @@ class StepBatch:
         is_bad = (~loss.isfinite()).double().view(1)
         bad_losses, refusals, *sums = all_reduce_sum(torch.cat([is_bad, counted]), self.process_group).tolist()
         if refusal is not None:
-            refusal.of_some_ranks = True
+            refusal.on_some_ranks = True
             raise refusal
         if refusals:
             raise PeerError("another rank refuses what its model returned")

@@ -28,7 +28,7 @@ def _free_device_bytes() -> int:
     return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def require_host_bytes(need: int, free: int, what: str, way_out: str) -> None:
+def check_host_memory(need: int, free: int, what: str, remedy: str) -> None:
     """Refuse to pin more than a host can spare.
 
     Args:
@@ -36,12 +36,12 @@ def require_host_bytes(need: int, free: int, what: str, way_out: str) -> None:
         free: of host memory for each rank, see ``free_bytes``.
 
     Raises:
-        ConfigError: it does not fit; the sentence says what is needed, what there is, and ``way_out``.
+        ConfigError: it does not fit; the sentence says what is needed, what there is, and ``remedy``.
     """
     if need > HOST_SHARE * free:
         raise ConfigError(
             f"{what} needs {format_bytes(need)} of pinned host memory a rank, and of {format_bytes(free)} that are "
-            f"free for each rank {format_bytes(int(HOST_SHARE * free))} may be pinned; {way_out}"
+            f"free for each rank {format_bytes(int(HOST_SHARE * free))} may be pinned; {remedy}"
         )
 
 

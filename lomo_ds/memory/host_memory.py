@@ -100,8 +100,8 @@ class HostTransfer:
         self.streams = torch.get_device_module(device)
         self.downward = self.streams.Stream(device)
         self.upward = self.streams.Stream(device)
-        self.leaving: deque[_Offload] = deque()
-        self.leaving_bytes = 0
+        self.offloads: deque[_Offload] = deque()
+        self.offload_bytes = 0
 
     def offload(self, tensor: Tensor, host_tensor: Tensor) -> None:
         """Begin to copy ``tensor`` into ``host_tensor``; the caller must not write to ``tensor`` any more.
@@ -111,9 +111,9 @@ class HostTransfer:
         self.downward.wait_stream(self._computing)
         with self.streams.stream(self.downward):
             host_tensor.copy_(tensor, non_blocking=True)
-            self.leaving.append(_Offload(tensor, host_tensor, self.downward.record_event()))
-        self.leaving_bytes += tensor.nbytes
-        while len(self.leaving) > 1 and self.leaving_bytes > IN_FLIGHT_BYTES:
+            self.offloads.append(_Offload(tensor, host_tensor, self.downward.record_event()))
+        self.offload_bytes += tensor.nbytes
+        while len(self.offloads) > 1 and self.offload_bytes > IN_FLIGHT_BYTES:
             self._release_oldest()
 
     def fetch(self, host_tensors: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -152,7 +152,7 @@ class HostTransfer:
 
     def flush(self) -> None:
         """Let go of every tensor on its way down; whatever comes later finds the host memory written."""
-        while self.leaving:
+        while self.offloads:
             self._release_oldest()
 
     @property
@@ -162,17 +162,17 @@ class HostTransfer:
     def _offload_under_way(self, host_tensor: Tensor) -> torch.Event | None:
         """The last copy down into that memory, or a part of it; None if the computing stream waits for it already."""
         start, stop = _span(host_tensor)
-        for offload in reversed(self.leaving):
+        for offload in reversed(self.offloads):
             first, last = _span(offload.host_tensor)
             if first < stop and start < last:
                 return offload.copied
         return None
 
     def _release_oldest(self) -> None:
-        offload = self.leaving.popleft()
+        offload = self.offloads.popleft()
         if offload.copied is not None:
             self._computing.wait_event(offload.copied)
-        self.leaving_bytes -= offload.tensor.nbytes
+        self.offload_bytes -= offload.tensor.nbytes
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -180,7 +180,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Memory that ``tensors`` keep alive, each slab counted once, whole."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -28,7 +28,7 @@ class Prefetcher(Generic[Key]):
         self.host_tensor_of = host_tensor_of
         self.followers: dict[Key, Key] = {}
         self.last: Key | None = None
-        self.coming: dict[Key, Fetch] = {}
+        self.fetches: dict[Key, Fetch] = {}
 
     def announce(self, key: Key) -> None:
         """``key`` is used after all that were announced before."""
@@ -40,25 +40,25 @@ class Prefetcher(Generic[Key]):
         """What lies under ``key``, on the device; the fetches of those that follow it have begun."""
         self._start(key)
         ahead = list(self._ahead_of(key))
-        for other in self.coming.keys() - {key, *ahead}:
+        for other in self.fetches.keys() - {key, *ahead}:
             self._drop(other)
         for other in ahead:
             self._start(other)
-        return self.transfer.finish_fetch(self.coming.pop(key))
+        return self.transfer.finish_fetch(self.fetches.pop(key))
 
     def flush(self) -> None:
         """End a round: nothing follows its last key, and what nobody has asked for is dropped."""
         self.last = None
-        for key in list(self.coming):
+        for key in list(self.fetches):
             self._drop(key)
 
     def _drop(self, key: Key) -> None:
-        self.transfer.finish_fetch(self.coming.pop(key))  # its copy must finish before its memory is freed
+        self.transfer.finish_fetch(self.fetches.pop(key))  # its copy must finish before its memory is freed
 
     def _start(self, key: Key) -> None:
         host_tensor = self.host_tensor_of(key)
-        if key not in self.coming and host_tensor is not None:
-            self.coming[key] = self.transfer.start_fetch(host_tensor)
+        if key not in self.fetches and host_tensor is not None:
+            self.fetches[key] = self.transfer.start_fetch(host_tensor)
 
     def _ahead_of(self, key: Key) -> Iterator[Key]:
         """The next keys with something to fetch, as many as may be on the device."""

@@ -50,6 +50,6 @@ def fast_precision(device_type: str) -> FastPrecision:
     return FastPrecision("fp16", f"{device} has fp16 instructions, but none for bf16")
 
 
-def slowest(choices: list[FastPrecision]) -> FastPrecision:
+def common_precision(choices: list[FastPrecision]) -> FastPrecision:
     """The choice that suits all ranks: the first of those that are furthest from bf16."""
     return max(choices, key=lambda choice: ("bf16", "fp16", "fp32").index(choice.precision))

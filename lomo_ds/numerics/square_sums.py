@@ -10,7 +10,7 @@ from lomo_ds.numerics.flat import ceil_div
 PROGRAM_NUMEL = 8192  # elements of a gradient that one program of an update kernel reads
 
 
-def slots_of(numel: int) -> int:
+def program_count(numel: int) -> int:
     """How many programs, and so sums, there are for a gradient of so many elements."""
     return ceil_div(numel, PROGRAM_NUMEL)
 
@@ -24,7 +24,7 @@ class SquareSums:
     """
 
     def __init__(self, numels: Sequence[int], device: torch.device) -> None:
-        self.sums = torch.empty(sum(map(slots_of, numels)), dtype=torch.float32, device=device)
+        self.sums = torch.empty(sum(map(program_count, numels)), dtype=torch.float32, device=device)
         self.views: dict[tuple[int, int], Tensor] = {}  # the same at every step, and slow to make
         self.used = 0
 
@@ -34,7 +34,7 @@ class SquareSums:
 
     def take(self, numel: int) -> Tensor:
         """Slots for the sums of a gradient of so many elements, all to be written."""
-        start, self.used = self.used, self.used + slots_of(numel)
+        start, self.used = self.used, self.used + program_count(numel)
         if (start, self.used) not in self.views:
             assert self.used <= len(self.sums), "a gradient more than a step has"
             self.views[start, self.used] = self.sums[start : self.used]

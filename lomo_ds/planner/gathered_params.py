@@ -12,7 +12,7 @@ from typing import Protocol
 
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.trace_events import EventKind, StepTrace
-from lomo_ds.zero3 import Ahead, lay_out
+from lomo_ds.zero3 import LookaheadLimit, aligned_layout
 
 RELEASED = "released, not yet freed"  # name of parameters that the host released before the GPU has used them
 
@@ -83,7 +83,7 @@ class SimulatedCoordinator:
             free once the host has waited for the GPU. None: memory is free at once.
     """
 
-    def __init__(self, trace: StepTrace, settings: Settings, ahead: Ahead | None) -> None:
+    def __init__(self, trace: StepTrace, settings: Settings, ahead: LookaheadLimit | None) -> None:
         self.settings, self.ahead = settings, ahead
         self.released: deque[tuple[int, int]] = deque()  # not yet freed: number of the next request, and bytes
         self.uses_transport = settings.optimizer == "lomo" and (
@@ -190,7 +190,7 @@ class SimulatedCoordinator:
         if not missing:
             return
         numel = sum(self.numels[p] for p in missing)
-        if self.ahead is not None and (number := self.ahead.ask(numel)) is not None:
+        if self.ahead is not None and (number := self.ahead.request(numel)) is not None:
             self._free_released(number)
         buffer = _GatherBuffer(missing, self._received_bytes(missing))
         self.in_flight.update(dict.fromkeys(missing, buffer))
@@ -252,7 +252,7 @@ class SimulatedCoordinator:
             elif self.ahead is None:
                 self._add(-size)
             else:
-                self.released.append((self.ahead.asked, size))
+                self.released.append((self.ahead.request_count, size))
 
     def _free_released(self, number: int | None) -> None:
         """Free what was released before request ``number``, which the GPU has reached; None: free everything."""
@@ -268,7 +268,7 @@ class SimulatedCoordinator:
         if not self.uses_transport:
             return sum(self._gathered_bytes(p) for p in params)
         sent = [self.settings.stored_bytes(self.settings.shard_numel(self.numels[p])) for p in params]
-        return lay_out(sent)[1] * self.settings.gpus
+        return aligned_layout(sent)[1] * self.settings.gpus
 
     def _add(self, size: int) -> None:
         self.level += size

@@ -18,7 +18,7 @@ from lomo_ds.planner.trace import trace_step
 from lomo_ds.planner.trace_events import StepTrace
 from lomo_ds.update.schedules import Choice, choose_schedule
 from lomo_ds.update.schedules.gradient_footprint import gradient_footprint
-from lomo_ds.zero3.gathering import choose_granularity, largest_use, reach_of_offload
+from lomo_ds.zero3.gathering import choose_granularity, largest_gather_numel, offload_prefetch_limits
 
 GIB = 2**30
 
@@ -225,8 +225,8 @@ def _with_prefetch_limits(model: PlannedModel, settings: Settings, granularity: 
     """Set the prefetch limits that the engine sets for offloaded parameters, unless the user has changed them."""
     if settings.offload_param != "cpu" or settings.optimizer != "lomo":
         return settings
-    largest = largest_use(model.meta_model, granularity)
-    prefetch, live = reach_of_offload(settings.prefetch_bucket_size, settings.max_live_parameters, largest)
+    largest = largest_gather_numel(model.meta_model, granularity)
+    prefetch, live = offload_prefetch_limits(settings.prefetch_bucket_size, settings.max_live_parameters, largest)
     fields = Settings.__dataclass_fields__
     if settings.prefetch_bucket_size == fields["prefetch_bucket_size"].default:
         settings = settings.but(prefetch_bucket_size=prefetch)

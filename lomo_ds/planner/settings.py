@@ -98,7 +98,7 @@ class Settings:
 
     @property
     def resident(self) -> bool:
-        """Whether parameters stay whole on the one GPU, and nothing is gathered; see ``gathering.Resident``."""
+        """Whether parameters stay whole on the one GPU, and nothing is gathered; see ``ResidentGathering``."""
         return self.optimizer == "lomo" and self.gpus == 1 and self.offload_param == "none" and not self.int8_weights
 
     @property
@@ -112,7 +112,7 @@ class Settings:
 
     def stored_bytes(self, numel: int) -> int:
         """Of ``numel`` elements of a shard, as it lies between its uses."""
-        return int8.bytes_of_buffer(numel) if self.int8_weights else numel * self.dtype.itemsize
+        return int8.quantized_bytes(numel) if self.int8_weights else numel * self.dtype.itemsize
 
     def but(self, **changes: Any) -> "Settings":
         """The same with some changes."""

@@ -14,8 +14,8 @@ from lomo_ds.planner.trace_events import EventKind, LiveActivations, StepTrace, 
 from lomo_ds.planner.trace_recorder import CHECKPOINT
 from lomo_ds.update.rules.rule_bytes import sgd_state_bytes, sgd_temporaries, square_sums_bytes
 from lomo_ds.update.schedules.gradient_footprint import GradientFootprint
-from lomo_ds.zero3 import Ahead
-from lomo_ds.zero3.gathering import AHEAD_NUMEL, overlaps
+from lomo_ds.zero3 import LookaheadLimit
+from lomo_ds.zero3.gathering import AHEAD_NUMEL, default_overlap_comm
 
 SHARDS, GATHERED, IN_FLIGHT, STASH = "parameter shard", "gathered", "gradient in flight", "stash"
 CHECKPOINTS, LOGITS, ACTIVATIONS, STATE = "checkpoints", "logits", "other activations", "rule state"
@@ -122,8 +122,10 @@ class _PeakTracker:
         settings = self.settings
         if settings.resident:
             return NoGathering()
-        runs_ahead = machine.device == "gpu" and settings.optimizer == "lomo" and overlaps(settings.offload_param)
-        ahead = Ahead(settings.prefetch_bucket_size + AHEAD_NUMEL) if runs_ahead else None
+        runs_ahead = (
+            machine.device == "gpu" and settings.optimizer == "lomo" and default_overlap_comm(settings.offload_param)
+        )
+        ahead = LookaheadLimit(settings.prefetch_bucket_size + AHEAD_NUMEL) if runs_ahead else None
         return SimulatedCoordinator(self.trace, settings, ahead)
 
     def _base(self, machine: Machine) -> Counter[str]:

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from lomo_ds.distributed.process_group import is_main_process, ranks_on_host, start_process_group, stop_process_group
-from lomo_ds.distributed.watchdog import Lifeline
+from lomo_ds.distributed.watchdog import Watchdog
 from lomo_ds.errors import LomoError, PeerError
 
 SILENT_RANK_DELAY = 3.0  # seconds: launchers end every rank as soon as one has failed, so the speaker goes first
@@ -28,26 +28,26 @@ def run_on_all_ranks(main: Callable[[], None]) -> int:
     defect and shows its traceback. When one rank dies, the others end too.
     """
     _quiet_libraries()
-    started, lifeline, status = False, None, DEFECT
+    started, watchdog, status = False, None, DEFECT
     try:
         started = start_process_group()
-        lifeline = Lifeline()
+        watchdog = Watchdog()
         _share_cores()
         main()
         status = 0
     except LomoError as error:
         status = USER_ERROR
-        if error.of_some_ranks and lifeline is not None and not is_main_process():
-            lifeline.wait_for_verdict()  # which ends this process, if rank 0 has the same to say
-            error.only_here = True
+        if error.on_some_ranks and watchdog is not None and not is_main_process():
+            watchdog.wait_for_shutdown()  # which ends this process, if rank 0 has the same to say
+            error.only_on_this_rank = True
         tell(error)
     except Exception:
-        if lifeline is not None:
-            lifeline.wait_for_verdict()
+        if watchdog is not None:
+            watchdog.wait_for_shutdown()
         traceback.print_exc()
     finally:
-        if lifeline is not None:
-            lifeline.close(spoken=status != 0)
+        if watchdog is not None:
+            watchdog.close(reported=status != 0)
         if started and status == 0:
             stop_process_group()  # which would wait for the others where they have failed otherwise
     return status
@@ -77,7 +77,7 @@ def traceback_shown(wanted: bool) -> Iterator[None]:
 
 
 def _is_told_here(error: LomoError) -> bool:
-    return error.only_here or (is_main_process() and not isinstance(error, PeerError))
+    return error.only_on_this_rank or (is_main_process() and not isinstance(error, PeerError))
 
 
 def tell(error: LomoError) -> None:

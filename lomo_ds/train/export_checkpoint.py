@@ -18,7 +18,7 @@ from lomo_ds.checkpoint import (
 from lomo_ds.errors import CheckpointError
 from lomo_ds.models import Export, load_config, load_generation_config, load_tokenizer, meta_model, saved_tensors
 from lomo_ds.train.output_folder import refuse_full_folder, refuse_what_is_read
-from lomo_ds.zero3 import SCALES, kept_tensors
+from lomo_ds.zero3 import SCALES, stored_tensors
 
 
 def export_checkpoint(
@@ -57,7 +57,7 @@ def export_checkpoint(
     load_generation_config(model, folder)
     tensors = saved_tensors(model)
     in_eight_bits = {name for name in tensors if name + SCALES in dtypes}
-    kept = kept_tensors(tensors, in_eight_bits, found.record["world_size"])
+    kept = stored_tensors(tensors, in_eight_bits, found.record["world_size"])
     check_same_model(checkpoint, found.record, describe_tensors(kept))
     tokenizer = load_tokenizer(folder, trust_remote_code)
     export = Export(output_dir, model, max_shard_size)

@@ -73,7 +73,7 @@ from lomo_ds.models import (
     tile_logits,
     verify_export,
 )
-from lomo_ds.numerics.precision import DTYPES, FastPrecision, fast_precision, is_fast, slowest
+from lomo_ds.numerics.precision import DTYPES, FastPrecision, common_precision, fast_precision, is_fast
 from lomo_ds.train.checkpoint_manager import CheckpointKeeper, Keeper, NoCheckpoints
 from lomo_ds.train.loop import Trainer
 from lomo_ds.train.metrics import Monitor
@@ -104,7 +104,7 @@ def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -
         LomoError: in the user's words, on the rank that knows; the others raise ``PeerError``.
     """
     world_size = dist.get_world_size()
-    fast = slowest(gather_objects(fast_precision(_device_type())))
+    fast = common_precision(gather_objects(fast_precision(_device_type())))
     ds_config, arguments = raise_on_all_ranks(lambda: _read_configs(arguments, given, world_size, fast))
     _warn_of_emulation(arguments)
     output_dir = Path(arguments.output_dir)
@@ -284,7 +284,7 @@ def _kept_tensors(config: PretrainedConfig, arguments: TrainArguments) -> dict[s
     whole = saved_tensors(model)
     if arguments.weights != "int8":
         return whole
-    return zero3.kept_tensors(whole, zero3.names_in_eight_bits(model), dist.get_world_size())
+    return zero3.stored_tensors(whole, zero3.quantized_names(model), dist.get_world_size())
 
 
 def _open_monitor(output_dir: Path, rank: int, step: int) -> Monitor:

@@ -190,7 +190,7 @@ class Trainer:
     def _describe(self) -> str:
         arguments, gpus, blocks = self.arguments, dist.get_world_size(), self.steps.blocks
         sequences = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-        numel = sum(zero3.whole_shape(parameter).numel() for parameter in self.engine.module.parameters())
+        numel = sum(zero3.full_shape(parameter).numel() for parameter in self.engine.module.parameters())
         return (
             f"model: {numel / 1e6:.2f}M parameters, all of them trained, on {gpus} ranks\n"
             f"batch: {arguments.per_device_train_batch_size} sequences x {arguments.gradient_accumulation_steps} "

@@ -7,49 +7,55 @@ file on NVMe. Writing to it changes the model; a gathered copy made before the w
 ``Gathering.refresh`` ends every step.
 """
 
-from lomo_ds.zero3.ahead import Ahead
-from lomo_ds.zero3.linear import keep_no_weights, linear
+from lomo_ds.zero3.linear import install_memory_efficient_linear, linear
+from lomo_ds.zero3.lookahead import LookaheadLimit
 from lomo_ds.zero3.nvme import SwapSlot
-from lomo_ds.zero3.nvme_settings import refuse_nvme_that_cannot_be
+from lomo_ds.zero3.nvme_settings import validate_nvme
 from lomo_ds.zero3.persistent import PersistentCopies
-from lomo_ds.zero3.shard import SCALES, Shard, as_floats, kept_tensors, names_in_eight_bits, shards, whole_shape
+from lomo_ds.zero3.shard import SCALES, Shard, dequantize_parameter, full_shape, quantized_names, shards, stored_tensors
 from lomo_ds.zero3.split import (
     gathered,
     is_resident,
     is_resident_config,
-    keeps_eight_bits,
     offload_device,
     partition,
     restore_full_params,
     split,
+    uses_int8_weights,
 )
-from lomo_ds.zero3.transport import Wire, forget_unregistered, gather_by, gather_within, lay_out
+from lomo_ds.zero3.transport import (
+    WireFormat,
+    aligned_layout,
+    install_gathering,
+    limit_gathering,
+    reset_unregistered_gathers,
+)
 
 __all__ = [
     "SCALES",
-    "Ahead",
+    "LookaheadLimit",
     "PersistentCopies",
     "Shard",
     "SwapSlot",
-    "Wire",
-    "as_floats",
-    "forget_unregistered",
-    "gather_by",
-    "gather_within",
+    "WireFormat",
+    "aligned_layout",
+    "dequantize_parameter",
+    "full_shape",
     "gathered",
+    "install_gathering",
+    "install_memory_efficient_linear",
     "is_resident",
     "is_resident_config",
-    "keep_no_weights",
-    "keeps_eight_bits",
-    "kept_tensors",
-    "lay_out",
+    "limit_gathering",
     "linear",
-    "names_in_eight_bits",
     "offload_device",
     "partition",
-    "refuse_nvme_that_cannot_be",
+    "quantized_names",
+    "reset_unregistered_gathers",
     "restore_full_params",
     "shards",
     "split",
-    "whole_shape",
+    "stored_tensors",
+    "uses_int8_weights",
+    "validate_nvme",
 ]

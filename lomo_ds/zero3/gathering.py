@@ -15,17 +15,17 @@ from deepspeed.utils import set_z3_leaf_module
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 
 from lomo_ds.errors import ConfigError
-from lomo_ds.zero3.linear import keep_no_weights
+from lomo_ds.zero3.linear import install_memory_efficient_linear
 from lomo_ds.zero3.persistent import PersistentCopies
-from lomo_ds.zero3.shard import whole_shape
+from lomo_ds.zero3.shard import full_shape
 from lomo_ds.zero3.split import restore_full_params
-from lomo_ds.zero3.transport import forget_unregistered
+from lomo_ds.zero3.transport import reset_unregistered_gathers
 
 # What gathered layers may take of the free memory; the rest is for activations, gradients and a stash.
 LAYERS_SHARE = 0.25
-# Elements that may be asked for, beside what is prefetched, before others have been computed with; see ``Ahead``.
-# For small matrices enough to hide how long a host takes to launch what uses them; for large ones, which a device
-# computes with for much longer, none. 64 MiB in half precision.
+# Elements that may be requested beyond the prefetch bucket before the device has reached earlier ones; see
+# ``LookaheadLimit``. For small matrices this hides the host's launch time; a large matrix keeps the device busy for
+# much longer than a launch takes, so it needs no lookahead. 64 MiB in half precision.
 AHEAD_NUMEL = 2**25
 # of DeepSpeed's coordinator, which has no setting for it: parameters on their way, of whatever size
 MAX_FETCH_EVENTS = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
@@ -58,7 +58,7 @@ class Gathering(Protocol):
         """Take every hook off the model."""
 
 
-class Resident:
+class ResidentGathering:
     """One rank without offload: shards are whole parameters, which stay where the modules find them.
 
     Only ``deepspeed.zero.GatheredParameters`` takes them away, when it is left; the next forward, backward or
@@ -95,20 +95,20 @@ class Resident:
             handle.remove()
 
 
-class OnDemand:
+class OnDemandGathering:
     """DeepSpeed's own hooks gather parameters before a module, or a whole layer, runs, and free them after it.
 
     Args:
         offload: settings of ``DeepSpeedZeRoOffload``.
         granularity: ``module`` or ``layer``.
         undo: takes back what was done to the parameters for it: they bound how far ahead they are asked for.
-        wired: whether they come over a ``Wire``.
+        wired: whether they come over a ``WireFormat``.
     """
 
     resident = False
 
     def __init__(self, model: Module, granularity: str, undo: Callable[[], None], wired: bool, **offload: Any) -> None:
-        self.undo = [undo, keep_no_weights(model)]
+        self.undo = [undo, install_memory_efficient_linear(model)]
         self.granularity = granularity
         self.leaves = layers(model) if granularity == "layer" else []
         for layer in self.leaves:
@@ -144,7 +144,7 @@ class OnDemand:
         Gathers under way are waited for: every rank that has not failed before takes part in them.
         """
         get_accelerator().synchronize()
-        forget_unregistered(self.offload.module)
+        reset_unregistered_gathers(self.offload.module)
         coordinator = self.offload.get_param_coordinator()
         if coordinator.is_record_trace():  # half a trace is none
             coordinator._invalidate_trace()
@@ -173,25 +173,25 @@ def layers(model: Module) -> list[Module]:
     return [] if any(isinstance(layer, ModuleList | ModuleDict) for layer in found) else found
 
 
-def largest_use(model: Module, granularity: str) -> int:
+def largest_gather_numel(model: Module, granularity: str) -> int:
     """Elements of the whole parameters that are gathered for at once: of the largest layer, or of any module."""
     of_layers = [_numel(layer.parameters()) for layer in layers(model)] if granularity == "layer" else []
     return max([*of_layers, *(_numel(module.parameters(recurse=False)) for module in model.modules())])
 
 
-def reach_of_offload(prefetch_numel: int, live_numel: int, largest: int) -> tuple[int, int]:
+def offload_prefetch_limits(prefetch_numel: int, live_numel: int, largest: int) -> tuple[int, int]:
     """DeepSpeed's ``prefetch_bucket_size`` and ``max_live_parameters``, widened where parameters lie in host memory.
 
     The link is to have work all the time: what is used next is on its way while this is computed with.
 
     Args:
-        largest: see ``largest_use``.
+        largest: see ``largest_gather_numel``.
     """
     prefetch_numel = max(prefetch_numel, largest)
     return prefetch_numel, max(live_numel, largest + prefetch_numel)
 
 
-def overlaps(offload: str) -> bool:
+def default_overlap_comm(offload: str) -> bool:
     """DeepSpeed's ``overlap_comm`` where nobody asked for it: whether parameters are fetched in a stream of their own.
 
     From other ranks they need none: NCCL has its own, so that what is prefetched arrives beside the computation anyway,
@@ -230,4 +230,4 @@ def choose_granularity(asked: str, model: Module, free_device_bytes: int) -> str
 
 
 def _numel(parameters: Iterable[Parameter]) -> int:
-    return sum(whole_shape(parameter).numel() for parameter in parameters)
+    return sum(full_shape(parameter).numel() for parameter in parameters)

@@ -42,7 +42,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Product.apply(input, weight, bias)
 
 
-def keep_no_weights(model: Module) -> Callable[[], None]:
+def install_memory_efficient_linear(model: Module) -> Callable[[], None]:
     """Let every ``torch.nn.Linear`` of ``model`` compute by ``linear``; returns what undoes it."""
     modules = [module for module in model.modules() if type(module) is Linear and "forward" not in vars(module)]
     for module in modules:

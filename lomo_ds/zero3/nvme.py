@@ -40,7 +40,7 @@ class SwapSpace:
         self.requests = ThreadPoolExecutor(settings.requests_at_once, "lomo_ds-nvme")
         self.end = 0  # bytes
         self.vacant: dict[int, list[int]] = defaultdict(list)  # where places of a size are that nobody uses any more
-        self.lanes: list[_IoBuffer] = []
+        self.buffers: list[_IoBuffer] = []
         self.free: deque[_IoBuffer] = deque()
         self.writing: deque[tuple[SwapSlot, _IoBuffer]] = deque()
         self.ahead: dict[SwapSlot, _IoBuffer] = {}  # whose first piece is being read before anyone has asked
@@ -48,13 +48,13 @@ class SwapSpace:
         self.last: tuple[Group, Group] = ((), ())  # what was gathered before the last and what last
         self.followers: dict[tuple[Group, Group], Group] = {}
         self.guard = threading.RLock()  # a checkpoint may be written by another thread
-        weakref.finalize(self, _clean_up, self.descriptor, self.lanes, self.requests, os.getpid())
+        weakref.finalize(self, _clean_up, self.descriptor, self.buffers, self.requests, os.getpid())
 
     def takes(self, nbytes: int) -> bool:
         """Whether a shard is large enough for a place."""
         return nbytes >= self.settings.block_size
 
-    def new_place(self, numel: int, dtype: torch.dtype) -> "SwapSlot":
+    def allocate_slot(self, numel: int, dtype: torch.dtype) -> "SwapSlot":
         """A place for that many elements, its room on the drive taken.
 
         Raises:
@@ -131,9 +131,9 @@ class SwapSpace:
 
     def _take(self) -> "_IoBuffer":
         """A lane that nothing is under way in."""
-        if not self.free and len(self.lanes) < self.settings.buffer_count:
-            self.lanes.append(_IoBuffer(self.settings, self.device, self.descriptor, self.requests))
-            return self.lanes[-1]
+        if not self.free and len(self.buffers) < self.settings.buffer_count:
+            self.buffers.append(_IoBuffer(self.settings, self.device, self.descriptor, self.requests))
+            return self.buffers[-1]
         if not self.free and self.ahead:
             self._drop(next(iter(self.ahead)))
         if not self.free:
@@ -162,7 +162,7 @@ class SwapSpace:
         for place in wanted:
             if any(written is place for written, _ in self.writing):
                 return
-            if place not in self.ahead and (self.free or len(self.lanes) < self.settings.buffer_count):
+            if place not in self.ahead and (self.free or len(self.buffers) < self.settings.buffer_count):
                 self.ahead[place] = self._begin_read(place, 0)
 
 
@@ -196,7 +196,7 @@ class SwapSlot:
 
     def copy(self) -> "SwapSlot":
         """Another place with the same contents."""
-        other = self.space.new_place(self.numel, self.dtype)
+        other = self.space.allocate_slot(self.numel, self.dtype)
         other.write(self.read(self.numel))
         return other
 

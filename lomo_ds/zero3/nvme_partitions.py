@@ -8,38 +8,38 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedP
 
 from lomo_ds.zero3.nvme import SwapSpace
 from lomo_ds.zero3.nvme_settings import nvme_settings
-from lomo_ds.zero3.shard import Partitioned, place_of
+from lomo_ds.zero3.shard import Partitioned, slot_of
 
 
 def swap_space(
     ds_config: dict[str, Any], dtype: torch.dtype, device: torch.device, parameters: Iterable[Partitioned] = ()
 ) -> SwapSpace:
     """The space that ``parameters`` lie in already, or a new one."""
-    places = [place for place in map(place_of, parameters) if place is not None]
+    places = [place for place in map(slot_of, parameters) if place is not None]
     return places[0].space if places else SwapSpace(nvme_settings(ds_config, dtype.itemsize), device)
 
 
-def send_away(parameter: Partitioned, space: SwapSpace) -> None:
+def move_to_nvme(parameter: Partitioned, space: SwapSpace) -> None:
     """Let a partition lie in a file, if it is large enough and does not yet; its memory is free from then on."""
-    if place_of(parameter) is not None:
+    if slot_of(parameter) is not None:
         return
     _take_from_deepspeed(parameter)
-    parameter.ds_tensor.swap_place = None
+    parameter.ds_tensor.swap_slot = None
     partition = parameter.ds_tensor
     if space.takes(partition.ds_numel * partition.element_size()):
-        place = space.new_place(partition.ds_numel, partition.dtype)
+        place = space.allocate_slot(partition.ds_numel, partition.dtype)
         place.write(partition.data)
-        partition.swap_place = place
+        partition.swap_slot = place
         partition.data = partition.new_empty(0)
 
 
-def bring_back(parameters: Iterable[Partitioned]) -> None:
+def move_to_memory(parameters: Iterable[Partitioned]) -> None:
     """Let every partition lie in host memory that is in a file."""
     for parameter in parameters:
-        place = place_of(parameter)
+        place = slot_of(parameter)
         if place is not None:
             parameter.ds_tensor.data = place.read(place.numel)
-            parameter.ds_tensor.swap_place = None
+            parameter.ds_tensor.swap_slot = None
 
 
 def _take_from_deepspeed(parameter: Partitioned) -> None:

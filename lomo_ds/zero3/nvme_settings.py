@@ -83,7 +83,7 @@ def nvme_settings(ds_config: dict[str, Any], itemsize: int) -> NvmeSettings:
     return settings
 
 
-def refuse_nvme_that_cannot_be(ds_config: dict[str, Any], itemsize: int) -> None:
+def validate_nvme(ds_config: dict[str, Any], itemsize: int) -> None:
     """Refuse ``offload_param.device nvme`` where this machine cannot do it.
 
     Raises:

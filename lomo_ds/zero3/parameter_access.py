@@ -96,7 +96,7 @@ class ParameterAccess:
         if shard.data.dtype == torch.int8:
             padded = values.new_zeros(_padded_numel(shard))
             padded[: values.numel()] = values
-            shard.kept.copy_(int8.buffer_of(padded))
+            shard.storage.copy_(int8.quantize_flat(padded))
         elif values.numel():
             shard.write(values.to(shard.data.dtype))
         get_accelerator().synchronize()  # DeepSpeed gathers on a stream that waits for no other
@@ -109,8 +109,8 @@ def _values_of(shard: Shard) -> Tensor:
     """A copy of a shard's values in fp32 on the device that computes, with its padding, as zeros."""
     part = torch.zeros(_padded_numel(shard), device=get_accelerator().current_device_name())
     if shard.data.dtype == torch.int8:
-        floats = torch.empty(part.numel(), device=shard.kept.device)
-        int8.read(int8.blocks_in(shard.kept, part.numel()), floats)
+        floats = torch.empty(part.numel(), device=shard.storage.device)
+        int8.dequantize(int8.view_blocks(shard.storage, part.numel()), floats)
         part[: shard.data.numel()] = floats[: shard.data.numel()]
     elif shard.data.numel():
         part[: shard.data.numel()] = shard.read()

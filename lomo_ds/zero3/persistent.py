@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
 from lomo_ds.zero3.shard import Partitioned
-from lomo_ds.zero3.transport import lay_out
+from lomo_ds.zero3.transport import aligned_layout
 
 
 class PersistentCopies:
@@ -34,7 +34,7 @@ class PersistentCopies:
         """Let the parameters, none of which is whole, be so from what their shards are now."""
         world_size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         shards = [[parameter.ds_tensor.data for parameter in parameters] for parameters in self.alike]
-        spans, row_bytes = lay_out([sum(shard.nbytes for shard in of_kind) for of_kind in shards])
+        spans, row_bytes = aligned_layout([sum(shard.nbytes for shard in of_kind) for of_kind in shards])
         device = get_accelerator().current_device_name()
         buffer = torch.empty(world_size, row_bytes, dtype=torch.uint8, device=device)
         parts = [buffer[:, span].view(of_kind[0].dtype) for span, of_kind in zip(spans, shards, strict=True)]

@@ -29,25 +29,25 @@ class Shard:
     start: int  # where it begins in the flattened whole
     shape: torch.Size  # of the whole
     group: ProcessGroup  # the ranks that hold the other parts
-    kept: Tensor  # all that this rank keeps of it, 1-D: padding too; of eight-bit weights the buffer they lie in
-    place: SwapSlot | None = None  # where it lies, if that is not in memory
+    storage: Tensor  # all that this rank keeps of it, 1-D: padding too; of eight-bit weights the buffer they lie in
+    slot: SwapSlot | None = None  # where it lies, if that is not in memory
 
     @classmethod
     def of(cls, name: str, parameter: Partitioned) -> "Shard":
         """The shard of a parameter that ZeRO-3 has partitioned."""
         start = min(parameter.ds_tensor.ds_numel * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
         valid = min(parameter.ds_numel - start, parameter.ds_tensor.ds_numel)
-        place = place_of(parameter)
+        place = slot_of(parameter)
         kept = parameter.ds_tensor.data
         if place is not None:
             kept = torch.empty(parameter.ds_tensor.ds_numel, dtype=place.dtype, device="meta")
-        data = kept if kept.dtype != torch.int8 else int8.blocks_in(kept, parameter.ds_tensor.ds_numel).codes
+        data = kept if kept.dtype != torch.int8 else int8.view_blocks(kept, parameter.ds_tensor.ds_numel).codes
         return cls(name, data.narrow(0, 0, valid), start, parameter.ds_shape, parameter.ds_process_group, kept, place)
 
     @classmethod
     def of_scales(cls, name: str, parameter: Partitioned) -> "Shard":
         """The scales of a parameter's eight-bit weights: of as many blocks on each rank, those of padding included."""
-        scales = int8.blocks_in(parameter.ds_tensor.data, parameter.ds_tensor.ds_numel).scales
+        scales = int8.view_blocks(parameter.ds_tensor.data, parameter.ds_tensor.ds_numel).scales
         group = parameter.ds_process_group
         whole = torch.Size([dist.get_world_size(group) * scales.numel()])
         return cls(name + SCALES, scales, dist.get_rank(group) * scales.numel(), whole, group, scales)
@@ -59,12 +59,12 @@ class Shard:
             number: another for each shard of a model.
             kept: a copy of it, to be written to instead.
         """
-        kept = self.kept if kept is None else kept
-        start = self.data.storage_offset() - self.kept.storage_offset()
+        kept = self.storage if kept is None else kept
+        start = self.data.storage_offset() - self.storage.storage_offset()
         data = kept[start : start + self.data.numel()]
         if data.dtype != torch.int8:
             return data
-        return int8.Blocks(data, kept[: int8.bytes_of_scales(data.numel())].view(torch.bfloat16), number)
+        return int8.Blocks(data, kept[: int8.scale_bytes(data.numel())].view(torch.bfloat16), number)
 
     @property
     def stop(self) -> int:
@@ -73,20 +73,20 @@ class Shard:
 
     def read(self) -> Tensor:
         """Its values: ``data`` itself, or a copy in host memory of what lies in the file."""
-        return self.data if self.place is None else self.place.read(self.data.numel())
+        return self.data if self.slot is None else self.slot.read(self.data.numel())
 
     def write(self, values: Tensor) -> None:
         """Give it other values (1-D, of its dtype, not written to any more)."""
-        if self.place is None:
+        if self.slot is None:
             self.data.copy_(values)
         else:
-            self.place.write(values)
+            self.slot.write(values)
 
     def copy(self) -> "Shard":
         """Its values as they are now, where the device that computes takes no part: in host memory or another file."""
-        if self.place is None:
+        if self.slot is None:
             return dataclasses.replace(self, data=self.data.to("cpu", copy=True))
-        return dataclasses.replace(self, place=self.place.copy())
+        return dataclasses.replace(self, slot=self.slot.copy())
 
 
 def shards(model: Module) -> list[Shard]:
@@ -102,7 +102,7 @@ def _shards(model: Module) -> Iterator[Shard]:
             yield Shard.of_scales(name, parameter)
 
 
-def kept_tensors(whole: dict[str, Tensor], in_eight_bits: Collection[str], parts: int) -> dict[str, Tensor]:
+def stored_tensors(whole: dict[str, Tensor], in_eight_bits: Collection[str], parts: int) -> dict[str, Tensor]:
     """What ranks keep of a model in eight bits, as ``shards`` gives it, put together; on the meta device.
 
     Args:
@@ -113,7 +113,7 @@ def kept_tensors(whole: dict[str, Tensor], in_eight_bits: Collection[str], parts
     kept: dict[str, Tensor] = {}
     for name, tensor in whole.items():
         if name in in_eight_bits:
-            blocks = parts * int8.blocks_of(ceil_div(tensor.numel(), parts))
+            blocks = parts * int8.block_count(ceil_div(tensor.numel(), parts))
             kept[name] = tensor.to(torch.int8)
             kept[name + SCALES] = torch.empty(blocks, dtype=torch.bfloat16, device="meta")
         else:
@@ -121,27 +121,27 @@ def kept_tensors(whole: dict[str, Tensor], in_eight_bits: Collection[str], parts
     return kept
 
 
-def names_in_eight_bits(model: Module) -> set[str]:
+def quantized_names(model: Module) -> set[str]:
     """The parameters of a model, whole ones, that ``weights: int8`` keeps so."""
-    return {name for name, parameter in model.named_parameters() if int8.fits(parameter.shape)}
+    return {name for name, parameter in model.named_parameters() if int8.is_quantizable(parameter.shape)}
 
 
-def as_floats(codes: Tensor, scales: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+def dequantize_parameter(codes: Tensor, scales: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
     """A whole parameter from what ``parts`` ranks have kept of it in eight bits; 1-D, without padding."""
     whole = torch.empty_like(codes, dtype=dtype)
     shard_numel = ceil_div(codes.numel(), parts)
     for some, theirs, part in zip(
         codes.split(shard_numel), scales.chunk(parts), whole.split(shard_numel), strict=False
     ):
-        int8.read(int8.Blocks(some, theirs[: int8.blocks_of(some.numel())], 0), part)
+        int8.dequantize(int8.Blocks(some, theirs[: int8.block_count(some.numel())], 0), part)
     return whole
 
 
-def place_of(parameter: Partitioned) -> SwapSlot | None:
+def slot_of(parameter: Partitioned) -> SwapSlot | None:
     """The file that this rank's partition lies in; None if it is in memory."""
-    return getattr(parameter.ds_tensor, "swap_place", None)
+    return getattr(parameter.ds_tensor, "swap_slot", None)
 
 
-def whole_shape(parameter: Partitioned) -> torch.Size:
+def full_shape(parameter: Partitioned) -> torch.Size:
     """The shape of the whole parameter, partitioned or not."""
     return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lomo_ds.errors import ConfigError
-from lomo_ds.memory.budget import free_bytes, require_host_bytes
+from lomo_ds.memory.budget import check_host_memory, free_bytes
 from lomo_ds.memory.host_memory import PinnedMemory
 from lomo_ds.numerics import int8
 from lomo_ds.numerics.flat import ceil_div
-from lomo_ds.zero3.nvme_partitions import bring_back, send_away, swap_space
+from lomo_ds.zero3.nvme_partitions import move_to_memory, move_to_nvme, swap_space
 from lomo_ds.zero3.shard import Partitioned, Shard
 
 
@@ -53,7 +53,7 @@ def partition(
         if _in_eight_bits(ds_config, partitioned):
             _keep(partitioned, _eight_bits_of(partitioned), ds_config, pinned)
         if space is not None:
-            send_away(partitioned, space)
+            move_to_nvme(partitioned, space)
 
 
 def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype, free_host_bytes: int | None = None) -> None:
@@ -76,9 +76,9 @@ def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype, free_hos
     if offload_device(ds_config) == "nvme":
         space = swap_space(ds_config, dtype, _device(), everyone)
         for parameter in everyone:
-            send_away(parameter, space)
+            move_to_nvme(parameter, space)
         return
-    bring_back(everyone)
+    move_to_memory(everyone)
     new = set(map(id, whole))
     for parameter in everyone:
         if _in_eight_bits(ds_config, parameter) and parameter.ds_tensor.dtype != torch.int8:
@@ -95,10 +95,10 @@ def offload_device(ds_config: dict[str, Any]) -> str:
 
 def is_resident_config(ds_config: dict[str, Any]) -> bool:
     """Whether nothing is ever to be gathered: one rank, which holds its shards as it computes with them."""
-    return dist.get_world_size() == 1 and offload_device(ds_config) == "none" and not keeps_eight_bits(ds_config)
+    return dist.get_world_size() == 1 and offload_device(ds_config) == "none" and not uses_int8_weights(ds_config)
 
 
-def keeps_eight_bits(ds_config: dict[str, Any]) -> bool:
+def uses_int8_weights(ds_config: dict[str, Any]) -> bool:
     """Whether matrices are kept as eight-bit weights."""
     optimizer = ds_config.get("optimizer") or {}
     return (optimizer.get("params") or {}).get("weights") == "int8"
@@ -136,20 +136,20 @@ def _pinned_memory(
     if offload_device(ds_config) != "cpu":
         return None
     numels = [ceil_div(parameter.numel(), dist.get_world_size()) for parameter in parameters]
-    if keeps_eight_bits(ds_config):
-        need = sum(map(int8.bytes_of_buffer, numels))
-        way_out = "use offload_param.device nvme without weights int8, or a host with more memory"
+    if uses_int8_weights(ds_config):
+        need = sum(map(int8.quantized_bytes, numels))
+        remedy = "use offload_param.device nvme without weights int8, or a host with more memory"
     else:
         need = sum(numels) * dtype.itemsize
-        way_out = "weights int8 need about half of it, offload_param.device nvme next to nothing"
+        remedy = "weights int8 need about half of it, offload_param.device nvme next to nothing"
     free = free_bytes()[1] if free_host_bytes is None else free_host_bytes
-    require_host_bytes(need, free, "offload_param.device cpu", way_out)
+    check_host_memory(need, free, "offload_param.device cpu", remedy)
     pinned = ds_config["zero_optimization"]["offload_param"].get("pin_memory", True)
     return PinnedMemory(_device(), need) if pinned else None
 
 
 def _in_eight_bits(ds_config: dict[str, Any], parameter: Partitioned) -> bool:
-    return keeps_eight_bits(ds_config) and int8.fits(parameter.ds_shape)
+    return uses_int8_weights(ds_config) and int8.is_quantizable(parameter.ds_shape)
 
 
 def _refuse_stray_eight_bits(ds_config: dict[str, Any], parameter: Partitioned) -> None:
@@ -164,11 +164,11 @@ def _refuse_stray_eight_bits(ds_config: dict[str, Any], parameter: Partitioned) 
 def _clear_padding(parameter: Partitioned) -> None:
     """What lies behind a parameter's end is quantized with its last weights, and DeepSpeed leaves anything there."""
     shard = Shard.of("", parameter)
-    shard.kept[shard.data.numel() :].zero_()
+    shard.storage[shard.data.numel() :].zero_()
 
 
 def _eight_bits_of(parameter: Partitioned) -> Tensor:
-    return int8.buffer_of(parameter.ds_tensor.data.to(_device()))
+    return int8.quantize_flat(parameter.ds_tensor.data.to(_device()))
 
 
 def _keep(parameter: Partitioned, kept: Tensor, ds_config: dict[str, Any], pinned: PinnedMemory | None) -> None:

@@ -1,8 +1,8 @@
-"""Gathering that takes the place of DeepSpeed's, for shards that do not lie ready on the device in their own dtype.
+"""Replacement for DeepSpeed's gathering, for shards that are not on the device in the dtype of the parameter.
 
-DeepSpeed's hooks still say which parameters are needed when, and in which stream. Theirs lets the host wait for each
-copy from host memory, and quantizes with kernels of its own; here a shard travels as a ``Wire`` makes it, and those
-that are asked for at once travel in one collective.
+DeepSpeed's hooks still decide which parameters are gathered, when, and in which stream. DeepSpeed's own gathering
+blocks the host on each copy from host memory and quantizes with its own kernels. Here a ``WireFormat`` encodes each
+shard, and all parameters of one request travel in one all-gather.
 """
 
 import itertools
@@ -21,14 +21,14 @@ from torch.nn import Module
 
 from lomo_ds.numerics import int8
 from lomo_ds.numerics.flat import ceil_div
-from lomo_ds.zero3.ahead import Ahead
-from lomo_ds.zero3.shard import Partitioned, Shard, place_of
+from lomo_ds.zero3.lookahead import LookaheadLimit
+from lomo_ds.zero3.shard import Partitioned, Shard, slot_of
 
 ALIGNMENT = 16  # bytes, of each shard in the buffer that several are sent in: the widest load of a GPU
 REPLACED = ("all_gather_coalesced", "all_gather", "partition")  # methods that DeepSpeed gives a parameter
 
 
-class Wire(Protocol):
+class WireFormat(Protocol):
     """How a shard, which has its padding and lies where it is kept, comes to the device that computes."""
 
     def pack(self, shard: Tensor) -> Tensor:
@@ -53,7 +53,9 @@ class Wire(Protocol):
         ...
 
 
-def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int | None) -> Callable[[], None]:
+def install_gathering(
+    model: Module, wire: WireFormat, exact: WireFormat, ahead_numel: int | None
+) -> Callable[[], None]:
     """Let the parameters of ``model``, which have been split, be gathered by ``wire``; returns what undoes it.
 
     Args:
@@ -87,8 +89,8 @@ def gather_by(model: Module, wire: Wire, exact: Wire, ahead_numel: int | None) -
     return undo
 
 
-def gather_within(model: Module, ahead_numel: int) -> Callable[[], None]:
-    """Let DeepSpeed's own gathering ask for no more ahead than ``gather_by`` does; returns what undoes it."""
+def limit_gathering(model: Module, ahead_numel: int) -> Callable[[], None]:
+    """Let DeepSpeed's own gathering ask for no more ahead than ``install_gathering`` does; returns what undoes it."""
     backlog = _Backlog(ahead_numel)
 
     def gather(own: Callable[..., Any], parameters: Iterable[Partitioned], **options: bool) -> Any:
@@ -103,7 +105,7 @@ def gather_within(model: Module, ahead_numel: int) -> Callable[[], None]:
     return undo
 
 
-def forget_unregistered(model: Module) -> None:
+def reset_unregistered_gathers(model: Module) -> None:
     """Let parameters be asked for again that an exception kept from DeepSpeed's registry of those on their way."""
     registered: Any = model
     for parameter in registered.parameters():
@@ -139,7 +141,7 @@ def _partition(
         values = one.data.reshape(-1)[shard.start : shard.stop]
         if shard.data.dtype == torch.int8:
             padded = torch.nn.functional.pad(values, (0, one.ds_tensor.ds_numel - values.numel()))
-            shard.kept.copy_(int8.buffer_of(padded))
+            shard.storage.copy_(int8.quantize_flat(padded))
         else:
             shard.write(values)
     if has_been_updated:
@@ -150,11 +152,11 @@ def _partition(
 class _Backlog:
     """Lets the host wait when it asks for parameters long before they are computed with, in place of DeepSpeed's limit.
 
-    See ``Ahead``.
+    See ``LookaheadLimit``.
     """
 
     def __init__(self, limit_numel: int | None) -> None:
-        self.ahead = None if limit_numel is None else Ahead(limit_numel)
+        self.ahead = None if limit_numel is None else LookaheadLimit(limit_numel)
         self.events: deque[Any] = deque()  # in the computing stream, of the latest asks
         accelerator = get_accelerator()
         self.computing = None if accelerator.is_synchronized_device() else accelerator.current_stream()
@@ -164,27 +166,27 @@ class _Backlog:
         if self.computing is None or self.ahead is None:
             return
         self.events.append(self.computing.record_event())
-        number = self.ahead.ask(numel)
+        number = self.ahead.request(numel)
         if number is not None:
-            place = len(self.events) - (self.ahead.asked - number)
+            place = len(self.events) - (self.ahead.request_count - number)
             self.events[place].synchronize()
             for _ in range(place + 1):
                 self.events.popleft()
 
 
 def _expect_reads(parameters: list[Partitioned]) -> None:
-    places = [place for place in map(place_of, parameters) if place is not None]
+    places = [place for place in map(slot_of, parameters) if place is not None]
     if places:
         places[0].space.expect(places)
 
 
 def _kept(parameter: Partitioned) -> Tensor:
     """This rank's shard with its padding, read if it lies in a file."""
-    place = place_of(parameter)
+    place = slot_of(parameter)
     return parameter.ds_tensor.data if place is None else place.read(place.numel, place.space.device)
 
 
-def _all_gather(parameters: Sequence[Partitioned], wire: Wire) -> tuple[list[Tensor], Any]:
+def _all_gather(parameters: Sequence[Partitioned], wire: WireFormat) -> tuple[list[Tensor], Any]:
     """Send the shards of several parameters in one buffer; what every rank sends of each, and the collective.
 
     A rank's row of the buffer has its shard of each parameter, of whatever dtype, and is gathered in place.
@@ -194,7 +196,7 @@ def _all_gather(parameters: Sequence[Partitioned], wire: Wire) -> tuple[list[Ten
     """
     group = parameters[0].ds_process_group
     packed_as = [wire.packed_as(*_kept_as(parameter)) for parameter in parameters]
-    spans, row_bytes = lay_out([numel * dtype.itemsize for numel, dtype in packed_as])
+    spans, row_bytes = aligned_layout([numel * dtype.itemsize for numel, dtype in packed_as])
     device = get_accelerator().current_device_name()
     buffer = torch.empty(dist.get_world_size(group), row_bytes, dtype=torch.uint8, device=device)
     views = [buffer[:, span].view(dtype) for span, (_, dtype) in zip(spans, packed_as, strict=True)]
@@ -206,13 +208,13 @@ def _all_gather(parameters: Sequence[Partitioned], wire: Wire) -> tuple[list[Ten
 
 def _kept_as(parameter: Partitioned) -> tuple[int, torch.dtype]:
     """Elements of this rank's shard with its padding, and their dtype; of eight-bit weights, of their buffer."""
-    place = place_of(parameter)
+    place = slot_of(parameter)
     if place is not None:
         return place.numel, place.dtype
     return parameter.ds_tensor.numel(), parameter.ds_tensor.dtype
 
 
-def lay_out(sizes: Sequence[int]) -> tuple[list[slice], int]:
+def aligned_layout(sizes: Sequence[int]) -> tuple[list[slice], int]:
     """Where things of these sizes lie behind one another, each aligned; and the bytes of all. One alone has no gap."""
     if len(sizes) == 1:
         return [slice(0, sizes[0])], sizes[0]
@@ -228,7 +230,7 @@ class _GatherHandle:
     keep the bytes of all. Only a parameter that was gathered alone, and not in eight bits, stays where it was received.
     """
 
-    def __init__(self, parameters: Sequence[Partitioned], wire: Wire) -> None:
+    def __init__(self, parameters: Sequence[Partitioned], wire: WireFormat) -> None:
         assert all(parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE for parameter in parameters)
         self.wire = wire
         self.lock = threading.Lock()

@@ -6,8 +6,8 @@ from torch import Tensor
 from lomo_ds.numerics import int8
 
 
-class AsKept:
-    """The ``zero3.Wire`` of shards that lie in host memory, or are eight-bit weights; these become floats on arrival.
+class PlainWireFormat:
+    """``WireFormat`` that sends shards as they are stored: floats or eight-bit weights, which become floats on arrival.
 
     Args:
         device: the one that computes.
@@ -19,42 +19,42 @@ class AsKept:
         self.copies = copies
 
     def pack(self, shard: Tensor) -> Tensor:
-        """See ``Wire.pack``."""
+        """See ``WireFormat.pack``."""
         is_here = shard.device.type == self.device.type
         if is_here and (shard.dtype == torch.int8 or not self.copies):
             return shard  # it is not written to before ``Gathering.refresh`` has waited for all that reads it
         return torch.empty_like(shard, device=self.device, pin_memory=False).copy_(shard, non_blocking=True)
 
     def packed_as(self, numel: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
-        """See ``Wire.packed_as``."""
+        """See ``WireFormat.packed_as``."""
         return numel, dtype
 
     def pack_into(self, packed: Tensor, shard: Tensor) -> None:
-        """See ``Wire.pack_into``."""
+        """See ``WireFormat.pack_into``."""
         packed.copy_(shard, non_blocking=True)
 
     def unpack(self, packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-        """See ``Wire.unpack``."""
+        """See ``WireFormat.unpack``."""
         if packed.dtype != torch.int8:
             # in place, or copied from between other parameters; ``reshape`` would keep a view of rows of one element
             return packed.contiguous().view(-1)
         whole = torch.empty(len(packed), numel, dtype=dtype, device=packed.device)
-        int8.read(int8.blocks_in(packed, numel), whole)
+        int8.dequantize(int8.view_blocks(packed, numel), whole)
         return whole.view(-1)
 
 
-class Quantized(AsKept):
+class QuantizedWireFormat(PlainWireFormat):
     """Shards of half precision that travel in eight bits, rounded to nearest each time (``zero_quantized_weights``)."""
 
     def packed_as(self, numel: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
-        """See ``Wire.packed_as``; what is no longer than a block gains nothing."""
+        """See ``WireFormat.packed_as``; what is no longer than a block gains nothing."""
         if dtype == torch.int8 or numel < int8.BLOCK:
             return numel, dtype
-        return int8.bytes_of_buffer(numel), torch.int8
+        return int8.quantized_bytes(numel), torch.int8
 
     def pack_into(self, packed: Tensor, shard: Tensor) -> None:
-        """See ``Wire.pack_into``."""
+        """See ``WireFormat.pack_into``."""
         if packed.dtype == shard.dtype:
             super().pack_into(packed, shard)
         else:
-            int8.fill(packed, self.pack(shard))
+            int8.quantize_into(packed, self.pack(shard))

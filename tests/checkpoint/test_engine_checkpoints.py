@@ -147,7 +147,7 @@ def load_error(folder: str, tag: str | None) -> list[str]:
         engine.load_checkpoint(folder, tag)
     except LomoError as error:
         assert identical(weights_of(engine), before)
-        return [str(error)] if error.only_here else []
+        return [str(error)] if error.only_on_this_rank else []
     return ["it was loaded"]
 
 

@@ -42,7 +42,7 @@ def fail_on(failing: list[int]) -> str:
     try:
         return str(raise_on_all_ranks(action))
     except (ConfigError, PeerError) as error:
-        return f"{type(error).__name__} {error} {error.only_here}"
+        return f"{type(error).__name__} {error} {error.only_on_this_rank}"
 
 
 def test_together_one_rank_speaks(ranks: GroupOf) -> None:

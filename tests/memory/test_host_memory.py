@@ -57,12 +57,12 @@ def test_a_backward_waits_only_to_bound_what_is_in_flight(
     for index, numel in enumerate(numels):
         schedule.offer_gathered_weight(index, torch.ones(numel))
         schedule.receive([index], [torch.ones(numel)])
-        copied.append(store.transfer.leaving[-1].copied)
+        copied.append(store.transfer.offloads[-1].copied)
     waits = [target for stream, target in streams.waits if stream == COMPUTING]
     assert waits == [copied[index] for index in waited_for]
     assert not [target for stream, target in streams.waits if stream == UPWARD]
     schedule.flush()
-    assert not store.transfer.leaving
+    assert not store.transfer.offloads
     assert all(shard.data.eq(0.5).all() for shard in store.shards)
 
 
@@ -79,7 +79,7 @@ def test_a_fetch_waits_for_the_last_offload_into_the_same_memory_alone(streams: 
     host = torch.zeros(4)
     for host_tensor in (host, host, torch.zeros(4)):
         transfer.offload(torch.ones(4), host_tensor)
-    copied = [offload.copied for offload in transfer.leaving]
+    copied = [offload.copied for offload in transfer.offloads]
     for host_tensor, expected in [(torch.zeros(4), [COMPUTING]), (host[2:], [COMPUTING, copied[1]])]:
         streams.waits.clear()
         next(transfer.fetch([host_tensor]))

@@ -59,8 +59,8 @@ def test_a_stash_in_host_memory_adds_up_the_same_bits(
         for schedule, _ in (in_host, expected):
             schedule.start(scale=1.0)
             bring(schedule, 3 * step)
-        assert not in_host[0].transfer.leaving
-        assert not in_host[0].prefetcher.coming
+        assert not in_host[0].transfer.offloads
+        assert not in_host[0].prefetcher.fetches
         assert torch.equal(in_host[0].squared_norms(), expected[0].squared_norms())
         for schedule, _ in (in_host, expected):
             schedule.apply([0.5])
@@ -121,18 +121,18 @@ def test_the_second_micro_batch_fetches_sums_ahead(monkeypatch: pytest.MonkeyPat
 
 
 def test_eight_bit_weights_are_fetched_ahead_as_they_were_in_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = [torch.zeros(int8.bytes_of_buffer(int8.BLOCK), dtype=torch.int8) for _ in range(4)]
+    kept = [torch.zeros(int8.quantized_bytes(int8.BLOCK), dtype=torch.int8) for _ in range(4)]
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 2 * kept[0].nbytes)
     group: Any = None
     shape = torch.Size([int8.BLOCK])
-    shards = [Shard("", int8.blocks_in(buffer, int8.BLOCK).codes, 0, shape, group, buffer) for buffer in kept]
+    shards = [Shard("", int8.view_blocks(buffer, int8.BLOCK).codes, 0, shape, group, buffer) for buffer in kept]
     store = HostStore(shards, CPU)
 
     def lend_each() -> list[str]:
         transfer = Noted({buffer.data_ptr(): index for index, buffer in enumerate(kept)})
-        store.transfer = store.ahead.transfer = transfer
+        store.transfer = store.prefetcher.transfer = transfer
         for index in range(4):
-            for (values,), _ in store.lend([index], [torch.zeros(int8.BLOCK)]):
+            for (values,), _ in store.open_for_update([index], [torch.zeros(int8.BLOCK)]):
                 assert isinstance(values, int8.Blocks)
                 values.codes.add_(index)
         store.flush()

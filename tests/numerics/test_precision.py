@@ -14,7 +14,7 @@ import torch
 
 from lomo_ds.config.arguments import parse_arguments
 from lomo_ds.config.ds_config import fill_precision
-from lomo_ds.numerics.precision import FastPrecision, fast_precision, slowest
+from lomo_ds.numerics.precision import FastPrecision, common_precision, fast_precision
 from tests.launching import ROOT, demo_arguments, run_main
 from tests.ranks import Ranks
 
@@ -56,8 +56,8 @@ def test_a_gpu_computes_half_precision(monkeypatch: pytest.MonkeyPatch, has_bf16
 
 
 def test_all_ranks_take_what_suits_the_slowest() -> None:
-    assert slowest([BF16, BF16]) is BF16
-    assert slowest([BF16, FP32, FP16]) is FP32
+    assert common_precision([BF16, BF16]) is BF16
+    assert common_precision([BF16, FP32, FP16]) is FP32
 
 
 AUTO: dict[str, Any] = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lomo_ds import zero3
 from lomo_ds.errors import ConfigError
 from lomo_ds.numerics.flat import ceil_div
-from lomo_ds.zero3.gathering import OnDemand, Resident, choose_granularity
+from lomo_ds.zero3.gathering import OnDemandGathering, ResidentGathering, choose_granularity
 from tests.engines import make_engine, my_chunk, my_part, weights_of
 from tests.ranks import Ranks
 from tests.reference import tiny_model, whole_batch
@@ -84,7 +84,7 @@ def collectives_at_the_end_of_a_step() -> tuple[int, Counter[str]]:
     assert places[0] == places[1], "the copies are written to again where they are"
     with Copies() as copies:
         gathering.refresh()
-    lengths = len({ceil_div(zero3.whole_shape(parameter).numel(), 2) for parameter in gathering.persistent})
+    lengths = len({ceil_div(zero3.full_shape(parameter).numel(), 2) for parameter in gathering.persistent})
     assert copies.count == 2 * lengths < 2 * len(gathering.persistent), "into the buffer, and out of it"
     return len(gathering.persistent), collectives.counted
 
@@ -141,7 +141,7 @@ def test_no_gathered_copy_is_stale_or_left_behind(ranks: GroupOf, threshold: int
 
 def one_rank_gathers_nothing() -> None:
     engine = make_engine(tiny_model(), "immediate", threshold=0)
-    assert isinstance(engine.optimizer.gathering, Resident)
+    assert isinstance(engine.optimizer.gathering, ResidentGathering)
     shards = {shard.name: shard.data for shard in zero3.shards(engine.module)}
     for name, parameter in engine.module.named_parameters():
         assert parameter.data_ptr() == shards[name].data_ptr(), "the shard is what forward reads"
@@ -168,7 +168,7 @@ def test_on_one_rank_shards_are_the_parameters(ranks: GroupOf) -> None:
 
 def offloaded_on_one_rank() -> bool:
     zero = {"stage": 3, "offload_param": {"device": "cpu"}}
-    return isinstance(make_engine(tiny_model(), "stash", zero_optimization=zero).optimizer.gathering, OnDemand)
+    return isinstance(make_engine(tiny_model(), "stash", zero_optimization=zero).optimizer.gathering, OnDemandGathering)
 
 
 def test_offloaded_parameters_are_gathered_on_one_rank_too(ranks: GroupOf) -> None:

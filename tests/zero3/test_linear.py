@@ -19,7 +19,7 @@ def test_computes_as_torch_does(shape: tuple[int, ...], bias: bool) -> None:
     ours = Linear(4, 3, bias=bias)
     theirs, values = copy.deepcopy(ours), torch.randn(shape)
     inputs = [values.clone().requires_grad_() for _ in range(2)]
-    undo = zero3.keep_no_weights(Sequential(ours))
+    undo = zero3.install_memory_efficient_linear(Sequential(ours))
     results = [layer(given) for layer, given in zip((ours, theirs), inputs, strict=True)]
     torch.testing.assert_close(*results)
     for result in results:
@@ -50,7 +50,7 @@ def test_a_layer_that_is_computed_again_holds_no_weight_that_was_freed() -> None
         alive_in_backward.extend(reference() is not None for reference in gathered.values())
         gather(layer)
 
-    zero3.keep_no_weights(model)
+    zero3.install_memory_efficient_linear(model)
     for layer in model:
         layer.register_forward_pre_hook(gather)
         layer.register_forward_hook(free)

@@ -72,7 +72,7 @@ def on_nvme(folder: str, threshold: int = 0, **offload: Any) -> dict[str, Any]:
 
 def files_of(engine: lomo_ds.LomoEngine) -> list[bool]:
     """Whether each parameter lies in a file."""
-    return [shard.place is not None for shard in zero3.shards(engine.module)]
+    return [shard.slot is not None for shard in zero3.shards(engine.module)]
 
 
 # the steps of plain SGD
@@ -336,11 +336,11 @@ def bytes_taken(folder: str) -> tuple[list[int], list[str]]:
     engine = make_engine(model_of_all_sizes(), **on_nvme(f"{folder}/nvme", buffer_count=2, buffer_size=1024))
     step(engine, 0)
     shards = zero3.shards(engine.module)
-    in_memory = sum(shard.data.nbytes for shard in shards if shard.place is None)
-    (space,) = {shard.place.space for shard in shards if shard.place is not None}
-    buffers = [lane.buffer.nbytes for lane in space.lanes]
+    in_memory = sum(shard.data.nbytes for shard in shards if shard.slot is None)
+    (space,) = {shard.slot.space for shard in shards if shard.slot is not None}
+    buffers = [lane.buffer.nbytes for lane in space.buffers]
     assert in_memory < 4096 * len(shards)
-    assert space.end == sum(ceil_div(shard.data.nbytes, 4096) * 4096 for shard in shards if shard.place is not None)
+    assert space.end == sum(ceil_div(shard.data.nbytes, 4096) * 4096 for shard in shards if shard.slot is not None)
     for shard in [shard.copy() for shard in shards] + [shard.copy() for shard in shards]:
         assert torch.equal(shard.read(), dict(zip((s.name for s in shards), shards, strict=True))[shard.name].read())
     end = space.end
@@ -358,7 +358,7 @@ def test_few_buffers_are_all_the_host_memory_and_no_file_is_left(ranks: GroupOf,
 def test_what_is_gathered_next_is_read_ahead_and_never_stale(tmp_path: Path) -> None:
     settings = nvme_settings(on_nvme(str(tmp_path), buffer_count=4) | {"aio": AIO}, itemsize=4)
     space = SwapSpace(settings, torch.device("cpu"))
-    first, second, third = (space.new_place(2000, torch.float32) for _ in range(3))
+    first, second, third = (space.allocate_slot(2000, torch.float32) for _ in range(3))
     values = {place: torch.full((2000,), float(number)) for number, place in enumerate((first, second, third))}
     for place, value in values.items():
         place.write(value)
@@ -383,7 +383,7 @@ def test_a_request_that_the_kernel_does_in_parts_is_done_whole(tmp_path: Path, m
             os, name, lambda file, blocks, start, whole=whole: whole(file, [blocks[0][:PAGE_BYTES]], start)
         )
     space = SwapSpace(nvme_settings(on_nvme(str(tmp_path)) | {"aio": {}}, itemsize=4), torch.device("cpu"))
-    place = space.new_place(500_000, torch.float32)
+    place = space.allocate_slot(500_000, torch.float32)
     values = torch.randn(500_000)
     place.write(values)
     assert torch.equal(place.read(500_000), values)
@@ -392,7 +392,7 @@ def test_a_request_that_the_kernel_does_in_parts_is_done_whole(tmp_path: Path, m
 @pytest.mark.parametrize("call", ["preadv", "pwritev"])
 def test_an_error_of_the_drive_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     space = SwapSpace(nvme_settings(on_nvme(str(tmp_path)) | {"aio": AIO}, itemsize=4), torch.device("cpu"))
-    place = space.new_place(2000, torch.float32)
+    place = space.allocate_slot(2000, torch.float32)
     monkeypatch.setattr(os, call, lambda *_: _raise(OSError(errno.EIO, os.strerror(errno.EIO))))
     place.write(torch.zeros(2000))
     with pytest.raises(OffloadError, match=f"{tmp_path} cannot be read or written: .*Input/output error; look at"):
@@ -402,7 +402,7 @@ def test_an_error_of_the_drive_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 def test_parallel_requests_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     aio = AIO | {"queue_depth": 3, "intra_op_parallelism": 2}
     space = SwapSpace(nvme_settings(on_nvme(str(tmp_path)) | {"aio": aio}, itemsize=4), torch.device("cpu"))
-    place = space.new_place(20_000, torch.float32)
+    place = space.allocate_slot(20_000, torch.float32)
     place.write(torch.zeros(20_000))
     space.finish()
     meet = threading.Barrier(6)  # none returns before six are under way

@@ -20,7 +20,7 @@ def shards_make_the_whole() -> dict[str, int]:
     sizes = {}
     for name, parameter in engine.module.named_parameters():
         shard = zero3.Shard.of(name, parameter)
-        assert zero3.whole_shape(parameter) == whole[name].shape
+        assert zero3.full_shape(parameter) == whole[name].shape
         assert torch.equal(shard.data, my_chunk(whole[name]))
         sizes[name] = shard.data.numel()
     return sizes

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lomo_ds.errors import ConfigError
 from lomo_ds.memory import budget
-from lomo_ds.memory.host_memory import SMALLEST_SLAB, Fetch, HostTransfer, PinnedMemory, Slabs, bytes_of
+from lomo_ds.memory.host_memory import SMALLEST_SLAB, Fetch, HostTransfer, PinnedMemory, Slabs, storage_bytes
 from lomo_ds.models import meta_model
 from lomo_ds.models.presets import preset_config
 from lomo_ds.numerics.flat import ceil_div
@@ -52,10 +52,10 @@ def bytes_carried(schedule: str, granularity: str) -> tuple[float, float]:
     names = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
     shards = sum(s.data.nbytes for name, s in zip(names, store.shards, strict=True) if name != "unused")
     engine.train_batch(part(whole_batch(0, rows=2), dist.get_rank(), dist.get_world_size()))
-    store.transfer = store.ahead.transfer = Watched()
+    store.transfer = store.prefetcher.transfer = Watched()
     engine.train_batch(part(whole_batch(1, rows=2), dist.get_rank(), dist.get_world_size()))
-    assert not store.at_hand
-    assert not store.transfer.leaving
+    assert not store.gathered
+    assert not store.transfer.offloads
     return store.transfer.fetched / shards, store.transfer.offloaded / shards
 
 
@@ -83,7 +83,7 @@ def test_a_shard_is_lent_from_the_gathered_copy_or_from_its_home() -> None:
     store.offer_gathered_weight(0, whole.view(5, 6))
     gradients = [torch.ones(10), torch.ones(10)]
     lent = []
-    for (values,), (gradient,) in store.lend([0, 1], gradients):
+    for (values,), (gradient,) in store.open_for_update([0, 1], gradients):
         assert isinstance(values, Tensor)
         lent.append(values.clone())
         values -= gradient
@@ -100,7 +100,7 @@ def test_tensors_share_slabs_and_never_overlap() -> None:
     for number, tensor in enumerate(small):
         tensor.fill_(float(number % 7))
     assert [tensor.tolist() for tensor in small] == [[float(number % 7)] * 3 for number in range(300)]
-    assert bytes_of(small) == SMALLEST_SLAB
+    assert storage_bytes(small) == SMALLEST_SLAB
 
 
 @settings(deadline=None)

@@ -17,7 +17,7 @@ from lomo_ds.numerics import int8
 from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.zero3 import transport
 from lomo_ds.zero3.gathering import MAX_FETCH_EVENTS
-from lomo_ds.zero3.wire import AsKept
+from lomo_ds.zero3.wire import PlainWireFormat
 from tests.engines import make_engine, my_part
 from tests.ranks import Ranks
 from tests.reference import tiny_model, whole_batch
@@ -109,8 +109,8 @@ def test_a_step_takes_a_collective_each_time_that_parameters_are_asked_for(ranks
 
 
 def test_shards_in_a_buffer_are_aligned_and_one_alone_has_no_padding() -> None:
-    assert transport.lay_out([10, 32, 1]) == ([slice(0, 10), slice(16, 48), slice(48, 49)], 64)
-    assert transport.lay_out([10]) == ([slice(0, 10)], 10)
+    assert transport.aligned_layout([10, 32, 1]) == ([slice(0, 10), slice(16, 48), slice(48, 49)], 64)
+    assert transport.aligned_layout([10]) == ([slice(0, 10)], 10)
 
 
 def an_arrival_that_fails() -> None:
@@ -193,7 +193,7 @@ def test_elements_bound_what_is_fetched_in_a_stream_of_its_own_where_deepspeed_c
 @pytest.mark.parametrize("numel", [1, 3])
 def test_what_is_cut_from_between_others_is_a_tensor_of_its_own(numel: int) -> None:
     buffer = torch.arange(2 * 8.0).view(2, 8)  # a row for each rank
-    whole = AsKept(torch.device("cpu")).unpack(buffer[:, 2 : 2 + numel], numel, torch.float32)
+    whole = PlainWireFormat(torch.device("cpu")).unpack(buffer[:, 2 : 2 + numel], numel, torch.float32)
     assert whole.tolist() == [*range(2, 2 + numel), *range(10, 10 + numel)]
     assert whole.is_contiguous()
     assert whole.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr()

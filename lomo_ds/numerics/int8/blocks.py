@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lomo_ds.numerics.flat import ceil_div, clamp_, norms
 from lomo_ds.numerics.int8 import eager
-from lomo_ds.numerics.int8.eager import Noise, blocks_of
+from lomo_ds.numerics.int8.eager import Noise, block_count
 
 logger = logging.getLogger(__name__)
 
@@ -32,42 +32,42 @@ class Blocks(NamedTuple):
 Values = Tensor | Blocks  # of a shard: 1-D and contiguous of any float dtype, or eight-bit weights
 
 
-def fits(shape: torch.Size) -> bool:
+def is_quantizable(shape: torch.Size) -> bool:
     """Whether a parameter of this shape is kept in eight bits: matrices are, the few numbers of norms are not."""
     return len(shape) >= 2
 
 
-def bytes_of_scales(numel: int) -> int:
+def scale_bytes(numel: int) -> int:
     """Bytes at the beginning of a buffer, which may be of more weights than these ``numel``."""
-    return SCALE_BYTES * blocks_of(numel)
+    return SCALE_BYTES * block_count(numel)
 
 
-def bytes_of_buffer(numel: int) -> int:
+def quantized_bytes(numel: int) -> int:
     """Bytes of the codes and scales of ``numel`` weights."""
     return _start_of_codes(numel) + ceil_div(numel, ALIGNMENT) * ALIGNMENT
 
 
-def buffer_of(values: Tensor) -> Tensor:
+def quantize_flat(values: Tensor) -> Tensor:
     """The nearest eight-bit weights to 1-D ``values`` of any float dtype, as a new int8 buffer on their device."""
-    buffer = torch.empty(bytes_of_buffer(values.numel()), dtype=torch.int8, device=values.device)
-    fill(buffer, values)
+    buffer = torch.empty(quantized_bytes(values.numel()), dtype=torch.int8, device=values.device)
+    quantize_into(buffer, values)
     return buffer
 
 
-def fill(buffer: Tensor, values: Tensor) -> None:
+def quantize_into(buffer: Tensor, values: Tensor) -> None:
     """Write the nearest eight-bit weights to 1-D ``values`` into a buffer on their device."""
-    codes, scales, _ = blocks_in(buffer, values.numel())
+    codes, scales, _ = view_blocks(buffer, values.numel())
     (kernel_for(values.device) or eager).encode(values, (codes, scales))
 
 
-def blocks_in(buffer: Tensor, numel: int, number: int = 0) -> Blocks:
+def view_blocks(buffer: Tensor, numel: int, number: int = 0) -> Blocks:
     """What lies in the buffer of ``numel`` weights, or in several, each a row; the same memory."""
     start = _start_of_codes(numel)
-    scales = buffer[..., : bytes_of_scales(numel)].view(torch.bfloat16)
+    scales = buffer[..., : scale_bytes(numel)].view(torch.bfloat16)
     return Blocks(buffer[..., start : start + numel], scales, number)
 
 
-def read(blocks: Blocks, out: Tensor) -> None:
+def dequantize(blocks: Blocks, out: Tensor) -> None:
     """Write the weights, each rounded once from fp32, into ``out``: contiguous, of any float dtype, as the codes."""
     kernel = kernel_for(out.device)
     if kernel is not None:
@@ -100,7 +100,7 @@ def update(
 
 
 def _start_of_codes(numel: int) -> int:
-    return ceil_div(bytes_of_scales(numel), ALIGNMENT) * ALIGNMENT
+    return ceil_div(scale_bytes(numel), ALIGNMENT) * ALIGNMENT
 
 
 @functools.cache

@@ -54,7 +54,7 @@ class Noise(NamedTuple):
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]))
 
 
-def blocks_of(numel: int) -> int:
+def block_count(numel: int) -> int:
     """How many blocks, and so scales, there are for ``numel`` values; the last may be short."""
     return ceil_div(numel, BLOCK)
 
@@ -85,7 +85,7 @@ def encode(values: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Te
 def empty_like(values: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales for as many, holding anything."""
     codes = torch.empty_like(values, dtype=torch.int8, memory_format=torch.contiguous_format)
-    return codes, torch.empty(blocks_of(values.numel()), dtype=torch.bfloat16, device=values.device)
+    return codes, torch.empty(block_count(values.numel()), dtype=torch.bfloat16, device=values.device)
 
 
 def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -170,7 +170,7 @@ def _rows(codes: Tensor, scales: Tensor, values: Tensor) -> Iterator[tuple[Tenso
     """Walk them together: codes and values with a block a row, a bounded number of elements at a time."""
     numel = codes.numel()
     assert codes.shape == values.shape == (numel,)
-    assert scales.shape == (blocks_of(numel),)
+    assert scales.shape == (block_count(numel),)
     limit = flat.CPU_PIECE_NUMEL if codes.device.type == "cpu" else flat.GPU_PIECE_NUMEL
     whole = numel - numel % BLOCK
     starts = [*range(0, whole, limit - limit % BLOCK), whole]

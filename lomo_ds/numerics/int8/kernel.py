@@ -48,7 +48,7 @@ def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """
     numel = codes.shape[-1]
     assert out.shape == codes.shape
-    assert scales.shape == (*codes.shape[:-1], int8.blocks_of(numel))
+    assert scales.shape == (*codes.shape[:-1], int8.block_count(numel))
     assert out.is_contiguous()
     assert codes.stride(-1) == scales.stride(-1) == 1
     if codes.numel() == 0:
@@ -111,7 +111,7 @@ def update(
 
 def _check(codes: Tensor, scales: Tensor, values: Tensor) -> None:
     assert codes.shape == values.shape
-    assert scales.shape == (int8.blocks_of(codes.numel()),)
+    assert scales.shape == (int8.block_count(codes.numel()),)
     assert all(tensor.is_contiguous() for tensor in (codes, scales, values))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from lomo_ds.numerics.flat import CPU_PIECE_NUMEL
-from lomo_ds.numerics.square_sums import slots_of
+from lomo_ds.numerics.square_sums import program_count
 
 Temporaries = Callable[[int], int]  # maps the number of updated elements to the bytes of temporaries
 
@@ -20,7 +20,7 @@ def sgd_state_bytes(numel: int) -> int:
 
 def square_sums_bytes(numel: int) -> int:
     """Return the bytes of a shard's ``SquareSums`` when a kernel computes them during the update."""
-    return torch.float32.itemsize * slots_of(numel)
+    return torch.float32.itemsize * program_count(numel)
 
 
 def sgd_temporaries(dtype: torch.dtype, device: str) -> Temporaries:

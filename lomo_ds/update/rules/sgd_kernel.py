@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lomo_ds.numerics.square_sums import PROGRAM_NUMEL, slots_of
+from lomo_ds.numerics.square_sums import PROGRAM_NUMEL, program_count
 from lomo_ds.numerics.triton_launch import Launcher, alignment
 
 # Without FMA fusion, product and difference are rounded separately, as in eager mode.
@@ -49,7 +49,7 @@ def update(
     assert gradient.is_contiguous()
     assert shard.numel() < 2**35, "lane numbers must fit in 32 bits"
     assert shard.dtype != torch.float32 or (noise is None and not isinstance(factor, Tensor))
-    programs = slots_of(shard.numel())
+    programs = program_count(shard.numel())
     assert squares is None or squares.shape == (programs,)
     if programs == 0:
         return

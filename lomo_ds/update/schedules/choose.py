@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lomo_ds.config.lomo_config import LomoConfig
 from lomo_ds.errors import ConfigError
-from lomo_ds.memory.budget import HOST_SHARE, format_bytes, require_host_bytes
+from lomo_ds.memory.budget import HOST_SHARE, check_host_memory, format_bytes
 
 # Share of the free device memory that a stash may use. The rest is for activations, whose size is unknown at start.
 DEVICE_SHARE = 0.5
@@ -57,7 +57,7 @@ def choose_schedule(
     reason = against_immediate if lomo.update_schedule == "auto" else "as configured"
     stash_size = f"{format_bytes(stash_bytes)} of gradient shards per rank"
     if lomo.stash_device == "cpu":
-        require_host_bytes(
+        check_host_memory(
             stash_bytes, free_host_bytes, "stash_device cpu", "use update_schedule two_pass, or stash_device gpu"
         )
     if lomo.stash_device != "auto":

@@ -112,7 +112,7 @@ class Schedule(ABC):
             limit = self.clipping.limit(self.scale)
             key_indices = [indices[position] for position in positions]
             key_gradients = [gradients[position] for position in positions]
-            for shards, shard_gradients in self.store.lend(key_indices, key_gradients):
+            for shards, shard_gradients in self.store.open_for_update(key_indices, key_gradients):
                 self.rule.update(shards, shard_gradients, coefficient / self.scale, lr, weight_decay, limit, squares)
 
     def _number_update_keys(self) -> list[int]:

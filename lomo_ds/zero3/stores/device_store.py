@@ -21,8 +21,10 @@ class DeviceStore:
     def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
         """See ``Store.offer_gathered_weight``; the shard is at hand anyway."""
 
-    def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[tuple[list[Values], list[Tensor]]]:
-        """See ``Store.lend``."""
+    def open_for_update(
+        self, indices: Sequence[int], gradients: Sequence[Tensor]
+    ) -> Iterator[tuple[list[Values], list[Tensor]]]:
+        """See ``Store.open_for_update``."""
         yield [self.values[index] for index in indices], list(gradients)
 
     def flush(self) -> None:

@@ -17,23 +17,25 @@ class NvmeStore(HostStore):
 
     Args:
         device: the one that computes.
-        rounded: see ``HostStore``.
+        gathered_is_lossy: see ``HostStore``.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device, rounded: bool = False) -> None:
-        super().__init__(shards, device, rounded)
-        self.places = [shard.place for shard in shards]
+    def __init__(self, shards: Sequence[Shard], device: torch.device, gathered_is_lossy: bool = False) -> None:
+        super().__init__(shards, device, gathered_is_lossy)
+        self.places = [shard.slot for shard in shards]
         self.device = device
 
-    def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[tuple[list[Values], list[Tensor]]]:
-        """See ``Store.lend``."""
+    def open_for_update(
+        self, indices: Sequence[int], gradients: Sequence[Tensor]
+    ) -> Iterator[tuple[list[Values], list[Tensor]]]:
+        """See ``Store.open_for_update``."""
         pairs = list(zip(indices, gradients, strict=True))
         in_memory = [(index, gradient) for index, gradient in pairs if self.places[index] is None]
-        yield from super().lend([index for index, _ in in_memory], [gradient for _, gradient in in_memory])
+        yield from super().open_for_update([index for index, _ in in_memory], [gradient for _, gradient in in_memory])
         for index, gradient in pairs:
             place = self.places[index]
             if place is not None:
-                part = self.at_hand.pop(index, None)
+                part = self.gathered.pop(index, None)
                 if part is None:
                     part = place.read(gradient.numel(), self.device)
                 yield [part], [gradient]

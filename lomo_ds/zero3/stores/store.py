@@ -22,7 +22,9 @@ class Store(Protocol):
         """
         ...
 
-    def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[tuple[list[Values], list[Tensor]]]:
+    def open_for_update(
+        self, indices: Sequence[int], gradients: Sequence[Tensor]
+    ) -> Iterator[tuple[list[Values], list[Tensor]]]:
         """Shards, or parts of them, to be changed in place, with their part of ``gradients``.
 
         What is lent is on the device that computes; it is kept when the next one is asked for. The host waits for

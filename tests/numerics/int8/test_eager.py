@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lomo_ds.numerics import flat
 from lomo_ds.numerics.int8 import eager as int8
-from lomo_ds.numerics.int8.eager import BLOCK, Noise, blocks_of, decode, encode, update_
+from lomo_ds.numerics.int8.eager import BLOCK, Noise, block_count, decode, encode, update_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUMELS = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 10 * BLOCK + 3]
@@ -73,7 +73,7 @@ def test_what_is_decoded_is_encoded_as_it_was(values: list[float]) -> None:
 @pytest.mark.parametrize("numel", NUMELS)
 def test_decoding_is_one_product_rounded_once(numel: int, dtype: torch.dtype) -> None:
     codes, scales = encode(randn(numel).to(dtype))
-    assert (codes.dtype, scales.dtype, scales.numel()) == (torch.int8, torch.bfloat16, blocks_of(numel))
+    assert (codes.dtype, scales.dtype, scales.numel()) == (torch.int8, torch.bfloat16, block_count(numel))
     product = codes.double() * scales.double().repeat_interleave(BLOCK)[:numel]
     assert torch.equal(product.float().double(), product), "exact in fp32"
     assert torch.equal(decode(codes, scales, dtype), product.to(dtype))
@@ -165,7 +165,7 @@ def test_not_one_of_very_many_that_have_not_changed_gets_another_code() -> None:
     """Whatever bits are drawn: noise so near to 1 that it rounds to 1 would move one in 2 ** 16."""
     codes = torch.arange(2**21, dtype=torch.int32).remainder_(255).sub_(127).to(torch.int8)
     codes[::BLOCK] = 127  # keeps the scale
-    scales = torch.full((blocks_of(2**21),), 0.3, dtype=torch.bfloat16)
+    scales = torch.full((block_count(2**21),), 0.3, dtype=torch.bfloat16)
     written = requantized(codes, scales, decode(codes, scales, torch.float32))
     assert torch.equal(written[0], codes)
 

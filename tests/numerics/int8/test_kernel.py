@@ -80,11 +80,11 @@ def decodes_rows_as_eager(dtype: torch.dtype) -> None:
 
     for numel in NUMELS:
         start = int8_blocks.ALIGNMENT * 3
-        gathered = torch.full((3, start + int8_blocks.bytes_of_buffer(numel) + 32), 7, dtype=torch.int8)
-        packed = gathered[:, start : start + int8_blocks.bytes_of_buffer(numel)]
+        gathered = torch.full((3, start + int8_blocks.quantized_bytes(numel) + 32), 7, dtype=torch.int8)
+        packed = gathered[:, start : start + int8_blocks.quantized_bytes(numel)]
         for rank, buffer in enumerate(packed):
-            int8_blocks.fill(buffer, randn(numel, seed=rank))
-        codes, scales, _ = int8_blocks.blocks_in(packed, numel)
+            int8_blocks.quantize_into(buffer, randn(numel, seed=rank))
+        codes, scales, _ = int8_blocks.view_blocks(packed, numel)
         memory = torch.full((3 * numel + 20,), 7.0, dtype=dtype)
         int8_kernel.decode(codes, scales, memory[10:-10].view(3, numel))
         alone = [int8.decode(codes[rank], scales[rank], dtype) for rank in range(3)]
@@ -92,7 +92,7 @@ def decodes_rows_as_eager(dtype: torch.dtype) -> None:
         assert (memory[:10] == 7).all()
         assert (memory[-10:] == 7).all()
         on_cpu = torch.empty(3, numel, dtype=dtype)
-        int8_blocks.read(int8_blocks.blocks_in(packed, numel), on_cpu)
+        int8_blocks.dequantize(int8_blocks.view_blocks(packed, numel), on_cpu)
         assert torch.equal(on_cpu.view(-1), torch.cat(alone))
 
 

@@ -115,7 +115,7 @@ def bytes_kept(offload: str) -> tuple[int, int]:
     """Of this rank's matrices, and as many as they would be in bf16."""
     engine = int8_engine(torch.nn.Linear(300, 200), "immediate", offload, bf16={"enabled": True})
     matrices = [s for s in zero3.shards(engine.module) if s.data.dtype == torch.int8]
-    return sum(shard.kept.nbytes for shard in matrices), 2 * sum(shard.data.numel() for shard in matrices)
+    return sum(shard.storage.nbytes for shard in matrices), 2 * sum(shard.data.numel() for shard in matrices)
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])
@@ -199,7 +199,7 @@ def test_blocks_that_begin_elsewhere_are_refused(ranks: GroupOf, tmp_path: Path,
 
 def test_buffers_are_not_put_into_eight_bits() -> None:
     whole = {"weight": torch.empty(8, 8, device="meta"), "decay": torch.empty(8, 8, device="meta")}
-    kept = zero3.kept_tensors(whole, {"weight"}, 2)
+    kept = zero3.stored_tensors(whole, {"weight"}, 2)
     assert {name: tensor.dtype for name, tensor in kept.items()} == {
         "weight": torch.int8, f"weight{zero3.SCALES}": torch.bfloat16, "decay": torch.float32,
     }  # fmt: skip

@@ -27,7 +27,7 @@ class Pieces:
 
     def flush(self) -> None: ...
 
-    def lend(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[Any]:
+    def open_for_update(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[Any]:
         for index, gradient in zip(indices, gradients, strict=True):
             for shard, part in zip(self.shards[index].split(16384), gradient.split(16384), strict=True):
                 yield [shard], [part]

@@ -3,7 +3,7 @@
 from collections import deque
 
 
-class Ahead:
+class LookaheadLimit:
     """Bounds what has been asked for and not been computed with.
 
     To ask takes memory at once, and what was released gives its memory back no sooner than the device has computed
@@ -18,11 +18,11 @@ class Ahead:
 
     def __init__(self, limit_numel: int) -> None:
         self.limit_numel = limit_numel
-        self.asked = 0
+        self.request_count = 0
         self.ahead: deque[tuple[int, int]] = deque()  # number of the ask that comes next, and elements
         self.ahead_numel = 0
 
-    def ask(self, numel: int) -> int | None:
+    def request(self, numel: int) -> int | None:
         """Ask for so many elements.
 
         Returns:
@@ -32,7 +32,7 @@ class Ahead:
         while self.ahead_numel > self.limit_numel:
             reached, earlier_numel = self.ahead.popleft()
             self.ahead_numel -= earlier_numel
-        self.asked += 1
-        self.ahead.append((self.asked, numel))
+        self.request_count += 1
+        self.ahead.append((self.request_count, numel))
         self.ahead_numel += numel
         return reached
