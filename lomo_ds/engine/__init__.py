@@ -1,1 +1,1 @@
-"""DeepSpeed engines whose step averages the loss over the tokens of a whole batch: LOMO's, and the baselines'."""
+"""DeepSpeed engines that average the loss over all tokens of a step: ``LomoEngine`` and the baselines."""

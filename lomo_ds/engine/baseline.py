@@ -59,7 +59,7 @@ def initialize_baseline(
             args=None, model=model, lr_scheduler=lr_scheduler, config=config, config_class=parse_ds_config(config)
         )
     except AssertionError as error:  # DeepSpeed's ZeRO-3 asserts that its settings are compatible
-        raise ConfigError(f"DeepSpeed's ZeRO-3 refuses its config: {one_line(error)}") from error
+        raise ConfigError(f"DeepSpeed's ZeRO-3 rejects its config: {one_line(error)}") from error
     finally:
         restore_init_context()
     if engine.global_rank == 0:

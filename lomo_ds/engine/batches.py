@@ -1,4 +1,4 @@
-"""Micro-batches as a model's forward takes them: read from what a caller gives, moved to a device, made to run."""
+"""Micro-batches: validation of the caller's batches, transfer to a device, and dummy labels for empty ones."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ Batch = Mapping[str, Any]
 
 
 def as_micro_batches(batch: Batch | Sequence[Batch]) -> list[Batch]:
-    """List the micro-batches of what ``train_batch`` is given, one or several.
+    """Return the batch argument of ``train_batch`` as a list of micro-batches.
 
     Raises:
-        ConfigError: it is empty, or does not name the arguments of the model's forward.
+        ConfigError: the list is empty, or an item is not a dict of arguments for the model's forward.
     """
     micro_batches: list[Any] = list(batch) if isinstance(batch, list | tuple) else [batch]
     if not micro_batches:
@@ -26,12 +26,12 @@ def as_micro_batches(batch: Batch | Sequence[Batch]) -> list[Batch]:
 
 
 def move_to_device(value: Any, device: torch.device) -> Any:
-    """``value`` with the tensors within it on ``device``, or on their way there."""
+    """Move all tensors nested in ``value`` to ``device``; the copies may be asynchronous."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
         return {name: move_to_device(item, device) for name, item in value.items()}
-    if callable(getattr(value, "to", None)):  # such as torch's PackedSequence
+    if callable(getattr(value, "to", None)):  # for example torch's PackedSequence
         return value.to(device)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(move_to_device(item, device) for item in value))
@@ -39,9 +39,10 @@ def move_to_device(value: Any, device: torch.device) -> Any:
 
 
 def with_dummy_labels(batch: Batch) -> Batch:
-    """A micro-batch without a single label, given some: it must run for the other ranks' sake, and weighs nothing.
+    """Replace the labels of a micro-batch in which every label is ignored, so that it can run with loss weight 0.
 
-    The mean over no labels would be nan, and nan times the weight 0 is nan too.
+    It must run because the other ranks wait in its collectives. Without labels its mean loss would be nan, which a
+    weight of 0 does not remove.
     """
     return {
         name: torch.zeros_like(value) if name in ("labels", "shift_labels") and isinstance(value, Tensor) else value
@@ -50,20 +51,20 @@ def with_dummy_labels(batch: Batch) -> Batch:
 
 
 def _validate_micro_batch(batch: Any, micro_batch: Any) -> None:
-    rule = "train_batch needs the arguments of the model's forward by name"
+    rule = "train_batch needs batches with the named arguments of the model's forward"
     if not isinstance(micro_batch, Mapping):
         got = type(batch).__name__
         if isinstance(batch, list | tuple):
             got += f" of {', '.join(dict.fromkeys(type(item).__name__ for item in batch))}"
         raise ConfigError(
-            f'{rule}, got a {got}; give a dict such as {{"input_ids": x, "labels": y}}, or a list of them, one for '
-            "each micro-batch"
+            f'{rule}, got a {got}; give a dict such as {{"input_ids": x, "labels": y}}, or a list of such dicts, one '
+            "per micro-batch"
         )
-    strangers = [name for name in micro_batch if not isinstance(name, str)]
-    if strangers:
-        raise ConfigError(f"{rule}, got the key {strangers[0]!r} in a batch; let every key be a parameter's name")
+    invalid_keys = [name for name in micro_batch if not isinstance(name, str)]
+    if invalid_keys:
+        raise ConfigError(f"{rule}, got the key {invalid_keys[0]!r} in a batch; use an argument name for every key")
     if micro_batch.get("num_items_in_batch") is not None:
         raise ConfigError(
-            "a batch holds num_items_in_batch, by which a transformers model divides the sum of its losses, and "
-            "train_batch needs their mean, which it weighs itself; leave num_items_in_batch out"
+            "a batch must not hold num_items_in_batch, which makes a transformers model divide the sum of its losses "
+            "by it; train_batch needs the mean loss and weights it itself, so leave num_items_in_batch out"
         )

@@ -1,4 +1,4 @@
-"""From a DeepSpeed engine's settings to the optimizer it runs: shards, rule, clipping, schedule and hooks, joined."""
+"""Builds LomoOptimizer from a DeepSpeed engine's settings: shards, rule, clipping, schedule and hooks."""
 
 import logging
 from collections.abc import Callable
@@ -43,13 +43,13 @@ logger = logging.getLogger(__name__)
 
 
 def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: LomoConfig) -> LomoOptimizer:
-    """Split the engine's model over its ranks, and hook LOMO into its backward pass.
+    """Partition the engine's model over its ranks, and install LOMO's backward hooks.
 
-    Parameters that are in none of ``groups`` are frozen.
+    Parameters that are not in ``groups`` are frozen.
     """
     options = {id(parameter): group for group in groups.param_groups for parameter in group["params"]}
     trained = _trained_parameters(engine.module, set(options))
-    gathering = _gather_parameters(engine, lomo)
+    gathering = _build_gathering(engine, lomo)
     shards = [zero3.Shard.of(name, parameter) for name, parameter in trained.items()]
     targets = [
         Target(shard.data.numel(), group, options[id(parameter)])
@@ -59,7 +59,7 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
     stash_dtype = torch.float32 if engine.gradient_accumulation_steps() > 1 else _communication_dtype(engine)
     stash_bytes = sum(t.numel for t in targets) * (stash_dtype or engine.get_data_types()[0]).itemsize
     choice = _choose_schedule(engine, lomo, clipping, stash_bytes)
-    _announce_host_memory(engine, shards, choice, stash_bytes)
+    _log_host_memory(engine, shards, choice, stash_bytes)
     schedule = _build_schedule(
         choice,
         targets,
@@ -83,18 +83,18 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
     )
 
 
-def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
+def _build_gathering(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     dtype = engine.get_data_types()[0]
-    free_host = _free_bytes(engine)[1]  # before any rank takes of it
+    free_host = _min_free_bytes(engine)[1]  # before any rank allocates host memory
     raise_on_all_ranks(
         lambda: zero3.split(engine.module, engine.config, dtype, free_host), engine.seq_data_parallel_group
     )
     if zero3.is_resident_config(engine.config) and zero3.is_resident(engine.module):
         return ResidentGathering(engine.module)
-    granularity = choose_granularity(lomo.gather_granularity, engine.module, _free_bytes(engine)[0])
+    granularity = choose_granularity(lomo.gather_granularity, engine.module, _min_free_bytes(engine)[0])
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
-    undo, wired, reach = _bound_gathering(engine, granularity)
+    undo, wired, reach = _configure_gathering(engine, granularity)
     return OnDemandGathering(
         engine.module,
         granularity,
@@ -113,19 +113,24 @@ def _gather_parameters(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     )
 
 
-def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable[[], None], bool, dict[str, Any]]:
-    """Let shards travel as they must; how to undo that, whether by a wire, and what DeepSpeed may fetch and keep."""
+def _configure_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callable[[], None], bool, dict[str, Any]]:
+    """Configure how shards are gathered.
+
+    Returns:
+        A function that undoes the changes to the model, whether gathers use a ``WireFormat``, and DeepSpeed's limits
+        for prefetched and live parameters.
+    """
     prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
     offload = zero3.offload_device(engine.config)
     if offload == "cpu":
         largest = largest_gather_numel(engine.module, granularity)
         prefetch_numel, live_numel = offload_prefetch_limits(prefetch_numel, live_numel, largest)
-        prefetch_numel = _unless_asked(engine, "prefetch_bucket_size", prefetch_numel)
-        live_numel = _unless_asked(engine, "max_live_parameters", live_numel)
-    overlap = _unless_asked(engine, "overlap_comm", default_overlap_comm(offload))
+        prefetch_numel = _configured_or(engine, "prefetch_bucket_size", prefetch_numel)
+        live_numel = _configured_or(engine, "max_live_parameters", live_numel)
+    overlap = _configured_or(engine, "overlap_comm", default_overlap_comm(offload))
     ahead_numel = prefetch_numel + AHEAD_NUMEL if overlap else None
     exact = PlainWireFormat(engine.device, copies=offload == "cpu")
-    quantized = _travels_in_eight_bits(engine)
+    quantized = _gathers_in_int8(engine)
     wired = quantized or offload != "none" or zero3.uses_int8_weights(engine.config)
     if wired:
         wire = QuantizedWireFormat(engine.device, exact.copies) if quantized else exact
@@ -133,44 +138,44 @@ def _bound_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Callabl
     elif ahead_numel is not None:
         undo = zero3.limit_gathering(engine.module, ahead_numel)
     else:
-        undo = _nothing_to_undo
+        undo = _undo_nothing
     reach = {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel, "overlap_comm": overlap}
     return undo, wired, reach
 
 
-def _nothing_to_undo() -> None:
-    """DeepSpeed's own gathering is as it was."""
+def _undo_nothing() -> None:
+    """Do nothing: DeepSpeed's own gathering was not changed."""
 
 
-def _travels_in_eight_bits(engine: DeepSpeedEngine) -> bool:
-    """Whether gathers round shards to eight bits; one rank sends nothing, so it has nothing to gain."""
+def _gathers_in_int8(engine: DeepSpeedEngine) -> bool:
+    """Return whether gathers quantize shards to int8; never on one rank, where nothing is communicated."""
     return engine.zero_quantized_weights() and dist.get_world_size(engine.seq_data_parallel_group) > 1
 
 
-def _unless_asked(engine: DeepSpeedEngine, name: str, ours: int) -> int:
-    """What the ds_config says of ``name``, or ours."""
+def _configured_or(engine: DeepSpeedEngine, name: str, default: int) -> int:
+    """Return the value of ``name`` in the ds_config, or ``default`` if it is absent."""
     zero = engine.config["zero_optimization"]
-    asked = any(zero.get(written) is not None for written in (name, f"stage3_{name}"))
-    return getattr(engine._config.zero_config, name) if asked else ours
+    is_set = any(zero.get(key) is not None for key in (name, f"stage3_{name}"))
+    return getattr(engine._config.zero_config, name) if is_set else default
 
 
 def _build_store(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> Store:
     if zero3.offload_device(engine.config) == "cpu":
-        return HostStore(shards, engine.device, gathered_is_lossy=_travels_in_eight_bits(engine))
+        return HostStore(shards, engine.device, gathered_is_lossy=_gathers_in_int8(engine))
     if zero3.offload_device(engine.config) == "nvme":
-        return NvmeStore(shards, engine.device, gathered_is_lossy=_travels_in_eight_bits(engine))
+        return NvmeStore(shards, engine.device, gathered_is_lossy=_gathers_in_int8(engine))
     return DeviceStore(shards)
 
 
-def _trained_parameters(model: Module, chosen: set[int]) -> dict[str, Parameter]:
-    """The parameters that train, by name; those whose id is not ``chosen`` are frozen."""
+def _trained_parameters(model: Module, trained_ids: set[int]) -> dict[str, Parameter]:
+    """Freeze the parameters whose id is not in ``trained_ids``, and return the others by name."""
     trained = {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and id(parameter) in chosen)
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained_ids)
         if parameter.requires_grad:
             trained[name] = parameter
     if not trained:
-        raise ConfigError("no parameter of the model is to be trained; leave requires_grad true for some")
+        raise ConfigError("the model has no trainable parameters; set requires_grad to true for at least one")
     return trained
 
 
@@ -182,7 +187,7 @@ def _build_rule(engine: DeepSpeedEngine, lomo: LomoConfig) -> Rule:
 
 
 def _choose_schedule(engine: DeepSpeedEngine, lomo: LomoConfig, clipping: Clipping, stash_bytes: int) -> Choice:
-    free_device, free_host = _free_bytes(engine)
+    free_device, free_host = _min_free_bytes(engine)
     choice = choose_schedule(
         lomo,
         gradient_clipping=engine.gradient_clipping(),
@@ -197,8 +202,8 @@ def _choose_schedule(engine: DeepSpeedEngine, lomo: LomoConfig, clipping: Clippi
     return choice
 
 
-def _announce_host_memory(engine: DeepSpeedEngine, shards: list[zero3.Shard], choice: Choice, stash_bytes: int) -> None:
-    """Say, once, what of host memory a rank pins."""
+def _log_host_memory(engine: DeepSpeedEngine, shards: list[zero3.Shard], choice: Choice, stash_bytes: int) -> None:
+    """Log the pinned host memory of a rank, once, on rank 0."""
     pinned = {}
     if zero3.offload_device(engine.config) == "cpu":
         pinned["parameters"] = storage_bytes(shard.storage for shard in shards)
@@ -206,19 +211,17 @@ def _announce_host_memory(engine: DeepSpeedEngine, shards: list[zero3.Shard], ch
         pinned["gradient shards"] = stash_bytes
     if pinned and engine.global_rank == 0:
         parts = ", ".join(f"{format_bytes(size)} of {what}" for what, size in pinned.items())
-        logger.info(
-            "pinned host memory of a rank: %s; %s stay free for each rank", parts, format_bytes(free_bytes()[1])
-        )
+        logger.info("pinned host memory per rank: %s; %s per rank remain free", parts, format_bytes(free_bytes()[1]))
 
 
-def _free_bytes(engine: DeepSpeedEngine) -> list[int]:
-    """Of the device, and of a rank's part of host memory; the smallest over all ranks."""
-    found = torch.tensor(free_bytes(), device=engine.device)
-    return all_reduce_min(found, engine.seq_data_parallel_group).tolist()
+def _min_free_bytes(engine: DeepSpeedEngine) -> list[int]:
+    """Return the free bytes of the device and of a rank's share of host memory, each the minimum over all ranks."""
+    local = torch.tensor(free_bytes(), device=engine.device)
+    return all_reduce_min(local, engine.seq_data_parallel_group).tolist()
 
 
 def _build_loss_scaler(engine: DeepSpeedEngine) -> LossScalerBase:
-    # at its smallest scale a run goes on, and says at every step that it was skipped
+    # at the smallest loss scale, training continues and logs every skipped step
     arguments = {**engine.dynamic_loss_scale_args(), "raise_error_at_min_scale": False}
     return CreateLossScaler(
         dtype=engine.get_data_types()[0],
@@ -229,7 +232,7 @@ def _build_loss_scaler(engine: DeepSpeedEngine) -> LossScalerBase:
 
 
 def _communication_dtype(engine: DeepSpeedEngine) -> torch.dtype | None:
-    """``communication_data_type`` of the ds_config; None, if it names none, for what gradients are anyway."""
+    """Return ``communication_data_type`` of the ds_config; None keeps the gradients' own dtype."""
     return engine.communication_data_type if engine._config.communication_data_type else None
 
 
@@ -243,7 +246,7 @@ def _build_schedule(
     process_group: ProcessGroup,
     stash_dtype: torch.dtype | None,
 ) -> Schedule:
-    """Build the schedule of ``choice`` for gradients computed on ``device``; see ``Stash`` for ``stash_dtype``."""
+    """Build the schedule that ``choice`` selects, for gradients on ``device``; see ``Stash`` for ``stash_dtype``."""
     if choice.schedule == "immediate":
         return Immediate(targets, store, rule, clipping, device, process_group)
     if choice.schedule == "two_pass":

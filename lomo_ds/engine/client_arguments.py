@@ -1,4 +1,4 @@
-"""Objects of a caller's own that ``initialize`` takes: parameters, a scheduler, data. Each acts, or is refused."""
+"""Validation of the objects passed to ``initialize``: parameters, scheduler and training data."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,32 +11,34 @@ from torch.nn import Module
 from lomo_ds.errors import ConfigError, did_you_mean
 
 GROUP_KEYS = ["params", "lr", "weight_decay", "name", "initial_lr", "param_names"]
-WAY_OUT = "give a function of the optimizer, such as lr_scheduler=lambda optimizer: StepLR(optimizer, 1, gamma=0.1)"
+SCHEDULER_HINT = (
+    "give a function of the optimizer, such as lr_scheduler=lambda optimizer: StepLR(optimizer, 1, gamma=0.1)"
+)
 
 
-def validate_model_parameters(model: Module, given: Iterable[Any] | None) -> list[Any] | None:
-    """``model_parameters`` as a list of tensors or of groups; None for all of the model's.
+def validate_model_parameters(model: Module, model_parameters: Iterable[Any] | None) -> list[Any] | None:
+    """Validate ``model_parameters`` and return it as a list of tensors or param groups; None selects all parameters.
 
     Raises:
-        ConfigError: it names what ``model`` does not have, or settings that LOMO does not have.
+        ConfigError: a tensor is not a parameter of ``model``, or a param group has an invalid setting.
     """
-    if given is None:
+    if model_parameters is None:
         return None
-    if isinstance(given, Tensor | dict | str | Module):
+    if isinstance(model_parameters, Tensor | dict | str | Module):
         raise ConfigError(
-            f"model_parameters must be a list of the model's parameters, or of groups of them, got a "
-            f"{type(given).__name__}; give model.parameters(), or leave it out"
+            f"model_parameters must be a list of the model's parameters, or of param groups, got a "
+            f"{type(model_parameters).__name__}; give model.parameters(), or leave it out"
         )
-    parameters = list(given)
-    own = {id(parameter) for parameter in model.parameters()}
+    parameters = list(model_parameters)
+    model_ids = {id(parameter) for parameter in model.parameters()}
     seen: set[int] = set()
     for group in parameters if any(isinstance(item, dict) for item in parameters) else [{"params": parameters}]:
         if isinstance(group, dict) and "params" in group:
-            group["params"] = _as_list(group["params"])  # a generator is read but once
+            group["params"] = _as_list(group["params"])  # a generator can be read only once
         for tensor in _tensors_of(group):
-            _validate_tensor(tensor, own, seen)
+            _validate_tensor(tensor, model_ids, seen)
     if not seen:
-        raise ConfigError("model_parameters holds no parameter; leave it out to train all of the model's")
+        raise ConfigError("model_parameters holds no parameter; leave it out to train all parameters of the model")
     return parameters
 
 
@@ -46,7 +48,7 @@ def _as_list(params: Any) -> list[Any]:
 
 def _tensors_of(group: Any) -> list[Any]:
     if not isinstance(group, dict) or "params" not in group:
-        raise ConfigError(f'a group of model_parameters must be a dict with "params", got {_told(group)}')
+        raise ConfigError(f'a group of model_parameters must be a dict with "params", got {_describe(group)}')
     for name, value in group.items():
         if name not in GROUP_KEYS:
             raise ConfigError(
@@ -63,68 +65,75 @@ def _is_number(value: Any) -> bool:
     return is_scalar or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def _validate_tensor(tensor: Any, own: set[int], seen: set[int]) -> None:
+def _validate_tensor(tensor: Any, model_ids: set[int], seen: set[int]) -> None:
     if not isinstance(tensor, Tensor):
-        raise ConfigError(f"model_parameters must hold parameters of the model, got {_told(tensor)}")
-    if id(tensor) not in own:
+        raise ConfigError(f"model_parameters must hold parameters of the model, got {_describe(tensor)}")
+    if id(tensor) not in model_ids:
         raise ConfigError(
-            f"model_parameters holds a tensor of shape {list(tensor.shape)} that is no parameter of the model; take "
-            "them from the model that is given, after the last change to it"
+            f"model_parameters holds a tensor of shape {list(tensor.shape)} that is not a parameter of the model; take "
+            "the parameters from the model passed to initialize, after the last change to it"
         )
     if id(tensor) in seen:
-        raise ConfigError(f"model_parameters holds a parameter of shape {list(tensor.shape)} twice; name each once")
+        raise ConfigError(f"model_parameters holds a parameter of shape {list(tensor.shape)} twice; list each once")
     seen.add(id(tensor))
 
 
-def validate_scheduler_factory(given: Any) -> None:
-    """``lr_scheduler`` must build a scheduler once the parameter groups that it acts on are made.
+def validate_scheduler_factory(lr_scheduler: Any) -> None:
+    """Raise unless ``lr_scheduler`` is None or a function that builds a scheduler.
 
     Raises:
-        ConfigError: it is a scheduler already, of another optimizer.
+        ConfigError: ``lr_scheduler`` is not callable, for example a scheduler bound to another optimizer.
     """
-    if given is not None and not callable(given):
-        raise ConfigError(f"lr_scheduler got a {type(given).__name__}, which acts on another optimizer; {WAY_OUT}")
+    if lr_scheduler is not None and not callable(lr_scheduler):
+        raise ConfigError(
+            f"lr_scheduler must be a function, got a {type(lr_scheduler).__name__}, which acts on another optimizer; "
+            f"{SCHEDULER_HINT}"
+        )
 
 
 def validate_built_scheduler(scheduler: Any, optimizers: Iterable[Any]) -> None:
-    """A scheduler that was built must act on the engine's parameter groups.
+    """Raise unless the built scheduler is bound to one of the engine's ``optimizers``.
 
     Raises:
-        ConfigError: it does not, or is none.
+        ConfigError: it has no ``step``, or it is bound to another optimizer.
     """
     if not callable(getattr(scheduler, "step", None)):
-        raise ConfigError(f"lr_scheduler must return a scheduler with step(), got {_told(scheduler)}; {WAY_OUT}")
+        raise ConfigError(
+            f"lr_scheduler must return a scheduler with step(), got {_describe(scheduler)}; {SCHEDULER_HINT}"
+        )
     bound = getattr(scheduler, "optimizer", None)
     if bound is not None and not any(bound is optimizer for optimizer in optimizers):
         raise ConfigError(
-            f"lr_scheduler returned a {type(scheduler).__name__} that acts on a {type(bound).__name__} of its own, and "
-            f"not on the optimizer it was given; {WAY_OUT}"
+            f"lr_scheduler returned a {type(scheduler).__name__} that acts on another {type(bound).__name__} instead "
+            f"of the optimizer passed to it; {SCHEDULER_HINT}"
         )
 
 
 def needs_metric(scheduler: Any) -> bool:
-    """Whether a scheduler steps by a figure of the caller's, for which DeepSpeed would give it the batch size."""
+    """Return whether ``scheduler.step`` needs a metric, for which DeepSpeed would pass the batch size."""
     return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
 def validate_training_data(training_data: Any, collate_fn: Callable[..., Any] | None) -> None:
-    """``training_data`` must be a dataset with something in it, and ``collate_fn`` a function.
+    """Raise unless ``training_data`` is a non-empty dataset and ``collate_fn`` a function, or they are None.
 
     Raises:
-        ConfigError: DeepSpeed would ignore it, or fail in its own words.
+        ConfigError: an argument is invalid; DeepSpeed would ignore it or fail later with an unclear message.
     """
     if collate_fn is not None and not callable(collate_fn):
-        raise ConfigError(f"collate_fn must be a function, got {_told(collate_fn)}")
+        raise ConfigError(f"collate_fn must be a function, got {_describe(collate_fn)}")
     if training_data is None:
         return
     if isinstance(training_data, torch.utils.data.DataLoader):
         raise ConfigError("training_data must be a dataset, got a DataLoader; give its .dataset, or iterate over it")
     has_items = hasattr(training_data, "__getitem__") and hasattr(training_data, "__len__")
     if isinstance(training_data, str) or not has_items:
-        raise ConfigError(f"training_data must be a dataset with __getitem__ and __len__, got {_told(training_data)}")
+        raise ConfigError(
+            f"training_data must be a dataset with __getitem__ and __len__, got {_describe(training_data)}"
+        )
     if len(training_data) == 0:
-        raise ConfigError(f"training_data must hold something, got an empty {type(training_data).__name__}")
+        raise ConfigError(f"training_data must not be empty, got an empty {type(training_data).__name__}")
 
 
-def _told(value: Any) -> str:
+def _describe(value: Any) -> str:
     return repr(value) if value is None or isinstance(value, str) else f"a {type(value).__name__}"

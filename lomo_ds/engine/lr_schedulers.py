@@ -1,4 +1,4 @@
-"""Learning-rate schedulers by name, DeepSpeed's warm-ups also for no step at all, which its own classes refuse."""
+"""Learning-rate schedulers by name; adds support for 0 warm-up steps, which DeepSpeed's own classes reject."""
 
 import inspect
 import math
@@ -12,17 +12,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def build_scheduler(name: str, params: dict[str, Any], optimizer: Optimizer) -> Any:
-    """DeepSpeed's scheduler of that name, or else torch's."""
-    kind = getattr(lr_schedules if hasattr(lr_schedules, name) else torch.optim.lr_scheduler, name)
+    """Build the scheduler class of that name from DeepSpeed, or else from torch."""
+    scheduler_class = getattr(lr_schedules if hasattr(lr_schedules, name) else torch.optim.lr_scheduler, name)
     if name not in DECAYS or not params or params.get("warmup_num_steps") != 0:
-        return kind(optimizer, **params)
-    bound = inspect.signature(kind).bind(optimizer, **params)
+        return scheduler_class(optimizer, **params)
+    bound = inspect.signature(scheduler_class).bind(optimizer, **params)
     bound.apply_defaults()
     return _without_warmup(name, bound.arguments, optimizer)
 
 
 def _without_warmup(name: str, params: dict[str, Any], optimizer: Optimizer) -> LambdaLR:
-    """The peak in the first step, and from there what the scheduler does after its warm-up."""
+    """Build a scheduler that starts at the peak learning rate, and then decays as after a warm-up."""
     peaks = params.get("warmup_max_lr")
     if peaks is not None:
         groups = optimizer.param_groups
@@ -32,16 +32,16 @@ def _without_warmup(name: str, params: dict[str, Any], optimizer: Optimizer) -> 
     return LambdaLR(optimizer, DECAYS[name](params))
 
 
-def _stays(params: dict[str, Any]) -> Callable[[int], float]:
+def _constant(params: dict[str, Any]) -> Callable[[int], float]:
     return lambda step: 1.0
 
 
-def _decays(params: dict[str, Any]) -> Callable[[int], float]:
+def _linear_decay(params: dict[str, Any]) -> Callable[[int], float]:
     total = params["total_num_steps"]
     return lambda step: max(0.0, (total - step) / max(1, total))
 
 
-def _falls_as_a_cosine(params: dict[str, Any]) -> Callable[[int], float]:
+def _cosine_decay(params: dict[str, Any]) -> Callable[[int], float]:
     total, floor = params["total_num_steps"], params["cos_min_ratio"]
 
     def factor(step: int) -> float:
@@ -52,7 +52,7 @@ def _falls_as_a_cosine(params: dict[str, Any]) -> Callable[[int], float]:
 
 
 DECAYS: dict[str, Callable[[dict[str, Any]], Callable[[int], float]]] = {
-    "WarmupLR": _stays,
-    "WarmupDecayLR": _decays,
-    "WarmupCosineLR": _falls_as_a_cosine,
+    "WarmupLR": _constant,
+    "WarmupDecayLR": _linear_decay,
+    "WarmupCosineLR": _cosine_decay,
 }

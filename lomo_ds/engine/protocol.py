@@ -1,4 +1,4 @@
-"""What the training loop needs of an engine; LOMO's has it, and so have those that LOMO is compared with."""
+"""Protocol of the engines that the training loop can run: ``LomoEngine`` and the baselines."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -9,34 +9,34 @@ from torch.distributed import ProcessGroup
 
 
 class TrainingEngine(Protocol):
-    """A model under training, split over the ranks; see ``LomoEngine`` for what each of these does."""
+    """A model in training, partitioned over the ranks; see ``LomoEngine`` for the details of each member."""
 
-    module: Any  # the model, as transformers made it
+    module: Any  # the transformers model
     device: torch.device
     skipped_steps: int
     seq_data_parallel_group: ProcessGroup
 
     @property
     def cur_scale(self) -> float:
-        """The loss scale of the next step."""
+        """Loss scale of the next step."""
 
     def train_batch(self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Tensor:
-        """One whole optimizer step; its loss over all ranks and micro-batches, 0-dim."""
+        """Run one complete optimizer step and return its loss over all ranks and micro-batches, 0-dim."""
 
     def get_lr(self) -> list[float]:
-        """Of the next step, for each parameter group."""
+        """Return the learning rate of the next step for each param group."""
 
     def get_global_grad_norm(self) -> float | None:
-        """Of the last step, before clipping."""
+        """Return the global gradient norm of the last step, before clipping."""
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
-        """The model's forward."""
+        """Run the model's forward."""
 
     def train(self, mode: bool = True) -> Any:
-        """Dropout on, or with ``mode`` False off."""
+        """Set the model to training mode, or to evaluation mode if ``mode`` is False."""
 
     def eval(self) -> Any:
-        """Dropout off."""
+        """Set the model to evaluation mode."""
 
     def destroy(self) -> None:
-        """Take every hook off the model; nothing is trained any more."""
+        """Remove every hook from the model; it cannot be trained afterwards."""

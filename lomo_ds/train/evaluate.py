@@ -22,7 +22,7 @@ def evaluate_loss(
         interrupted: asked before each batch, with the same answer on every rank; True ends it with None.
     """
     training = engine.module.training
-    watch = LabelObserver(engine.module)
+    label_observer = LabelObserver(engine.module)
     engine.eval()
     try:
         total = torch.zeros(1, dtype=torch.float64, device=engine.device)  # of losses times items
@@ -30,13 +30,13 @@ def evaluate_loss(
         for batch in batches:
             if interrupted():
                 return None
-            step_batch = StepBatch(batch, None, watch, engine.device, engine.seq_data_parallel_group)
-            loss = step_batch.measure(engine, 0)
+            step_batch = StepBatch(batch, None, label_observer, engine.device, engine.seq_data_parallel_group)
+            loss = step_batch.forward_loss(engine, 0)
             counts += step_batch.counts
             if counts[-1].items:
                 total += loss.double() * counts[-1].items
     finally:
-        watch.remove()
+        label_observer.remove()
         engine.train(training)
     sums = torch.tensor(count_sums(counts), dtype=torch.float64).to(engine.device)
     summed, *sums_of_all = all_reduce_sum(torch.cat([total, sums]), engine.seq_data_parallel_group).tolist()

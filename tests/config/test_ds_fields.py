@@ -218,7 +218,7 @@ def test_each_name_that_deepspeed_reads_is_known() -> None:
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not supported"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype bf16 is not supported, as LOMO adds"),
         ({"data_types": {"keep_in_fp32_modules": ["norm"]}}, "keep_in_fp32_modules .* weights of one precision"),
-        ({"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}}, "param_dtype fp16 is not the bf16 that"),
+        ({"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}}, "param_dtype must be bf16, .*got fp16"),
         ({"data_types": {"buffer_dtype": "fp7"}}, "'fp7' is not a valid DtypeEnum"),
         ({"amp": {"enabled": True}}, "AMP integration has been removed"),
         ({"curriculum_learning": {"enabled": True}}, "'curriculum_learning' has been removed"),

@@ -242,7 +242,7 @@ def refused_by_idiom(fault: str) -> str:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("output", "got a CausalLMOutput; give its .loss"),
+        ("output", "got a CausalLMOutput; pass its .loss"),
         ("rows", "shape [2]; reduce it to its mean"),
         ("detached", "depends on no parameter"),
         ("none", "returned no loss"),

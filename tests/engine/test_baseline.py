@@ -285,7 +285,7 @@ def refusal(sections: dict[str, Any]) -> str:
             {"zero": {"offload_param": {"device": "nvme"}}},
             "offload_param.device nvme is not supported for",
         ),
-        ({"prescale_gradients": True}, "DeepSpeed's ZeRO-3 refuses its config: pre-scale gradients is not yet"),
+        ({"prescale_gradients": True}, "DeepSpeed's ZeRO-3 rejects its config: pre-scale gradients is not yet"),
     ],
 )
 def test_what_no_baseline_can(ranks: GroupOf, sections: dict[str, Any], sentence: str) -> None:

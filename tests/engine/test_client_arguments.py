@@ -54,7 +54,7 @@ def refused_schedulers() -> list[str]:
 
 def test_a_function_must_return_a_scheduler_of_its_optimizer(ranks: GroupOf) -> None:
     of_another, nothing, number = ranks(1).run(refused_schedulers)[0]
-    assert "returned a StepLR that acts on a SGD of its own" in of_another
+    assert "returned a StepLR that acts on another SGD" in of_another
     assert "must return a scheduler with step(), got None" in nothing
     assert "must return a scheduler with step(), got a float" in number
 
@@ -141,8 +141,8 @@ def test_a_generator_is_read_once(in_group: bool) -> None:
         ({"params": [WEIGHT]}, "got a dict"),
         (MODEL, "got a Linear"),
         (["weight"], "got 'weight'"),
-        ([OTHER.weight], r"shape \[2, 3\] that is no parameter of the model"),
-        ([WEIGHT, WEIGHT.detach()], "no parameter of the model"),
+        ([OTHER.weight], r"shape \[2, 3\] that is not a parameter of the model"),
+        ([WEIGHT, WEIGHT.detach()], "not a parameter of the model"),
         ([WEIGHT, WEIGHT], r"shape \[2, 3\] twice"),
         ([{"params": [WEIGHT]}, {"params": [WEIGHT, BIAS]}], "twice"),
         ([{"params": [WEIGHT]}, BIAS], "must be a dict with"),
@@ -165,7 +165,7 @@ def test_parameters_that_would_not_train_are_refused(given: Any, reason: str) ->
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ([], "must hold something, got an empty list"),
+        ([], "must not be empty, got an empty list"),
         ("texts.jsonl", "got 'texts.jsonl'"),
         (iter([1]), "got a list_iterator"),
         (torch.utils.data.DataLoader([1]), r"give its \.dataset"),  # type: ignore[arg-type]

@@ -134,8 +134,8 @@ def test_rows_count_where_labels_do_not_tell(batch: dict[str, Any], count: Count
         ({}, "must hold a tensor whose rows can be counted; give num_items"),
         ({"scale": torch.tensor(1.0), "text": "a"}, "must hold a tensor whose rows can be counted; give num_items"),
         ({"labels": [1, 2]}, "labels must be a tensor to be counted, got a list; give num_items"),
-        ({"labels": torch.zeros(0, 4)}, r"labels has no element, got shape \[0, 4\]"),
-        ({"x": torch.zeros(0, 4)}, "no row"),
+        ({"labels": torch.zeros(0, 4)}, r"labels must not be empty, got shape \[0, 4\]"),
+        ({"x": torch.zeros(0, 4)}, "must have at least one row"),
     ],
 )
 def test_refuses_what_cannot_be_counted(batch: dict[str, Any], reason: str) -> None:
@@ -160,7 +160,7 @@ def test_rows_of_batches_of_like_shapes_need_no_name(tensors: tuple[int, ...]) -
     count = count_items(like, shifts=None)
     assert total_items(count_sums([count, count])) == 2 * tensors[0]
     other = count_items(like | {"0": torch.zeros(7)}, shifts=None)
-    with pytest.raises(ConfigError, match="what in the batch its rows are"):
+    with pytest.raises(ConfigError, match="the tensors of the batch differ in length"):
         total_items(count_sums([count, other]))
 
 

@@ -212,7 +212,7 @@ def nothing_to_train() -> str:
 
 def test_initialize_needs_something_to_train(ranks: GroupOf) -> None:
     for sentence in ranks(2).run(nothing_to_train):
-        assert "no parameter of the model is to be trained" in sentence
+        assert "the model has no trainable parameters" in sentence
 
 
 def test_initialize_needs_one_config() -> None:

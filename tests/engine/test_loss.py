@@ -57,15 +57,15 @@ def test_one_number_is_a_loss_of_any_shape(shape: tuple[int, ...]) -> None:
         (Output(LOGITS, None), "labels must be in the batch"),
         ((LOGITS,), r"tuple of tensors of shapes \[3, 2\]; labels must be in the batch"),
         ((None, None), "labels must be in the batch"),
-        ((LOSS, LOGITS, LOSS * 2), "2 numbers that may be its loss"),
+        ((LOSS, LOGITS, LOSS * 2), "2 scalars that could be its loss"),
         (LOGITS, r"shape \[3, 2\]; reduce it to its mean"),
         ({"loss": torch.zeros(0)}, r"shape \[0\]"),
         ({"loss": 1.0}, "must be a tensor, got a float"),
         ("loss", "returned no loss, but a str"),
-        (LOSS.detach(), "depends on no parameter that trains"),
-        ((LOSS.detach(), LOGITS), "depends on no parameter that trains"),
-        (torch.tensor(3), "of floats, got int64"),
-        (torch.tensor(1j), "of floats, got complex64"),
+        (LOSS.detach(), "depends on no trainable parameter"),
+        ((LOSS.detach(), LOGITS), "depends on no trainable parameter"),
+        (torch.tensor(3), "must have a floating-point dtype, got int64"),
+        (torch.tensor(1j), "must have a floating-point dtype, got complex64"),
     ],
 )
 def test_refuses_what_is_no_loss(output: Any, reason: str) -> None:
@@ -79,5 +79,5 @@ def test_a_loss_needs_no_graph_where_nothing_trains() -> None:
 
 
 def test_an_output_in_place_of_its_loss() -> None:
-    with pytest.raises(ConfigError, match=r"got a SimpleNamespace; give its \.loss"):
+    with pytest.raises(ConfigError, match=r"got a SimpleNamespace; pass its \.loss"):
         as_scalar(SimpleNamespace(loss=LOSS))

@@ -170,7 +170,7 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"deepspeed": "{broken}/stage2.json"}, "ZeRO stage 3, got zero_optimization.stage 2"),
         (
             {"deepspeed": "{broken}/deepspeed.json"},
-            "DeepSpeed refuses DeepSpeedZeroConfig reduce_bucket_size: .* greater than 0; stage3_typo: ",
+            "DeepSpeed rejects DeepSpeedZeroConfig reduce_bucket_size: .* greater than 0; stage3_typo: ",
         ),
         ({"deepspeed": "{broken}/nowhere.json"}, "nowhere.json cannot be read"),
         (

@@ -159,7 +159,7 @@ def test_another_number_of_ranks_sees_the_rest_of_the_epoch(ranks: GroupOf, drop
     argv.append("--resume_from_checkpoint=auto")
     for world_size, count in ((4, 2), (2, 2), (1, 2)):
         run(ranks(world_size), argv, {(0, count): "SIGUSR1"})
-    assert "was saved by 1 ranks on cpu and goes on with 3 on cpu" in run(ranks(3), argv)
+    assert "was saved by 1 ranks on cpu and resumes with 3 on cpu" in run(ranks(3), argv)
     epochs = [record["epoch"] for record in records(tmp_path) if "epoch" in record]
     blocks = round(records(tmp_path)[-1]["tokens"] / 32)
     per_step = [round(blocks * (after - before)) for before, after in zip([0.0, *epochs], epochs, strict=False)]
