@@ -1,4 +1,4 @@
-"""Gradients wait for each other no longer than a launch takes, and little is alive beside the one that comes."""
+"""Buckets: small gradients share a launch, and the number of alive gradient elements is bounded."""
 
 from collections import deque
 from itertools import pairwise
@@ -11,44 +11,44 @@ HEAD, MLP, ATTENTION, NORM = 262_144_000, 180_355_072, 67_108_864, 8192  # eleme
 LAYER = [*3 * [MLP], NORM, *4 * [ATTENTION], NORM]
 
 
-class Wire:
-    """Launches that are in flight until they are landed."""
+class FakeCollectives:
+    """Fake collectives, which are in flight until ``limit_in_flight`` completes them."""
 
     def __init__(self, largest: int) -> None:
-        self.buckets: Buckets[int] = Buckets(largest, 8, self.launch, self.land)
+        self.buckets: Buckets[int] = Buckets(largest, 8, self.launch, self.limit_in_flight)
         self.in_flight: deque[int] = deque()
         self.launched: list[int] = []
-        self.delivered = 0
+        self.completed = 0
 
     def launch(self, bucket: list[int]) -> None:
         self.in_flight.append(sum(bucket))
         self.launched.append(sum(bucket))
 
-    def land(self, until: int) -> None:
-        while self.in_flight and sum(self.in_flight) > until:
-            self.delivered += self.in_flight.popleft()
+    def limit_in_flight(self, max_numel: int) -> None:
+        while self.in_flight and sum(self.in_flight) > max_numel:
+            self.completed += self.in_flight.popleft()
 
 
 def after_each(sizes: list[int]) -> tuple[list[int], list[int]]:
-    """Elements in flight after each gradient of ``sizes``, and those of each launch."""
-    wire = Wire(max(sizes))
-    found = []
+    """Return the elements in flight after each gradient of ``sizes``, and the elements of each launch."""
+    collectives = FakeCollectives(max(sizes))
+    in_flight = []
     for size in sizes:
-        wire.buckets.add(size, size)
-        found.append(sum(wire.in_flight))
-    wire.buckets.flush()
-    assert wire.delivered == sum(sizes)
-    return found, wire.launched
+        collectives.buckets.add(size, size)
+        in_flight.append(sum(collectives.in_flight))
+    collectives.buckets.flush()
+    assert collectives.completed == sum(sizes)
+    return in_flight, collectives.launched
 
 
-def test_of_large_matrices_one_is_in_flight_until_the_next_has_come() -> None:
+def test_one_large_matrix_is_in_flight_until_the_next_arrives() -> None:
     sizes = [HEAD, NORM, *3 * LAYER, HEAD]
     in_flight, _ = after_each(sizes)
     for (before, after), size in zip(pairwise(in_flight[1:]), sizes[2:], strict=True):
-        assert after == (before if size == NORM else size), "nothing small makes a large one land"
+        assert after == (before if size == NORM else size), "a small gradient does not wait for a large one"
 
 
-def test_small_matrices_travel_several_at_a_time() -> None:
+def test_several_small_matrices_share_a_launch() -> None:
     size = MAX_BUCKET_NUMEL // 2
     in_flight, launched = after_each([HEAD // 4, *30 * [size]])
     assert max(in_flight[5:]) == MAX_ALIVE_NUMEL
@@ -56,9 +56,9 @@ def test_small_matrices_travel_several_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("largest", [1000, MIN_BUCKET_NUMEL, 4 * MIN_BUCKET_NUMEL, HEAD])
-def test_what_is_alive_is_never_more_than_the_largest(largest: int) -> None:
+def test_alive_elements_never_exceed_the_largest_parameter(largest: int) -> None:
     sizes = [largest, *[max(1, largest // part) for part in (2, 3, 3, 5, 1, 7, 1, 1, 100, 100, 2)]]
-    wire = Wire(largest)
+    collectives = FakeCollectives(largest)
     for size in sizes:
-        wire.buckets.add(size, size)
-        assert sum(wire.in_flight) + wire.buckets.waiting_numel <= max(largest, MIN_BUCKET_NUMEL)
+        collectives.buckets.add(size, size)
+        assert sum(collectives.in_flight) + collectives.buckets.waiting_numel <= max(largest, MIN_BUCKET_NUMEL)

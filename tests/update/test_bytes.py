@@ -1,4 +1,4 @@
-"""What the idea promises, counted: gradients alive during backward, and bytes on the wire per step."""
+"""Counted promises of the design: gradients alive during backward, and bytes communicated per step."""
 
 import time
 from collections import Counter
@@ -19,7 +19,7 @@ from tests.ranks import Ranks
 GroupOf = Callable[..., Ranks]
 
 
-def model_of_some_size(layers: int = 4, width: int = 1) -> LlamaForCausalLM:
+def build_model(layers: int = 4, width: int = 1) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256 * width**3,
@@ -37,7 +37,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 class WireBytes(TorchDispatchMode):
-    """Counts what each collective moves: the whole of what is gathered or scattered, twice what is all-reduced."""
+    """Counts the bytes of each collective: the full tensor, or twice the tensor for an all-reduce."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,12 +53,12 @@ class WireBytes(TorchDispatchMode):
 
 
 def traffic(schedule: str, threshold: int, large: bool) -> tuple[float, dict[str, int]]:
-    """Bytes of the fourth step (DeepSpeed traces the first ones) in units of all parameters' bytes.
+    """Return the bytes of the fourth step (DeepSpeed traces the first ones), in units of all parameters' bytes.
 
-    DeepSpeed keeps what it has gathered from forward to backward up to a billion elements; ``large`` makes it treat
-    this model as one beyond that.
+    DeepSpeed keeps up to a billion gathered elements from forward to backward; ``large`` makes it treat this model as
+    larger than that.
     """
-    model = model_of_some_size()
+    model = build_model()
     parameter_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
     zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
     if large:
@@ -78,13 +78,13 @@ def test_bytes_on_the_wire(ranks: GroupOf, schedule: str, limit: float, threshol
         print(f"{schedule}, threshold {threshold}, {'large' if large else 'small'} model: {total:.3f} P")
         assert 1.9 < total <= limit, by_collective
         if large:
-            assert total > 0.95 * limit, "what is counted is what a large model moves"
+            assert total > 0.95 * limit, "a large model communicates all of it"
 
 
 def after_gloo(count: Callable[[], int], at_most: int = 0) -> int:
-    """``count`` as soon as it is ``at_most``, or what it is ten seconds later.
+    """Wait until ``count`` is at most ``at_most``, for up to ten seconds, and return it.
 
-    gloo's own thread lets go of what a collective has read a moment after the end of it; we let go at once.
+    gloo's own thread frees the input of a collective shortly after its end; lomo_ds frees it at once.
     """
     deadline = time.monotonic() + 10.0
     while count() > at_most and time.monotonic() < deadline:
@@ -93,8 +93,8 @@ def after_gloo(count: Callable[[], int], at_most: int = 0) -> int:
 
 
 def gradients_alive(schedule: str) -> tuple[int, list[int]]:
-    """The largest total of whole gradients alive at once in three steps, and the parameters' sizes; in bytes."""
-    model = model_of_some_size(layers=12, width=2)
+    """Return the peak bytes of full gradients alive at once in three steps, and the sizes of the parameters."""
+    model = build_model(layers=12, width=2)
     assert max(parameter.numel() for parameter in model.parameters()) == MIN_BUCKET_NUMEL
     alive: list[tuple[StorageWeakRef, int]] = []
     peak = 0
@@ -119,14 +119,14 @@ def gradients_alive(schedule: str) -> tuple[int, list[int]]:
 
 
 @pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
-def test_whole_gradients_alive(ranks: GroupOf, schedule: str) -> None:
+def test_full_gradients_alive(ranks: GroupOf, schedule: str) -> None:
     for peak, sizes in ranks(2).run(gradients_alive, schedule):
-        print(f"{schedule}: {peak} bytes of whole gradients alive at once; the largest parameter's are {sizes[-1]}")
+        print(f"{schedule}: {peak} bytes of full gradients alive at once; the largest parameter's are {sizes[-1]}")
         assert 0 < peak <= sum(sizes[-2:]) < sum(sizes) / 4
 
 
-class LeftAlive(TorchDispatchMode):
-    """Keeps an eye on every storage as large as a matrix of the model that is made while it is entered."""
+class AliveStorages(TorchDispatchMode):
+    """Tracks every storage that is created while it is active and is as large as a matrix of the model."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         super().__init__()
@@ -141,23 +141,23 @@ class LeftAlive(TorchDispatchMode):
                 self.made[leaf.untyped_storage()._cdata] = StorageWeakRef(leaf.untyped_storage())
         return result
 
-    def count(self, kept: list[torch.Tensor]) -> int:
-        """How many are left, beside the parameters' and those of ``kept``."""
-        known = self.parameters | {tensor.untyped_storage()._cdata for tensor in kept}
+    def count(self, excluded: list[torch.Tensor]) -> int:
+        """Return how many tracked storages are alive, without those of the parameters and of ``excluded``."""
+        known = self.parameters | {tensor.untyped_storage()._cdata for tensor in excluded}
         made = [storage for key, storage in self.made.items() if key not in known]
         return after_gloo(lambda: sum(not storage.expired() for storage in made))
 
 
 def left_by_backward(schedule: str) -> tuple[int, int]:
-    """How many matrix-sized tensors a backward made, and how many of them it left.
+    """Return how many matrix-sized tensors a backward created, and how many of them are still alive.
 
-    All parameters stay gathered, so it makes them of gradients alone; no activation of this batch is of that size.
+    All parameters stay gathered and no activation of this batch has that size, so they are all gradients.
     """
-    model = model_of_some_size()
+    model = build_model()
     engine = make_engine(model, schedule)
     engine.train_batch(batch())
     loss = engine(**batch()).loss
-    with LeftAlive(list(model.parameters())) as watched:
+    with AliveStorages(list(model.parameters())) as watched:
         engine.backward(loss)
     stash: Any = engine.schedule
     return len(watched.made), watched.count(list(stash.stashed.values()) if schedule == "stash" else [])
@@ -172,16 +172,18 @@ def test_backward_leaves_nothing_as_large_as_a_gradient(ranks: GroupOf, schedule
 
 
 def stash_bytes() -> tuple[int, int]:
-    """Bytes in the stash at the end of backward, and this rank's share of all gradients."""
-    engine = make_engine(model_of_some_size(), "stash", threshold=0)
+    """Return the bytes in the stash after backward, and the bytes of this rank's shards of all gradients."""
+    engine = make_engine(build_model(), "stash", threshold=0)
     stash: Any = engine.schedule
     engine.backward(engine(**batch()).loss)
-    held = {shard.untyped_storage()._cdata: shard.untyped_storage().nbytes() for shard in stash.stashed.values()}
+    stashed_bytes = {
+        shard.untyped_storage()._cdata: shard.untyped_storage().nbytes() for shard in stash.stashed.values()
+    }
     engine.step()
     assert not stash.stashed
-    return sum(held.values()), 4 * sum(target.numel for target in stash.targets)
+    return sum(stashed_bytes.values()), 4 * sum(target.numel for target in stash.targets)
 
 
-def test_a_stash_is_this_ranks_shards_and_nothing_more(ranks: GroupOf) -> None:
-    for held, share in ranks(2).run(stash_bytes):
-        assert held == share
+def test_a_stash_holds_only_the_shards_of_this_rank(ranks: GroupOf) -> None:
+    for stashed_bytes, share in ranks(2).run(stash_bytes):
+        assert stashed_bytes == share

@@ -1,4 +1,4 @@
-"""Clip factors against torch.nn.utils, and which parameters clip together."""
+"""Clipping: coefficients equal those of torch.nn.utils, and parameters are grouped by layer."""
 
 import pytest
 import torch
@@ -7,22 +7,22 @@ from lomo_ds.update.clipping import Clipping, clipping_groups
 
 
 @pytest.mark.parametrize("limit", [0.1, 1.0, 100.0])
-def test_global_norm_is_torchs(limit: float) -> None:
+def test_global_norm_equals_torch(limit: float) -> None:
     gradients = [torch.randn(7, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     squared = torch.stack([gradient.double().square().sum() for gradient in gradients])
-    factors = Clipping(global_norm=limit).coefficients(squared)
+    coefficients = Clipping(global_norm=limit).coefficients(squared)
     parameters = [torch.nn.Parameter(torch.zeros(7)) for _ in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
     torch.nn.utils.clip_grad_norm_(parameters, limit)
-    for parameter, gradient, factor in zip(parameters, gradients, factors, strict=True):
+    for parameter, gradient, coefficient in zip(parameters, gradients, coefficients, strict=True):
         assert parameter.grad is not None
-        torch.testing.assert_close(gradient * factor.float(), parameter.grad)
+        torch.testing.assert_close(gradient * coefficient.float(), parameter.grad)
 
 
 def test_group_norm_scales_each_group_alone() -> None:
-    factors = Clipping(group_norm=1.0).coefficients(torch.tensor([4.0, 0.25, 0.0], dtype=torch.float64))
-    assert factors.tolist() == pytest.approx([0.5, 1.0, 1.0], abs=1e-5)
+    coefficients = Clipping(group_norm=1.0).coefficients(torch.tensor([4.0, 0.25, 0.0], dtype=torch.float64))
+    assert coefficients.tolist() == pytest.approx([0.5, 1.0, 1.0], abs=1e-5)
 
 
 def test_value_limits_the_true_gradient() -> None:

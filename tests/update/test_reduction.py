@@ -1,4 +1,4 @@
-"""Gradients summed over ranks in buckets: every shard arrives, in order, and little is alive meanwhile."""
+"""Reduction in buckets: every rank gets its shards of the sums, in order, with few gradients alive."""
 
 from collections.abc import Callable
 
@@ -17,58 +17,58 @@ SHAPES = [(40, 6), (1,), (5, 7), (2, 1), (3, 4), (1, 1), (64,), (40, 6)]  # larg
 
 
 def gradient_of(index: int, rank: int) -> Tensor:
-    """Small integers, so that every sum is exact in any precision."""
+    """Return a gradient of small integers, whose sums are exact in any precision."""
     numel = torch.Size(SHAPES[index]).numel()
     return torch.arange(float(numel)).remainder(16).add(index + rank).view(SHAPES[index])
 
 
-def reduce_all(dtypes: list[torch.dtype], asked: torch.dtype | None, bucket_numel: int) -> tuple[int, list[int]]:
-    """The most whole elements that were waiting or under way; and the order of what was delivered, checked here."""
-    delivered: list[int] = []
-    alive = 0
+def reduce_all(dtypes: list[torch.dtype], reduce_dtype: torch.dtype | None, bucket_numel: int) -> tuple[int, list[int]]:
+    """Reduce all gradients and check the shards; return the peak of waiting and in-flight elements, and the order."""
+    order: list[int] = []
+    peak = 0
 
-    def deliver(indices: list[int], shards: list[Tensor]) -> None:
+    def check_shards(indices: list[int], shards: list[Tensor]) -> None:
         for index, shard in zip(indices, shards, strict=True):
-            whole = torch.stack([gradient_of(index, rank) for rank in range(dist.get_world_size())]).sum(dim=0)
-            assert shard.dtype == (asked or dtypes[index])
-            assert torch.equal(shard.float(), my_chunk(whole))
-        delivered.extend(indices)
+            expected = torch.stack([gradient_of(index, rank) for rank in range(dist.get_world_size())]).sum(dim=0)
+            assert shard.dtype == (reduce_dtype or dtypes[index])
+            assert torch.equal(shard.float(), my_chunk(expected))
+        order.extend(indices)
 
     numels = [torch.Size(shape).numel() for shape in SHAPES]
     shard_numels = [my_chunk(torch.zeros(shape)).numel() for shape in SHAPES]
-    tested = Reduction(numels, shard_numels, dist.get_world_group(), asked, deliver)
-    buckets = tested.buckets
+    reduction = Reduction(numels, shard_numels, dist.get_world_group(), reduce_dtype, check_shards)
+    buckets = reduction.buckets
     buckets.bucket_numel = min(buckets.bucket_numel, bucket_numel)
     buckets.alive_numel = max(numels)
     for index, dtype in enumerate(dtypes):
         gradient = gradient_of(index, dist.get_rank()).to(dtype)
-        transposed = gradient.t().contiguous().t() if gradient.dim() == 2 else gradient  # any layout will do
-        tested.add(index, transposed)
-        alive = max(alive, buckets.waiting_numel + tested.in_flight_numel)
-    tested.flush()
-    assert sorted(delivered) == list(range(len(SHAPES)))
-    assert (buckets.waiting_numel, tested.in_flight_numel) == (0, 0)
-    return alive, delivered
+        transposed = gradient.t().contiguous().t() if gradient.dim() == 2 else gradient  # any layout is accepted
+        reduction.add(index, transposed)
+        peak = max(peak, buckets.waiting_numel + reduction.in_flight_numel)
+    reduction.flush()
+    assert sorted(order) == list(range(len(SHAPES)))
+    assert (buckets.waiting_numel, reduction.in_flight_numel) == (0, 0)
+    return peak, order
 
 
 @pytest.mark.parametrize("bucket_numel", [1, 50, 120])
-@pytest.mark.parametrize("asked", [None, torch.float32])
+@pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_every_rank_gets_its_shard_of_the_sum(
-    ranks: GroupOf, world_size: int, dtype: torch.dtype, asked: torch.dtype | None, bucket_numel: int
+    ranks: GroupOf, world_size: int, dtype: torch.dtype, reduce_dtype: torch.dtype | None, bucket_numel: int
 ) -> None:
     mixed = [dtype if index % 3 else torch.float32 for index in range(len(SHAPES))]
     for dtypes in ([dtype] * len(SHAPES), mixed):
-        found = ranks(world_size).run(reduce_all, dtypes, asked, bucket_numel)
-        for alive, order in found:
+        outcomes = ranks(world_size).run(reduce_all, dtypes, reduce_dtype, bucket_numel)
+        for peak, order in outcomes:
             padding = len(SHAPES) * world_size
-            assert order == found[0][1], "the same on all ranks"
-            assert alive <= 40 * 6 + padding, "no more than the largest gradient"
+            assert order == outcomes[0][1], "the same on all ranks"
+            assert peak <= 40 * 6 + padding, "no more than the largest gradient"
 
 
 def test_interleave_pads_each_gradient_by_itself() -> None:
     gradients = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])]
     assert interleave(gradients, 2).tolist() == [1.0, 2.0, 4.0, 3.0, 0.0, 0.0]
-    alone = torch.ones(4)
-    assert interleave([alone], 2).data_ptr() == alone.data_ptr(), "a gradient that travels by itself is not copied"
+    single = torch.ones(4)
+    assert interleave([single], 2).data_ptr() == single.data_ptr(), "a single gradient is not copied"

@@ -1,4 +1,4 @@
-"""The host never waits for the device per parameter: what it reads in a step does not grow with the model."""
+"""Host synchronization: the number of device values read in a step does not grow with the model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +36,8 @@ def model_of(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-class Reads(TorchDispatchMode):
-    """Counts what makes a host wait for a device: reading a value of a tensor."""
+class ValueReads(TorchDispatchMode):
+    """Counts reads of tensor values, which make the host wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,9 +51,9 @@ class Reads(TorchDispatchMode):
 def reads_in_a_step(layers: int, schedule: str, params: dict[str, Any], global_norm: float | None) -> int:
     engine = make_engine(model_of(layers), schedule, global_norm=global_norm, params=params, bf16={"enabled": True})
     batch = my_part(whole_batch(0, rows=2 * torch.distributed.get_world_size()))
-    for _ in range(3):  # DeepSpeed compares what it traces in the first ones
+    for _ in range(3):  # DeepSpeed traces modules in the first steps
         engine.train_batch(batch)
-    with Reads() as reads:
+    with ValueReads() as reads:
         engine.train_batch(batch)
     return reads.count
 
@@ -63,13 +63,13 @@ def reads_in_a_step(layers: int, schedule: str, params: dict[str, Any], global_n
 def test_reads_do_not_grow_with_the_model(
     ranks: GroupOf, world_size: int, schedule: str, params: dict[str, Any], global_norm: float | None
 ) -> None:
-    few = ranks(world_size).run(reads_in_a_step, 1, schedule, params, global_norm)
-    many = ranks(world_size).run(reads_in_a_step, 4, schedule, params, global_norm)
-    print(f"{schedule} {params}: {few[0]} reads of a tensor's value in a step")
-    assert few == many
+    reads_small = ranks(world_size).run(reads_in_a_step, 1, schedule, params, global_norm)
+    reads_large = ranks(world_size).run(reads_in_a_step, 4, schedule, params, global_norm)
+    print(f"{schedule} {params}: {reads_small[0]} reads of a tensor's value in a step")
+    assert reads_small == reads_large
 
 
-def backward_without_a_wait(params: dict[str, Any], section: str) -> None:
+def backward_in_sync_debug_mode(params: dict[str, Any], section: str) -> None:
     sections: dict[str, Any] = {section: {"enabled": True}}
     engine = make_engine(model_of(4), params=params, **sections)
     batch = {name: value.cuda() for name, value in even_batch(0, 4).items()}
@@ -91,5 +91,5 @@ def backward_without_a_wait(params: dict[str, Any], section: str) -> None:
     [{"update_schedule": "stash", "stash_device": "gpu"}, {"update_schedule": "stash", "stash_device": "cpu"}],
     ids=["gpu", "host"],
 )
-def test_backward_waits_for_nothing_on_cuda(ranks: GroupOf, params: dict[str, Any], section: str) -> None:
-    ranks(1, "cuda").run(backward_without_a_wait, params, section)
+def test_backward_does_not_synchronize_on_cuda(ranks: GroupOf, params: dict[str, Any], section: str) -> None:
+    ranks(1, "cuda").run(backward_in_sync_debug_mode, params, section)

@@ -1,4 +1,4 @@
-"""What the kernel's stochastic rounding must do, in numpy: Philox4x32 as published, and one addition in fp32's bits."""
+"""Numpy reference of the kernel's stochastic rounding: Philox4x32, and an addition to the bits of fp32 values."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ LOW = 0xFFFFFFFF
 
 
 def philox(counter: list[np.ndarray], key: int, rounds: int) -> list[np.ndarray]:
-    """Four words of 32 bits for each counter of four such words, all as uint64 (Salmon et al., SC 2011)."""
+    """Return four 32-bit words for each counter of four 32-bit words, all as uint64 (Salmon et al., SC 2011)."""
     low, high = key & LOW, key >> 32
     for _ in range(rounds):
         left, right = counter[0] * np.uint64(MULTIPLIERS[0]), counter[2] * np.uint64(MULTIPLIERS[1])
@@ -25,7 +25,7 @@ def philox(counter: list[np.ndarray], key: int, rounds: int) -> list[np.ndarray]
 
 
 def noise(numel: int, seed: int, call: int, lanes: int = 1024, blocks: int = 8) -> Tensor:
-    """16 random bits for each element: lane i of a program has element i of each block, and half a word for it."""
+    """Return 16 random bits per element; lane i of a program uses half a word for element i of each block."""
     programs = -(-numel // (lanes * blocks))
     counters = np.arange(programs * lanes, dtype=np.uint64)
     rest = [np.full_like(counters, word) for word in (0, call & LOW, call >> 32)]
@@ -36,7 +36,7 @@ def noise(numel: int, seed: int, call: int, lanes: int = 1024, blocks: int = 8) 
 
 
 def rounded(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """Finite fp32 ``values``, up where the noise carries: past a step of bfloat16, or of float16 above 2 ** -14."""
+    """Round finite fp32 ``values`` to bfloat16, or to float16 above 2 ** -14; a carry of the noise rounds up."""
     dropped = 16 if dtype == torch.bfloat16 else 13
     sums = values.view(torch.int32).to(torch.int64) + (bits >> (16 - dropped))
     return (sums >> dropped << dropped).to(torch.int32).view(torch.float32).to(dtype)

@@ -64,7 +64,7 @@ def test_half_precision_is_one_rounding_of_fp32_arithmetic(
     weights, gradients = randn(NUMELS, dtype), randn(NUMELS, gradient_dtype, seed=1)
     expected = []
     for weight, gradient in zip(weights, gradients, strict=True):
-        # float64 holds a product of two fp32 numbers exactly, and rounds their difference too little to see
+        # float64 holds products of fp32 numbers exactly, and its rounding of differences is negligible
         decayed = (weight.double() * float(torch.tensor(1 - 0.1 * 0.5))).float()
         step = (gradient.double() * float(torch.tensor(0.1 * 0.25))).float()
         expected.append((decayed.double() - step.double()).float().to(dtype))
@@ -73,8 +73,8 @@ def test_half_precision_is_one_rounding_of_fp32_arithmetic(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_list_is_updated_as_its_members_one_by_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(flat, "CPU_PIECE_NUMEL", 600)  # shards of a list share a piece, or need several
+def test_updating_a_list_equals_updating_each_member(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(flat, "CPU_PIECE_NUMEL", 600)  # some shards share a piece, others need several
     together, gradients = randn(NUMELS, dtype), randn(NUMELS, seed=1)
     alone = clones(together)
     for weight, gradient in zip(alone, clones(gradients), strict=True):
@@ -100,7 +100,7 @@ def test_nothing_to_update() -> None:
         Sgd(torch.Generator()).update(empty, clones(empty), coefficient=1.0, lr=0.1, weight_decay=0.1)
 
 
-def test_stochastic_rounding_keeps_small_updates_alive() -> None:
+def test_stochastic_rounding_does_not_lose_small_updates() -> None:
     weights = torch.ones(10_000, dtype=torch.bfloat16)
     gradient = torch.full_like(weights, 1.0)
     nearest = weights.clone()
@@ -113,7 +113,7 @@ def test_stochastic_rounding_keeps_small_updates_alive() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_rounding_goes_on_from_a_saved_state(dtype: torch.dtype) -> None:
+def test_rounding_resumes_from_a_saved_state(dtype: torch.dtype) -> None:
     rule = Sgd(torch.Generator().manual_seed(0))
     runs: list[list[Tensor]] = []
     state = rule.state()
@@ -129,14 +129,14 @@ def test_rounding_goes_on_from_a_saved_state(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_inf_and_nan_are_seen_in_the_weights(dtype: torch.dtype, generator: torch.Generator | None) -> None:
+def test_inf_and_nan_propagate_to_the_weights(dtype: torch.dtype, generator: torch.Generator | None) -> None:
     weights, gradient = torch.zeros(4, dtype=dtype), torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0], dtype=dtype)
     Sgd(generator).update([weights], [gradient], coefficient=1.0, lr=1.0, weight_decay=0.1)
     torch.testing.assert_close(weights.float(), torch.tensor([-torch.inf, torch.inf, torch.nan, 0.0]), equal_nan=True)
 
 
 class Watch(TorchDispatchMode):
-    """The names of operations, and the bytes of the largest memory that one of them made."""
+    """Records the names of operations, and the bytes of the largest storage that an operation allocated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
 def test_no_temporary_exceeds_64_mib(
     dtype: torch.dtype, generator: torch.Generator | None, device: str, numel: int
 ) -> None:
-    """The meta device stands for a GPU, where pieces are larger, and allocates nothing."""
+    """Check temporaries; the meta device stands for a GPU, where pieces are larger, and allocates nothing."""
     weights = torch.zeros(numel, dtype=dtype, device=device)
     gradient = torch.zeros_like(weights, dtype=torch.bfloat16)
     coefficient = torch.tensor(0.5, dtype=torch.float64)
@@ -183,7 +183,7 @@ def test_fp32_makes_no_temporary() -> None:
 
 @pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_host_never_asks_for_a_value(dtype: torch.dtype, generator: torch.Generator | None) -> None:
+def test_the_host_never_reads_a_value(dtype: torch.dtype, generator: torch.Generator | None) -> None:
     weights, gradients = randn(NUMELS, dtype), randn(NUMELS, dtype, seed=1)
     with Watch() as watch:
         Sgd(generator).update(weights, gradients, torch.tensor(0.5, dtype=torch.float64), lr=0.1, weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""The rule on a GPU: the bits of the same arithmetic on the CPU, noise that resumes, and a host that never waits."""
+"""SGD on a GPU: bit-equal to the CPU, with resumable noise, and without host synchronization."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises."""
+    """Raise on every host synchronization."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -47,7 +47,7 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_kernel_is_what_runs() -> None:
+def test_the_kernel_is_used() -> None:
     pytest.importorskip("triton")
     assert kernel_for(torch.device("cuda", 0)) is not None
 
@@ -101,12 +101,12 @@ def test_stochastic_rounding_adds_philox(dtype: torch.dtype) -> None:
     found, rule = shard.cuda(), Sgd(generator(seed=5))
     rule.update([found], [gradient.cuda()], coefficient=1.0, lr=1e-3, weight_decay=0.0)
     expected = philox.rounded(exact, dtype, philox.noise(shard.numel(), seed=5, call=0))
-    normal = exact.abs() > 2.0**-14  # below it the steps of float16 are other ones
+    normal = exact.abs() > 2.0**-14  # below it the spacing of float16 differs
     assert torch.equal(found.cpu()[normal], expected[normal])
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_rounding_goes_on_from_a_saved_state(dtype: torch.dtype) -> None:
+def test_rounding_resumes_from_a_saved_state(dtype: torch.dtype) -> None:
     rule = Sgd(generator())
 
     def drawn() -> list[Tensor]:
@@ -129,8 +129,8 @@ def test_rounding_goes_on_from_a_saved_state(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_a_shard_that_begins_anywhere(dtype: torch.dtype) -> None:
-    """Neither the shard nor the gradient begins at a multiple of 16 bytes."""
+def test_a_shard_that_is_not_aligned(dtype: torch.dtype) -> None:
+    """Check a shard and a gradient that do not start at a multiple of 16 bytes."""
     weights, gradient = randn(dtype)[-1], randn(dtype, seed=1)[-1]
     expected = weights[3:-2].clone()
     Sgd().update([expected], [gradient[1:-4].clone()], coefficient=1.0, lr=0.1, weight_decay=0.1)
@@ -151,7 +151,7 @@ def test_a_shard_of_more_than_2_to_the_31_elements() -> None:
     assert bool((shard[: 2**20] == 1).all())
 
 
-def test_without_triton_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_without_triton_are_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     by_kernel, gradients = on_gpu(randn(torch.bfloat16)), on_gpu(randn(torch.bfloat16, seed=1))
     eager = [shard.clone() for shard in by_kernel]
     Sgd().update(by_kernel, gradients, coefficient=0.5, lr=0.1, weight_decay=0.1)
@@ -165,7 +165,7 @@ def test_without_triton_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -
     ("dtype", "gradient_dtype"),
     [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
 )
-def test_an_update_leaves_the_norm_of_what_it_has_read(dtype: torch.dtype, gradient_dtype: torch.dtype) -> None:
+def test_an_update_computes_the_norm_of_its_gradients(dtype: torch.dtype, gradient_dtype: torch.dtype) -> None:
     rule, gradients = Sgd(generator()), on_gpu(randn(gradient_dtype, seed=1))
     squares = rule.square_sums(NUMELS, torch.device("cuda", 0))
     assert squares is not None
@@ -174,13 +174,13 @@ def test_an_update_leaves_the_norm_of_what_it_has_read(dtype: torch.dtype, gradi
     for _ in range(2):
         squares.clear()
         shards = on_gpu(randn(dtype))
-        rule.update(shards, gradients, 0.5, 0.1, 0.0, 0.3, squares)  # clamped behind the measurement
+        rule.update(shards, gradients, 0.5, 0.1, 0.0, 0.3, squares)  # clamped after the measurement
         totals.append(squares.total())
     assert float(totals[0].sqrt()) == pytest.approx(exact**0.5, rel=1e-6)
     assert torch.equal(*totals), "bit for bit"
 
 
-def test_fp32_equals_torch_sgd_bit_for_bit_where_squares_are_wanted() -> None:
+def test_fp32_with_squares_equals_torch_sgd_bit_for_bit() -> None:
     rule, found, expected = Sgd(), on_gpu(randn(torch.float32)), on_gpu(randn(torch.float32))
     gradients = on_gpu(randn(torch.float32, seed=1))
     rule.update(expected, gradients, coefficient=1.0, lr=0.37, weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""The Triton kernel without a GPU: what it computes, by Triton's interpreter, and what it compiles to."""
+"""The Triton kernel without a GPU: its results in Triton's interpreter, and its compiled code."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tests.update.rules import philox
 
 pytest.importorskip("triton")
 HALF_DTYPES = [torch.bfloat16, torch.float16]
-NUMELS = [1000, 8192, 8192 + 37]  # 8192 are a program's
+NUMELS = [1000, 8192, 8192 + 37]  # a program has 8192 elements
 Interpreted = Callable[..., None]
 
 
@@ -51,7 +51,7 @@ def test_nearest_equals_eager_bit_for_bit(
 
 
 def measured(shard: Tensor, gradient: Tensor, limit: float | None = None, factor: float = 0.037) -> tuple[Tensor, ...]:
-    """The new shard, and the squares that an update leaves in the middle of a buffer."""
+    """Return the new shard, and the sums of squares that an update writes into the middle of a buffer."""
     from lomo_ds.update.rules import sgd_kernel
 
     programs = -(-shard.numel() // 8192)
@@ -61,7 +61,7 @@ def measured(shard: Tensor, gradient: Tensor, limit: float | None = None, factor
     return written, buffer[1:-1]
 
 
-def leaves_sums_of_squares(dtype: torch.dtype, gradient_dtype: torch.dtype) -> None:
+def check_sums_of_squares(dtype: torch.dtype, gradient_dtype: torch.dtype) -> None:
     for numel in (1, 1000, 8192, 2 * 8192 + 37):
         shard, gradient = randn(numel, dtype), randn(numel, gradient_dtype, seed=1)
         for limit in (None, 0.1):
@@ -83,10 +83,10 @@ def leaves_sums_of_squares(dtype: torch.dtype, gradient_dtype: torch.dtype) -> N
         (torch.float32, torch.bfloat16),
     ],
 )
-def test_an_update_leaves_sums_of_squares(
+def test_an_update_computes_sums_of_squares(
     interpreted: Interpreted, dtype: torch.dtype, gradient_dtype: torch.dtype
 ) -> None:
-    interpreted(leaves_sums_of_squares, dtype, gradient_dtype)
+    interpreted(check_sums_of_squares, dtype, gradient_dtype)
 
 
 def shows_what_is_not_finite() -> None:
@@ -98,7 +98,7 @@ def shows_what_is_not_finite() -> None:
         assert bool(sums.isnan()[1]) == math.isnan(bad)
 
 
-def test_inf_and_nan_are_seen_in_the_sums(interpreted: Interpreted) -> None:
+def test_inf_and_nan_propagate_to_the_sums(interpreted: Interpreted) -> None:
     interpreted(shows_what_is_not_finite)
 
 
@@ -118,7 +118,7 @@ def clamps_as_eager(dtype: torch.dtype, gradient_dtype: torch.dtype, limit: floa
 @pytest.mark.parametrize("limit", [0.1, 1e30, 1e300])
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, *HALF_DTYPES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_clamps_as_eager_bit_for_bit(
+def test_clamping_equals_eager_bit_for_bit(
     interpreted: Interpreted, dtype: torch.dtype, gradient_dtype: torch.dtype, limit: float
 ) -> None:
     interpreted(clamps_as_eager, dtype, gradient_dtype, limit)
@@ -136,12 +136,12 @@ def keeps_to_its_shard() -> None:
     assert not changed[2500:].any()
 
 
-def test_writes_its_shard_only(interpreted: Interpreted) -> None:
+def test_only_the_shard_is_written(interpreted: Interpreted) -> None:
     interpreted(keeps_to_its_shard)
 
 
 def test_the_reference_is_philox() -> None:
-    """Known answers of Random123, the authors' own implementation."""
+    """Compare with known answers of Random123, the authors' own implementation."""
     zeros, ones = (
         [int(word[0]) for word in philox.philox([np.array([value], dtype=np.uint64)] * 4, key, rounds=7)]
         for value, key in ((0, 0), (2**32 - 1, 2**64 - 1))
@@ -154,7 +154,7 @@ def equals_reference(dtype: torch.dtype, seed: int, call: int) -> None:
     for numel in NUMELS:
         shard, gradient = randn(numel, dtype), randn(numel, dtype, seed=1)
         exact = shard.float() * 0.97 - gradient.float() * 0.037
-        exact[exact.abs() < 2.0**-14] = 0.0  # float16's steps are another below it
+        exact[exact.abs() < 2.0**-14] = 0.0  # the spacing of float16 differs below it
         found = updated(shard.where(exact != 0, 0.0), gradient.where(exact != 0, 0.0), 0.037, 0.97, (seed, call))
         assert torch.equal(found, philox.rounded(exact, dtype, philox.noise(numel, seed, call)))
 
@@ -196,7 +196,7 @@ def test_stochastic_rounding_is_unbiased(
 
 
 def ups(programs: int, noise: tuple[int, int]) -> Tensor:
-    """Which of many values that lie midway go up, as +1 and -1: a row for each of the 8 elements of a lane."""
+    """Round many midpoint values and return +1 (up) or -1 (down), with a row for each of a lane's 8 elements."""
     shard = torch.zeros(8192 * programs, dtype=torch.bfloat16)
     drawn = updated(shard, torch.ones(shard.numel()), -(1 + 2.0**-8), 1.0, noise)
     return torch.where(drawn > 1, 1.0, -1.0).view(programs, 8, 1024).swapaxes(0, 1).reshape(8, -1)
@@ -211,7 +211,7 @@ def is_independent() -> None:
     assert torch.equal(drawn, ups(4, (3, 5)))
 
 
-def test_no_element_goes_with_another_of_its_word_its_neighbour_another_call_or_seed(interpreted: Interpreted) -> None:
+def test_noise_is_independent_between_words_neighbours_calls_and_seeds(interpreted: Interpreted) -> None:
     interpreted(is_independent)
 
 
@@ -219,7 +219,9 @@ def keeps_inf_and_nan(dtype: torch.dtype, noise: tuple[int, int] | None) -> None
     gradient = torch.tensor([math.inf, -math.inf, math.nan, 0.0])
     found = updated(torch.zeros(4, dtype=dtype), gradient, 1.0, 1.0, noise)
     torch.testing.assert_close(found, -gradient.to(dtype), equal_nan=True)
-    every_bit = torch.tensor([-1, 2**31 - 1], dtype=torch.int32).view(torch.float32)  # a GPU's nan: one more is zero
+    every_bit = torch.tensor([-1, 2**31 - 1], dtype=torch.int32).view(
+        torch.float32
+    )  # a GPU's nan, whose bits overflow to zero when incremented
     assert updated(torch.zeros(2, dtype=dtype), every_bit, 1.0, 1.0, noise).isnan().all()
     found = updated(gradient.to(dtype), torch.ones(4), 0.0, 0.5, noise)
     torch.testing.assert_close(found, gradient.to(dtype), equal_nan=True)
@@ -227,7 +229,7 @@ def keeps_inf_and_nan(dtype: torch.dtype, noise: tuple[int, int] | None) -> None
 
 @pytest.mark.parametrize("noise", [None, (0, 0)], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_inf_and_nan_stay(interpreted: Interpreted, dtype: torch.dtype, noise: tuple[int, int] | None) -> None:
+def test_inf_and_nan_are_preserved(interpreted: Interpreted, dtype: torch.dtype, noise: tuple[int, int] | None) -> None:
     interpreted(keeps_inf_and_nan, dtype, noise)
 
 
@@ -239,12 +241,12 @@ def keeps_what_is_representable(noise: tuple[int, int] | None) -> None:
 
 
 @pytest.mark.parametrize("noise", [None, (0, 0)], ids=["nearest", "stochastic"])
-def test_representable_values_stay(interpreted: Interpreted, noise: tuple[int, int] | None) -> None:
+def test_representable_values_are_unchanged(interpreted: Interpreted, noise: tuple[int, int] | None) -> None:
     interpreted(keeps_what_is_representable, noise)
 
 
 class CountingGenerator:
-    """What a CUDA generator offers beside numbers: a seed, and an offset in steps of four."""
+    """Fake CUDA generator: a seed, and an offset in steps of four."""
 
     def __init__(self, seed: int) -> None:
         self.seed, self.offset = seed, 0
@@ -289,7 +291,7 @@ def rule_goes_on_from_its_state() -> None:
     assert not torch.equal(first[0], first[2]), "shards of one call draw different noise"
 
 
-def test_the_rule_goes_on_from_the_state_of_its_generator(interpreted: Interpreted) -> None:
+def test_the_rule_resumes_from_the_state_of_its_generator(interpreted: Interpreted) -> None:
     interpreted(rule_goes_on_from_its_state)
 
 
@@ -297,7 +299,7 @@ def test_the_rule_goes_on_from_the_state_of_its_generator(interpreted: Interpret
 def test_compiles_to_wide_loads_and_separate_roundings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, squares: bool
 ) -> None:
-    """A compiler needs no GPU: 16 bytes a load and store, no fused multiply-add; a sum alone is shared by threads."""
+    """Check compiled code: 16-byte loads and stores, no FMA, and shared memory only for the sum of squares."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,1 +1,1 @@
-"""Tests of lomo_ds/schedules."""
+"""Tests of lomo_ds/update/schedules."""

@@ -1,4 +1,4 @@
-"""`immediate` where a kernel updates: one launch a parameter, and no second read of its gradient for the norm."""
+"""`immediate` with an update kernel: one launch per parameter, and no second read of its gradient for the norm."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ GROUPS = [0, 1, 1, 2]
 
 
 class Pieces:
-    """A store that lends shards in parts."""
+    """A store that yields shards in parts."""
 
     def __init__(self, shards: list[Tensor]) -> None:
         self.shards = shards
@@ -34,7 +34,7 @@ class Pieces:
 
 
 class Kernel:
-    """Stands for ``sgd_kernel``: leaves the squares of what it is given, and counts launches."""
+    """Fake ``sgd_kernel`` that writes sums of squares and counts launches."""
 
     def __init__(self) -> None:
         self.launches = 0
@@ -43,7 +43,10 @@ class Kernel:
         self, shard: Tensor, gradient: Tensor, factor: float, decay: float, noise: Any, limit: Any, squares: Tensor
     ) -> None:
         self.launches += shard.numel() > 0
-        values, sums = gradient.numpy().astype("f8"), squares.numpy()  # numpy, which no dispatch mode sees
+        values, sums = (
+            gradient.numpy().astype("f8"),
+            squares.numpy(),
+        )  # numpy operations are invisible to dispatch modes
         for program in range(len(sums)):
             sums[program] = (values[program * 8192 : (program + 1) * 8192] ** 2).sum()
 
@@ -72,7 +75,7 @@ def gradients(seed: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("clipping", [Clipping(), Clipping(value=0.1)], ids=["no clip", "value"])
-def test_a_gradient_is_read_by_its_update_alone(monkeypatch: pytest.MonkeyPatch, clipping: Clipping) -> None:
+def test_only_the_update_reads_a_gradient(monkeypatch: pytest.MonkeyPatch, clipping: Clipping) -> None:
     kernel = Kernel()
     monkeypatch.setattr(sgd, "kernel_for", lambda device: kernel)
     schedule = schedule_of(clipping)
@@ -92,7 +95,7 @@ def test_a_gradient_is_read_by_its_update_alone(monkeypatch: pytest.MonkeyPatch,
         assert schedule.squared_norms().shape == (3,)
 
 
-def test_a_step_without_some_parameters_counts_none_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unused_parameters_do_not_keep_sums_of_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sgd, "kernel_for", lambda device: Kernel())
     schedule = schedule_of(Clipping())
     schedule.receive([0, 1, 2, 3], gradients(0))
@@ -103,7 +106,7 @@ def test_a_step_without_some_parameters_counts_none_of_the_last(monkeypatch: pyt
     assert float(schedule.squared_norms().sum()) == pytest.approx(float(arrived.double().square().sum()), rel=1e-6)
 
 
-def test_group_clipping_knows_norms_before_it_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_clipping_computes_norms_before_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sgd, "kernel_for", lambda device: Kernel())
     assert schedule_of(Clipping(group_norm=1.0)).squares is None
     monkeypatch.undo()
