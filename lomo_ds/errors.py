@@ -1,31 +1,33 @@
-"""What went wrong, in the user's words: every error a user can cause, and nothing else.
+"""Exceptions for every error that a user can cause.
 
-A message states the rule, what it got and the way out, in one sentence. ``launch`` prints it without a
-traceback; a program that calls the library sees an ordinary exception, a ValueError where an argument is to blame.
+A message states the rule, the value that breaks it and how to fix it. ``launch`` prints the message without a
+traceback; a program that calls the library sees an ordinary exception, a ValueError if an argument is wrong.
 """
 
 import difflib
 
-NEAR = 0.83  # of two equal names 1: a letter or a short word more, less or other is near, half a name is not
+SIMILARITY_CUTOFF = (
+    0.83  # 1 means equal; a name that differs by one letter or one short word passes, half a name does not
+)
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """The end of a sentence that names the nearest of ``known``; empty if none is near."""
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
+    """Return the end of an error message that suggests the most similar ``known`` name; empty if none is similar."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=SIMILARITY_CUTOFF)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def one_line(text: object) -> str:
-    """``text``, which may be a library's or a user's, as it can stand within a sentence."""
+    """Return ``text`` on one line, so that it can be part of an error message."""
     return " ".join(str(text).split())
 
 
 class LomoError(Exception):
-    """Base of every error that is the user's to mend.
+    """Base class of every error that the user can fix.
 
     Attributes:
-        only_on_this_rank: no other rank raises this error, so this one must tell it.
-        on_some_ranks: any number of ranks may raise it, and one of them must tell it.
+        only_on_this_rank: no other rank raises this error, so this rank must report it.
+        on_some_ranks: any number of ranks may raise this error, and exactly one must report it.
     """
 
     only_on_this_rank = False
@@ -33,11 +35,11 @@ class LomoError(Exception):
 
 
 class ConfigError(LomoError, ValueError):
-    """What was asked for cannot be done, or two settings contradict each other."""
+    """A setting is invalid or unsupported, or two settings contradict each other."""
 
 
 class DataError(LomoError, ValueError):
-    """A text file, a row in it or a tokenizer does not hold what training needs."""
+    """A text file, one of its rows or a tokenizer lacks something that training needs."""
 
 
 class ModelError(LomoError, ValueError):
@@ -45,11 +47,11 @@ class ModelError(LomoError, ValueError):
 
 
 class DamagedError(LomoError, ValueError):
-    """A file of a checkpoint or of an exported model is missing, or is not what was written."""
+    """A file of a checkpoint or of an exported model is missing, or differs from what was written."""
 
 
 class CheckpointError(LomoError, ValueError):
-    """A checkpoint cannot be written, or is not one of this run."""
+    """A checkpoint cannot be written, or does not belong to this run."""
 
 
 class OffloadError(LomoError, OSError):
@@ -57,7 +59,7 @@ class OffloadError(LomoError, OSError):
 
 
 class NonFiniteGradientError(LomoError, ArithmeticError):
-    """A gradient was inf or nan and the schedule in force had already used it."""
+    """A gradient was inf or nan after the schedule had already applied it."""
 
 
 class DoesNotFitError(LomoError, MemoryError):
@@ -67,4 +69,4 @@ class DoesNotFitError(LomoError, MemoryError):
 
 
 class PeerError(LomoError, RuntimeError):
-    """Another rank failed and has said why; this rank stops in silence."""
+    """Another rank failed and has reported the error; this rank stops without a message."""

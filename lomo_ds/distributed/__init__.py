@@ -1,1 +1,1 @@
-"""The ranks of a job: their process group, the collectives between them, and the watchdog that ends them together."""
+"""Ranks of a job: the process group, collectives, and a watchdog that stops all ranks when one dies."""

@@ -1,6 +1,6 @@
-"""The collectives this project uses, each with one meaning.
+"""Collectives for small values: sums, minima, objects and errors of all ranks.
 
-All go through ``deepspeed.comm``, so DeepSpeed's communication logger counts them with its own.
+Tensors go through ``deepspeed.comm``, so that DeepSpeed's communication logger counts them.
 """
 
 from collections.abc import Callable
@@ -17,25 +17,25 @@ Result = TypeVar("Result")
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum ``values`` over all ranks, in place, so that every rank decides on the same figures."""
+    """Sum ``values`` over all ranks in place, so that every rank makes the same decision."""
     if dist.get_world_size(group) > 1:
         dist.all_reduce(values, group=group)
     return values
 
 
 def all_reduce_min(values: Tensor, group: ProcessGroup) -> Tensor:
-    """The smallest of each value over all ranks, in place: what every rank can rely on."""
+    """Replace each value by its minimum over all ranks, in place."""
     if dist.get_world_size(group) > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MIN, group=group)
     return values
 
 
 def raise_on_all_ranks(action: Callable[[], Result], group: ProcessGroup | None = None) -> Result:
-    """Run ``action`` on every rank; if it fails on any, all stop: the first that knows raises, the others are silent.
+    """Run ``action`` on every rank; if it fails on any rank, raise on all: only the lowest failing rank reports.
 
     Raises:
-        LomoError: what this rank's ``action`` raised, if no lower rank failed too.
-        PeerError: another rank failed first.
+        LomoError: the error of this rank's ``action``, if no lower rank failed.
+        PeerError: another rank reports the error.
     """
     outcome: Result | LomoError
     try:
@@ -55,9 +55,9 @@ def raise_on_all_ranks(action: Callable[[], Result], group: ProcessGroup | None 
 
 
 def gather_objects(value: Result, group: ProcessGroup | None = None) -> list[Result]:
-    """``value`` of every rank, on every rank; any small object that pickles."""
+    """Return the ``value`` of every rank, in rank order; values must be small and picklable."""
     if torch.distributed.get_world_size(group) == 1:
-        return [value]  # the first collective would build a communicator, which takes time and GPU memory
-    found: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(found, value, group=group)
-    return found
+        return [value]  # avoid the first collective, which would create a communicator: that takes time and GPU memory
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values

@@ -1,4 +1,4 @@
-"""The job's process group: started however the job was launched, and left at its end."""
+"""Start and end of the process group, for every way to launch a job."""
 
 import os
 import subprocess
@@ -8,18 +8,18 @@ import deepspeed
 import deepspeed.comm as dist
 from deepspeed.accelerator import get_accelerator
 
-TIMEOUT = timedelta(hours=2)  # ranks wait in a collective while one tokenizes a corpus or writes a large model
-RANK_ON_HOST = "LOMO_DS_RANK_ON_HOST"  # LOCAL_RANK as the launcher has set it
-LONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+TIMEOUT = timedelta(hours=2)  # ranks wait in a collective while one rank tokenizes a corpus or writes a large model
+RANK_ON_HOST = "LOMO_DS_RANK_ON_HOST"  # environment variable: LOCAL_RANK as the launcher has set it
+SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def is_main_process() -> bool:
-    """Whether this is the rank that talks to the user, known before any process group exists."""
+    """Return whether this rank reports to the user; works before the process group starts."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
 
 
 def is_local_main_process() -> bool:
-    """Whether this is the rank that does what is needed once on each host."""
+    """Return whether this rank does the work that is needed once per host."""
     return int(os.environ.get(RANK_ON_HOST) or os.environ["LOCAL_RANK"]) == 0
 
 
@@ -33,20 +33,22 @@ def ranks_on_host() -> int:
 
 
 def start_process_group() -> bool:
-    """Join the job's process group, however it was launched: deepspeed, torchrun, srun, or one plain process.
+    """Join the process group of a job launched by deepspeed, torchrun, srun, or as a single plain process.
 
     Returns:
-        False if this process was in it already.
+        False if this process had already joined.
     """
     if dist.is_initialized():
         return False
     if "RANK" not in os.environ:
-        found = _slurm_environment() if "SLURM_STEP_NUM_TASKS" in os.environ else LONE_PROCESS
-        os.environ |= found | {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+        launched = _slurm_environment() if "SLURM_STEP_NUM_TASKS" in os.environ else SINGLE_PROCESS
+        os.environ |= launched | {
+            name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ
+        }
     os.environ[RANK_ON_HOST] = os.environ["LOCAL_RANK"]
-    os.environ["LOCAL_RANK"] = str(_device_index())  # which is what DeepSpeed takes it for
-    get_accelerator().set_device(_device_index())  # before any collective, which runs there
-    _leave_out_inference_op()
+    os.environ["LOCAL_RANK"] = str(_device_index())  # DeepSpeed reads it as the device index
+    get_accelerator().set_device(_device_index())  # before any collective, which would use the current device
+    _skip_inference_op()
     dist.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
         auto_mpi_discovery=False,
@@ -57,16 +59,16 @@ def start_process_group() -> bool:
 
 
 def _device_index() -> int:
-    """Of this rank's device among those that it sees: of one that it alone sees (``srun --gpus-per-task=1``), 0."""
+    """Return the index of this rank's device; 0 if the process sees only one GPU (``srun --gpus-per-task=1``)."""
     accelerator = get_accelerator()
-    alone = accelerator.device_name() != "cpu" and accelerator.device_count() == 1
-    return 0 if alone else int(os.environ["LOCAL_RANK"])
+    single_gpu = accelerator.device_name() != "cpu" and accelerator.device_count() == 1
+    return 0 if single_gpu else int(os.environ["LOCAL_RANK"])
 
 
-def _leave_out_inference_op() -> None:
-    """On CPU ranks DeepSpeed would first compile an op that only inference uses.
+def _skip_inference_op() -> None:
+    """Keep DeepSpeed from compiling an op on CPU ranks that only inference uses.
 
-    That takes a compiler, half a minute, and a lock file which outlives a killed process and stops every later one.
+    Compilation needs a compiler and half a minute; its lock file survives a killed process and blocks later ones.
     """
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None:
@@ -74,12 +76,12 @@ def _leave_out_inference_op() -> None:
 
 
 def stop_process_group() -> None:
-    """Leave the process group; without this a rank can abort while the interpreter exits."""
+    """Leave the process group; otherwise a rank can abort while the interpreter exits."""
     dist.destroy_process_group()
 
 
 def _slurm_environment() -> dict[str, str]:
-    """torch.distributed's variables from those that srun sets for each task of a step."""
+    """Return the variables that torch.distributed reads, from those that srun sets for each task."""
     hosts = subprocess.run(
         ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
     ).stdout.split()

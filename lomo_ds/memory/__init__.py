@@ -1,1 +1,1 @@
-"""Memory of a device and of its host: what is free, pinned slabs, and copies between the two."""
+"""Device and host memory: free bytes, slabs of pinned memory, and transfers between host and device."""

@@ -1,4 +1,4 @@
-"""Free memory, measured; and the pinned host memory that may be taken of it."""
+"""Measurement of free memory, and the limit on pinned host memory."""
 
 import psutil
 import torch
@@ -7,19 +7,19 @@ from deepspeed.accelerator import get_accelerator
 from lomo_ds.distributed.process_group import ranks_on_host
 from lomo_ds.errors import ConfigError
 
-# What the ranks of a host may pin together; the rest stays with the operating system and the data loader.
+# Share of free host memory that all ranks of a host may pin; the rest is for the operating system and data loading.
 HOST_SHARE = 0.8
 
 
 def free_bytes() -> tuple[int, int]:
-    """Free bytes of this rank's device, and of host memory for each rank on this host."""
+    """Return the free bytes of this rank's device, and the free bytes of host memory per rank on this host."""
     return _free_device_bytes(), psutil.virtual_memory().available // ranks_on_host()
 
 
 def _free_device_bytes() -> int:
-    """What the driver has left, and what torch has reserved and does not use.
+    """Return the bytes that the driver reports as free plus those that torch has reserved but does not use.
 
-    On CUDA DeepSpeed's figure leaves out the latter, and fails where CUDA_VISIBLE_DEVICES holds UUIDs or names of MIG.
+    On CUDA, DeepSpeed's figure omits the latter, and fails if CUDA_VISIBLE_DEVICES holds UUIDs or MIG names.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cuda":
@@ -29,14 +29,16 @@ def _free_device_bytes() -> int:
 
 
 def check_host_memory(need: int, free: int, what: str, remedy: str) -> None:
-    """Refuse to pin more than a host can spare.
+    """Check that a rank may pin ``need`` bytes of host memory.
 
     Args:
-        need: bytes of a rank.
-        free: of host memory for each rank, see ``free_bytes``.
+        need: bytes per rank.
+        free: free bytes of host memory per rank; see ``free_bytes``.
+        what: the setting that needs the memory, for the error message.
+        remedy: the end of the error message, which says what to change.
 
     Raises:
-        ConfigError: it does not fit; the sentence says what is needed, what there is, and ``remedy``.
+        ConfigError: host memory is too small.
     """
     if need > HOST_SHARE * free:
         raise ConfigError(

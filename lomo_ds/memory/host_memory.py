@@ -1,6 +1,6 @@
-"""Pinned host memory of a GPU, and copies between the two on streams of their own.
+"""Pinned host memory, and asynchronous copies between host and device on separate streams.
 
-On the CPU, where both are the same memory, nothing is pinned and every copy is made at once.
+On the CPU nothing is pinned and every copy is synchronous.
 """
 
 from collections import deque
@@ -10,21 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# torch pins powers of two: a tensor by itself could take twice its size, many in one slab take little more than theirs
+from lomo_ds.numerics.flat import ceil_div
+
+# torch pins powers of two: a single tensor could take twice its size; tensors that share a slab waste little
 LARGEST_SLAB = 2**31
 SMALLEST_SLAB = 2**20
 ALIGNMENT = 64
-IN_FLIGHT_BYTES = 128 * 2**20  # device memory that copies under way may hold, in either direction
+IN_FLIGHT_BYTES = 128 * 2**20  # limit on device memory held by pending copies, in each direction
 
 
 class Slabs:
-    """Places tensors in slabs of powers of two; of memory it knows nothing.
+    """Layout of tensors in slabs whose sizes are powers of two; it allocates no memory itself.
 
     Args:
-        total: bytes of all tensors to come, as far as that is known; of a last slab little stays empty then.
+        total: expected bytes of all tensors, which keeps the unused end of the last slab small.
 
     Attributes:
-        sizes: bytes of the slabs so far.
+        sizes: bytes of each slab so far.
     """
 
     def __init__(self, total: int) -> None:
@@ -33,14 +35,14 @@ class Slabs:
         self.taken: list[int] = []
 
     def place(self, nbytes: int) -> tuple[int, int]:
-        """The slab for so many bytes, and where in it they begin; the first one with room, or a new one."""
-        needed = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        """Return the number of the first slab with room for ``nbytes``, or of a new one, and the offset in it."""
+        needed = ceil_div(nbytes, ALIGNMENT) * ALIGNMENT
         slab = next((n for n, size in enumerate(self.sizes) if self.taken[n] + needed <= size), len(self.sizes))
         if slab == len(self.sizes):
-            fitting = max(needed, SMALLEST_SLAB)
-            wanted = max(min(self.expected, LARGEST_SLAB), fitting)
-            size = 1 << (wanted.bit_length() - 1)  # what is left over goes into smaller ones
-            self.sizes.append(size if size >= fitting else 2 * size)
+            smallest = max(needed, SMALLEST_SLAB)
+            target = max(min(self.expected, LARGEST_SLAB), smallest)
+            size = 1 << (target.bit_length() - 1)  # the remainder goes into smaller slabs
+            self.sizes.append(size if size >= smallest else 2 * size)
             self.taken.append(0)
         self.expected -= needed
         start = self.taken[slab]
@@ -49,10 +51,10 @@ class Slabs:
 
 
 class PinnedMemory:
-    """Cuts tensors from slabs of pinned memory; what is cut is never given back.
+    """Allocator of tensors in slabs of pinned memory, which are never freed one by one.
 
     Args:
-        device: the one whose copies it is for; on the CPU memory is ordinary.
+        device: the device that copies to and from this memory; for the CPU, memory is not pinned.
         total: see ``Slabs``.
     """
 
@@ -61,8 +63,8 @@ class PinnedMemory:
         self.slabs = Slabs(total)
         self.memory: list[Tensor] = []
 
-    def like(self, tensor: Tensor) -> Tensor:
-        """Memory for a 1-D tensor as ``tensor``, its contents anything."""
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """Return an uninitialized tensor with the shape and dtype of ``tensor``, which is 1-D."""
         slab, start = self.slabs.place(tensor.nbytes)
         if slab == len(self.memory):
             self.memory.append(torch.empty(self.slabs.sizes[slab], dtype=torch.uint8, pin_memory=self.pinned))
@@ -71,15 +73,15 @@ class PinnedMemory:
 
 @dataclass(frozen=True, eq=False)
 class Fetch:
-    """A copy on its way up; ``tensor`` may be used, or freed, once the computing stream waits for it."""
+    """Pending copy to the device; ``tensor`` may be used or freed once the compute stream waits for it."""
 
     tensor: Tensor
-    arrived: torch.Event | None  # None on the CPU, where nothing is ever under way
+    arrived: torch.Event | None  # None on the CPU, where copies are synchronous
 
 
 @dataclass(frozen=True, eq=False)
 class _Offload:
-    """A copy on its way down."""
+    """Pending copy to host memory."""
 
     tensor: Tensor
     host_tensor: Tensor
@@ -87,83 +89,84 @@ class _Offload:
 
 
 class HostTransfer:
-    """Copies between a device and its pinned memory, both ways at once and beside what is computed.
+    """Asynchronous copies between a device and pinned host memory, in both directions, that overlap with computation.
 
-    No call waits on the host. The computing stream is told to wait for a copy up when its tensor is taken, and for a
-    copy down when its tensor is let go of, to bound the bytes in flight or in ``flush``. Until then device tensors are
-    held, so that no memory is used again that a copy still reads or writes. Held so, in either direction, are at most
-    ``IN_FLIGHT_BYTES``, or one tensor that is larger.
+    No call blocks the host. The compute stream waits for a fetch when its tensor is taken, and for an offload when its
+    device tensor is released: in ``flush``, or to bound the bytes in flight. Until then device tensors are kept alive,
+    so that their memory is not reused while a copy reads or writes it. Each direction keeps at most
+    ``IN_FLIGHT_BYTES`` alive, or one larger tensor.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.streams = torch.get_device_module(device)
-        self.downward = self.streams.Stream(device)
-        self.upward = self.streams.Stream(device)
+        self.offload_stream = self.streams.Stream(device)
+        self.fetch_stream = self.streams.Stream(device)
         self.offloads: deque[_Offload] = deque()
         self.offload_bytes = 0
 
     def offload(self, tensor: Tensor, host_tensor: Tensor) -> None:
-        """Begin to copy ``tensor`` into ``host_tensor``; the caller must not write to ``tensor`` any more.
+        """Start to copy ``tensor`` into ``host_tensor``; the caller must not write to ``tensor`` afterwards.
 
-        What bounds the bytes in flight is a wait for earlier copies, never for the one that begins here.
+        To bound the bytes in flight, the compute stream waits for earlier copies, never for this one.
         """
-        self.downward.wait_stream(self._computing)
-        with self.streams.stream(self.downward):
+        self.offload_stream.wait_stream(self._compute_stream)
+        with self.streams.stream(self.offload_stream):
             host_tensor.copy_(tensor, non_blocking=True)
-            self.offloads.append(_Offload(tensor, host_tensor, self.downward.record_event()))
+            self.offloads.append(_Offload(tensor, host_tensor, self.offload_stream.record_event()))
         self.offload_bytes += tensor.nbytes
         while len(self.offloads) > 1 and self.offload_bytes > IN_FLIGHT_BYTES:
             self._release_oldest()
 
     def fetch(self, host_tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-        """What lies in ``host_tensors``, on the device; the next ones are on their way while one is used."""
-        coming: deque[Fetch] = deque()
-        coming_bytes = 0
+        """Yield a device copy of each host tensor; the next copies are in flight while one is used."""
+        pending: deque[Fetch] = deque()
+        pending_bytes = 0
         try:
             for host_tensor in host_tensors:
-                coming.append(self.start_fetch(host_tensor))
-                coming_bytes += host_tensor.nbytes
-                while len(coming) > 1 and coming_bytes > IN_FLIGHT_BYTES:
-                    coming_bytes -= coming[0].tensor.nbytes
-                    yield self.finish_fetch(coming.popleft())
-            while coming:
-                yield self.finish_fetch(coming.popleft())
+                pending.append(self.start_fetch(host_tensor))
+                pending_bytes += host_tensor.nbytes
+                while len(pending) > 1 and pending_bytes > IN_FLIGHT_BYTES:
+                    pending_bytes -= pending[0].tensor.nbytes
+                    yield self.finish_fetch(pending.popleft())
+            while pending:
+                yield self.finish_fetch(pending.popleft())
         finally:
-            for unclaimed in coming:  # its copy must finish before its memory is freed
+            for unclaimed in pending:  # the copy must finish before its memory is freed
                 self.finish_fetch(unclaimed)
 
     def start_fetch(self, host_tensor: Tensor) -> Fetch:
-        """Begin to copy ``host_tensor`` to the device, behind an offload into the same memory that is under way."""
-        tensor = torch.empty_like(host_tensor, device=self.device, pin_memory=False)  # in the computing stream's pool
-        self.upward.wait_stream(self._computing)
-        copied = self._offload_under_way(host_tensor)
+        """Start to copy ``host_tensor`` to the device, after any pending offload into the same memory."""
+        # allocated here, so that it belongs to the memory pool of the compute stream
+        tensor = torch.empty_like(host_tensor, device=self.device, pin_memory=False)
+        self.fetch_stream.wait_stream(self._compute_stream)
+        copied = self._pending_offload(host_tensor)
         if copied is not None:
-            self.upward.wait_event(copied)
-        with self.streams.stream(self.upward):
+            self.fetch_stream.wait_event(copied)
+        with self.streams.stream(self.fetch_stream):
             tensor.copy_(host_tensor, non_blocking=True)
-            return Fetch(tensor, self.upward.record_event())
+            return Fetch(tensor, self.fetch_stream.record_event())
 
     def finish_fetch(self, fetch: Fetch) -> Tensor:
-        """Let the computing stream wait for a fetch, whose tensor can then be used or freed."""
+        """Make the compute stream wait for a fetch, and return its tensor, which may then be used or freed."""
         if fetch.arrived is not None:
-            self._computing.wait_event(fetch.arrived)
+            self._compute_stream.wait_event(fetch.arrived)
         return fetch.tensor
 
     def flush(self) -> None:
-        """Let go of every tensor on its way down; whatever comes later finds the host memory written."""
+        """Release the device tensors of all offloads; later work in the compute stream finds host memory written."""
         while self.offloads:
             self._release_oldest()
 
     @property
-    def _computing(self) -> torch.Stream:
+    def _compute_stream(self) -> torch.Stream:
         return self.streams.current_stream(self.device)
 
-    def _offload_under_way(self, host_tensor: Tensor) -> torch.Event | None:
-        """The last copy down into that memory, or a part of it; None if the computing stream waits for it already."""
-        start, stop = _span(host_tensor)
+    def _pending_offload(self, host_tensor: Tensor) -> torch.Event | None:
+        """Return the event of the last pending offload into the memory of ``host_tensor``; None if there is none."""
+        start, stop = _address_range(host_tensor)
         for offload in reversed(self.offloads):
-            first, last = _span(offload.host_tensor)
+            first, last = _address_range(offload.host_tensor)
             if first < stop and start < last:
                 return offload.copied
         return None
@@ -171,16 +174,16 @@ class HostTransfer:
     def _release_oldest(self) -> None:
         offload = self.offloads.popleft()
         if offload.copied is not None:
-            self._computing.wait_event(offload.copied)
+            self._compute_stream.wait_event(offload.copied)
         self.offload_bytes -= offload.tensor.nbytes
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of a contiguous tensor: its first byte, and the one behind its last."""
+def _address_range(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses of the first byte of a contiguous tensor and of the byte after its last."""
     return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Memory that ``tensors`` keep alive, each slab counted once, whole."""
+    """Return the bytes of all storages that ``tensors`` keep alive, each counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

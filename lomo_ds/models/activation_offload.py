@@ -109,5 +109,5 @@ class ActivationOffload:
             self.buffer_bytes = nbytes
             self.pinned = PinnedMemory(device, self.layers * nbytes)
         if not self.free:
-            self.free.append(self.pinned.like(torch.empty(self.buffer_bytes, dtype=torch.uint8, device="meta")))
+            self.free.append(self.pinned.empty_like(torch.empty(self.buffer_bytes, dtype=torch.uint8, device="meta")))
         return self.free.pop()

@@ -1,4 +1,4 @@
-"""Arithmetic on the values of a shard: fp32, half precision, and blocks of eight-bit weights.
+"""Arithmetic on the values of a shard: fp32, half precision, and block-quantized eight-bit weights.
 
-Pure functions over tensors. Nothing here knows of ranks, parameters or schedules.
+Pure functions over tensors, independent of ranks, parameters and schedules.
 """

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# The longest piece, and so a bound on every temporary below whatever the size of a shard: on a GPU 32 MiB of fp32, to
-# keep it busy; on a CPU 1 MiB, which stays in its cache.
+# Largest piece, which bounds the temporaries below for shards of any size: 32 MiB of fp32 on a GPU, enough to keep it
+# busy; 1 MiB on a CPU, which fits its cache.
 GPU_PIECE_NUMEL = 2**23
 CPU_PIECE_NUMEL = 2**18
 
@@ -17,21 +17,21 @@ def ceil_div(dividend: int, divisor: int) -> int:
 
 
 def norms(values: Sequence[Tensor]) -> list[Tensor]:
-    """The 2-norm of each of ``values`` (any float dtype), as 0-dim fp32 tensors; inf or nan if any element is."""
+    """Return the 2-norm of each tensor (any float dtype) as a 0-dim fp32 tensor; inf or nan if an element is."""
     return list(torch._foreach_norm(list(values), 2, dtype=torch.float32)) if values else []
 
 
 def clamp_(values: Tensor, limit: float) -> None:
-    """Clamp to [-limit, limit] in place; a ``limit`` that the dtype cannot hold is its largest number."""
+    """Clamp to [-limit, limit] in place; a ``limit`` beyond the range of the dtype becomes its largest number."""
     limit = min(limit, torch.finfo(values.dtype).max)
     values.clamp_(-limit, limit)
 
 
 def pieces(*flat: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Walk lists of equally long 1-D tensors together, a bounded number of elements at a time.
+    """Iterate over lists of equally long 1-D tensors in parallel, a bounded number of elements at a time.
 
-    Yields as many lists of views as were given: of several tensors that are short together, or of a part of one that
-    is long. The device of the last list's first tensor decides how many elements are many.
+    Yields one list of views for each input list: views of several short tensors, or of one part of a long tensor. The
+    device of the first tensor in the last list decides the bound.
     """
     limit = CPU_PIECE_NUMEL if flat[-1] and flat[-1][0].device.type == "cpu" else GPU_PIECE_NUMEL
     short: list[tuple[Tensor, ...]] = []

@@ -11,11 +11,11 @@ _FP16_SMALLEST_NORMAL = 2.0**-14
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round fp32 ``values`` to ``dtype`` up or down at random, so that the mean is the value itself.
+    """Round fp32 ``values`` to ``dtype`` up or down at random, so that the expected result is the value itself.
 
     A value between two neighbours a < b of ``dtype`` becomes b with probability (value - a) / (b - a);
-    representable values, inf and nan come back unchanged. Below 2 ** -14, where the steps of float16 stop getting
-    smaller, its probabilities come in steps of 2 ** -13. ``generator`` lives on the device of ``values``.
+    representable values, inf and nan come back unchanged. Below 2 ** -14, where
+    float16 is subnormal, its probabilities are multiples of 2 ** -13. ``generator`` is on the device of ``values``.
 
     Raises:
         ValueError: ``dtype`` is neither bfloat16 nor float16.
@@ -24,7 +24,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
     if dtype == torch.bfloat16:
         rounded = _clear_low_bits(values, noise, 16)
     elif dtype == torch.float16:
-        # raised by it, a value lies where fp32 has 13 bits more than float16 has for the value itself
+        # adding ``lift`` moves a subnormal value to where fp32 has exactly 13 bits more than float16
         lift = (values.abs() < _FP16_SMALLEST_NORMAL).float().mul_(_FP16_SMALLEST_NORMAL).copysign_(values)
         rounded = _clear_low_bits(values + lift, noise >> 3, 13).sub_(lift)
     else:
@@ -33,12 +33,12 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
 
 
 def _random_int16(like: Tensor, generator: torch.Generator) -> Tensor:
-    """An int16 for each element, every bit random: generators are as fast with 64 bits as with fewer."""
+    """Return one int16 of random bits for each element, drawn as int64, which takes a generator no longer."""
     words = torch.empty(ceil_div(like.numel(), 4), dtype=torch.int64, device=like.device)
     return words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
 
 
 def _clear_low_bits(values: Tensor, noise: Tensor, count: int) -> Tensor:
-    """Add ``noise``, of ``count`` bits with sign, less its smallest; then clear as many: a carry is a step up."""
+    """Add signed ``noise`` of ``count`` bits, shifted to be unsigned, then clear those bits; a carry rounds up."""
     bits = noise.int().add_(1 << (count - 1)).add_(values.view(torch.int32))
     return bits.bitwise_and_(-(1 << count)).view(torch.float32)

@@ -1,4 +1,4 @@
-"""Sums of squares of gradients, as update kernels leave them where a step's norm is computed from."""
+"""Sums of squared gradients that update kernels write, and from which the gradient norm of a step is computed."""
 
 from collections.abc import Sequence
 
@@ -11,35 +11,37 @@ PROGRAM_NUMEL = 8192  # elements of a gradient that one program of an update ker
 
 
 def program_count(numel: int) -> int:
-    """How many programs, and so sums, there are for a gradient of so many elements."""
+    """Return the number of kernel programs, each of which writes one sum, for a gradient of ``numel`` elements."""
     return ceil_div(numel, PROGRAM_NUMEL)
 
 
 class SquareSums:
-    """The sums of a step in the order of its launches, which is backward's: the same from run to run.
+    """Buffer of the sums of one step, in launch order, which follows backward and is the same in every run.
 
     Args:
-        numels: of all gradients of a step, each as it reaches a kernel or a multiple of ``PROGRAM_NUMEL`` of it.
-        device: where gradients are computed.
+        numels: lengths of the gradients of a step: each as a kernel receives it, or in multiples of ``PROGRAM_NUMEL``.
+        device: device of the gradients.
     """
 
     def __init__(self, numels: Sequence[int], device: torch.device) -> None:
         self.sums = torch.empty(sum(map(program_count, numels)), dtype=torch.float32, device=device)
-        self.views: dict[tuple[int, int], Tensor] = {}  # the same at every step, and slow to make
+        self.views: dict[
+            tuple[int, int], Tensor
+        ] = {}  # cached, since slicing is slow and every step needs the same views
         self.used = 0
 
     def clear(self) -> None:
-        """Forget the sums of a step."""
+        """Discard the sums of a step."""
         self.used = 0
 
     def take(self, numel: int) -> Tensor:
-        """Slots for the sums of a gradient of so many elements, all to be written."""
+        """Return the slots for the next gradient, which has ``numel`` elements; the kernel writes all of them."""
         start, self.used = self.used, self.used + program_count(numel)
         if (start, self.used) not in self.views:
-            assert self.used <= len(self.sums), "a gradient more than a step has"
+            assert self.used <= len(self.sums), "more gradients than a step has"
             self.views[start, self.used] = self.sums[start : self.used]
         return self.views[start, self.used]
 
     def total(self) -> Tensor:
-        """Their sum, 0-dim float64; inf or nan where a gradient was."""
+        """Return the total as 0-dim float64; inf or nan if a gradient was."""
         return self.sums[: self.used].sum(dtype=torch.float64)

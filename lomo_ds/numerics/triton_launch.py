@@ -1,18 +1,18 @@
-"""Launches of a Triton kernel that take the host little longer than those of PyTorch's own kernels."""
+"""Triton kernel launches with little more host overhead than those of PyTorch's own kernels."""
 
 from collections.abc import Hashable
 from typing import Any
 
 
 class Launcher:
-    """Launches one kernel, and remembers what it was compiled to.
+    """Launches one kernel and caches its compiled variants.
 
-    Triton finds that out at each call, from all arguments, which takes five times as long as the launch itself: in a
-    backward pass that launches an update for each parameter the host would fall behind the device.
+    Triton looks up the variant from all arguments at each call, which takes five times as long as the launch itself. In
+    a backward pass that launches an update for each parameter, the host would fall behind the device.
 
     Args:
-        kernel: what ``triton.jit`` has made.
-        options: of its compilation.
+        kernel: a function decorated with ``triton.jit``.
+        options: compile options.
     """
 
     def __init__(self, kernel: Any, options: dict[str, Any]) -> None:
@@ -24,8 +24,8 @@ class Launcher:
         """Run ``grid`` programs on the current device and its current stream.
 
         Args:
-            key: everything that the kernel is compiled for; see ``alignment`` for tensors.
-            arguments: all of the kernel's, in order.
+            key: everything that the compiled variant depends on; see ``alignment`` for tensors.
+            arguments: all arguments of the kernel, in order.
         """
         compiled = self.compiled.get(key)
         if compiled is not None:
@@ -37,5 +37,5 @@ class Launcher:
 
 
 def alignment(*addresses: int) -> tuple[bool, ...]:
-    """What Triton compiles for of each address: whether it is a multiple of 16 bytes."""
+    """Return whether each address is a multiple of 16 bytes, which Triton specializes kernels for."""
     return tuple(address % 16 == 0 for address in addresses)

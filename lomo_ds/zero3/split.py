@@ -47,7 +47,7 @@ def partition(
         partitioned: Partitioned = parameter
         partitioned.partition()
         if pinned is not None and not _in_eight_bits(ds_config, partitioned):
-            partitioned.ds_tensor.data = pinned.like(partitioned.ds_tensor)
+            partitioned.ds_tensor.data = pinned.empty_like(partitioned.ds_tensor)
         _clear_padding(partitioned)
         yield Shard.of(name, partitioned)
         if _in_eight_bits(ds_config, partitioned):
@@ -173,7 +173,7 @@ def _eight_bits_of(parameter: Partitioned) -> Tensor:
 
 def _keep(parameter: Partitioned, kept: Tensor, ds_config: dict[str, Any], pinned: PinnedMemory | None) -> None:
     """Let ``kept`` be this rank's partition, where the ds_config wants it."""
-    home = kept.to(_home(ds_config)) if pinned is None else pinned.like(kept).copy_(kept)
+    home = kept.to(_home(ds_config)) if pinned is None else pinned.empty_like(kept).copy_(kept)
     parameter.ds_tensor.data = home
 
 

@@ -96,7 +96,7 @@ def test_a_shard_is_lent_from_the_gathered_copy_or_from_its_home() -> None:
 
 def test_tensors_share_slabs_and_never_overlap() -> None:
     memory = PinnedMemory(CPU, total=300 * 64)
-    small = [memory.like(torch.empty(3, dtype=torch.bfloat16)) for _ in range(300)]
+    small = [memory.empty_like(torch.empty(3, dtype=torch.bfloat16)) for _ in range(300)]
     for number, tensor in enumerate(small):
         tensor.fill_(float(number % 7))
     assert [tensor.tolist() for tensor in small] == [[float(number % 7)] * 3 for number in range(300)]

@@ -1,4 +1,4 @@
-"""Weights in eight bits: blocks of neighbours, each with codes from -127 to 127 and a scale that they are times of."""
+"""Block-quantized eight-bit weights: a weight is its code (-127 to 127) times the scale of its block."""
 
 from lomo_ds.numerics.int8.blocks import (
     Blocks,

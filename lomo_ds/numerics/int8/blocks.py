@@ -1,6 +1,6 @@
-"""Eight-bit weights as they lie in memory, read and updated there by the fastest way that the device has.
+"""Memory layout of eight-bit weights; quantize, dequantize and update by the fastest method of the device.
 
-Codes and scales of a tensor share one buffer, scales first, so that one copy or collective moves both.
+The codes and scales of a tensor share one buffer, scales first, so that one copy or collective moves both.
 """
 
 import functools
@@ -18,63 +18,63 @@ from lomo_ds.numerics.int8.eager import Noise, block_count
 logger = logging.getLogger(__name__)
 
 SCALE_BYTES = torch.bfloat16.itemsize
-ALIGNMENT = 16  # of codes, and of one buffer behind another: the widest load of a GPU
+ALIGNMENT = 16  # bytes, of codes and of consecutive buffers: the widest load of a GPU
 
 
 class Blocks(NamedTuple):
-    """Weights in eight bits, to be changed in place; or several tensors as long, each a row, to be read."""
+    """Views of eight-bit weights: one tensor, to read or update, or several equally long tensors, to read."""
 
-    codes: Tensor  # int8, 1-D; 2-D of several tensors
+    codes: Tensor  # int8, 1-D; 2-D with a row for each of several tensors
     scales: Tensor  # bfloat16, one for each block of codes
-    number: int  # another for each tensor of a model, so that no two are rounded with the same noise
+    number: int  # unique within a model, so that no two tensors are rounded with the same noise
 
 
-Values = Tensor | Blocks  # of a shard: 1-D and contiguous of any float dtype, or eight-bit weights
+Values = Tensor | Blocks  # values of a shard: 1-D, contiguous, any float dtype; or eight-bit weights
 
 
 def is_quantizable(shape: torch.Size) -> bool:
-    """Whether a parameter of this shape is kept in eight bits: matrices are, the few numbers of norms are not."""
+    """Return whether a parameter of this shape is stored in eight bits: matrices are, small vectors are not."""
     return len(shape) >= 2
 
 
 def scale_bytes(numel: int) -> int:
-    """Bytes at the beginning of a buffer, which may be of more weights than these ``numel``."""
+    """Return the bytes of the scales of ``numel`` weights, which are at the beginning of a buffer."""
     return SCALE_BYTES * block_count(numel)
 
 
 def quantized_bytes(numel: int) -> int:
-    """Bytes of the codes and scales of ``numel`` weights."""
+    """Return the bytes of a buffer with the codes and scales of ``numel`` weights."""
     return _start_of_codes(numel) + ceil_div(numel, ALIGNMENT) * ALIGNMENT
 
 
 def quantize_flat(values: Tensor) -> Tensor:
-    """The nearest eight-bit weights to 1-D ``values`` of any float dtype, as a new int8 buffer on their device."""
+    """Quantize 1-D ``values`` (any float dtype) to nearest, into a new int8 buffer on the same device."""
     buffer = torch.empty(quantized_bytes(values.numel()), dtype=torch.int8, device=values.device)
     quantize_into(buffer, values)
     return buffer
 
 
 def quantize_into(buffer: Tensor, values: Tensor) -> None:
-    """Write the nearest eight-bit weights to 1-D ``values`` into a buffer on their device."""
+    """Quantize 1-D ``values`` to nearest into ``buffer``, which is on the same device."""
     codes, scales, _ = view_blocks(buffer, values.numel())
     (kernel_for(values.device) or eager).encode(values, (codes, scales))
 
 
 def view_blocks(buffer: Tensor, numel: int, number: int = 0) -> Blocks:
-    """What lies in the buffer of ``numel`` weights, or in several, each a row; the same memory."""
+    """Return views of the codes and scales in a buffer of ``numel`` weights, or in several buffers, one a row."""
     start = _start_of_codes(numel)
     scales = buffer[..., : scale_bytes(numel)].view(torch.bfloat16)
     return Blocks(buffer[..., start : start + numel], scales, number)
 
 
 def dequantize(blocks: Blocks, out: Tensor) -> None:
-    """Write the weights, each rounded once from fp32, into ``out``: contiguous, of any float dtype, as the codes."""
+    """Dequantize into ``out``: contiguous, any float dtype, of the shape of the codes; each weight is rounded once."""
     kernel = kernel_for(out.device)
     if kernel is not None:
         kernel.decode(blocks.codes, blocks.scales, out)
         return
-    rows = zip(*map(torch.atleast_2d, (blocks.codes, blocks.scales, out)), strict=True)
-    for codes, scales, written in rows:
+    matrices = zip(*map(torch.atleast_2d, (blocks.codes, blocks.scales, out)), strict=True)
+    for codes, scales, written in matrices:
         eager.decode(codes, scales, out.dtype, written)
 
 
@@ -87,7 +87,7 @@ def update(
     limit: float | None = None,
     squares: Tensor | None = None,
 ) -> None:
-    """See ``eager.update_``, and ``kernel.update`` for ``limit`` and ``squares``; ``gradient`` may be clobbered."""
+    """Update as ``eager.update_``; see ``kernel.update`` for ``limit`` and ``squares``. May overwrite ``gradient``."""
     kernel = kernel_for(gradient.device)
     if kernel is not None:
         kernel.update(blocks.codes, blocks.scales, gradient, factor, decay, noise, limit, squares)
@@ -105,7 +105,7 @@ def _start_of_codes(numel: int) -> int:
 
 @functools.cache
 def kernel_for(device: torch.device) -> ModuleType | None:
-    """Triton's kernels, tried once; None off the GPU, and, with a warning, where Triton does not work."""
+    """Return the Triton kernels, tested once; None without a GPU, or, with a warning, if Triton does not work."""
     if device.type != "cuda":
         return None
     try:
@@ -116,7 +116,7 @@ def kernel_for(device: torch.device) -> ModuleType | None:
         squares = torch.empty(1, dtype=torch.float32, device=device)
         kernel.update(codes, scales, ones, 1.0, 1.0, Noise(0, 0, 0), None, squares)
         kernel.decode(codes, scales, ones)
-    except Exception as error:  # no Triton, no C compiler, a GPU it does not know: each has an exception of its own
-        logger.warning("eight-bit weights take several passes over memory, for Triton fails: %s", error)
+    except Exception as error:  # missing Triton or C compiler, unsupported GPU: each raises its own exception type
+        logger.warning("eight-bit weights take several passes over memory because Triton fails: %s", error)
         return None
     return kernel

@@ -1,6 +1,6 @@
-"""Weights in eight bits on CUDA, each in one pass over memory, as Triton kernels: what modules compute with, and SGD.
+"""Triton kernels for eight-bit weights: quantize, dequantize and SGD update, each in one pass over memory.
 
-To import this file is to import triton, which not every machine has.
+This file imports triton, which is not installed on every machine.
 """
 
 import torch
@@ -12,14 +12,16 @@ from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.numerics.int8 import eager as int8
 from lomo_ds.numerics.triton_launch import Launcher, alignment
 
-# Unfused, product and difference are rounded apart, as they are in eager mode.
+# Without fusion, product and difference are rounded separately, as in eager mode.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 BLOCK = tl.constexpr(int8.BLOCK)
-ROWS = tl.constexpr(1024 // int8.BLOCK)  # blocks of a tile
-TILE = tl.constexpr(1024)  # 8 neighbours for each thread
-TILES = tl.constexpr(8)  # of a program; one call of Philox gives a lane 4 words, 16 bits for each of 8 tiles
+ROWS = tl.constexpr(1024 // int8.BLOCK)  # blocks in a tile
+TILE = tl.constexpr(1024)  # 8 adjacent elements for each thread
+TILES = tl.constexpr(
+    8
+)  # tiles in a program; one Philox call gives a lane 4 words, which are 16 bits for each of 8 tiles
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al., SC 2011, table 2)
-APART = tl.constexpr(0x696E7438)  # from counters that other kernels use with the same seed
+COUNTER_TAG = tl.constexpr(0x696E7438)  # keeps counters distinct from other kernels with the same seed
 LARGEST = tl.constexpr(int8.LARGEST)
 SHRINK = tl.constexpr(int8.SHRINK)
 SHARE = tl.constexpr(1 / int8.LARGEST)
@@ -29,7 +31,7 @@ PROGRAM_NUMEL = TILE.value * TILES.value
 
 
 def encode(values: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """What ``int8.encode`` returns, bit for bit, of contiguous ``values``, without waiting for the device."""
+    """Quantize contiguous ``values`` with the same bits as ``int8.encode``, without waiting for the device."""
     codes, scales = out or int8.empty_like(values)
     _check(codes, scales, values)
     if codes.numel() > 0:
@@ -40,11 +42,11 @@ def encode(values: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Te
 
 
 def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """Write what ``int8.decode`` returns into ``out``, bit for bit, without waiting for the device.
+    """Dequantize into ``out`` with the same bits as ``int8.decode``, without waiting for the device.
 
     Args:
-        codes, scales: 1-D; or 2-D, a tensor a row, all rows in one launch. Rows may lie apart, equally far for both.
-        out: of the shape of ``codes``, contiguous, on their device; bfloat16, float16 or float32.
+        codes, scales: 1-D; or 2-D, a tensor a row, in one launch. The rows may have gaps between them.
+        out: contiguous, of the shape and on the device of ``codes``; bfloat16, float16 or float32.
     """
     numel = codes.shape[-1]
     assert out.shape == codes.shape
@@ -73,19 +75,19 @@ def update(
     """Write ``decay * weight - factor * gradient`` as ``int8.update_`` does, without waiting for the device.
 
     Args:
-        gradient: as long as ``codes``, contiguous, on their device; any float dtype.
+        gradient: as long as ``codes``, contiguous, on the same device; any float dtype.
         factor: a float, or a 0-dim fp32 tensor on the same device.
-        noise: None rounds to nearest. The random numbers are other ones than those of ``int8.update_``.
-        limit: magnitude that gradients are clamped to first; None leaves them as they are.
-        squares: 1-D fp32, a slot for each program of 8192 elements, to be filled with the sum of squares of the
-            gradients that the program has read, before they are clamped. The same gradients give the same bits.
+        noise: None rounds to nearest. The random numbers differ from those of ``int8.update_``.
+        limit: magnitude that gradients are clamped to first; None does not clamp.
+        squares: 1-D fp32, one slot for each program of 8192 elements, which receives the sum of squares of the
+            program's gradients before they are clamped. Equal gradients give equal bits.
     """
     _check(codes, scales, gradient)
-    assert codes.numel() < 2**35, "32 bits number the lanes"
+    assert codes.numel() < 2**35, "lane numbers have 32 bits"
     assert squares is None or squares.shape == (_programs(codes.numel()),)
     if codes.numel() == 0:
         return
-    drawn = noise or int8.Noise(0, 0, 0)
+    seeds = noise or int8.Noise(0, 0, 0)
     in_memory = isinstance(factor, Tensor)
     aligned = alignment(codes.data_ptr(), scales.data_ptr(), gradient.data_ptr())
     compiled_for = (in_memory, limit is None, squares is None, noise is None)
@@ -100,10 +102,10 @@ def update(
         None if limit is None else min(float(limit), torch.finfo(gradient.dtype).max),
         squares,
         codes.numel(),
-        drawn.seed,
-        drawn.shard,
-        drawn.window,
-        drawn.shift,
+        seeds.seed,
+        seeds.shard,
+        seeds.window,
+        seeds.shift,
         in_memory,
         noise is not None,
     )
@@ -121,11 +123,11 @@ def _programs(numel: int) -> int:
 
 @triton.jit(do_not_specialize=["numel"])
 def _encode(values: tl.tensor, codes: tl.tensor, scales: tl.tensor, numel: tl.int64) -> None:
-    """One program reads ``TILES`` tiles of ``ROWS`` blocks."""
+    """Quantize ``TILES`` tiles of ``ROWS`` blocks in each program."""
     first = tl.program_id(0).to(tl.int64) * TILES
     left = numel - first * TILE
     values, codes, scales = values + first * TILE, codes + first * TILE, scales + first * ROWS
-    if left >= TILE * TILES:  # a mask of any length would rule out wide loads
+    if left >= TILE * TILES:  # masked loads could not be wide
         for tile in tl.static_range(TILES):
             _encode_tile(values, codes, scales, tile, left, False)
     else:
@@ -149,8 +151,8 @@ def _encode_tile(
     mask = places < left if MASKED else None
     exact = tl.load(values + places, mask, 0 if MASKED else None).to(tl.float32)
     bits, largest = _largest(exact)
-    wanted = _to_nearest(tl.maximum(largest * SHARE, SMALLEST_SCALE), tl.bfloat16).to(tl.float32)
-    scale = tl.where(bits < INF_BITS, wanted, float("nan"))
+    finite_scale = _to_nearest(tl.maximum(largest * SHARE, SMALLEST_SCALE), tl.bfloat16).to(tl.float32)
+    scale = tl.where(bits < INF_BITS, finite_scale, float("nan"))
     tl.store(codes + places, _nearest_codes(_multiple(exact, scale), scale), mask)
     tl.store(scales + blocks, scale.to(scales.dtype.element_ty), blocks * BLOCK < left if MASKED else None)
 
@@ -165,16 +167,16 @@ def _decode(
     scales_apart: tl.int64,
     out_apart: tl.int64,
 ) -> None:
-    """One program writes ``TILES`` tiles of ``ROWS`` blocks of a row.
+    """Dequantize ``TILES`` tiles of ``ROWS`` blocks of one row in each program.
 
-    The distances between rows are specialized, unlike ``numel``: as multiples of 16 they allow wide loads.
+    Row strides are specialized, unlike ``numel``: strides that are multiples of 16 allow wide loads.
     """
     first = tl.program_id(0).to(tl.int64) * TILES
     left = numel - first * TILE
     row = tl.program_id(1).to(tl.int64)
     codes, scales = codes + row * codes_apart + first * TILE, scales + row * scales_apart + first * ROWS
     out = out + row * out_apart + first * TILE
-    if left >= TILE * TILES:  # a mask of any length would rule out wide loads
+    if left >= TILE * TILES:  # masked loads could not be wide
         for tile in tl.static_range(TILES):
             _decode_tile(codes, scales, out, tile, left, False)
     else:
@@ -202,7 +204,7 @@ def _decode_tile(
     tl.store(out + places, _to_nearest(value, out.dtype.element_ty), mask)
 
 
-# A launch's ``squares`` begin anywhere in a buffer; where that is at a multiple of 16 bytes must not compile anew.
+# ``squares`` may start anywhere in a buffer; its alignment must not cause another compilation.
 @triton.jit(
     do_not_specialize=["numel", "seed", "shard", "window", "shift"],
     do_not_specialize_on_alignment=["factor", "squares"],
@@ -223,7 +225,7 @@ def _update(
     FACTOR_IN_MEMORY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ) -> None:
-    """One program updates ``TILES`` tiles of ``ROWS`` blocks; lane i has element i of each."""
+    """Update ``TILES`` tiles of ``ROWS`` blocks in each program; lane i handles element i of each tile."""
     if FACTOR_IN_MEMORY:
         factor = tl.load(factor)
     first = tl.program_id(0).to(tl.int64) * TILES
@@ -265,7 +267,7 @@ def _tiles(
     loaded = _load(codes, scales, gradients, 0, left, MASKED)
     for tile in tl.static_range(TILES):
         code, scale, gradient = loaded
-        if tile + 1 < TILES and not MASKED:  # ahead of the store, for the compiler takes no load across one
+        if tile + 1 < TILES and not MASKED:  # before the store, since the compiler moves no load across it
             loaded = _load(codes, scales, gradients, tile + 1, left, MASKED)
         scale, gradient = scale.to(tl.float32), gradient.to(tl.float32)
         if squares is not None:
@@ -274,7 +276,7 @@ def _tiles(
             gradient = _clamped(gradient, limit, gradients.dtype.element_ty)
         exact = code.to(tl.float32) * scale * decay
         exact -= gradient * factor
-        scale = _kept_or_renewed(scale, exact)
+        scale = _keep_or_renew(scale, exact)
         multiple = _multiple(exact, scale)
         if STOCHASTIC:
             began = (words[tile // 2] >> (16 * (tile % 2))).to(tl.int32)
@@ -283,7 +285,7 @@ def _tiles(
         tl.store(codes + places, _nearest_codes(multiple, scale), places < left if MASKED else None)
         mask_of_blocks = blocks * BLOCK < left if MASKED else None
         tl.store(scales + blocks, scale.to(scales.dtype.element_ty), mask_of_blocks)
-        if tile + 1 < TILES and MASKED:  # ahead, masks would need registers that the program above wants
+        if tile + 1 < TILES and MASKED:  # after the store, since masks would need registers that are in use above
             loaded = _load(codes, scales, gradients, tile + 1, left, MASKED)
     if squares is not None:
         tl.store(squares + tl.program_id(0), tl.sum(total))
@@ -298,7 +300,7 @@ def _load(
     left: tl.tensor,
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Codes, scales and gradients of a tile."""
+    """Load the codes, scales and gradients of a tile."""
     places, blocks = _places(tile)
     mask = places < left if MASKED else None
     code = tl.load(codes + places, mask, 0 if MASKED else None)
@@ -308,7 +310,7 @@ def _load(
 
 @triton.jit
 def _clamped(values: tl.tensor, limit: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """To [-limit, limit], which gradients' ``dtype`` rounds first, as in eager mode; nan stays."""
+    """Clamp to [-limit, limit], with the limit rounded to the gradients' ``dtype`` as in eager mode; keep nan."""
     limit = _to_nearest(tl.full(values.shape, limit, tl.float32), dtype).to(tl.float32)
     values = tl.where(values > limit, limit, values)
     return tl.where(values < -limit, -limit, values)
@@ -316,48 +318,47 @@ def _clamped(values: tl.tensor, limit: tl.tensor, dtype: tl.constexpr) -> tl.ten
 
 @triton.jit
 def _places(tile: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Where the elements of a program's tile lie, (ROWS, BLOCK), and the scales of its blocks, (ROWS, 1)."""
+    """Return the offsets of a tile's elements, (ROWS, BLOCK), and of its scales, (ROWS, 1)."""
     blocks = tile * ROWS + tl.arange(0, ROWS)[:, None]
     return blocks * BLOCK + tl.arange(0, BLOCK)[None, :], blocks
 
 
 @triton.jit
 def _random_words(seed: tl.tensor, shard: tl.tensor, window: tl.tensor) -> tuple[tl.tensor, ...]:
-    """Four uint32 for each lane of this program; the counter is (lane, window, shard, ``APART``)."""
+    """Draw four uint32 for each lane of this program; the counter is (lane, window, shard, ``COUNTER_TAG``)."""
     lanes, _ = _places(0)
     lane = tl.program_id(0).to(tl.uint32) * TILE + lanes.to(tl.uint32)
     zeros = lane * 0
     return tl.philox(
-        seed, lane, zeros + window.to(tl.uint32), zeros + shard.to(tl.uint32), zeros + APART, PHILOX_ROUNDS
+        seed, lane, zeros + window.to(tl.uint32), zeros + shard.to(tl.uint32), zeros + COUNTER_TAG, PHILOX_ROUNDS
     )
 
 
 @triton.jit
-def _kept_or_renewed(scale: tl.tensor, exact: tl.tensor) -> tl.tensor:
-    """Of the block in each row, as a bfloat16 can hold it; nan for a block with an inf or a nan in it."""
+def _keep_or_renew(scale: tl.tensor, exact: tl.tensor) -> tl.tensor:
+    """Return the new scale of each row's block, as fp32 that is exact in bfloat16; nan for a block with inf or nan."""
     bits, largest = _largest(exact)
     limit = scale * LARGEST
     keeps = (largest <= limit) & (largest >= limit * SHRINK)
-    wanted = (largest * SHARE).to(tl.int32, bitcast=True)
-    up = ((wanted + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+    exact_scale = (largest * SHARE).to(tl.int32, bitcast=True)
+    up = ((exact_scale + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
     renewed = tl.where(bits < INF_BITS, tl.maximum(up, SMALLEST_SCALE), float("nan"))
     return tl.where(keeps, scale, renewed)
 
 
 @triton.jit
 def _largest(exact: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The largest magnitude of each row and its bits; those of a nan are above all."""
+    """Return the largest magnitude of each row, and its bits; the bits of nan are larger than all others."""
     bits = tl.max(exact.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
     return bits, bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _multiple(exact: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """``exact`` over its row's scale, correctly rounded, with one division a row.
+    """Divide ``exact`` by the scale of its row, correctly rounded, with one division a row.
 
-    The quotient by the reciprocal is off by an ulp or none, and one step of Newton's method with an exact remainder
-    mends it (Markstein, IBM J. Res. Dev. 34, 1990): for each scale that a bfloat16 can hold, tried with every fp32
-    mantissa.
+    Multiplying by the reciprocal is off by at most one ulp, which one Newton step with an exact remainder corrects
+    (Markstein, IBM J. Res. Dev. 34, 1990). This was verified for every bfloat16 scale with every fp32 mantissa.
     """
     inverse = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), exact.shape)
     scale = tl.broadcast_to(scale, exact.shape)
@@ -367,10 +368,9 @@ def _multiple(exact: tl.tensor, scale: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _nearest_codes(multiple: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """The nearest whole numbers, ties to even, of magnitudes below 128; 0 where the row's scale is nan.
+    """Round to the nearest integer, ties to even, for magnitudes below 128; 0 if the row's scale is nan.
 
-    They are the low byte of a sum in whose binade the whole numbers are the steps: a conversion takes four times as
-    long as an addition.
+    The code is the low byte of a sum whose ulp is 1, since a conversion takes four times as long as an addition.
     """
     bits = (multiple + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 * 2 ** 23
     return tl.where(scale == scale, bits, 0).to(tl.int8)
@@ -378,16 +378,16 @@ def _nearest_codes(multiple: tl.tensor, scale: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _noise(bits: tl.tensor) -> tl.tensor:
-    """The middle of one of 2 ** 16 parts of (-0.5, 0.5), which the low 16 bits number.
+    """Return one of 2 ** 16 evenly spaced midpoints of (-0.5, 0.5), selected by the low 16 bits.
 
-    To add it and round to nearest is to round at random, without a slow ``floor``.
+    Adding it and rounding to nearest is stochastic rounding without a slow ``floor``.
     """
     return ((bits & 0xFFFF) << 7 | 0x3F800040).to(tl.float32, bitcast=True) - 1.5
 
 
 @triton.jit
 def _to_nearest(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Ties to even; by hand for bfloat16, which Triton's interpreter would cut off."""
+    """Round to nearest, ties to even; explicitly for bfloat16, which Triton's interpreter would truncate."""
     if dtype != tl.bfloat16:
         return values.to(dtype)
     bits = values.to(tl.int32, bitcast=True)

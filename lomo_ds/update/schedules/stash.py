@@ -114,7 +114,7 @@ class HostStash(Schedule):
             total = gradient.to(self.dtype or gradient.dtype)
         buffer = self.buffers.get(index)
         if buffer is None or buffer.dtype != total.dtype:
-            buffer = self.buffers[index] = self.pinned.like(total)
+            buffer = self.buffers[index] = self.pinned.empty_like(total)
         self.transfer.offload(total, buffer)
         self.stashed.add(index)
         return total
