@@ -1,1 +1,1 @@
-"""Benchmarks: each is one command, and writes its results."""
+"""Benchmarks: each file is one command that measures and writes result files."""

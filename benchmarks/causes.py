@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.lib import methods, result_files
-from benchmarks.lib.workers import Desk, Workers
+from benchmarks.lib.workers import RankState, Workers
 from benchmarks.lib.workload import TOY, Workload
 
 # the innermost frame whose file holds one of the words names the cause; the first that fits
@@ -80,7 +80,7 @@ def cause_of(frame: FrameType | None) -> str:
     return OTHER
 
 
-def measure(desk: Desk, method: str, work: Workload, steps: int) -> Row:
+def measure(state: RankState, method: str, work: Workload, steps: int) -> Row:
     """On a rank: seconds of a step, unwatched, and the share of each cause."""
     built = methods.build(method, work)
     for _ in range(WARM_UP):
@@ -145,13 +145,13 @@ def draw(rows: list[Row]) -> Any:
 
 def main() -> None:
     """Run the benchmark of the command line."""
-    parser = result_files.parser(__doc__)
+    parser = result_files.build_parser(__doc__)
     parser.add_argument("--steps", type=int, default=40, help="watched, and as many timed; 40 by default")
-    given = parser.parse_args()
+    args = parser.parse_args()
     result_files.require("matplotlib")
-    rows = run(given.steps)
+    rows = run(args.steps)
     results = {"environment": result_files.environment(), "rows": rows}
-    result_files.write_results(given.output_dir, "causes", results, markdown(rows), draw(rows))
+    result_files.write_results(args.output_dir, "causes", results, markdown(rows), draw(rows))
 
 
 if __name__ == "__main__":

@@ -255,20 +255,20 @@ def draw(results: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Run the trials, and write what they gave."""
-    parser = result_files.parser(__doc__)
+    parser = result_files.build_parser(__doc__)
     parser.add_argument("--trials", type=int, default=50, help="runs that are killed; 50 by default")
     parser.add_argument(
         "--steps", type=int, default=24, help="of each run, with a checkpoint every other; 24 by default"
     )
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
-    given = parser.parse_args()
+    args = parser.parse_args()
     result_files.require("matplotlib")
     os.environ["DS_ACCELERATOR"] = "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        results = run_trials(given.trials, given.steps, given.seed, Path(folder))
+        results = run_trials(args.trials, args.steps, args.seed, Path(folder))
     results |= {"environment": result_files.environment(), "summary": summarize(results)}
-    result_files.write_results(given.output_dir, "faults", results, describe(results["summary"]), draw(results))
-    if results["summary"]["identical"] < given.trials:
+    result_files.write_results(args.output_dir, "faults", results, describe(results["summary"]), draw(results))
+    if results["summary"]["identical"] < args.trials:
         sys.exit("some runs did not end as the one that was left alone")
 
 

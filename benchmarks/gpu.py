@@ -31,8 +31,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.lib import gpu_report, methods, result_files
 from benchmarks.lib.contest import Entrant
-from benchmarks.lib.measurements import Group, HostMemory, Measurement, Peak, TakingTurns, Updates
-from benchmarks.lib.row_process import Output, Results, Row, run_rows
+from benchmarks.lib.measurements import Group, Measurement, OffloadedParams, PeakMemory, Throughput, UpdateKernels
+from benchmarks.lib.row_process import Results, Row, RowOutput, run_rows
 from benchmarks.lib.workers import DOES_NOT_FIT, is_out_of_memory
 from benchmarks.lib.workload import Workload
 
@@ -75,22 +75,22 @@ def rows() -> list[Wanted]:
     large = replace(TILED_2, model="65b")
     lean = replace(large, lomo={"gather_granularity": "module"}, zero={"stage3_prefetch_bucket_size": 0})
     return [
-        Wanted("1", "the paper's Table 1", 25, 60, Peak("immediate", TILED_1, at_most=14.0, papers=14.58)),
-        Wanted("2", "throughput without clipping", 45, 120, TakingTurns(fused)),
-        Wanted("3", "update kernels", 10, 30, Updates()),
+        Wanted("1", "the paper's Table 1", 25, 60, PeakMemory("immediate", TILED_1, at_most=14.0, papers=14.58)),
+        Wanted("2", "throughput without clipping", 45, 120, Throughput(fused)),
+        Wanted("3", "update kernels", 10, 30, UpdateKernels()),
         Wanted("4", "13B in host memory", 30, 80, _in_host_memory("13b", 1, 8), pins_memory=True),
-        Wanted("5", "throughput with clipping", 25, 75, TakingTurns((clipped,))),
-        Wanted("6", "65B on 8", 20, 45, Peak("immediate", lean, world=8, at_most=18.6, papers=19.18, card=CARD)),
-        Wanted("7a", "7B, a row of 1024", 12, 30, Peak("immediate", TILED_2, at_most=13.3, papers=13.61)),
-        Wanted("7b", "Table 1, untiled", 15, 30, Peak("immediate", TABLE_1, at_most=14.58, papers=14.58)),
-        Wanted("7c", "65B int8 on 4", 20, 40, Peak("immediate+int8", large, world=4, at_most=24.0, card=CARD)),
-        Wanted("7d", "65B on 8, prefetching", 20, 45, Peak("immediate", large, world=8, papers=19.18, card=CARD)),
+        Wanted("5", "throughput with clipping", 25, 75, Throughput((clipped,))),
+        Wanted("6", "65B on 8", 20, 45, PeakMemory("immediate", lean, world=8, at_most=18.6, papers=19.18, card=CARD)),
+        Wanted("7a", "7B, a row of 1024", 12, 30, PeakMemory("immediate", TILED_2, at_most=13.3, papers=13.61)),
+        Wanted("7b", "Table 1, untiled", 15, 30, PeakMemory("immediate", TABLE_1, at_most=14.58, papers=14.58)),
+        Wanted("7c", "65B int8 on 4", 20, 40, PeakMemory("immediate+int8", large, world=4, at_most=24.0, card=CARD)),
+        Wanted("7d", "65B on 8, prefetching", 20, 45, PeakMemory("immediate", large, world=8, papers=19.18, card=CARD)),
         Wanted("8", "30B in host memory", 80, 130, _in_host_memory("30b", 1, 8), pins_memory=True),
     ]
 
 
-def _in_host_memory(model: str, *batches: int) -> HostMemory:
-    return HostMemory(replace(TILED_2, model=model), batches, card=CARD)
+def _in_host_memory(model: str, *batches: int) -> OffloadedParams:
+    return OffloadedParams(replace(TILED_2, model=model), batches, card=CARD)
 
 
 def toy(wanted: Wanted) -> Wanted:
@@ -109,7 +109,7 @@ def row_of(wanted: Wanted, try_on_cpu: bool) -> Row:
 
 def measure_row(wanted: Wanted, device: str, path: Path) -> None:
     """In a row's own process: measure it, and write to ``path``; see ``row_process``."""
-    output = Output(path)
+    output = RowOutput(path)
     try:
         measure = wanted.measurement.prepare(device)
         seconds = output.wait_to_begin()
@@ -165,7 +165,7 @@ def run(wanted: list[Wanted], folder: Path, minutes: float, try_on_cpu: bool) ->
         print("interrupted")
         raise
     finally:
-        write(folder, all_rows(), environment, picture=not result_files.missing_of(["matplotlib"]))
+        write(folder, all_rows(), environment, picture=not result_files.missing_packages(["matplotlib"]))
         shutil.rmtree(scratch, ignore_errors=True)
         print(f"\n{gpu_report.describe(all_rows())}\nresults: {folder}/gpu.json, {folder}/gpu.md")
 
@@ -176,26 +176,26 @@ def _interrupt(signal_number: int, frame: Any) -> None:
 
 def main() -> None:
     """Measure what fits into the time."""
-    given = arguments()
-    wanted = [toy(row) if given.try_on_cpu else row for row in rows()]
-    if given.list:
+    args = arguments()
+    wanted = [toy(row) if args.try_on_cpu else row for row in rows()]
+    if args.list:
         for row in wanted:
             print(f"{row.place:>3}  {row.limit:3.0f} s  {row.title}")
         return
-    if given.row is not None:
-        row = next(row for row in wanted if row.place == given.row)
-        measure_row(row, "cpu" if given.try_on_cpu else "cuda", given.to)
+    if args.row is not None:
+        row = next(row for row in wanted if row.place == args.row)
+        measure_row(row, "cpu" if args.try_on_cpu else "cuda", args.to)
         return
-    if not torch.cuda.is_available() and not given.try_on_cpu:
+    if not torch.cuda.is_available() and not args.try_on_cpu:
         print("benchmarks/gpu.py: there is no CUDA GPU here, so nothing was measured")
         return
-    if missing := result_files.missing_of(OPTIONAL):
+    if missing := result_files.missing_packages(OPTIONAL):
         print(f"not installed, and what needs them is left out: {', '.join(missing)}", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        run([row for row in wanted if given.only is None or row.place in given.only], given.out, given.minutes,
-            given.try_on_cpu)  # fmt: skip
+        run([row for row in wanted if args.only is None or row.place in args.only], args.out, args.minutes,
+            args.try_on_cpu)  # fmt: skip
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -298,7 +298,7 @@ def compare(
     """Write the checkpoint into ``folder``, load it with both in turn, and return all that is reported.
 
     Args:
-        write: is given what there is after each of the repetitions.
+        write: is called with the results so far after each of the repetitions.
     """
     from transformers import LlamaConfig
 
@@ -477,23 +477,23 @@ def _draw_bars(axes: Any, name: str, method: str, side: int, results: dict[str, 
 
 def main() -> None:
     """Compare, and write what it gave."""
-    parser = result_files.parser(__doc__)
+    parser = result_files.build_parser(__doc__)
     parser.add_argument("--ranks", type=int, default=4, help="processes that load; 4 by default")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint; 2 by default")
     parser.add_argument("--repetitions", type=int, default=3, help="loads with each of the two; 3 by default")
     parser.add_argument("--folder", type=Path, help="on the disk to read from; the system's temporary one by default")
-    given = parser.parse_args()
+    args = parser.parse_args()
     result_files.require("accelerate", "matplotlib")
-    gpu_each = torch.cuda.device_count() >= given.ranks
+    gpu_each = torch.cuda.device_count() >= args.ranks
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu_each else "cpu")
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
 
     def write(results: dict[str, Any]) -> None:
-        result_files.write_results(given.output_dir, "loading", results, describe(results), show=False)
+        result_files.write_results(args.output_dir, "loading", results, describe(results), show=False)
 
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        results = compare(Path(folder), given.gigabytes, given.ranks, given.repetitions, write)
-    result_files.write_results(given.output_dir, "loading", results, describe(results), draw(results))
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        results = compare(Path(folder), args.gigabytes, args.ranks, args.repetitions, write)
+    result_files.write_results(args.output_dir, "loading", results, describe(results), draw(results))
 
 
 if __name__ == "__main__":

@@ -352,20 +352,20 @@ def main() -> None:
     """Compare, and write what it gave."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"
-    parser = result_files.parser(__doc__)
+    parser = result_files.build_parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536] if on_gpu else [512, 2048])
     parser.add_argument("--vocabulary", type=int, default=32000 if on_gpu else 8000, help="rows of lm_head")
     parser.add_argument("--hidden_size", type=int, default=4096 if on_gpu else 128, help="columns of lm_head")
     parser.add_argument("--tile_mib", type=int, default=64 if on_gpu else 4, help="MiB of fp32 logits in a tile")
     parser.add_argument("--repetitions", type=int, default=10 if on_gpu else 2, help="of each figure's time")
-    given = parser.parse_args()
+    args = parser.parse_args()
     result_files.require("matplotlib")
 
     def write(results: dict[str, Any]) -> None:
-        result_files.write_results(given.output_dir, "logits", results, describe(results), show=False)
+        result_files.write_results(args.output_dir, "logits", results, describe(results), show=False)
 
-    results = compare(given.tokens, given.vocabulary, given.hidden_size, given.tile_mib, given.repetitions, write)
-    result_files.write_results(given.output_dir, "logits", results, describe(results), draw(results))
+    results = compare(args.tokens, args.vocabulary, args.hidden_size, args.tile_mib, args.repetitions, write)
+    result_files.write_results(args.output_dir, "logits", results, describe(results), draw(results))
 
 
 if __name__ == "__main__":

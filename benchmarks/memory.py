@@ -36,9 +36,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.lib import methods, options, result_files
 from benchmarks.lib.footprint import ACTIVATIONS, GRADIENTS, KINDS, OPTIMIZER, PARAMETERS, measure, resident_bytes
-from benchmarks.lib.kernels import fallbacks, kernels_of
+from benchmarks.lib.kernels import fallbacks, kernel_states
 from benchmarks.lib.planned import planned_peak
-from benchmarks.lib.workers import DOES_NOT_FIT, Desk, DoesNotFit, WorkerError, Workers
+from benchmarks.lib.workers import DOES_NOT_FIT, DoesNotFit, RankState, WorkerError, Workers
 from benchmarks.lib.workload import LARGE, Workload, parameter_count
 
 METHODS = ["deepspeed-adamw", "deepspeed-sgd", "immediate", "stash+clip"]
@@ -56,18 +56,20 @@ PAPER = {
 Row = dict[str, Any]
 
 
-def build_and_measure(desk: Desk, method: str, work: Workload) -> Row:
+def build_and_measure(state: RankState, method: str, work: Workload) -> Row:
     """On a rank: what steps of a method take."""
     before = resident_bytes()["now"]
     built = methods.build(method, work)
     found = measure(built)
-    kernels = kernels_of(built.device, methods.in_eight_bits(method)) if methods.base_of(method) in methods.OURS else {}
+    kernels = (
+        kernel_states(built.device, methods.uses_int8(method)) if methods.base_method(method) in methods.LOMO_DS else {}
+    )
     return found | {"resident": found["resident"] - before, "kernels": kernels}
 
 
 def measure_row(workers: Workers, method: str, work: Workload, timeout: float) -> Row:
     """One row of the table, from processes that nothing else is done in."""
-    row: Row = {"method": method, "workload": methods.settings(work)}
+    row: Row = {"method": method, "workload": methods.workload_as_dict(work)}
     try:
         found = workers.call(build_and_measure, method, work, timeout=timeout)
     except DoesNotFit:
@@ -82,25 +84,25 @@ def measure_row(workers: Workers, method: str, work: Workload, timeout: float) -
     return row | {"outcome": "measured", **most}
 
 
-def measure_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Every row that was asked for; ``write`` is given what there is after each."""
+def measure_all(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every row that was asked for; ``write`` is called with the results so far after each."""
     results: dict[str, Any] = {
-        "environment": result_files.environment(), "device": given.device, "rows": [], "skipped": {}
+        "environment": result_files.environment(), "device": args.device, "rows": [], "skipped": {}
     }  # fmt: skip
-    worlds = [given.simulate_world] if given.simulate_world else given.ranks
-    wanted = [(work, world) for work in workloads(given) for world in worlds]
-    bar = tqdm(total=len(wanted) * len(given.methods), desc="measuring", unit=" rows")
+    worlds = [args.simulate_world] if args.simulate_world else args.ranks
+    wanted = [(work, world) for work in workloads(args) for world in worlds]
+    bar = tqdm(total=len(wanted) * len(args.methods), desc="measuring", unit=" rows")
     for work, world in wanted:
-        for method in given.methods:
-            bar.set_postfix_str(f"{method}, {work.model}, {options.told(world, 'rank')}")
-            objection = methods.objection(method, world)
-            if objection is not None:
-                results["skipped"][f"{method} on {options.told(world, 'rank')}"] = objection
+        for method in args.methods:
+            bar.set_postfix_str(f"{method}, {work.model}, {options.pluralize(world, 'rank')}")
+            reason = methods.unavailability(method, world)
+            if reason is not None:
+                results["skipped"][f"{method} on {options.pluralize(world, 'rank')}"] = reason
             else:
-                workers = Workers(1 if given.simulate_world else world, given.device, given.simulate_world)
-                planned = planned_peak(method, work, world, given.device)  # while they import what they need
-                row = measure_row(workers, method, work, given.timeout)
-                row |= {"ranks": world, "simulated": given.simulate_world is not None, "planned": planned}
+                workers = Workers(1 if args.simulate_world else world, args.device, args.simulate_world)
+                planned = planned_peak(method, work, world, args.device)  # while they import what they need
+                row = measure_row(workers, method, work, args.timeout)
+                row |= {"ranks": world, "simulated": args.simulate_world is not None, "planned": planned}
                 results["rows"].append(row)
                 write(results)
             bar.update()
@@ -108,11 +110,11 @@ def measure_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], Non
     return results
 
 
-def workloads(given: argparse.Namespace) -> list[Workload]:
+def workloads(args: argparse.Namespace) -> list[Workload]:
     """Each model, with checkpointing and without."""
-    checkpointing = {"on": [True], "off": [False], "both": [True, False]}[given.checkpointing]
-    works = [options.workload(given, model, on) for model in given.models for on in checkpointing]
-    if given.as_is:
+    checkpointing = {"on": [True], "off": [False], "both": [True, False]}[args.checkpointing]
+    works = [options.build_workload(args, model, on) for model in args.models for on in checkpointing]
+    if args.as_is:
         return works
     return [replace(work, zero=LARGE) if parameter_count(work) < STAYS_GATHERED else work for work in works]
 
@@ -148,8 +150,8 @@ def describe(results: dict[str, Any]) -> str:
 def named(row: Row) -> list[str]:
     """The first two cells of a row."""
     work = row["workload"]
-    ranks = f"rank 0 of {row['ranks']}" if row["simulated"] else options.told(row["ranks"], "rank")
-    tiled = ", tiled logits" if work["tiled_logits"] and row["method"].partition("+")[0] in methods.OURS else ""
+    ranks = f"rank 0 of {row['ranks']}" if row["simulated"] else options.pluralize(row["ranks"], "rank")
+    tiled = ", tiled logits" if work["tiled_logits"] and row["method"].partition("+")[0] in methods.LOMO_DS else ""
     shape = f"{work['batch']} x {work['sequence']}"
     recomputes = "yes" if work["checkpointing"] else "no"
     return [f"{work['model']} {work['precision']}, {shape}, {ranks}: {row['method']}{tiled}", recomputes]
@@ -237,7 +239,7 @@ def _recomputing(row: Row) -> str:
 
 def main() -> None:
     """Measure, and write what it gave."""
-    parser = result_files.parser(__doc__)
+    parser = result_files.build_parser(__doc__)
     options.add_workload(parser, models=["40m"], sequence=128, batch=2)
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=options.methods_help(METHODS))
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="numbers of ranks; 2 by default")
@@ -252,15 +254,15 @@ def main() -> None:
         "a larger one, of which only what is being computed with is gathered",
     )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a row may take; 600 by default")
-    given = parser.parse_args()
+    args = parser.parse_args()
     result_files.require("matplotlib")
-    options.settle(given, parser, max([1] if given.simulate_world else given.ranks))
+    options.resolve(args, parser, max([1] if args.simulate_world else args.ranks))
 
     def write(results: dict[str, Any]) -> None:
-        result_files.write_results(given.output_dir, "memory", results, describe(results), show=False)
+        result_files.write_results(args.output_dir, "memory", results, describe(results), show=False)
 
-    results = measure_all(given, write)
-    result_files.write_results(given.output_dir, "memory", results, describe(results), draw(results))
+    results = measure_all(args, write)
+    result_files.write_results(args.output_dir, "memory", results, describe(results), draw(results))
     if all(row["outcome"] not in ("measured", DOES_NOT_FIT) for row in results["rows"]):
         sys.exit("nothing could be measured")
 

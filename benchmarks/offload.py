@@ -32,8 +32,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.lib import methods, options, result_files
 from benchmarks.lib.footprint import limit_allocator
-from benchmarks.lib.kernels import fallbacks, kernels_of
-from benchmarks.lib.workers import Desk, DoesNotFit, WorkerError, Workers
+from benchmarks.lib.kernels import fallbacks, kernel_states
+from benchmarks.lib.workers import DoesNotFit, RankState, WorkerError, Workers
 from benchmarks.lib.workload import LARGE, Workload, parameter_count
 from benchmarks.memory import STAYS_GATHERED
 
@@ -83,13 +83,13 @@ class Traffic:
         vars_of[0].pack, vars_of[1].offload, vars_of[1].start_fetch = counted_pack, counted_offload, counted_fetch
 
 
-def limit(desk: Desk, cap_gib: float) -> None:
+def limit(state: RankState, cap_gib: float) -> None:
     """On a rank: let the allocator have no more of a GPU than the cap."""
     if torch.cuda.is_initialized():
         limit_allocator(cap_gib)
 
 
-def measure_link(desk: Desk) -> dict[str, float]:
+def measure_link(state: RankState) -> dict[str, float]:
     """On a rank: bytes a second of pinned copies up, down, and of each while the other goes on too."""
     from deepspeed.accelerator import get_accelerator
 
@@ -124,25 +124,25 @@ def measure_link(desk: Desk) -> dict[str, float]:
     }
 
 
-def build(desk: Desk, method: str, work: Workload) -> dict[str, Any]:
+def build(state: RankState, method: str, work: Workload) -> dict[str, Any]:
     """On a rank: make the model in host memory; what it takes there."""
     from lomo_ds import zero3
     from lomo_ds.memory.host_memory import storage_bytes
 
-    desk["traffic"] = Traffic()
-    desk["traffic"].watch()
-    desk["built"] = methods.build(method, work)
-    shards = zero3.shards(desk["built"].model)
+    state["traffic"] = Traffic()
+    state["traffic"].watch()
+    state["built"] = methods.build(method, work)
+    shards = zero3.shards(state["built"].model)
     return {"parameters": storage_bytes(shard.data for shard in shards)}
 
 
-def measure(desk: Desk, work: Workload, steps: int) -> Row:
+def measure(state: RankState, work: Workload, steps: int) -> Row:
     """On a rank: what steps with this batch take."""
     from deepspeed.accelerator import get_accelerator
 
     from lomo_ds.memory.host_memory import storage_bytes
 
-    built, traffic = desk["built"], desk["traffic"]
+    built, traffic = state["built"], state["traffic"]
     built.batch = work.rows(built.device)
     for _ in range(TRACED):
         built.step()
@@ -169,20 +169,20 @@ def measure(desk: Desk, work: Workload, steps: int) -> Row:
     }
 
 
-def measure_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Every row that was asked for; ``write`` is given what there is after each."""
+def measure_all(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every row that was asked for; ``write`` is called with the results so far after each."""
     rows: list[Row] = []
     results = {
         "environment": result_files.environment(),
-        "device": given.device,
-        "cap": given.cap,
+        "device": args.device,
+        "cap": args.cap,
         "rows": rows,
         "plans": plans(),
     }
-    bar = tqdm(total=len(given.models) * len(given.methods) * len(given.batches), desc="measuring", unit=" rows")
-    for model in given.models:
-        for method in given.methods:
-            for row in measure_batches(given, model, method, bar.set_postfix_str):
+    bar = tqdm(total=len(args.models) * len(args.methods) * len(args.batches), desc="measuring", unit=" rows")
+    for model in args.models:
+        for method in args.methods:
+            for row in measure_batches(args, model, method, bar.set_postfix_str):
                 rows.append(row)
                 bar.update()
                 write(results)
@@ -191,23 +191,23 @@ def measure_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], Non
 
 
 def measure_batches(
-    given: argparse.Namespace, model: str, method: str, told: Callable[[str], None]
+    args: argparse.Namespace, model: str, method: str, report: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     """A row for each batch; what a batch cannot, a larger one cannot either."""
-    work = replace(options.workload(given, model, True), zero=OFFLOAD | given.zero)
+    work = replace(options.build_workload(args, model, True), zero=OFFLOAD | args.zero)
     if parameter_count(work) < STAYS_GATHERED:
         work = replace(work, zero=NOTHING_STAYS | work.zero)
-    row: Row = {"model": model, "method": method, "workload": methods.settings(work)}
-    with Workers(1, given.device) as workers:
+    row: Row = {"model": model, "method": method, "workload": methods.workload_as_dict(work)}
+    with Workers(1, args.device) as workers:
         try:
-            told(f"making {model}, {method}")
-            workers.call(limit, given.cap)
+            report(f"making {model}, {method}")
+            workers.call(limit, args.cap)
             row["link"] = workers.call(measure_link)[0]
-            row["host"] = workers.call(build, method, work, timeout=given.timeout)[0]
-            for batch in given.batches:
-                told(f"{model}, {method}, batch {batch}")
-                found = workers.call(measure, replace(work, batch=batch), given.steps, timeout=given.timeout)[0]
-                kernels = workers.call(kernels_in_use, methods.in_eight_bits(method))[0]
+            row["host"] = workers.call(build, method, work, timeout=args.timeout)[0]
+            for batch in args.batches:
+                report(f"{model}, {method}, batch {batch}")
+                found = workers.call(measure, replace(work, batch=batch), args.steps, timeout=args.timeout)[0]
+                kernels = workers.call(kernels_in_use, methods.uses_int8(method))[0]
                 yield row | {"outcome": "measured", "batch": batch, "kernels": kernels, **found}
         except DoesNotFit:
             yield row | {"outcome": "does not fit"}
@@ -215,9 +215,9 @@ def measure_batches(
             yield row | {"outcome": str(error)}
 
 
-def kernels_in_use(desk: Desk, int8: bool) -> dict[str, str]:
-    """On a rank: which Triton kernels its method trains with; see ``kernels_of``."""
-    return kernels_of(desk["built"].device, int8)
+def kernels_in_use(state: RankState, int8: bool) -> dict[str, str]:
+    """On a rank: which Triton kernels its method trains with; see ``kernel_states``."""
+    return kernel_states(state["built"].device, int8)
 
 
 def plans() -> list[Row]:
@@ -372,30 +372,32 @@ def draw(results: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Measure, and write what it gave."""
-    parser = result_files.parser(__doc__)
+    parser = result_files.build_parser(__doc__)
     options.add_workload(parser, models=None, sequence=1024, batch=1)
     parser.add_argument("--models", nargs="+", help="presets; 13b 30b on a GPU, 40m on the CPU by default")
     parser.add_argument("--batches", type=int, nargs="+", help="rows in a step; 1 2 4 8 16 on a GPU by default")
     parser.add_argument("--methods", nargs="+", default=["immediate"], help=options.methods_help(["immediate"]))
     parser.add_argument("--cap", type=float, default=24.0, help="GiB of the GPU that may be used; 24 by default")
     parser.add_argument("--steps", type=int, default=3, help="that are timed for each row; 3 by default")
-    parser.add_argument("--zero", type=options.settings, default={}, metavar="JSON", help="more of zero_optimization")
+    parser.add_argument(
+        "--zero", type=options.json_object, default={}, metavar="JSON", help="more of zero_optimization"
+    )
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one call may take; 900 by default")
-    given = parser.parse_args()
+    args = parser.parse_args()
     result_files.require("matplotlib")
-    options.settle(given, parser, 1)
-    on_gpu = given.device == "cuda"
-    given.tiled_logits = True
-    given.models = given.models or (GPU_MODELS if on_gpu else CPU_MODELS)
-    given.batches = sorted(given.batches or (GPU_BATCHES if on_gpu else CPU_BATCHES))
+    options.resolve(args, parser, 1)
+    on_gpu = args.device == "cuda"
+    args.tiled_logits = True
+    args.models = args.models or (GPU_MODELS if on_gpu else CPU_MODELS)
+    args.batches = sorted(args.batches or (GPU_BATCHES if on_gpu else CPU_BATCHES))
     if not on_gpu:
         print("benchmarks/offload.py: there is no CUDA GPU here; this runs, but its times mean nothing")
 
     def write(results: dict[str, Any]) -> None:
-        result_files.write_results(given.output_dir, "offload", results, describe(results), show=False)
+        result_files.write_results(args.output_dir, "offload", results, describe(results), show=False)
 
-    results = measure_all(given, write)
-    result_files.write_results(given.output_dir, "offload", results, describe(results), draw(results))
+    results = measure_all(args, write)
+    result_files.write_results(args.output_dir, "offload", results, describe(results), draw(results))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.lib import methods, options, result_files
 from benchmarks.lib.contest import Contest, Entrant, ratios, synchronize
 from benchmarks.lib.kernels import fallbacks
-from benchmarks.lib.workers import DOES_NOT_FIT, Desk, Workers
+from benchmarks.lib.workers import DOES_NOT_FIT, RankState, Workers
 from benchmarks.lib.workload import DTYPES, flops_per_token
 
 METHODS = ["immediate", "stash+clip"]
@@ -75,7 +75,7 @@ COLORS = {OURS: "#1b7f79", DEEPSPEED: "#8e6c8a", ALONE: "#e08e45"}
 Row = dict[str, Any]
 
 
-def attainable(desk: Desk, precision: str) -> float:
+def attainable(state: RankState, precision: str) -> float:
     """On a rank: operations per second of a large matrix multiplication."""
     from deepspeed.accelerator import get_accelerator
 
@@ -116,23 +116,23 @@ def compare(
     flops: float,
     seconds: float,
     timeout: float,
-    told: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Row:
     """One contest with its ratios; all that a rank can compute in a second is ``flops``."""
-    objections = {entrant.label: methods.objection(entrant.method, ranks) for entrant in entrants}
-    able = [entrant for entrant in entrants if objections[entrant.label] is None]
+    reasons = {entrant.label: methods.unavailability(entrant.method, ranks) for entrant in entrants}
+    able = [entrant for entrant in entrants if reasons[entrant.label] is None]
     deadline = time.monotonic() + timeout
-    with Contest(able, ranks, device, told) as contest:
+    with Contest(able, ranks, device, report) as contest:
         contest.build(deadline)
         rows = contest.compare(seconds, deadline)
     add_share_of_peak(rows, able, flops)
     return {
         "model": entrants[0].work.model,
         "ranks": ranks,
-        "workload": methods.settings(entrants[0].work),
+        "workload": methods.workload_as_dict(entrants[0].work),
         "rows": rows,
         "ratios": ratios(rows, GOALS[device, ranks > 1]),
-        "skipped": {label: reason for label, reason in objections.items() if reason is not None},
+        "skipped": {label: reason for label, reason in reasons.items() if reason is not None},
     }
 
 
@@ -143,25 +143,25 @@ def add_share_of_peak(rows: list[Row], entrants: list[Entrant], flops: float) ->
             row["share_of_peak"] = row["tokens_per_second"] * flops_per_token(entrant.work) / flops
 
 
-def compare_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Every row that was asked for; ``write`` is given what there is after each."""
-    flops, origin = peak_flops(given.device, given.precision, given.peak_tflops)
+def compare_all(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every row that was asked for; ``write`` is called with the results so far after each."""
+    flops, origin = peak_flops(args.device, args.precision, args.peak_tflops)
     results: dict[str, Any] = {
         "environment": result_files.environment(*installed_peers()),
-        "device": given.device,
+        "device": args.device,
         "peak_flops": flops,
         "peak_flops_from": origin,
         "groups": [],
     }
-    bar = tqdm(given.rows, desc="comparing", unit=" rows")
+    bar = tqdm(args.rows, desc="comparing", unit=" rows")
     for model, ranks in bar:
-        work = options.workload(given, model, given.checkpointing)
-        peers = given.vs if given.vs is not None else PEERS_ALONE if ranks == 1 else PEERS
-        names = dict.fromkeys([*given.methods, *peers])
-        entrants = [Entrant(name, name, work, leads=name in given.methods) for name in names]
-        share = flops if given.device == "cuda" else flops / ranks
-        told = bar.set_postfix_str
-        group = compare(entrants, ranks, given.device, share, given.seconds, given.timeout, told)
+        work = options.build_workload(args, model, args.checkpointing)
+        peers = args.vs if args.vs is not None else PEERS_ALONE if ranks == 1 else PEERS
+        names = dict.fromkeys([*args.methods, *peers])
+        entrants = [Entrant(name, name, work, leads=name in args.methods) for name in names]
+        share = flops if args.device == "cuda" else flops / ranks
+        report = bar.set_postfix_str
+        group = compare(entrants, ranks, args.device, share, args.seconds, args.timeout, report)
         results["groups"].append(group)
         write(results)
     return results
@@ -169,7 +169,7 @@ def compare_all(given: argparse.Namespace, write: Callable[[dict[str, Any]], Non
 
 def installed_peers() -> list[str]:
     """Packages beside lomo_ds whose versions count."""
-    return [name for name in methods.INSTALL if methods.objection(name, 1) is None]
+    return [name for name in methods.INSTALL if methods.unavailability(name, 1) is None]
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -192,7 +192,7 @@ def describe(results: dict[str, Any]) -> str:
         )
     )
     for group in results["groups"]:
-        text += f"\n## {group['model']} on {options.told(group['ranks'], 'rank')}\n\n" + _ratio_table(group)
+        text += f"\n## {group['model']} on {options.pluralize(group['ranks'], 'rank')}\n\n" + _ratio_table(group)
         for name, reason in group["skipped"].items():
             text += f"\nLeft out: {name}: {reason}.\n"
         for row in group["rows"]:
@@ -258,13 +258,13 @@ def _panel(axes: Any, group: Row) -> None:
         axes.annotate(f"  {rate:.4g}", (end, place), va="center", fontsize=8)
     axes.set_yticks(places, [row["label"] for row in rows], fontsize=9)
     axes.set_xlim(0, 1.18 * max(ends, default=1.0))
-    axes.set_title(f"{group['model']} on {options.told(group['ranks'], 'rank')}", loc="left", fontsize=10)
+    axes.set_title(f"{group['model']} on {options.pluralize(group['ranks'], 'rank')}", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _color(method: str) -> str:
-    base = methods.base_of(method)
-    return COLORS[OURS if base in methods.OURS else DEEPSPEED if base in methods.DEEPSPEED else ALONE]
+    base = methods.base_method(method)
+    return COLORS[OURS if base in methods.LOMO_DS else DEEPSPEED if base in methods.DEEPSPEED_ZERO3 else ALONE]
 
 
 def row_of(text: str) -> tuple[str, int]:
@@ -277,7 +277,7 @@ def row_of(text: str) -> tuple[str, int]:
 
 def main() -> None:
     """Compare, and write what it gave."""
-    parser = result_files.parser(__doc__)
+    parser = result_files.build_parser(__doc__)
     parser.add_argument(
         "--rows", nargs="+", type=row_of, default=[row_of(text) for text in ROWS], metavar="MODEL:RANKS",
         help=f"presets of lomo_ds.models, toy or tiny, and numbers of ranks; {' '.join(ROWS)} by default",
@@ -295,15 +295,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="that the rounds of a row may take; 6 by default")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a row may take; 600 by default")
     parser.add_argument("--peak_tflops", type=float, help="of the device, where its maker's figure is not known")
-    given = parser.parse_args()
+    args = parser.parse_args()
     result_files.require("matplotlib")
-    options.settle(given, parser, max(ranks for _, ranks in given.rows))
+    options.resolve(args, parser, max(ranks for _, ranks in args.rows))
 
     def write(results: dict[str, Any]) -> None:
-        result_files.write_results(given.output_dir, "throughput", results, describe(results), show=False)
+        result_files.write_results(args.output_dir, "throughput", results, describe(results), show=False)
 
-    results = compare_all(given, write)
-    result_files.write_results(given.output_dir, "throughput", results, describe(results), draw(results))
+    results = compare_all(args, write)
+    result_files.write_results(args.output_dir, "throughput", results, describe(results), draw(results))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.lib import methods, options, result_files
-from benchmarks.lib.workers import Desk, Workers
+from benchmarks.lib.workers import RankState, Workers
 from benchmarks.lib.workload import LARGE, Workload
 
 METHODS = ["immediate", "stash+clip", "two_pass+clip", "immediate+qgather", "immediate+int8", "deepspeed-sgd+clip"]
@@ -65,7 +65,7 @@ def kind_of(operation: str) -> str:
     return next((kind for kind in KINDS if kind.replace("-", "") in plain), "other")
 
 
-def count(desk: Desk, method: str, work: Workload) -> dict[str, float]:
+def count(state: RankState, method: str, work: Workload) -> dict[str, float]:
     """On a rank: bytes by kind of collective in a step, in units of P."""
     from lomo_ds import zero3
 
@@ -86,26 +86,26 @@ def published(clips: bool) -> dict[str, float]:
     return {"all-gather": 1.0 * gathers, "reduce-scatter": 0.0, "all-reduce": 2.0 * all_reduces, "other": 0.0}
 
 
-def count_all(given: Any, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Every row; ``write`` is given what there is after each."""
-    as_it_is = options.workload(given, given.model, given.checkpointing)
+def count_all(args: Any, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every row; ``write`` is called with the results so far after each."""
+    as_it_is = options.build_workload(args, args.model, args.checkpointing)
     rows: list[Row] = []
     results = {
         "environment": result_files.environment(),
-        "device": given.device,
-        "ranks": given.simulate_world or given.ranks,
-        "simulated": given.simulate_world is not None,
-        "workload": methods.settings(as_it_is),
+        "device": args.device,
+        "ranks": args.simulate_world or args.ranks,
+        "simulated": args.simulate_world is not None,
+        "workload": methods.workload_as_dict(as_it_is),
         "rows": rows,
     }
     for clips in (False, True):
         moved = published(clips)
         name = PUBLISHED + (methods.CLIP if clips else "")
         rows.append({"method": name, "large": True, "moved": moved, "total": sum(moved.values())})
-    for method in tqdm(given.methods, desc="counting", unit=" methods"):
+    for method in tqdm(args.methods, desc="counting", unit=" methods"):
         for large in (True, False):
             work = dataclasses.replace(as_it_is, zero=LARGE) if large else as_it_is
-            with Workers(1 if given.simulate_world else given.ranks, given.device, given.simulate_world) as workers:
+            with Workers(1 if args.simulate_world else args.ranks, args.device, args.simulate_world) as workers:
                 of_ranks = workers.call(count, method, work)
             most = max(of_ranks, key=lambda moved: sum(moved.values()))
             rows.append({"method": method, "large": large, "moved": most, "total": sum(most.values())})
@@ -165,7 +165,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Count, and write what it gave."""
-    parser = result_files.parser(__doc__)
+    parser = result_files.build_parser(__doc__)
     options.add_workload(parser, models=None, sequence=32, batch=1)
     parser.set_defaults(precision="bf16")
     parser.add_argument("--model", default="toy", help="a preset of lomo_ds.models, toy or tiny; toy by default")
@@ -173,18 +173,18 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="2 by default")
     parser.add_argument("--simulate_world", type=int, help="count on rank 0 of so many, in one process")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
-    given = parser.parse_args()
+    args = parser.parse_args()
     result_files.require("matplotlib")
-    options.settle(given, parser, 1 if given.simulate_world else given.ranks)
-    for method in given.methods:
-        if objection := methods.objection(method, ranks=2):
-            parser.error(f"{method} moves nothing between ranks: {objection}")
+    options.resolve(args, parser, 1 if args.simulate_world else args.ranks)
+    for method in args.methods:
+        if reason := methods.unavailability(method, ranks=2):
+            parser.error(f"{method} moves nothing between ranks: {reason}")
 
     def write(results: dict[str, Any]) -> None:
-        result_files.write_results(given.output_dir, "traffic", results, describe(results), show=False)
+        result_files.write_results(args.output_dir, "traffic", results, describe(results), show=False)
 
-    results = count_all(given, write)
-    result_files.write_results(given.output_dir, "traffic", results, describe(results), draw(results))
+    results = count_all(args, write)
+    result_files.write_results(args.output_dir, "traffic", results, describe(results), draw(results))
 
 
 if __name__ == "__main__":

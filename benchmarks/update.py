@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.lib import result_files
-from benchmarks.lib.kernels import fallbacks, kernels_of
+from benchmarks.lib.kernels import fallbacks, kernel_states
 from lomo_ds.numerics import int8
 from lomo_ds.numerics.flat import pieces
 from lomo_ds.numerics.int8 import Values, eager
@@ -208,7 +208,7 @@ def compare(
     device: torch.device,
     write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Measure every kind and size, and return all that is reported; ``write`` is given what there is after each."""
+    """Measure every kind and size, and return the results; ``write`` is called with the results so far after each."""
     results: dict[str, Any] = {
         "environment": result_files.environment(*(["triton"] if TRITON in ways else [])),
         "device": device.type,
@@ -224,7 +224,7 @@ def compare(
                 results["rows"] += measure(kind, elements, updates, device, repetitions)
                 bar.update()
                 write(results)
-    results["kernels"] = kernels_of(device, int8=True) if TRITON in ways else {}
+    results["kernels"] = kernel_states(device, int8=True) if TRITON in ways else {}
     return results
 
 
@@ -323,7 +323,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)  # on shared cores two would time their waiting for each other
     default = GPU_ELEMENTS if device.type == "cuda" else CPU_ELEMENTS
-    parser = result_files.parser(__doc__)
+    parser = result_files.build_parser(__doc__)
     parser.add_argument(
         "--elements", type=int, nargs="+", default=default, help=f"of a shard; here {default} by default"
     )
@@ -335,14 +335,14 @@ def main() -> None:
         default=ways_by_default(device),
         help="all that are here on a GPU, eager on a CPU, by default",
     )
-    given = parser.parse_args()
+    args = parser.parse_args()
     result_files.require("matplotlib")
 
     def write(results: dict[str, Any]) -> None:
-        result_files.write_results(given.output_dir, "update", results, describe(results), show=False)
+        result_files.write_results(args.output_dir, "update", results, describe(results), show=False)
 
-    results = compare(given.elements, given.ways, given.repetitions, device, write)
-    result_files.write_results(given.output_dir, "update", results, describe(results), draw(results))
+    results = compare(args.elements, args.ways, args.repetitions, device, write)
+    result_files.write_results(args.output_dir, "update", results, describe(results), draw(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks, at a size that takes seconds: they run, write what they promise, and the promises hold."""
+"""The benchmarks at a size that takes seconds: they run, write their result files, and the figures are right."""
 
 import functools
 import importlib.util
@@ -21,7 +21,7 @@ import torch
 from benchmarks import gpu, memory, offload, throughput, traffic
 from benchmarks.lib import gpu_report, kernels, measurements, methods
 from benchmarks.lib.contest import ratios
-from benchmarks.lib.footprint import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, Tensors
+from benchmarks.lib.footprint import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, TensorTracker
 from benchmarks.lib.row_process import Results, Row, run_rows
 from benchmarks.lib.workers import DoesNotFit, WorkerError, Workers
 from benchmarks.lib.workload import Workload, flops_per_token
@@ -41,7 +41,7 @@ needs_bench = pytest.mark.skipif(
 
 @pytest.fixture
 def results_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """``results_of(benchmark, *options)``: what a benchmark writes into its JSON."""
+    """Return ``results_of(benchmark, *options)``, which runs a benchmark and returns its JSON."""
 
     def run(benchmark: Any, *options: str) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", [benchmark.__file__, *options, f"--output_dir={tmp_path}"])
@@ -52,7 +52,7 @@ def results_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 
 
 def written(folder: Path, name: str) -> dict[str, Any]:
-    """The results of a benchmark, which has left a table and a picture too."""
+    """Return the JSON of a benchmark, after checking that it has also written a table and a picture."""
     results = json.loads((folder / f"{name}.json").read_text())
     assert {"commit", "versions", "machine", "command"} <= results["environment"].keys()
     assert (folder / f"{name}.md").read_text().startswith("# ")
@@ -74,7 +74,7 @@ def test_loading(tmp_path: Path) -> None:
         row = rows["lomo_ds", rank]
         assert 0 < row["peak_host_bytes"] <= row["bound_bytes"] < results["checkpoint"]["bytes"]
         assert row["seconds"] > 0
-        if results["bytes_read_counted_by"]:  # a small shard has more whole pages and headers in proportion
+        if results["bytes_read_counted_by"]:  # whole pages and headers, which are a larger share of a small shard
             assert row["bytes_read"] <= 1.05 * row["shard_bytes"]
     assert "**holds** for lomo_ds" in (tmp_path / "loading.md").read_text()
     assert (tmp_path / "loading.png").read_bytes().startswith(b"\x89PNG")
@@ -92,7 +92,7 @@ def test_update(tmp_path: Path) -> None:
     kinds = ["fp32", "bf16 nearest", "bf16 stochastic", "fp16 stochastic", "int8 nearest", "int8 stochastic"]
     assert rows.keys() == {(kind, elements) for kind in kinds for elements in (10_000, 50_001)}
     for (kind, elements), row in rows.items():
-        if kind.startswith("int8"):  # a code and a share of a scale, read and written, and a gradient read
+        if kind.startswith("int8"):  # read and write codes and scales, read gradients
             assert elements * 4 < row["bytes"] < elements * 4.07 + 64
         else:
             assert row["bytes"] == elements * (12 if kind == "fp32" else 6)
@@ -112,13 +112,13 @@ def test_logits(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "logits.json").read_text())
     rows = {(row["method"], row["tokens"]): row for row in results["rows"]}
     assert rows.keys() == {(name, size) for name in ("whole logits", "lomo_ds", "DeepSpeed") for size in (512, 2048)}
-    ours, whole = rows["lomo_ds", 2048], rows["whole logits", 2048]
-    assert ours["peak_bytes"] < whole["peak_bytes"] / 4
+    lomo_ds, whole = rows["lomo_ds", 2048], rows["whole logits", 2048]
+    assert lomo_ds["peak_bytes"] < whole["peak_bytes"] / 4
     assert whole["peak_bytes"] > 2 * 4 * 2048 * 1000, "logits and their gradient in fp32"
     for name in ("error_of_hidden", "error_of_weight", "error_of_weight_at_half"):
-        assert ours[name] < 1.5 * whole[name]
-    assert (ours["hook_calls"], ours["hook_calls_in_forward"]) == (1, 0)
-    assert rows["DeepSpeed", 2048]["error_of_weight_at_half"] > 0.9, "it need not be avoided any more"
+        assert lomo_ds[name] < 1.5 * whole[name]
+    assert (lomo_ds["hook_calls"], lomo_ds["hook_calls_in_forward"]) == (1, 0)
+    assert rows["DeepSpeed", 2048]["error_of_weight_at_half"] > 0.9, "DeepSpeed's tiled loss has become correct"
     assert "of the memory and" in (tmp_path / "logits.md").read_text()
     assert (tmp_path / "logits.png").read_bytes().startswith(b"\x89PNG")
 
@@ -128,17 +128,17 @@ def test_memory(results_of: Callable[..., dict[str, Any]]) -> None:
     options = ["--models=toy", "--ranks", "2", "--checkpointing=on", *SMALL]
     results = results_of(memory, *options, "--methods", "deepspeed-adamw", "immediate", "stash+clip")
     rows = {row["method"]: row for row in results["rows"]}
-    whole = 4 * toy_parameters()
+    total = 4 * toy_parameters()
     for row in rows.values():
         assert row["outcome"] == "measured"
         assert sum(row["at_peak"].values()) == row["peak"] <= row["resident"]
-        assert row["at_peak"][PARAMETERS] >= whole / 2
+        assert row["at_peak"][PARAMETERS] >= total / 2
     adamw, immediate, stash = rows["deepspeed-adamw"], rows["immediate"], rows["stash+clip"]
-    assert adamw["at_peak"][OPTIMIZER] == pytest.approx(3 * whole / 2, rel=0.01)  # two averages and the weights again
+    assert adamw["at_peak"][OPTIMIZER] == pytest.approx(3 * total / 2, rel=0.01)  # two moments and master weights
     assert immediate["at_peak"][OPTIMIZER] == stash["at_peak"][OPTIMIZER] == 0
-    on_the_way = 1.5 * 4 * MIN_BUCKET_NUMEL  # a bucket, whole and reduced to a half; the toy is hardly larger
-    assert 0 < immediate["most_gradients"] < on_the_way
-    assert whole / 2 < stash["most_gradients"] < whole / 2 + on_the_way
+    in_flight = 1.5 * 4 * MIN_BUCKET_NUMEL  # a bucket, and its half after the reduce-scatter
+    assert 0 < immediate["most_gradients"] < in_flight
+    assert total / 2 < stash["most_gradients"] < total / 2 + in_flight
     assert immediate["peak"] < stash["peak"] < adamw["peak"]
 
 
@@ -148,10 +148,12 @@ def test_memory_of_one_rank_of_eight(results_of: Callable[..., dict[str, Any]]) 
     for row in results_of(memory, *options, "--methods", "stash+clip", "deepspeed-sgd")["rows"]:
         assert row["outcome"] == "measured"
         assert row["losses"] == sorted(row["losses"], reverse=True)
-        assert row["losses"][-1] < row["losses"][0], "no step has updated anything"
+        assert row["losses"][-1] < row["losses"][0], "the steps have not updated the weights"
         assert row["at_peak"][PARAMETERS] < toy_parameters()  # of 4 bytes each
         shards, bucket = toy_parameters() * 4 / 8, 4 * MIN_BUCKET_NUMEL
-        assert shards < row["most_gradients"] < shards + 1.25 * bucket  # whole on its way, and reduced to an eighth
+        assert (
+            shards < row["most_gradients"] < shards + 1.25 * bucket
+        )  # a bucket, and its eighth after the reduce-scatter
 
 
 def toy_parameters() -> int:
@@ -200,16 +202,18 @@ def test_offload(results_of: Callable[..., dict[str, Any]], monkeypatch: pytest.
     parameters = 4 * sum(parameter.numel() for parameter in LlamaForCausalLM(Workload("tiny").config()).parameters())
     for row in results["rows"]:
         stashed = row["method"] == "stash+clip"
-        assert row["up"] == pytest.approx((3 if stashed else 2) * parameters), "forward, backward, and an update behind"
+        assert row["up"] == pytest.approx((3 if stashed else 2) * parameters), (
+            "forward, backward, and for a stash the update"
+        )
         assert row["down"] == pytest.approx(parameters)
     plans = {(row["model"], row["weights"]): row for row in results["plans"]}
     assert plans["65b", "auto"]["tokens"] == 1024
     assert plans["65b", "auto"]["fits"]
-    assert plans["65b", "auto"]["tokens_per_second"] > offload.PAPER["65b"][1], "one card against the paper's eight"
+    assert plans["65b", "auto"]["tokens_per_second"] > offload.PAPER["65b"][1], "one GPU against the paper's eight"
 
 
 def test_gpu_rows_on_the_cpu(tmp_path: Path) -> None:
-    """From another folder, and without PYTHONPATH."""
+    """Run from another folder and without PYTHONPATH."""
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--try_on_cpu", "--only", "1", "3"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run(
@@ -220,25 +224,25 @@ def test_gpu_rows_on_the_cpu(tmp_path: Path) -> None:
     assert (memory_row["outcome"], update_row["outcome"]) == ("measured", "measured"), (memory_row, update_row)
     (part,) = memory_row["parts"]
     assert part["peak"] == sum(part["at_peak"].values()) <= 1.05 * part["planned_peak"]
-    assert [part["kind"] for part in update_row["parts"]] == list(measurements.Updates().kinds)
+    assert [part["kind"] for part in update_row["parts"]] == list(measurements.UpdateKernels().kinds)
     text = (tmp_path / "out/gpu.md").read_text()
     assert text.count("\n| 1 | tiny, 1 x 16: immediate |") == 1
     assert text.count("\n| 3 | update of ") == 4
     assert {path.suffix for path in (tmp_path / "out").iterdir()} <= {".json", ".md", ".png"}
 
 
-def test_gpu_rows_of_the_same_commit_and_versions_stay_beside_those_measured_anew(tmp_path: Path) -> None:
-    here = {"commit": "abc", "versions": {"torch": "2"}}
+def test_gpu_rows_of_the_same_commit_and_versions_are_kept_beside_new_ones(tmp_path: Path) -> None:
+    environment = {"commit": "abc", "versions": {"torch": "2"}}
     rows = [{"place": "1"}, {"place": "2"}]
-    (tmp_path / "gpu.json").write_text(json.dumps({"environment": here | {"command": "one"}, "rows": rows}))
-    again = here | {"command": "another"}
-    assert gpu.earlier_rows(tmp_path, again, {"2", "3"}) == [{"place": "2"}]
-    assert again["command"] == "one; another"
-    assert gpu.earlier_rows(tmp_path, here | {"commit": "def"}, {"2", "3"}) == []
-    assert gpu.earlier_rows(tmp_path / "none", here, {"2"}) == []
+    (tmp_path / "gpu.json").write_text(json.dumps({"environment": environment | {"command": "one"}, "rows": rows}))
+    repeated = environment | {"command": "another"}
+    assert gpu.earlier_rows(tmp_path, repeated, {"2", "3"}) == [{"place": "2"}]
+    assert repeated["command"] == "one; another"
+    assert gpu.earlier_rows(tmp_path, environment | {"commit": "def"}, {"2", "3"}) == []
+    assert gpu.earlier_rows(tmp_path / "none", environment, {"2"}) == []
 
 
-def test_gpu_rows_that_are_terminated_leave_their_results(tmp_path: Path) -> None:
+def test_terminated_gpu_rows_leave_their_results(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--try_on_cpu", "--only", "1", f"--out={tmp_path}"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         while run.poll() is None and not (tmp_path / "gpu.json").exists():
@@ -250,19 +254,19 @@ def test_gpu_rows_that_are_terminated_leave_their_results(tmp_path: Path) -> Non
     assert "| 1 | the paper's Table 1 |" in (tmp_path / "gpu.md").read_text()
 
 
-def row_that(place: str, body: str, limit: float = 200.0) -> Row:
-    """A row whose process runs ``body`` when it may begin."""
+def row_running(place: str, body: str, limit: float = 200.0) -> Row:
+    """Return a row whose process runs ``body``."""
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import os, pathlib, subprocess, time\n"
-        "from benchmarks.lib.row_process import Output\n"
-        "output = Output(pathlib.Path(sys.argv[1])); output.wait_to_begin()\n"
+        "from benchmarks.lib.row_process import RowOutput\n"
+        "output = RowOutput(pathlib.Path(sys.argv[1])); output.wait_to_begin()\n"
     )
     return Row(place, place, 0.0, limit, [sys.executable, "-c", script + body])
 
 
-def is_gone(process: int) -> bool:
-    """Whether a process has ended; its parent may not have asked for its exit status yet."""
+def has_exited(process: int) -> bool:
+    """Return whether a process has ended, even if its parent has not collected the exit status yet."""
     status = Path(f"/proc/{process}/stat")
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
@@ -273,28 +277,28 @@ def outcomes_of(rows: list[Row], folder: Path, seconds: float = 300.0) -> list[d
     return results.rows
 
 
-def test_a_row_that_fails_ends_no_other(tmp_path: Path) -> None:
+def test_a_failing_row_does_not_end_the_others(tmp_path: Path) -> None:
     hangs = (
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
         "output.write({'name': 'part', 'process': child.pid})\n"
         "time.sleep(1000)"
     )
     rows = [
-        row_that("fails", "output.write({'name': 'part', 'peak': 1}); raise ValueError('on purpose')"),
-        row_that("dies", "os.abort()"),
-        row_that("hangs", hangs, limit=3.0),
-        row_that(
-            "has no room", "output.write({'outcome': 'does not fit', 'error': 'CUDA out of memory'}); sys.exit(1)"
+        row_running("fails", "output.write({'name': 'part', 'peak': 1}); raise ValueError('on purpose')"),
+        row_running("dies", "os.abort()"),
+        row_running("hangs", hangs, limit=3.0),
+        row_running(
+            "is out of memory", "output.write({'outcome': 'does not fit', 'error': 'CUDA out of memory'}); sys.exit(1)"
         ),
-        row_that("works", "[output.write({'name': 'part', key: 1}) for key in 'ab']"),
+        row_running("works", "[output.write({'name': 'part', key: 1}) for key in 'ab']"),
     ]
-    fails, dies, hung, has_no_room, works = outcomes_of(rows, tmp_path)
+    fails, dies, hung, out_of_memory, works = outcomes_of(rows, tmp_path)
     assert (fails["outcome"], fails["error"]) == ("failed", "ValueError: on purpose")
     assert fails["parts"] == [{"name": "part", "peak": 1}]
     assert dies["outcome"] == "failed"
     assert hung["outcome"] == "stopped after 3 s"
-    assert is_gone(hung["parts"][0]["process"]), "the whole group is killed"
-    assert (has_no_room["outcome"], works["outcome"]) == ("does not fit", "measured")
+    assert has_exited(hung["parts"][0]["process"]), "the whole group is killed"
+    assert (out_of_memory["outcome"], works["outcome"]) == ("does not fit", "measured")
     assert works["parts"] == [{"name": "part", "a": 1, "b": 1}]
     text = gpu_report.describe([fails, hung, works])
     assert "| **failed** |" in text
@@ -302,15 +306,15 @@ def test_a_row_that_fails_ends_no_other(tmp_path: Path) -> None:
     assert "| **stopped after 3 s** |" in text
 
 
-def test_a_row_that_needs_more_time_than_is_left_is_skipped(tmp_path: Path) -> None:
-    rows = [replace(row_that("long", ""), needs=1000.0), row_that("short", "")]
+def test_a_row_is_skipped_if_too_little_time_is_left(tmp_path: Path) -> None:
+    rows = [replace(row_running("long", ""), needs=1000.0), row_running("short", "")]
     long, short = outcomes_of(rows, tmp_path)
     assert long["outcome"].startswith("skipped: it needs 1000 s")
     assert short["outcome"] == "measured"
 
 
-def test_an_interruption_keeps_what_was_measured_and_ends_all_processes(tmp_path: Path) -> None:
-    rows = [row_that("first", "output.write({'name': 'part', 'process': os.getpid()}); time.sleep(1000)")]
+def test_an_interruption_keeps_the_results_and_ends_all_processes(tmp_path: Path) -> None:
+    rows = [row_running("first", "output.write({'name': 'part', 'process': os.getpid()}); time.sleep(1000)")]
 
     def changed() -> None:
         if results.rows[0]["parts"]:
@@ -322,7 +326,7 @@ def test_an_interruption_keeps_what_was_measured_and_ends_all_processes(tmp_path
         run_rows(rows, results, tmp_path, time.monotonic() + 300)
     (row,) = results.rows
     assert row["outcome"] == "interrupted"
-    assert is_gone(row["parts"][0]["process"])
+    assert has_exited(row["parts"][0]["process"])
 
 
 def test_a_kernel_that_fell_back_is_reported() -> None:
@@ -334,8 +338,8 @@ def test_a_kernel_that_fell_back_is_reported() -> None:
     device = torch.device("cpu")
     logging.disable(logging.ERROR)  # as in the processes of a benchmark
     try:
-        assert kernels.state_of(kernel_for, device) == "no compiler"
-        assert kernels.state_of(functools.cache(lambda device: sys), device) == kernels.IN_USE
+        assert kernels.kernel_state(kernel_for, device) == "no compiler"
+        assert kernels.kernel_state(functools.cache(lambda device: sys), device) == kernels.IN_USE
     finally:
         logging.disable(logging.NOTSET)
     part = {"name": "7b", "remarks": kernels.fallbacks({kernels.UPDATE: "no compiler", kernels.INT8: kernels.IN_USE})}
@@ -343,15 +347,17 @@ def test_a_kernel_that_fell_back_is_reported() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures for ten minutes where there is a GPU")
-def test_gpu_rows_are_left_out_without_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpu_rows_are_skipped_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     gpu.main()
     assert "no CUDA GPU" in capsys.readouterr().out
 
 
 @needs_bench
-def test_rows_without_figures_are_told_and_drawn() -> None:
-    row = {"method": "immediate", "ranks": 8, "simulated": True, "workload": methods.settings(Workload("65b"))}
+def test_rows_without_figures_are_reported_and_drawn() -> None:
+    row = {"method": "immediate", "ranks": 8, "simulated": True, "workload": methods.workload_as_dict(Workload("65b"))}
     known = {"peak": 20 * 2**30, "resident": 2**30, "at_peak": None, "most_gradients": None}
     rows = [
         row | {"outcome": memory.DOES_NOT_FIT},
@@ -375,19 +381,19 @@ def losses_of(name: str, clip: bool) -> list[float]:
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_all_methods_take_the_same_steps(ranks: GroupOf, clip: bool) -> None:
-    """On one rank SGD is SGD, whoever takes the step; so nobody is compared with one that does less."""
+    """All methods are SGD on one rank, so no method is compared with one that does less work."""
     names = ["two_pass", "stash", "deepspeed-sgd", "lomo-optim", *([] if clip else ["immediate", "torchtune"])]
-    installed = [name for name in names if methods.objection(name, 1) is None]
+    installed = [name for name in names if methods.unavailability(name, 1) is None]
     (reference,) = ranks(1).run(losses_of, "stash", clip)
     assert reference[-1] < reference[0]
     for name in installed:
         assert ranks(1).run(losses_of, name, clip)[0] == pytest.approx(reference, rel=1e-6), name
 
 
-def test_what_lies_in_memory() -> None:
-    """Against figures that can be told beforehand, less whatever tensors other tests have left alive."""
+def test_memory_by_kind() -> None:
+    """Compare with known figures, minus the tensors that other tests have left alive."""
     nothing = methods.Method(torch.nn.Module(), {}, lambda batch: torch.zeros(()))
-    with Tensors(nothing, torch.device("cpu")) as others:
+    with TensorTracker(nothing, torch.device("cpu")) as leftover:
         pass
     weights, rows = 4 * 300 * 300, 4 * 20 * 300
     model = torch.nn.Sequential(torch.nn.Linear(300, 300, bias=False), torch.nn.Linear(300, 300, bias=False))
@@ -405,38 +411,38 @@ def test_what_lies_in_memory() -> None:
         model, batch, step, lambda: [v for state in optimizer.state.values() for v in state.values()]
     )
     method.step()
-    with Tensors(method, torch.device("cpu")) as tensors:
+    with TensorTracker(method, torch.device("cpu")) as tensors:
         method.step()
     assert tensors.at_peak[PARAMETERS] == tensors.at_peak[OPTIMIZER] == tensors.at_peak[GRADIENTS] == 2 * weights
     assert tensors.most_gradients == 2 * weights
-    assert rows <= tensors.at_peak[ACTIVATIONS] - others.total <= 3 * rows
+    assert rows <= tensors.at_peak[ACTIVATIONS] - leftover.total <= 3 * rows
     assert tensors.peak == sum(tensors.at_peak.values())
     assert tensors.total <= tensors.peak - 2 * weights
 
 
-def raise_here(desk: dict[str, Any], rank: int) -> int:
+def raise_on_rank(state: dict[str, Any], rank: int) -> int:
     if rank == torch.distributed.get_rank():
         raise ValueError("here")
     torch.distributed.barrier()
     return rank
 
 
-def allocate(desk: dict[str, Any], size: int) -> None:
+def allocate(state: dict[str, Any], size: int) -> None:
     torch.empty(size)
 
 
-def test_a_rank_that_fails_ends_the_others() -> None:
+def test_a_failing_rank_ends_the_others() -> None:
     with Workers(2, "cpu") as workers, pytest.raises(WorkerError, match="ValueError: here"):
-        workers.call(raise_here, 1)
+        workers.call(raise_on_rank, 1)
     assert not workers.processes
 
 
-def test_what_does_not_fit_is_told_from_what_fails() -> None:
+def test_out_of_memory_is_not_reported_as_a_failure() -> None:
     with Workers(1, "cpu") as workers, pytest.raises(DoesNotFit):
         workers.call(allocate, 2**60)
 
 
-def test_ratios_are_of_single_rounds() -> None:
+def test_ratios_are_taken_within_rounds() -> None:
     def row(label: str, seconds: list[float], leads: bool) -> dict[str, Any]:
         return {
             "label": label, "method": label, "leads": leads, "outcome": "measured", "seconds": seconds, "peak": 8
@@ -449,22 +455,22 @@ def test_ratios_are_of_single_rounds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("name", "message"),
     [
         ("imediate", "a method is one of"),
         ("immediate+clip", "updates weights before"),
         ("plain+clip", "no gradients"),
-        ("plain+int8", "no weights in eight bits"),
+        ("plain+int8", "does not support int8 weights"),
         ("stash+int9", "a method is one of"),
     ],
 )
-def test_methods_that_cannot_be(name: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        methods.objection(name, 1)
+def test_invalid_methods_raise_an_error(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        methods.unavailability(name, 1)
 
 
-def test_arithmetic_of_a_token() -> None:
-    """Six operations for each weight but the embedding's, and attention's share: 7B's are 40 billion and a little."""
+def test_flops_per_token() -> None:
+    """Count six operations for each weight except the embedding, plus attention: about 40 billion for 7B."""
     assert flops_per_token(Workload("7b", sequence=1)) == pytest.approx(6 * 6.607e9, rel=1e-3)
     attention = flops_per_token(Workload("7b", sequence=2048)) - flops_per_token(Workload("7b", sequence=0))
     assert attention == 12 * 32 * 4096 * 2048

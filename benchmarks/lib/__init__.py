@@ -1,1 +1,1 @@
-"""The machinery behind the benchmarks: methods, workloads, worker processes, and the files that results go to."""
+"""Shared code of the benchmarks: methods, workloads, worker processes and result files."""

@@ -1,12 +1,12 @@
-"""How much memory a step takes, and what lies in it.
+"""Measures the memory of a step, and splits it into parameters, gradients, optimizer state and activations.
 
-``Tensors`` follows every tensor's storage from the operation that makes it to its end, on any device. It slows a step
-down, so no step is both timed and followed. The kinds:
+``TensorTracker`` tracks every tensor's storage from its creation to its end, on any device. Tracking slows a step down,
+so a step is either timed or tracked. The kinds:
 
-- parameters: this rank's shards, and whole parameters as long as they are gathered
-- gradients: every gradient from autograd, whole, reduced or stashed, and buffers that are kept for them
-- optimizer state: what the optimizer holds from step to step, weights of higher precision included
-- activations: all the rest: what forward leaves for backward, and what operations need in passing
+- parameters: this rank's shards, and full parameters while they are gathered
+- gradients: every gradient of autograd, full, reduced or stashed, and buffers for gradients
+- optimizer state: all tensors that the optimizer keeps between steps, master weights included
+- activations: all other tensors: those that forward saves for backward, and temporaries of operations
 """
 
 import contextlib
@@ -28,18 +28,18 @@ from benchmarks.lib.methods import Method
 
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS = "parameters", "gradients", "optimizer state", "activations"
 KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS)
-CLOSE = 1.002  # what lies in memory is looked at anew where a peak is higher by so much
+RECLASSIFY_RATIO = 1.002  # tensors are classified again when the peak has grown by this factor
 
-Key = int  # of a storage, while it lives
+Key = int  # identifies a storage while it is alive
 
 
-class Tensors(TorchDispatchMode):
-    """Follows the tensors of one device through the steps of ``method`` that are taken while it is entered.
+class TensorTracker(TorchDispatchMode):
+    """Tracks the tensors of one device during the steps of ``method`` that run while the mode is active.
 
     Attributes:
         total: bytes alive now.
-        peak: the most bytes that were alive at once.
-        most_gradients: the most bytes of gradients that were alive at once.
+        peak: most bytes that were alive at once.
+        most_gradients: most bytes of gradients that were alive at once.
     """
 
     def __init__(self, method: Method, device: torch.device) -> None:
@@ -48,29 +48,29 @@ class Tensors(TorchDispatchMode):
         self.device = device.type
         self.total = self.peak = self.most_gradients = 0
         self._gradient_bytes = 0
-        self._born = 0
-        self._alive: dict[Key, tuple[int, int]] = {}  # number of the storage, which is never used again, and bytes
-        self._watched: dict[Key, weakref.ref[Any]] = {}
-        self._kind: dict[int, str] = {}  # of the storages whose kind is known, by number
-        self._looked_at = 0.0
-        self._at_peak: dict[int, int] = {}  # bytes by number, as of the last look
+        self._created = 0
+        self._live: dict[Key, tuple[int, int]] = {}  # unique number of the storage, and its bytes
+        self._finalizers: dict[Key, weakref.ref[Any]] = {}
+        self._kind: dict[int, str] = {}  # kind by number, if known
+        self._classified_total = 0.0
+        self._at_peak: dict[int, int] = {}  # bytes by number, when last classified
         self._handles: list[Any] = []
 
-    def __enter__(self) -> "Tensors":
+    def __enter__(self) -> "TensorTracker":
         gc.collect()
-        for found in gc.get_objects():
-            if issubclass(type(found), Tensor):
-                self._add(found)
+        for item in gc.get_objects():
+            if issubclass(type(item), Tensor):
+                self._add(item)
         for parameter in self.method.model.parameters():
             if parameter.requires_grad:
-                self._handles.append(parameter.register_hook(self._see_gradient))
+                self._handles.append(parameter.register_hook(self._mark_gradient))
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         for handle in self._handles:
             handle.remove()
-        self._watched.clear()
+        self._finalizers.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -87,40 +87,40 @@ class Tensors(TorchDispatchMode):
 
     @property
     def at_peak(self) -> dict[str, int]:
-        """Bytes of each kind at the peak, activations being what is left of it."""
-        found = Counter(dict.fromkeys(KINDS, 0))
+        """Bytes of each kind at the peak; bytes of unknown kind are activations."""
+        sizes = Counter(dict.fromkeys(KINDS, 0))
         for number, size in self._at_peak.items():
-            found[self._kind.get(number, ACTIVATIONS)] += size
-        found[ACTIVATIONS] += self.peak - sum(found.values())
-        return dict(found)
+            sizes[self._kind.get(number, ACTIVATIONS)] += size
+        sizes[ACTIVATIONS] += self.peak - sum(sizes.values())
+        return dict(sizes)
 
     def _add(self, tensor: Tensor) -> None:
         if tensor.device.type != self.device or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._alive or not storage.nbytes():
+        if key in self._live or not storage.nbytes():
             return
-        number, size = self._born, storage.nbytes()
-        self._born += 1
-        self._alive[key] = number, size
-        self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))
+        number, size = self._created, storage.nbytes()
+        self._created += 1
+        self._live[key] = number, size
+        self._finalizers[key] = weakref.ref(storage, lambda _: self._forget(key))
         self.total += size
         if self.total > self.peak:
             self.peak = self.total
-            if self.total > self._looked_at * CLOSE:
-                self._look()
+            if self.total > self._classified_total * RECLASSIFY_RATIO:
+                self._classify()
 
     def _forget(self, key: Key) -> None:
-        del self._watched[key]
-        number, size = self._alive.pop(key)
+        del self._finalizers[key]
+        number, size = self._live.pop(key)
         self.total -= size
         if self._kind.get(number) == GRADIENTS:
             self._gradient_bytes -= size
 
-    def _look(self) -> None:
-        """Find out what lies in memory now; what a storage is may also become known later."""
-        self._looked_at = self.total
+    def _classify(self) -> None:
+        """Record what is alive now and its kinds; the kind of a storage may also become known later."""
+        self._classified_total = self.total
         for tensor in self.method.parameters():
             self._mark(tensor, PARAMETERS)
         for tensor in self.method.gradients():
@@ -129,16 +129,16 @@ class Tensors(TorchDispatchMode):
             self._mark(parameter.grad, GRADIENTS)
         for tensor in self.method.optimizer_state():
             self._mark(tensor, OPTIMIZER)
-        self._at_peak = dict(self._alive.values())
+        self._at_peak = dict(self._live.values())
 
-    def _see_gradient(self, gradient: Tensor) -> None:
+    def _mark_gradient(self, gradient: Tensor) -> None:
         self._mark(gradient, GRADIENTS)
 
     def _mark(self, tensor: Any, kind: str) -> None:
-        """Say what a tensor is, unless that is known."""
+        """Set the kind of a tensor, unless it is known."""
         if not isinstance(tensor, Tensor):
             return
-        number, size = self._alive.get(tensor.untyped_storage()._cdata, (-1, 0))
+        number, size = self._live.get(tensor.untyped_storage()._cdata, (-1, 0))
         if number < 0 or number in self._kind:
             return
         self._kind[number] = kind
@@ -148,70 +148,71 @@ class Tensors(TorchDispatchMode):
 
 
 def resident_bytes() -> dict[str, int]:
-    """Bytes of this process in host memory: ``now``, and the ``peak`` since ``forget_peak``."""
+    """Return the resident bytes of this process: ``now``, and the ``peak`` since ``reset_peak``."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     ever = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = int(fields["VmHWM"].split()[0]) if "VmHWM" in fields else ever  # not every container's kernel has it
+    peak = int(fields["VmHWM"].split()[0]) if "VmHWM" in fields else ever  # missing in some containers
     return {"now": psutil.Process().memory_info().rss, "peak": 1024 * peak}
 
 
-def forget_peak() -> None:
-    """Begin the peaks anew, of the host and of the device."""
-    with contextlib.suppress(OSError):  # not every container has it
+def reset_peak() -> None:
+    """Reset the memory peaks of the host and of the device."""
+    with contextlib.suppress(OSError):  # missing in some containers
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
 
 
 def limit_allocator(gib: float) -> None:
-    """Let torch's allocator have no more of this process's GPU than ``gib`` GiB."""
+    """Limit torch's allocator to ``gib`` GiB of this process's GPU."""
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
 def measure(method: Method, steps: int = 3) -> dict[str, Any]:
-    """Take ``steps`` and one more, which is followed, and say what memory they take on this rank.
+    """Take ``steps`` steps and one that is tracked, and return their memory on this rank.
 
-    DeepSpeed traces what a model does in the first three, and fetches ahead only then; the peak is that of all of them.
+    DeepSpeed traces the model in the first three steps and prefetches from then on. The peak is that of all steps.
 
     Returns:
-        What ``take_steps`` and ``follow_step`` return.
+        The fields that ``take_steps`` and ``track_step`` return.
     """
-    found = take_steps(method, steps)
-    return found | follow_step(method, found)
+    measured = take_steps(method, steps)
+    return measured | track_step(method, measured)
 
 
 def take_steps(method: Method, steps: int = 3) -> dict[str, Any]:
-    """Take ``steps``, and say what memory and time they take on this rank.
+    """Take ``steps`` steps, and return their memory and time on this rank.
 
     Returns:
-        ``peak``: of the allocator, None on the CPU; ``reserved``: what the allocator has taken from the GPU, likewise;
-        ``resident``: peak of the host memory of this process; bytes. ``losses``: of each step; ``seconds``: of the
-        last one.
+        ``peak``: peak bytes allocated on the GPU; ``reserved``: peak bytes that the allocator has reserved; both None
+        on the CPU. ``resident``: peak resident bytes of this process. ``losses``: the loss of each step.
+        ``seconds``: the time of the last step.
     """
-    forget_peak()
+    reset_peak()
     losses = []
     for _ in range(steps):
         start = time.perf_counter()
-        losses.append(float(method.step()))  # which waits for the device
+        losses.append(float(method.step()))  # float() waits for the device
         seconds = time.perf_counter() - start
-    found: dict[str, Any] = {"losses": losses, "resident": resident_bytes()["peak"], "seconds": seconds}
+    measured: dict[str, Any] = {"losses": losses, "resident": resident_bytes()["peak"], "seconds": seconds}
     if method.device.type != "cuda":
-        return found | {"peak": None, "reserved": None}
-    return found | {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        return measured | {"peak": None, "reserved": None}
+    return measured | {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
 
-def follow_step(method: Method, found: dict[str, Any]) -> dict[str, Any]:
-    """Take a step in which every tensor is followed, after those of ``take_steps`` that gave ``found``.
+def track_step(method: Method, measured: dict[str, Any]) -> dict[str, Any]:
+    """Take a step in which every tensor is tracked, after the steps that gave ``measured``.
 
     Returns:
-        ``peak``: that of ``found``, and on the CPU that of the tensors; ``at_peak``: ``peak`` by kind;
-        ``most_gradients``: the most gradients alive at once; bytes. ``losses``: with this step's. Where a step on a GPU
-        cannot be followed, ``at_peak`` and ``most_gradients`` are None, and ``not_followed`` says why.
+        ``peak``: that of ``measured``, or on the CPU that of the tensors; ``at_peak``: ``peak`` by kind;
+        ``most_gradients``: most bytes of gradients alive at once; ``losses``: those of ``measured`` and of this step.
+        If a step on a GPU cannot be tracked, ``at_peak`` and ``most_gradients`` are None, and
+        ``not_followed`` says why.
     """
     on_gpu = method.device.type == "cuda"
-    tensors = Tensors(method, method.device)
+    tensors = TensorTracker(method, method.device)
     try:
         with tensors:
             loss = float(method.step())
@@ -219,7 +220,7 @@ def follow_step(method: Method, found: dict[str, Any]) -> dict[str, Any]:
         if not on_gpu:
             raise
         return {"at_peak": None, "most_gradients": None, "not_followed": repr(error)}
-    at_peak, peak = tensors.at_peak, found["peak"] if on_gpu else tensors.peak
-    at_peak[ACTIVATIONS] += peak - tensors.peak  # what the allocator rounds up, and what kernels take in passing
-    losses = [*found["losses"], loss]
+    at_peak, peak = tensors.at_peak, measured["peak"] if on_gpu else tensors.peak
+    at_peak[ACTIVATIONS] += peak - tensors.peak  # rounding of the allocator, and temporaries inside kernels
+    losses = [*measured["losses"], loss]
     return {"peak": peak, "at_peak": at_peak, "most_gradients": tensors.most_gradients, "losses": losses}

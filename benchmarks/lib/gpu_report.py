@@ -1,34 +1,34 @@
-"""The results of ``gpu.py`` in Markdown, and as a picture."""
+"""Formats the results of ``gpu.py`` as Markdown and as a picture."""
 
 from typing import Any
 
 from benchmarks.lib import result_files
 
 GIB = 2**30
-HEADER = ["", "what", "s a step", "planned", "tokens/s", "peak GiB", "planned", "at most", "the paper's", "share",
-          "remarks"]  # fmt: skip
+HEADER = ["", "measurement", "s per step", "planned", "tokens/s", "peak GiB", "planned", "at most", "the paper's",
+          "share", "remarks"]  # fmt: skip
 LEGEND = (
-    "Peaks are those of torch's allocator. Planned is what lomo_ds.planner predicts: of seconds from half of the "
-    "arithmetic that the GPU's maker states, and from the link as it was measured. It predicts nothing of methods "
-    "other than lomo_ds's own and DeepSpeed's, and no seconds of an update alone. The collectives of a simulated rank "
-    "move nothing, so its times are not reported.\n"
+    "Peaks are those of torch's allocator. Planned figures are predictions of lomo_ds.planner. Predicted seconds "
+    "assume half of the arithmetic that the GPU's maker states, and the measured link. There are no predictions for "
+    "methods other than those of lomo_ds and DeepSpeed, or for an update alone. The collectives of a simulated rank "
+    "communicate nothing, so its times are not reported.\n"
 )
 
 
 def describe(rows: list[dict[str, Any]]) -> str:
-    """One table of all rows, the ratios between methods, and what went wrong."""
+    """Format a table of all rows, the ratios between methods, and the failures."""
     lines = [line for row in rows for line in lines_of(row)]
     text = f"# On one GPU\n\n{result_files.table(HEADER, lines)}\n{LEGEND}"
     ratios = [(row["place"], part) for row in rows for part in row["parts"] if "ratio" in part]
     if ratios:
-        header = ["", "time of a step, ours / theirs", "median", "lowest", "highest", "at most", ""]
+        header = ["", "step time, lomo_ds / other", "median", "lowest", "highest", "at most", ""]
         text += f"\n{result_files.table(header, [_ratio(place, part) for place, part in ratios])}"
     for row in rows:
         if "link" in row:
             link = row["link"]
             text += (
                 f"\nRow {row['place']}, the link: {link['up'] / 1e9:.1f} GB/s up, {link['down'] / 1e9:.1f} down, "
-                f"{link['each of both'] / 1e9:.1f} each way when both go on.\n"
+                f"{link['each of both'] / 1e9:.1f} in each direction when both are busy.\n"
             )
         if row.get("error"):
             text += f"\nRow {row['place']} {row['outcome']}: `{row['error']}`\n"
@@ -36,7 +36,7 @@ def describe(rows: list[dict[str, Any]]) -> str:
 
 
 def lines_of(row: dict[str, Any]) -> list[list[str]]:
-    """A row of its own for each part that has figures, and one for a row that has none or did not end well."""
+    """Return a table row for each part, and one for a row that has no parts or was not fully measured."""
     lines = [[row["place"], *cells(part)] for part in row["parts"] if "ratio" not in part]
     if not lines or row["outcome"] != "measured":
         lines.append([row["place"], row["title"], *[""] * 8, f"**{row['outcome']}**"])
@@ -44,7 +44,7 @@ def lines_of(row: dict[str, Any]) -> list[list[str]]:
 
 
 def cells(part: dict[str, Any]) -> list[str]:
-    """The cells of a part behind the first."""
+    """Return the table cells of a part after the first cell."""
     share = f"{part['share']:.0%} of {part['share_of']}" if "share" in part else ""
     remarks = [*part.get("remarks", ()), *([part["not_followed"]] if "not_followed" in part else [])]
     if part.get("outcome", "measured") != "measured":
@@ -76,7 +76,7 @@ def _ratio(place: str, part: dict[str, Any]) -> list[str]:
 
 
 def draw(rows: list[dict[str, Any]]) -> Any:
-    """Bars of the peaks that were measured, with a mark where each was planned; None where there are none."""
+    """Draw the measured peaks as bars, with marks at the planned ones; None if there are no peaks."""
     parts = [part for row in rows for part in row["parts"] if part.get("peak") and part.get("planned_peak")]
     if not parts:
         return None

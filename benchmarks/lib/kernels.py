@@ -1,4 +1,4 @@
-"""Whether the Triton kernels are in use on a rank, and if not, why: a row measured without them must say so."""
+"""Reports whether the Triton kernels are in use on a rank, and if not, why."""
 
 import logging
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ IN_USE = "in use"
 UNKNOWN = "no reason was logged"
 
 
-class Warnings(logging.Handler):
-    """Keeps what is logged as a warning.
+class WarningCollector(logging.Handler):
+    """Collects logged warnings.
 
     Attributes:
-        messages: of the warnings so far.
+        messages: the messages of the warnings so far.
     """
 
     def __init__(self) -> None:
@@ -24,17 +24,17 @@ class Warnings(logging.Handler):
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message of ``record``."""
+        """Collect the message of ``record``."""
         self.messages.append(record.getMessage())
 
 
-def kernels_of(device: torch.device, int8: bool) -> dict[str, str]:
-    """Of each kernel that training on ``device`` calls: ``IN_USE``, or the first line of the error it failed with.
+def kernel_states(device: torch.device, int8: bool) -> dict[str, str]:
+    """Return ``IN_USE`` for each kernel that training on ``device`` calls, or the first line of the kernel's error.
 
-    To be called after training, whose own choice of kernels is cached and so reported.
+    Call it after training: it reports the choice of kernels that training has made and cached.
 
     Args:
-        int8: whether weights are kept, or travel, in eight bits.
+        int8: whether weights are stored or gathered in int8.
     """
     from lomo_ds.numerics.int8 import blocks
     from lomo_ds.update.rules import sgd
@@ -42,24 +42,24 @@ def kernels_of(device: torch.device, int8: bool) -> dict[str, str]:
     if device.type != "cuda":
         return {}
     device = torch.device("cuda", torch.cuda.current_device())
-    wanted: dict[str, Any] = {UPDATE: sgd.kernel_for} | ({INT8: blocks.kernel_for} if int8 else {})
-    return {name: state_of(kernel_for, device) for name, kernel_for in wanted.items()}
+    choices: dict[str, Any] = {UPDATE: sgd.kernel_for} | ({INT8: blocks.kernel_for} if int8 else {})
+    return {name: kernel_state(kernel_for, device) for name, kernel_for in choices.items()}
 
 
-def state_of(kernel_for: Any, device: torch.device) -> str:
-    """What the cached function ``kernel_for`` has chosen: ``IN_USE``, or why it fell back."""
+def kernel_state(kernel_for: Any, device: torch.device) -> str:
+    """Return ``IN_USE`` if the cached function ``kernel_for`` has chosen a kernel, or the reason why it fell back."""
     if kernel_for(device) is not None:
         return IN_USE
-    kernel_for.cache_clear()  # so that it fails, and logs why, once more
+    kernel_for.cache_clear()  # makes it fail and log the reason once more
     with logged_warnings(kernel_for.__module__) as messages:
         kernel_for(device)
-    return reason_in(messages)
+    return fallback_reason(messages)
 
 
 @contextmanager
 def logged_warnings(name: str) -> Iterator[list[str]]:
     """Collect the warnings of a logger, even where logging is disabled."""
-    warnings, logger, disabled = Warnings(), logging.getLogger(name), logging.root.manager.disable
+    warnings, logger, disabled = WarningCollector(), logging.getLogger(name), logging.root.manager.disable
     logger.addHandler(warnings)
     logging.disable(logging.NOTSET)
     try:
@@ -69,13 +69,13 @@ def logged_warnings(name: str) -> Iterator[list[str]]:
         logger.removeHandler(warnings)
 
 
-def reason_in(messages: list[str]) -> str:
-    """Why a kernel fell back, in one line: what the last warning says behind "Triton fails"."""
+def fallback_reason(messages: list[str]) -> str:
+    """Return in one line why a kernel fell back: the text after "Triton fails" in the last warning."""
     last = messages[-1] if messages else ""
     lines = (last.partition("Triton fails:")[2] or last).strip().splitlines()
     return lines[0] if lines else UNKNOWN
 
 
 def fallbacks(kernels: dict[str, str]) -> list[str]:
-    """Remarks on the kernels that are not in use."""
+    """Return a remark for each kernel that is not in use."""
     return [f"{name} fell back: {state}" for name, state in kernels.items() if state != IN_USE]

@@ -1,8 +1,7 @@
-"""What is compared: ways to take a training step, each built once and stepped many times.
+"""The methods that benchmarks compare: ways to take a training step, each built once and stepped many times.
 
-A method is named by one of ``METHODS``, with what is added behind it: ``+clip`` where the global gradient norm is
-clipped to 1; and, to a method of lomo_ds, ``+int8`` where weights are kept in eight bits, ``+qgather`` where they only
-travel so.
+The name of a method is one of ``METHODS`` and may have suffixes. ``+clip`` clips the global gradient norm to 1. Two
+suffixes are for methods of lomo_ds only: ``+int8`` stores weights in int8, ``+qgather`` gathers them in int8.
 """
 
 import dataclasses
@@ -23,11 +22,11 @@ CLIP, INT8, QUANTIZED_GATHER = "+clip", "+int8", "+qgather"
 MAX_NORM = 1.0
 LR = 1e-3
 
-OURS = ("immediate", "two_pass", "stash")
-DEEPSPEED = ("deepspeed-sgd", "deepspeed-adamw")
-ALONE = ("plain", "lomo-optim", "torchtune")  # what knows one process only
-METHODS = (*OURS, *DEEPSPEED, *ALONE)
-MEANINGS = {
+LOMO_DS = ("immediate", "two_pass", "stash")
+DEEPSPEED_ZERO3 = ("deepspeed-sgd", "deepspeed-adamw")
+SINGLE_PROCESS = ("plain", "lomo-optim", "torchtune")  # these support one process only
+METHODS = (*LOMO_DS, *DEEPSPEED_ZERO3, *SINGLE_PROCESS)
+DESCRIPTIONS = {
     "immediate": "lomo_ds, each shard updated as its gradient arrives",
     "two_pass": "lomo_ds, the paper's schedule: measure in a first pass, update in a second",
     "stash": "lomo_ds, gradient shards kept until the norm is known",
@@ -52,11 +51,11 @@ class Method:
     """One way to take steps on one workload.
 
     Args:
-        model: what is trained.
-        batch: what every step trains on.
-        step: takes one and returns its loss; on the device, so that nobody waits for it.
-        optimizer_state: every tensor that the optimizer holds from step to step, weights of higher precision included.
-        gradients: tensors that hold gradients now, or are kept to do so, beside the parameters' ``.grad``.
+        model: the model to train.
+        batch: the batch of every step.
+        step: takes one step and returns the loss, on the device, so that the host does not wait for it.
+        optimizer_state: returns every tensor that the optimizer keeps between steps, master weights included.
+        gradients: returns gradients and buffers for gradients, beside the parameters' ``.grad``.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Method:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return next(self.model.parameters()).device
 
     def step(self) -> Tensor:
@@ -83,29 +82,29 @@ class Method:
         return self._step(self.batch)
 
     def parameters(self) -> Iterable[Any]:
-        """Every parameter as it is now, whole or not, and this rank's shard of it."""
+        """Yield the current data of every parameter, gathered or not, and this rank's shard of it."""
         for parameter in self.model.parameters():
             yield parameter.data
             yield getattr(parameter, "ds_tensor", None)
 
 
-def base_of(name: str) -> str:
-    """The one of ``METHODS``, or something else that is none."""
+def base_method(name: str) -> str:
+    """Return the name without suffixes: one of ``METHODS``, if the name is valid."""
     return name.partition("+")[0]
 
 
 def clips(name: str) -> bool:
-    """Whether the method clips."""
+    """Return whether the method clips the gradient norm."""
     return CLIP in name
 
 
-def in_eight_bits(name: str) -> bool:
-    """Whether its weights are kept, or travel, in eight bits."""
+def uses_int8(name: str) -> bool:
+    """Return whether weights are stored or gathered in int8."""
     return INT8 in name or QUANTIZED_GATHER in name
 
 
-def settled(name: str, work: Workload) -> Workload:
-    """The workload with what a method's name adds to it."""
+def apply_suffixes(name: str, work: Workload) -> Workload:
+    """Return the workload with the settings that the suffixes of a method's name add."""
     if INT8 in name:
         work = dataclasses.replace(work, lomo={**work.lomo, "weights": "int8"})
     if QUANTIZED_GATHER in name:
@@ -113,23 +112,23 @@ def settled(name: str, work: Workload) -> Workload:
     return work
 
 
-def objection(name: str, ranks: int) -> str | None:
-    """Why the method cannot run on so many ranks, here; None if it can.
+def unavailability(name: str, ranks: int) -> str | None:
+    """Return why the method cannot run on this number of ranks on this machine; None if it can.
 
     Raises:
-        ValueError: there is no such method, or it cannot clip.
+        ValueError: there is no such method, or it does not support its suffixes.
     """
     base, *added = name.split("+")
     if base not in METHODS or not {f"+{word}" for word in added} <= {CLIP, INT8, QUANTIZED_GATHER}:
         raise ValueError(
-            f"a method is one of {', '.join(METHODS)}, with {CLIP} behind it to clip, and behind lomo_ds's own with "
+            f"a method is one of {', '.join(METHODS)}, with the suffix {CLIP} to clip, and for lomo_ds's own with "
             f"{INT8} or {QUANTIZED_GATHER}, got {name}"
         )
-    if base not in OURS and (INT8 in name or QUANTIZED_GATHER in name):
-        raise ValueError(f"{base} knows no weights in eight bits, so there is no {name}")
+    if base not in LOMO_DS and (INT8 in name or QUANTIZED_GATHER in name):
+        raise ValueError(f"{base} does not support int8 weights, so there is no {name}")
     if clips(name) and base in CANNOT_CLIP:
         raise ValueError(f"{base} {CANNOT_CLIP[base]}, so there is no {name}")
-    if base in ALONE and ranks > 1:
+    if base in SINGLE_PROCESS and ranks > 1:
         return "it runs in one process only"
     if base in INSTALL and importlib.util.find_spec(INSTALL[base][0]) is None:
         return f"it is not installed: {INSTALL[base][1]}"
@@ -137,11 +136,11 @@ def objection(name: str, ranks: int) -> str | None:
 
 
 def build(name: str, work: Workload) -> Method:
-    """The method, ready for its first step; on every rank."""
-    base, max_norm = base_of(name), MAX_NORM if clips(name) else None
-    if base in OURS:
-        return _lomo_ds(base, settled(name, work), max_norm)
-    if base in DEEPSPEED:
+    """Build a method up to its first step. Every rank calls this."""
+    base, max_norm = base_method(name), MAX_NORM if clips(name) else None
+    if base in LOMO_DS:
+        return _lomo_ds(base, apply_suffixes(name, work), max_norm)
+    if base in DEEPSPEED_ZERO3:
         return _deepspeed(base, work, max_norm)
     return {"plain": _plain, "lomo-optim": _lomo_optim, "torchtune": _torchtune}[base](work, max_norm)
 
@@ -158,10 +157,10 @@ def _lomo_ds(schedule: str, work: Workload, max_norm: float | None) -> Method:
     engine = lomo_ds.initialize(model=model, config=ds_config)[0]
 
     def gradients() -> Iterable[Any]:
-        kept: Any = engine.schedule  # a stash
-        if hasattr(kept, "buffers"):
-            return kept.buffers.values()
-        return getattr(kept, "held", {}).values()
+        schedule: Any = engine.schedule
+        if hasattr(schedule, "buffers"):  # a stash
+            return schedule.buffers.values()
+        return getattr(schedule, "held", {}).values()
 
     return Method(engine.module, work.rows(engine.device), engine.train_batch, gradients=gradients)
 
@@ -171,7 +170,7 @@ def _deepspeed(name: str, work: Workload, max_norm: float | None) -> Method:
 
     ds_config = work.ds_config(max_norm) | {"zero_allow_untested_optimizer": True}
     model = work.sharded_model(ds_config)
-    # allocated as a whole at start: no more than the largest gradient, where DeepSpeed's default is larger than that
+    # DeepSpeed allocates the bucket at start; its default may be larger than the largest gradient
     largest = max(parameter.ds_numel for parameter in model.parameters())
     zero = ds_config["zero_optimization"]
     zero["reduce_bucket_size"] = min(500_000_000, largest)
@@ -202,7 +201,7 @@ def _plain(work: Workload, max_norm: float | None) -> Method:
     assert max_norm is None
     model = work.whole_model()
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(_drop)
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
     def step(batch: dict[str, Tensor]) -> Tensor:
         loss = model(**batch).loss
@@ -212,7 +211,7 @@ def _plain(work: Workload, max_norm: float | None) -> Method:
     return Method(model, work.rows(model.device), step)
 
 
-def _drop(parameter: Parameter) -> None:
+def _drop_gradient(parameter: Parameter) -> None:
     parameter.grad = None
 
 
@@ -224,9 +223,9 @@ def _lomo_optim(work: Workload, max_norm: float | None) -> Method:
 
     def step(batch: dict[str, Tensor]) -> Tensor:
         loss = model(**batch).loss
-        if max_norm is not None:  # as the authors' trainer does, forward too is run a second time
+        if max_norm is not None:  # the authors' trainer runs forward a second time too
             optimizer.grad_norm(loss)
-            del loss  # which their trainer keeps, and with it a second set of activations
+            del loss  # their trainer keeps it, and with it a second set of activations
             loss = model(**batch).loss
         optimizer.fused_backward(loss, LR)
         return loss.detach()
@@ -238,7 +237,7 @@ def _torchtune(work: Workload, max_norm: float | None) -> Method:
     assert max_norm is None
     model = work.whole_model()
     optimizers = {parameter: torch.optim.SGD([parameter], lr=LR) for parameter in model.parameters()}
-    torchtune_memory().register_optim_in_bwd_hooks(model, optimizers)
+    import_torchtune_memory().register_optim_in_bwd_hooks(model, optimizers)
 
     def step(batch: dict[str, Tensor]) -> Tensor:
         loss = model(**batch).loss
@@ -248,18 +247,18 @@ def _torchtune(work: Workload, max_norm: float | None) -> Method:
     return Method(model, work.rows(model.device), step)
 
 
-def torchtune_memory() -> ModuleType:
-    """``torchtune.training.memory``, which needs torch alone: the packages around it want twenty others at import."""
+def import_torchtune_memory() -> ModuleType:
+    """Import ``torchtune.training.memory`` without torchtune itself, which needs twenty more packages."""
     if "torchtune" not in sys.modules:
-        found = importlib.util.find_spec("torchtune")
-        assert found is not None
-        folders = list(found.submodule_search_locations or ())
+        spec = importlib.util.find_spec("torchtune")
+        assert spec is not None
+        folders = list(spec.submodule_search_locations or ())
         for name, below in (("torchtune", ""), ("torchtune.training", "/training")):
             sys.modules[name] = package = ModuleType(name)
             package.__path__ = [folder + below for folder in folders]
     return importlib.import_module("torchtune.training.memory")
 
 
-def settings(work: Workload) -> dict[str, Any]:
-    """A workload as results name it."""
+def workload_as_dict(work: Workload) -> dict[str, Any]:
+    """Return a workload as results record it."""
     return dataclasses.asdict(work)

@@ -1,4 +1,4 @@
-"""The options that benchmarks of methods on workloads share."""
+"""Command-line options shared by benchmarks that run methods on workloads."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from benchmarks.lib.workload import DTYPES, TINY, TOY, Workload
 
 
 def add_workload(parser: argparse.ArgumentParser, models: list[str] | None, sequence: int, batch: int) -> None:
-    """What is trained on which device; ``models`` None leaves the models to another option."""
+    """Add the options of a workload and its device; without ``--models`` if ``models`` is None."""
     if models is not None:
         parser.add_argument(
             "--models",
@@ -26,64 +26,64 @@ def add_workload(parser: argparse.ArgumentParser, models: list[str] | None, sequ
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank has a GPU, else cpu"
     )
     parser.add_argument("--precision", choices=sorted(DTYPES), help="bf16 on CUDA and fp32 on the CPU by default")
-    parser.add_argument("--tiled_logits", action="store_true", help="let lomo_ds compute the logits a tile at a time")
+    parser.add_argument("--tiled_logits", action="store_true", help="let lomo_ds compute the logits in tiles")
     parser.add_argument(
-        "--lomo", type=settings, default={}, metavar="JSON",
+        "--lomo", type=json_object, default={}, metavar="JSON",
         help='further parameters of LOMO in the DeepSpeed config, for example \'{"gather_granularity": "layer"}\'',
     )  # fmt: skip
 
 
-def settings(text: str) -> dict[str, Any]:
-    """A JSON object from the command line."""
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object from the command line."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"a JSON object is wanted, got {text!r}")
-    return found
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value
 
 
-def settle(given: argparse.Namespace, parser: argparse.ArgumentParser, most_ranks: int) -> None:
-    """Resolve ``auto``, and end with a sentence where something cannot be."""
-    if given.device == "auto":
-        given.device = "cuda" if torch.cuda.device_count() >= most_ranks else "cpu"
-    if given.device == "cuda" and torch.cuda.device_count() < most_ranks:
+def resolve(args: argparse.Namespace, parser: argparse.ArgumentParser, max_ranks: int) -> None:
+    """Replace ``auto`` by the device and precision in use, and exit with an error message on invalid options."""
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.device_count() >= max_ranks else "cpu"
+    if args.device == "cuda" and torch.cuda.device_count() < max_ranks:
         parser.error(
-            f"--device cuda needs a GPU for each of {most_ranks} ranks, and there are {torch.cuda.device_count()}; "
+            f"--device cuda needs a GPU for each of {max_ranks} ranks, got {torch.cuda.device_count()} GPUs; "
             "use --device cpu, or fewer ranks"
         )
-    os.environ["DS_ACCELERATOR"] = given.device  # deepspeed chooses when it is imported, here too
-    given.precision = given.precision or ("bf16" if given.device == "cuda" else "fp32")
+    os.environ["DS_ACCELERATOR"] = args.device  # deepspeed reads it at import, also in this process
+    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     try:
-        for method in [*given.methods, *(getattr(given, "vs", None) or [])]:
-            methods.objection(method, 1)
+        for method in [*args.methods, *(getattr(args, "vs", None) or [])]:
+            methods.unavailability(method, 1)
     except ValueError as error:
         parser.error(str(error))
 
 
-def workload(given: argparse.Namespace, model: str, checkpointing: bool) -> Workload:
-    """The workload of the options for one model."""
+def build_workload(args: argparse.Namespace, model: str, checkpointing: bool) -> Workload:
+    """Build the workload that the options describe, for one model."""
     return Workload(
         model,
-        given.sequence,
-        given.batch,
-        given.precision,
+        args.sequence,
+        args.batch,
+        args.precision,
         checkpointing,
-        given.tiled_logits,
-        lomo=dict(given.lomo),
+        args.tiled_logits,
+        lomo=dict(args.lomo),
     )
 
 
 def methods_help(default: list[str]) -> str:
-    """What methods there are."""
-    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in methods.MEANINGS.items())
+    """Return the help text of an option that takes methods."""
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in methods.DESCRIPTIONS.items())
     return (
-        f"any of {meanings}. {methods.CLIP} behind a name clips the global norm, {methods.INT8} behind lomo_ds's own "
-        f"keeps weights in eight bits, {methods.QUANTIZED_GATHER} gathers them so. {' '.join(default)} by default"
+        f"any of {meanings}. The suffix {methods.CLIP} clips the global norm; for lomo_ds's own, {methods.INT8} "
+        f"stores weights in int8 and {methods.QUANTIZED_GATHER} gathers them in int8. {' '.join(default)} by default"
     )
 
 
-def told(count: int, what: str) -> str:
-    """``1 rank``, ``2 ranks``."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+def pluralize(count: int, noun: str) -> str:
+    """Return a number with its noun, for example ``1 rank`` or ``2 ranks``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

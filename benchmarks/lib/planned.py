@@ -1,4 +1,4 @@
-"""What ``lomo_ds.planner`` predicts for a method on a workload, to be held against what is measured."""
+"""Predictions of ``lomo_ds.planner`` for a method on a workload, to compare with measurements."""
 
 import functools
 from dataclasses import replace
@@ -10,30 +10,30 @@ from lomo_ds.planner import Machine, Plan, PlannedModel, Settings, plan_run
 from lomo_ds.planner.suggest import ZERO
 
 OPTIMIZERS: dict[str, Any] = {"deepspeed-sgd": "sgd", "deepspeed-adamw": "adamw"}
-PLENTY = 2**44  # bytes: whether it fits is found out by measuring
+AMPLE_BYTES = 2**44  # memory of a machine on which everything fits
 
 
-def machine_of(device: str, **known: Any) -> Machine:
-    """Ranks on ``cpu`` or ``cuda`` with memory for everything; ``known`` are fields of ``Machine``."""
-    plenty: dict[str, Any] = {"gpu_memory": PLENTY, "host_memory": PLENTY}
-    return Machine(**{**plenty, **known}, device="cpu" if device == "cpu" else "gpu")
+def ample_machine(device: str, **fields: Any) -> Machine:
+    """Return a machine of ``cpu`` or ``cuda`` ranks with ample memory; ``fields`` override those of ``Machine``."""
+    ample: dict[str, Any] = {"gpu_memory": AMPLE_BYTES, "host_memory": AMPLE_BYTES}
+    return Machine(**{**ample, **fields}, device="cpu" if device == "cpu" else "gpu")
 
 
 @functools.cache
 def _planned_model(name: str) -> PlannedModel:
-    """Plans of one model share its rehearsals, which take seconds."""
+    """Return a model whose plans share its step traces, because a trace takes seconds."""
     return PlannedModel(Workload(name).config(), name)
 
 
-def plan_of(method: str, work: Workload, ranks: int, machine: Machine) -> Plan | None:
-    """The plan of a row of ``memory.py``; None of other methods than ours and DeepSpeed's."""
-    base, work = methods.base_of(method), methods.settled(method, work)
-    if base not in (*methods.OURS, *methods.DEEPSPEED):
+def plan_method(method: str, work: Workload, ranks: int, machine: Machine) -> Plan | None:
+    """Plan a row of ``memory.py``; None for methods other than those of lomo_ds and DeepSpeed."""
+    base, work = methods.base_method(method), methods.apply_suffixes(method, work)
+    if base not in (*methods.LOMO_DS, *methods.DEEPSPEED_ZERO3):
         return None
     model = _planned_model(work.model)
-    ours = base in methods.OURS
-    zero = {name: work.zero[theirs] for name, theirs in ZERO.items() if theirs in work.zero}
-    if not ours:  # see methods._deepspeed
+    is_lomo_ds = base in methods.LOMO_DS
+    zero = {name: work.zero[field] for name, field in ZERO.items() if field in work.zero}
+    if not is_lomo_ds:  # see methods._deepspeed
         largest = max(parameter.numel() for parameter in model.meta_model.parameters())
         zero["reduce_bucket_size"] = min(500_000_000, largest)
     lomo = {name: work.lomo[name] for name in ("stash_device", "gather_granularity", "weights") if name in work.lomo}
@@ -44,10 +44,10 @@ def plan_of(method: str, work: Workload, ranks: int, machine: Machine) -> Plan |
         precision=work.precision,  # type: ignore[arg-type]
         optimizer=OPTIMIZERS.get(base, "lomo"),
         fused=False,
-        update_schedule=base if ours else "auto",  # type: ignore[arg-type]
+        update_schedule=base if is_lomo_ds else "auto",  # type: ignore[arg-type]
         gradient_clipping=methods.MAX_NORM if methods.clips(method) else 0.0,
         gradient_checkpointing=work.checkpointing,
-        tiled_logits=work.tiled_logits and ours,
+        tiled_logits=work.tiled_logits and is_lomo_ds,
         offload_param=work.zero.get("offload_param", {}).get("device", "none"),
         **{"stash_device": "gpu", **lomo},
         **zero,
@@ -56,22 +56,21 @@ def plan_of(method: str, work: Workload, ranks: int, machine: Machine) -> Plan |
 
 
 def planned_peak(method: str, work: Workload, ranks: int, device: str) -> int | None:
-    """Bytes of tensors at the peak; None where nothing can be planned."""
-    found = plan_of(method, work, ranks, machine_of(device))
-    return None if found is None else bytes_of_tensors(found)
+    """Return the predicted peak bytes of tensors; None for methods that cannot be planned."""
+    plan = plan_method(method, work, ranks, ample_machine(device))
+    return None if plan is None else tensor_bytes(plan)
 
 
-def bytes_of_tensors(found: Plan) -> int:
-    """What a GPU holds at the peak, without what CUDA itself takes."""
-    return found.gpu_bytes - found.machine.context
+def tensor_bytes(plan: Plan) -> int:
+    """Return the GPU's peak bytes without the CUDA context."""
+    return plan.gpu_bytes - plan.machine.context
 
 
-def pinned_to_card(method: str, work: Workload, ranks: int, card_bytes: int) -> Workload:
-    """The workload with what depends on free memory set as on a card of ``card_bytes``, whatever this one has.
+def with_granularity_of_card(method: str, work: Workload, ranks: int, card_bytes: int) -> Workload:
+    """Return the workload with the gather granularity that a GPU of ``card_bytes`` would get.
 
-    Of a method with an update schedule of its own that is how much is gathered at once; how far ahead DeepSpeed gathers
-    depends on no memory.
+    The granularity of lomo_ds's methods depends on free memory; DeepSpeed's prefetching does not.
     """
-    found = plan_of(method, work, ranks, machine_of("cuda", gpu_memory=card_bytes))
-    assert found is not None
-    return replace(work, lomo={**work.lomo, "gather_granularity": found.granularity})
+    plan = plan_method(method, work, ranks, ample_machine("cuda", gpu_memory=card_bytes))
+    assert plan is not None
+    return replace(work, lomo={**work.lomo, "gather_granularity": plan.granularity})

@@ -1,4 +1,4 @@
-"""What every benchmark leaves behind: JSON, Markdown and a picture, with commit, versions, machine and command."""
+"""Result files of a benchmark: JSON, Markdown and a picture, with commit, versions, machine and command."""
 
 import argparse
 import importlib.metadata
@@ -21,30 +21,32 @@ RESULTS = ROOT / "benchmarks/results"
 VERSIONS = ("torch", "deepspeed", "transformers", "safetensors")
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The start of a benchmark's arguments."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--output_dir", type=Path, default=RESULTS, help="of the results; benchmarks/results by default")
-    return made
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """Build an argument parser with the option that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output_dir", type=Path, default=RESULTS, help="folder of the results; benchmarks/results by default"
+    )
+    return parser
 
 
 def require(*packages: str) -> None:
-    """End with a sentence, before anything is measured, where one of ``packages`` is not installed."""
-    if missing := missing_of(packages):
+    """Exit with an error message if one of ``packages`` is not installed."""
+    if missing := missing_packages(packages):
         sys.exit(f"this benchmark needs {' and '.join(missing)}: pip install --editable '.[bench]'")
 
 
-def missing_of(packages: Iterable[str]) -> list[str]:
-    """Those of ``packages`` that cannot be imported."""
+def missing_packages(packages: Iterable[str]) -> list[str]:
+    """Return the ``packages`` that cannot be imported."""
     return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
 def environment(*packages: str, gpus: list[str] | None = None) -> dict[str, Any]:
-    """Where figures come from.
+    """Describe the commit, the versions, the machine and the command of a measurement.
 
     Args:
-        packages: whose versions count beside those of ``VERSIONS``.
-        gpus: their names; None asks torch, which then takes memory of the first one for itself.
+        packages: packages whose versions are recorded in addition to ``VERSIONS``.
+        gpus: names of the GPUs; None asks torch, which then allocates memory on the first one.
     """
     if gpus is None:
         gpus = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
@@ -63,7 +65,7 @@ def environment(*packages: str, gpus: list[str] | None = None) -> dict[str, Any]
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files."""
+    """Return matplotlib's pyplot, set up to draw into files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,13 +77,13 @@ def pyplot() -> Any:
 def write_results(
     folder: Path, name: str, results: dict[str, Any], markdown: str, figure: Any = None, show: bool = True
 ) -> None:
-    """Write ``name``.json and .md, and .png, each in place of an older one at once, and print the Markdown.
+    """Write ``name``.json, .md and .png, replacing older files atomically, and print the Markdown.
 
     Args:
-        results: with ``environment()`` under "environment".
-        markdown: without the picture and the environment, which are added.
-        figure: matplotlib's; None leaves the picture out, as while rows are still being measured.
-        show: whether to print.
+        results: the results, with ``environment()`` under "environment".
+        markdown: the report; the picture and the environment are appended to it.
+        figure: a matplotlib figure; None writes no picture, for example while rows are still being measured.
+        show: whether to print the Markdown.
     """
     folder.mkdir(parents=True, exist_ok=True)
     picture = f"\n![{name}]({name}.png)\n" if figure is not None else ""
@@ -96,14 +98,14 @@ def write_results(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put ``text`` in place of the file at once, so that who is killed leaves the old file or the new one."""
+    """Replace a file atomically: a process that is killed leaves either the old file or the new one."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 
 
 def version_of(package: str) -> str:
-    """The installed version of a package, in words where there is none."""
+    """Return the installed version of a package, or ``not installed``."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -111,31 +113,31 @@ def version_of(package: str) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
+    """Format a Markdown table whose columns, except the first, are right-aligned."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _environment_table(found: dict[str, Any]) -> str:
-    machine = found["machine"]
+def _environment_table(environment: dict[str, Any]) -> str:
+    machine = environment["machine"]
     gpus = ", ".join(machine["gpus"]) or "no GPU"
     rows = [
-        ["command", f"`{found['command']}`"],
-        ["commit", found["commit"]],
+        ["command", f"`{environment['command']}`"],
+        ["commit", environment["commit"]],
         ["machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB memory, {gpus}"],
-        ["versions", ", ".join(f"{package} {version}" for package, version in found["versions"].items())],
+        ["versions", ", ".join(f"{package} {version}" for package, version in environment["versions"].items())],
     ]
     return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
 
 
 def _commit() -> str:
-    """The commit that is checked out, with "-dirty" where a tracked file differs from it."""
+    """Return the commit that is checked out, with "-dirty" if a tracked file differs from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:  # no git here
+        described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return described.stdout.strip() or "unknown"
 
 
 def _cpu_model() -> str:

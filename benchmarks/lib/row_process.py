@@ -1,12 +1,12 @@
-"""Rows of a benchmark in processes of their own: each leads a process group, has a time limit, and is killed whole.
+"""Runs each row of a benchmark in its own process group, with a time limit after which the whole group is killed.
 
-A row's process is told where to append its results, one JSON object a line:
+The process of a row appends its results to a file, one JSON object per line:
 
-    {"ready": true}                              it has imported what it needs, and waits for a line on its stdin
-    {"name": "7b, batch 8", "peak": 123, ...}    a part of the results; a later line of the same name adds to it
-    {"outcome": "failed", "error": "..."}        how the row has ended, if not well
+    {"ready": true}                              the imports are done; the process waits for a line on stdin
+    {"name": "7b, batch 8", "peak": 123, ...}    a part of the results; a later line of the same name updates it
+    {"outcome": "failed", "error": "..."}        the outcome of a row that failed
 
-The line on stdin is the number of seconds that it has. When stdin ends, whoever started it is gone, and it ends too.
+The line on stdin is the time limit in seconds. When stdin ends, the parent process has exited, and the row exits too.
 """
 
 import contextlib
@@ -21,25 +21,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-READY_SECONDS = 150.0  # that the imports of a process may take; a disk that has just been attached is slow
-LOOK_SECONDS = 0.1  # between two looks at what a process has written
-UNDER_WAY = "under way"
+READY_SECONDS = 150.0  # time limit for the imports of a process; a newly attached disk is slow
+POLL_SECONDS = 0.1  # interval at which results are read
+RUNNING = "under way"
 STDIN = 0
-LOG_LINES = 40  # kept of what a row that failed has printed
+LOG_LINES = 40  # lines of output that are recorded for a failed row
 
 Part = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row.
+    """A row of a benchmark.
 
     Attributes:
-        place: short, for the command line.
-        needs: seconds below which it is not begun.
-        limit: seconds that it may take, from when it is ready.
-        command: starts its process; the path of its results is added.
-        environment: variables of its process.
+        place: short name, for the command line.
+        needs: the row is skipped if fewer seconds are left.
+        limit: time limit in seconds after the row is ready.
+        command: command of the process; the path of the result file is appended.
+        environment: additional environment variables of the process.
     """
 
     place: str
@@ -54,7 +54,7 @@ class RowProcess:
     """The process group of one row.
 
     Args:
-        folder: where its results and its log go; made here.
+        folder: folder of the result file and the log; must not exist yet.
     """
 
     def __init__(self, row: Row, folder: Path) -> None:
@@ -73,33 +73,33 @@ class RowProcess:
         self._read = 0  # bytes of the results so far
 
     def begin(self, seconds: float) -> None:
-        """Let it measure for so long."""
+        """Start the measurement with a time limit."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(f"{seconds}\n".encode())
             self.process.stdin.flush()
 
     def new_lines(self) -> list[Part]:
-        """What it has written since the last call, whole lines only."""
+        """Return the complete result lines that were written since the last call."""
         with self.results.open("rb") as results:
             results.seek(self._read)
             lines = results.read().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        self._read += sum(map(len, whole))
-        return [json.loads(line) for line in whole]
+        complete = [line for line in lines if line.endswith(b"\n")]
+        self._read += sum(map(len, complete))
+        return [json.loads(line) for line in complete]
 
     @property
     def exit_status(self) -> int | None:
-        """None while it runs."""
+        """Exit status of the process; None while it runs."""
         return self.process.poll()
 
     def log_lines(self) -> list[str]:
-        """The last lines that it has printed."""
+        """Return the last lines of output."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         return [line for line in text.splitlines() if line.strip()][-LOG_LINES:]
 
     def kill(self) -> None:
-        """End all processes of the group; some may have outlived the first one."""
+        """Kill all processes of the group, including those that have outlived the first one."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -109,10 +109,13 @@ class RowProcess:
 
 
 class Results:
-    """What came out of rows so far, as it is written into a file.
+    """The results of all rows so far, as written to the result file.
+
+    Args:
+        changed: callback, called after every change.
 
     Attributes:
-        rows: of each row ``place``, ``title``, ``outcome``, ``limit``, ``parts``, and the ``seconds`` it took.
+        rows: for each row ``place``, ``title``, ``outcome``, ``limit``, ``parts`` and the ``seconds`` that it took.
     """
 
     def __init__(self, rows: list[Row], changed: Callable[[], None]) -> None:
@@ -123,7 +126,7 @@ class Results:
         self.changed = changed
 
     def add(self, index: int, lines: list[Part]) -> None:
-        """Add what the process of a row has written."""
+        """Add result lines of a row."""
         row = self.rows[index]
         for line in lines:
             if "name" in line:
@@ -144,14 +147,14 @@ class Results:
 
 
 def run_rows(
-    rows: list[Row], results: Results, folder: Path, deadline: float, told: Callable[[str], None] = lambda text: None
+    rows: list[Row], results: Results, folder: Path, deadline: float, report: Callable[[str], None] = lambda text: None
 ) -> None:
-    """Measure one row after the other; the processes of all are started, to import what they need, beside the first.
+    """Measure the rows one after another; all processes start during the first row, to do their imports.
 
     Args:
-        folder: an empty one, for files that are of no use afterwards.
-        deadline: of ``time.monotonic``.
-        told: is called with what is happening.
+        folder: empty folder for temporary files.
+        deadline: in terms of ``time.monotonic``.
+        report: callback that receives progress messages.
     """
     processes: dict[int, RowProcess] = {}
 
@@ -167,15 +170,15 @@ def run_rows(
     try:
         for index, row in enumerate(rows):
             if deadline - time.monotonic() < row.needs:
-                results.set(index, outcome=f"skipped: it needs {row.needs:.0f} s, and less were left")
+                results.set(index, outcome=f"skipped: it needs {row.needs:.0f} s, but less time was left")
                 continue
-            told(f"{row.place}: {row.title}")
-            results.set(index, outcome=UNDER_WAY)
+            report(f"{row.place}: {row.title}")
+            results.set(index, outcome=RUNNING)
             _measure(index, row, start(index), results, deadline, start_all)
             start(index).kill()
     except KeyboardInterrupt:
-        for index, found in enumerate(results.rows):
-            if found["outcome"] == UNDER_WAY:
+        for index, result in enumerate(results.rows):
+            if result["outcome"] == RUNNING:
                 results.add(index, processes[index].new_lines() if index in processes else [])
                 results.set(index, outcome="interrupted")
         raise
@@ -185,29 +188,29 @@ def run_rows(
 
 
 def _measure(
-    index: int, row: Row, process: RowProcess, results: Results, deadline: float, begun: Callable[[], None]
+    index: int, row: Row, process: RowProcess, results: Results, deadline: float, on_begin: Callable[[], None]
 ) -> None:
-    """Wait until the process is ready, let it begin, and collect what it writes until it ends, or its time does."""
+    """Wait until the process is ready, start it, and collect its results until it ends or its time is up."""
     if not _wait_until_ready(process, min(deadline, time.monotonic() + READY_SECONDS)):
         results.set(index, **_failure(process, f"it was not ready within {READY_SECONDS:.0f} s"))
         return
     start = time.monotonic()
     limit = min(row.limit, deadline - start)
     process.begin(limit)
-    begun()
+    on_begin()
     while process.exit_status is None and time.monotonic() < start + limit:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
         results.add(index, process.new_lines())
     status = process.exit_status
     results.add(index, process.new_lines())
-    ended: dict[str, Any] = {"seconds": time.monotonic() - start}
+    fields: dict[str, Any] = {"seconds": time.monotonic() - start}
     if status is None:
-        ended |= {"outcome": f"stopped after {limit:.0f} s", "log": process.log_lines()}
-    elif results.rows[index]["outcome"] == UNDER_WAY:  # it has not said itself how it ended
-        ended |= {"outcome": "measured"} if status == 0 else _failure(process, f"exit status {status}")
+        fields |= {"outcome": f"stopped after {limit:.0f} s", "log": process.log_lines()}
+    elif results.rows[index]["outcome"] == RUNNING:  # the process has not reported an outcome
+        fields |= {"outcome": "measured"} if status == 0 else _failure(process, f"exit status {status}")
     elif results.rows[index]["outcome"] == "failed":
-        ended |= {"log": process.log_lines()}
-    results.set(index, **ended)
+        fields |= {"log": process.log_lines()}
+    results.set(index, **fields)
 
 
 def _wait_until_ready(process: RowProcess, deadline: float) -> bool:
@@ -216,7 +219,7 @@ def _wait_until_ready(process: RowProcess, deadline: float) -> bool:
             return True
         if process.exit_status is not None:
             return False
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return False
 
 
@@ -225,29 +228,29 @@ def _failure(process: RowProcess, reason: str) -> dict[str, Any]:
     return {"outcome": "failed", "error": lines[-1] if lines else reason, "log": lines}
 
 
-class Output:
-    """The other end of ``RowProcess``, in the row's own process.
+class RowOutput:
+    """The counterpart of ``RowProcess`` in the row's own process.
 
     Args:
-        path: the file to append results to.
+        path: file to append results to.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, line: Part) -> None:
-        """Append a line, whole or not at all, as far as readers can tell."""
+        """Append a line; readers ignore it until it is complete."""
         with self.path.open("a", encoding="utf-8") as results:
             results.write(json.dumps(line) + "\n")
 
     def wait_to_begin(self) -> float:
-        """Say that this process is ready, and wait for the number of seconds it has; end with whoever started it."""
+        """Report that this process is ready, and return the time limit in seconds; exit when the parent exits."""
         self.write({"ready": True})
         line = b""
-        while not line.endswith(b"\n"):  # unbuffered: a thread that waits within a buffer's lock breaks the exit
+        while not line.endswith(b"\n"):  # unbuffered: a thread that holds the lock of a buffer would block the exit
             read = os.read(STDIN, 1)
             if not read:
-                raise SystemExit("whoever started this process is gone")
+                raise SystemExit("the parent process has exited")
             line += read
         threading.Thread(target=_end_with_stdin, daemon=True).start()
         return float(line)

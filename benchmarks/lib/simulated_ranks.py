@@ -1,8 +1,8 @@
-"""Rank 0 of a group that is not there: one process with the memory of one rank among many.
+"""Simulates rank 0 of a larger group: one process with the memory of one rank among many.
 
-torch's fake process group moves nothing. What a collective would have brought from the other ranks is filled in with
-this rank's own part, so that the whole parameters are ordinary numbers, the loss is finite and steps really update.
-Memory is that of a real rank; times mean nothing.
+torch's fake process group communicates nothing. The parts of the other ranks are filled in with this rank's own part,
+so that gathered parameters have ordinary values, the loss is finite and steps update the weights. Memory is that of a
+real rank; times mean nothing.
 """
 
 from typing import Any
@@ -13,18 +13,18 @@ from torch.distributed import distributed_c10d
 
 
 def start_simulated_process_group(world_size: int) -> None:
-    """Make this process, which has a rank's environment, rank 0 of ``world_size``."""
+    """Make this process rank 0 of ``world_size`` ranks; the environment of a rank must be set."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from lomo_ds.distributed.process_group import start_process_group
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    _fill_in_what_collectives_bring()  # before deepspeed looks for them
+    _patch_collectives()  # before deepspeed looks the functions up
     start_process_group()
 
 
-def _fill_in_what_collectives_bring() -> None:
-    """Not every torch's fake process group does so itself."""
+def _patch_collectives() -> None:
+    """Fill in the parts of the other ranks, which the fake process group of some torch versions leaves out."""
     gather, scatter = distributed_c10d.all_gather_into_tensor, distributed_c10d.reduce_scatter_tensor
 
     @torch.no_grad()

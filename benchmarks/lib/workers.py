@@ -1,10 +1,10 @@
-"""The ranks that a benchmark measures: processes that are started once, and run one function after the other.
+"""The ranks that a benchmark measures: processes that start once and then run one function after another.
 
     with Workers(ranks=2, device="cpu") as workers:
-        workers.call(build, "stash")        # build(desk, "stash") on every rank; what each returned
+        workers.call(build, "stash")        # runs build(state, "stash") on every rank; returns the results
         workers.call(step)
 
-The first argument of every function is the rank's ``desk``, a dictionary that lasts as long as its process.
+The first argument of every function is the rank's ``state``, a dictionary that lives as long as its process.
 """
 
 import contextlib
@@ -19,23 +19,23 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-# Whatever imports deepspeed is imported in the processes: deepspeed chooses its accelerator then.
+# Modules that import deepspeed are imported only in the rank processes: deepspeed chooses its accelerator at import.
 
-Desk = dict[str, Any]
+RankState = dict[str, Any]
 
-TIMEOUT = 600.0  # seconds that a call may take
-GRACE = 5.0  # seconds the other ranks have to say something when one has failed
-DOES_NOT_FIT = "does not fit"  # the outcome of what ran out of memory
-OUT_OF_HOST_MEMORY = "can't allocate memory"  # how torch's allocator on the CPU says it
+TIMEOUT = 600.0  # limit of a call, seconds
+GRACE = 5.0  # seconds that the other ranks have to answer after one has failed
+DOES_NOT_FIT = "does not fit"  # outcome of a row that ran out of memory
+OUT_OF_HOST_MEMORY = "can't allocate memory"  # in the error message of torch's CPU allocator
 PRELOAD = ["benchmarks.lib.methods", "lomo_ds.engine.lomo", "lomo_ds.models", "transformers.models.llama"]
 
 
 class WorkerError(Exception):
-    """A rank failed, died or did not answer."""
+    """Raised when a rank failed, died or did not answer."""
 
 
 class DoesNotFit(Exception):
-    """A rank ran out of memory."""
+    """Raised when a rank ran out of memory."""
 
 
 class Workers:
@@ -43,26 +43,26 @@ class Workers:
 
     Args:
         device: ``cpu`` or ``cuda``.
-        simulate_world: instead of real ranks, start rank 0 of a group of so many, whose collectives move nothing
-            (torch's fake process group). Memory is that of a real rank; times mean nothing.
+        simulate_world: start only rank 0 of a group of this size, in torch's fake process group, whose collectives
+            communicate nothing. Memory is that of a real rank; times mean nothing.
     """
 
     def __init__(self, ranks: int, device: str, simulate_world: int | None = None) -> None:
         assert simulate_world is None or ranks == 1
-        # a forked process has imported everything at once, but cannot use CUDA
+        # a forked process has its imports already, but cannot use CUDA
         context: Any = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
         if device == "cpu":
             context.set_forkserver_preload(PRELOAD)
-        self.port = 0  # found when it is needed: others of this kind, started meanwhile, take ports too
+        self.port = 0  # chosen at the first call, because other workers may take ports until then
         self.connections: list[Connection] = []
         self.processes: list[Any] = []
-        os.environ["DS_ACCELERATOR"] = device  # a spawned process imports deepspeed before it has read anything
+        os.environ["DS_ACCELERATOR"] = device  # a spawned process imports deepspeed before it receives anything
         for rank in range(ranks):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, ranks, device, simulate_world), daemon=True)
+            parent_end, child_end = context.Pipe()
+            process = context.Process(target=_serve, args=(child_end, rank, ranks, device, simulate_world), daemon=True)
             process.start()
-            theirs.close()
-            self.connections.append(ours)
+            child_end.close()
+            self.connections.append(parent_end)
             self.processes.append(process)
 
     def __enter__(self) -> "Workers":
@@ -72,17 +72,18 @@ class Workers:
         self.stop()
 
     def call(self, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
-        """What ``function(desk, *arguments)`` returned on each rank.
+        """Run ``function(state, *arguments)`` on every rank, and return the results of all ranks.
 
         Raises:
             DoesNotFit: a rank ran out of memory; the ranks have been stopped.
-            WorkerError: a rank raised something else, died, or took longer than ``timeout`` seconds; likewise.
+            WorkerError: a rank raised another exception, died, or took longer than ``timeout`` seconds; the ranks
+                have been stopped.
         """
         self.begin(function, *arguments)
         return self.finish(timeout)
 
     def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Start a call whose results ``finish`` will return."""
+        """Start a call; ``finish`` returns its results."""
         self.port = self.port or free_port()
         try:
             for connection in self.connections:
@@ -92,7 +93,7 @@ class Workers:
             raise WorkerError("a rank has died") from None
 
     def finish(self, timeout: float = TIMEOUT) -> list[Any]:
-        """The results of the call under way; raises what ``call`` raises."""
+        """Return the results of the call that ``begin`` started; raises like ``call``."""
         answers: dict[int, tuple[str, Any]] = {}
         deadline = time.monotonic() + timeout
         while len(answers) < len(self.connections) and time.monotonic() < deadline:
@@ -101,7 +102,7 @@ class Workers:
             for rank in waiting:
                 if self.connections[rank] in ready:
                     answers[rank] = _receive(self.connections[rank])
-                    if answers[rank][0] != "returned":  # the others wait for it in a collective, perhaps for ever
+                    if answers[rank][0] != "returned":  # the other ranks may wait for it in a collective forever
                         deadline = min(deadline, time.monotonic() + GRACE)
         outcomes = {outcome for outcome, _ in answers.values()}
         if outcomes == {"returned"} and len(answers) == len(self.connections):
@@ -113,7 +114,7 @@ class Workers:
         raise WorkerError("\n".join(failures) or f"no answer within {timeout:.0f} s")
 
     def stop(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         for process in self.processes:
             process.kill()
         for process, connection in zip(self.processes, self.connections, strict=True):
@@ -126,25 +127,25 @@ def _receive(connection: Connection) -> tuple[str, Any]:
     try:
         return connection.recv()
     except (EOFError, OSError):
-        return "died", "it has died"
+        return "died", "the process has died"
 
 
 def _serve(connection: Connection, rank: int, ranks: int, device: str, simulate_world: int | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes, and the first one stops the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent stops the ranks
     set_environment(rank, ranks, device, simulate_world)
-    for module in PRELOAD:  # at once, while whoever started us has other things to do
+    for module in PRELOAD:  # now, while the parent process is still busy
         importlib.import_module(module)
-    desk: Desk = {}
-    with contextlib.suppress(EOFError, KeyboardInterrupt):  # whoever started us is gone, or wants us gone
+    state: RankState = {}
+    with contextlib.suppress(EOFError, KeyboardInterrupt):  # the parent process has exited
         ready = False
         while True:
             port, function, arguments = connection.recv()
             try:
                 if not ready:
                     os.environ["MASTER_PORT"] = str(port)
-                    get_ready(device, simulate_world)
+                    start_rank(device, simulate_world)
                     ready = True
-                answer = ("returned", function(desk, *arguments))
+                answer = ("returned", function(state, *arguments))
             except BaseException as error:
                 answer = (_outcome(error), traceback.format_exc())
             connection.send(answer)
@@ -155,14 +156,14 @@ def _outcome(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had too little memory."""
+    """Return whether an error says that a device or the host is out of memory."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or OUT_OF_HOST_MEMORY in str(error)
 
 
 def set_environment(rank: int, ranks: int, device: str, simulate_world: int | None) -> None:
-    """Make this process one of ``ranks`` on one host, before it imports deepspeed; see ``Workers``."""
+    """Set the environment of one of ``ranks`` ranks on one host; call it before deepspeed is imported."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -173,8 +174,8 @@ def set_environment(rank: int, ranks: int, device: str, simulate_world: int | No
     }
 
 
-def get_ready(device: str, simulate_world: int | None) -> None:
-    """Join the process group that the environment names, and print nothing from here on."""
+def start_rank(device: str, simulate_world: int | None) -> None:
+    """Join the process group that the environment describes, and silence this process."""
     import logging
     import warnings
 
@@ -183,9 +184,9 @@ def get_ready(device: str, simulate_world: int | None) -> None:
     from benchmarks.lib.simulated_ranks import start_simulated_process_group
     from lomo_ds.distributed.process_group import start_process_group
 
-    if device == "cpu":  # with several, small operations would wait for each other longer than they take
+    if device == "cpu":  # with several threads, small operations spend more time waiting than computing
         torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # deepspeed prints into the progress bar
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # deepspeed's output would disturb the progress bar
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
     if simulate_world:
@@ -195,7 +196,7 @@ def get_ready(device: str, simulate_world: int | None) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

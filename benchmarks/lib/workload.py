@@ -1,4 +1,4 @@
-"""What every method trains: a random LLaMA of some size and precision, on random rows of one length."""
+"""The workload of a benchmark: a LLaMA with random weights, trained on random rows of one length."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOY = "toy"  # sixteen narrow layers: what a step costs beside arithmetic is nowhere as large a share
-TINY = "tiny"  # the same with few layers, to try a benchmark out
+TOY = "toy"  # sixteen narrow layers, which make the overhead beside arithmetic as visible as possible
+TINY = "tiny"  # the same with six layers, for trying out a benchmark
 NARROW = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -17,8 +17,8 @@ NARROW = {
     "num_key_value_heads": 4,
 }
 SHAPES = {TOY: NARROW | {"num_hidden_layers": 16}, TINY: NARROW | {"num_hidden_layers": 6}}
-DRAWN_NUMEL = 2**26  # of weights in host memory: drawn at once, on the GPU
-# of zero_optimization: what DeepSpeed does with a model of many billions, asked of a small one
+DRAWN_NUMEL = 2**26  # elements of weights in host memory that are drawn on the GPU at once
+# fields of zero_optimization that make DeepSpeed treat a small model like one of many billions of parameters
 LARGE = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_reuse_distance": 0,
@@ -29,18 +29,18 @@ LARGE = {
 
 @dataclass(frozen=True)
 class Workload:
-    """One model and what a rank trains on in a step.
+    """One model, and the batch of one rank in a step.
 
     Attributes:
         model: one of ``SHAPES``, or a preset of lomo_ds.models.
         sequence: tokens of a row.
         batch: rows for each rank.
         precision: one of ``DTYPES``.
-        checkpointing: whether activations are computed again in backward.
-        activation_offload: whether what is kept of them then lies in host memory.
-        tiled_logits: whether the logits are computed a tile at a time, where lomo_ds trains.
+        checkpointing: whether activations are recomputed in backward.
+        tiled_logits: whether methods of lomo_ds compute the logits in tiles.
+        activation_offload: whether activation checkpoints are kept in host memory.
         lomo: further parameters of LOMO in the DeepSpeed config.
-        zero: further fields of its zero_optimization, for every method that has ZeRO-3.
+        zero: further fields of zero_optimization, for all methods with ZeRO-3.
     """
 
     model: str
@@ -55,16 +55,16 @@ class Workload:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and gradients."""
+        """Data type of weights and gradients."""
         return DTYPES[self.precision]
 
     @property
     def tokens(self) -> int:
-        """Of a rank in a step."""
+        """Number of tokens of a rank in a step."""
         return self.sequence * self.batch
 
     def config(self) -> Any:
-        """The model's configuration, transformers' own."""
+        """Build the model's configuration for transformers."""
         from transformers import LlamaConfig
 
         from lomo_ds.models.presets import preset_config
@@ -74,7 +74,7 @@ class Workload:
         return config
 
     def ds_config(self, max_norm: float | None) -> dict[str, Any]:
-        """A DeepSpeed config without an optimizer."""
+        """Build a DeepSpeed config without an optimizer."""
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.batch,
             "gradient_clipping": max_norm or 0.0,
@@ -85,7 +85,7 @@ class Workload:
         return config
 
     def sharded_model(self, ds_config: dict[str, Any]) -> Any:
-        """The model split over the ranks; no rank holds the whole."""
+        """Build the model partitioned over the ranks; no rank ever holds the full model."""
         from lomo_ds import models, zero3
 
         def fill(shard: zero3.Shard) -> None:
@@ -95,7 +95,7 @@ class Workload:
         return self._prepared(models.empty_model(self.config(), ds_config, self.dtype, fill=fill))
 
     def whole_model(self) -> Any:
-        """The model in this process alone."""
+        """Build the full model in this process."""
         from deepspeed.accelerator import get_accelerator
         from transformers import AutoModelForCausalLM
         from transformers.initialization import no_init_weights
@@ -108,7 +108,7 @@ class Workload:
         return self._prepared(model)
 
     def rows(self, device: torch.device) -> dict[str, Tensor]:
-        """This rank's rows, every token a label."""
+        """Draw this rank's batch; every token is a label."""
         generator = torch.Generator().manual_seed(1 + torch.distributed.get_rank())
         ids = torch.randint(self.config().vocab_size, (self.batch, self.sequence), generator=generator).to(device)
         return {"input_ids": ids, "labels": ids.clone()}
@@ -123,11 +123,11 @@ class Workload:
 
 @torch.no_grad()
 def draw(name: str, dimensions: int, tensor: Tensor) -> None:
-    """Random values as LLaMA begins with, on the device that computes: 30B of them take a GPU no time.
+    """Fill a tensor with random initial values of LLaMA, drawn on the GPU if there is one, because that is fast.
 
     Args:
-        dimensions: of the whole parameter.
-        tensor: on a GPU, or in host memory, for which it is drawn on the GPU, if there is one, a part at a time.
+        dimensions: number of dimensions of the full parameter.
+        tensor: on a GPU or in host memory. For host memory, values are drawn on the GPU in parts and copied.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -140,35 +140,40 @@ def draw(name: str, dimensions: int, tensor: Tensor) -> None:
         parts = tensor.view(-1).split(DRAWN_NUMEL)
         drawn = torch.empty_like(parts[0], device=device, pin_memory=False)
         for part in parts:
-            part.copy_(drawn[: len(part)].normal_(0.0, 0.02), non_blocking=True)  # both in the order of one stream
+            part.copy_(
+                drawn[: len(part)].normal_(0.0, 0.02), non_blocking=True
+            )  # drawing and copying are ordered by one stream
         get_accelerator().synchronize()
 
 
 def tile_logits(model: Any) -> None:
-    """Let lomo_ds compute the model's logits and loss a tile at a time.
+    """Make lomo_ds compute the model's logits and loss in tiles.
 
     Raises:
-        ValueError: this lomo_ds cannot.
+        ValueError: this version of lomo_ds does not support it.
     """
     from lomo_ds import models
 
     if not hasattr(models, "tile_logits"):
-        raise ValueError("--tiled_logits needs lomo_ds.models.tile_logits, and this lomo_ds has none; leave it out")
+        raise ValueError(
+            "--tiled_logits needs lomo_ds.models.tile_logits, which this version of lomo_ds does not have; "
+            "leave the option out"
+        )
     models.tile_logits(model)
 
 
 def parameter_count(work: Workload) -> int:
-    """How many parameters the model has."""
+    """Return the number of parameters of the model."""
     from lomo_ds.models import meta_model
 
     return sum(parameter.numel() for parameter in meta_model(work.config(), work.dtype).parameters())
 
 
 def flops_per_token(work: Workload) -> int:
-    """Arithmetic of forward and backward for one token, recomputation not counted.
+    """Return the floating-point operations of forward and backward for one token, without recomputation.
 
-    6 for each weight that is multiplied with, and 12 x layers x hidden size x sequence for attention, as in PaLM
-    (arXiv 2204.02311, appendix B).
+    6 for each weight that the token is multiplied with, and 12 x layers x hidden size x sequence for attention, as in
+    PaLM (arXiv 2204.02311, appendix B).
     """
     config = work.config()
     head = config.hidden_size // config.num_attention_heads
