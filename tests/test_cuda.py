@@ -1,4 +1,4 @@
-"""On a GPU: the same steps as plain PyTorch on the CPU, wherever shards and stash lie."""
+"""Training on a GPU: steps equal those of plain PyTorch on the CPU, with and without offload."""
 
 import copy
 from collections.abc import Callable
@@ -58,14 +58,14 @@ def test_equals_plain_sgd(
     assert max(ranks(1, "cuda").run(train_on_gpu, schedule, params, zero, accumulation)) < 1e-5
 
 
-def same_from_host_memory_on_gpu(schedule: str) -> None:
+def compare_with_host_memory_on_gpu(schedule: str) -> None:
     with deterministic_algorithms():
         same_from_host_memory(1024, 12, schedule)
 
 
 @pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
-def test_host_memory_changes_no_bit(ranks: GroupOf, schedule: str) -> None:
-    ranks(1, "cuda").run(same_from_host_memory_on_gpu, schedule)
+def test_offload_to_host_memory_is_bit_equal(ranks: GroupOf, schedule: str) -> None:
+    ranks(1, "cuda").run(compare_with_host_memory_on_gpu, schedule)
 
 
 def train_baseline_on_gpu(optim: str, zero: dict[str, Any]) -> float:
@@ -107,7 +107,7 @@ def interrupted_on_gpu(folder: str, precision: str, offload: bool, in_background
 @pytest.mark.parametrize(
     ("precision", "offload", "in_background"), [("bf16", False, True), ("fp16", False, False), ("bf16", True, True)]
 )
-def test_resumed_is_never_stopped(
+def test_resuming_is_bit_exact(
     ranks: GroupOf, tmp_path: Path, precision: str, offload: bool, in_background: bool
 ) -> None:
     ranks(1, "cuda").run(interrupted_on_gpu, str(tmp_path), precision, offload, in_background)

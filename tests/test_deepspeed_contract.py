@@ -1,4 +1,4 @@
-"""What lomo_ds relies on inside DeepSpeed; where a release moves it, these fail with the name that moved."""
+"""DeepSpeed internals that lomo_ds relies on; if a release changes one, a test fails with its name."""
 
 import ast
 import importlib
@@ -20,7 +20,7 @@ from lomo_ds.zero3.parameter_access import ParameterAccess
 
 
 def methods_of(owner: type) -> dict[str, ast.FunctionDef]:
-    """By source, since decorators hide the signature."""
+    """Return the methods of a class from its source, because decorators hide the signatures."""
     body = ast.parse(inspect.getsource(owner)).body[0]
     return {node.name: node for node in ast.walk(body) if isinstance(node, ast.FunctionDef)}
 
@@ -56,15 +56,15 @@ def test_method(owner: type, name: str, parameters: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "wanted"),
+    ("call", "expected"),
     [
         (DeepSpeedZeRoOffload.__init__, {"module", "timers", "ds_config", "dp_process_group", "offload_param_config"}),
         (Init.__init__, {"module", "config_dict_or_path", "dtype"}),
         (CreateLossScaler, {"dtype", "static_loss_scale", "dynamic_scaling", "dynamic_loss_args"}),
     ],
 )
-def test_arguments(call: Any, wanted: set[str]) -> None:
-    missing = wanted - set(inspect.signature(call).parameters)
+def test_arguments(call: Any, expected: set[str]) -> None:
+    missing = expected - set(inspect.signature(call).parameters)
     assert not missing, f"DeepSpeed's {call.__qualname__} no longer takes {missing}"
 
 
@@ -75,13 +75,13 @@ def test_the_epilogue_is_called_by_name() -> None:
     )
 
 
-def test_the_op_of_inference_is_left_out_by_its_name() -> None:
+def test_the_inference_op_is_excluded_by_its_name() -> None:
     source = inspect.getsource(importlib.import_module("deepspeed.comm.torch").build_shm_op)
     assert 'create_op_builder("ShareMemCommBuilder")' in source, "DeepSpeed has renamed its shared-memory op"
     assert "deepspeed.ops.__compatible_ops__.get(builder.NAME, False)" in source, "DeepSpeed compiles it regardless"
 
 
-def test_the_limit_of_fetch_events_is_lifted_by_its_name() -> None:
+def test_the_limit_of_fetch_events_is_raised_by_its_name() -> None:
     source = inspect.getsource(PartitionedParameterCoordinator)
     assert "len(self.__ongoing_fetch_events) > self.__max_ongoing_fetch_events" in source, (
         "DeepSpeed's coordinator no longer limits its fetch events by __max_ongoing_fetch_events, so "
@@ -89,13 +89,13 @@ def test_the_limit_of_fetch_events_is_lifted_by_its_name() -> None:
     )
 
 
-def test_safe_get_and_set_ask_parameters_by_name() -> None:
+def test_safe_get_and_set_call_parameter_methods_by_name() -> None:
     module = importlib.import_module("deepspeed.utils.tensor_fragment")
     called = set(re.findall(r"\._z3_optimizer\.(\w+)\(", inspect.getsource(module)))
-    ours = {name for name in vars(ParameterAccess) if not name.startswith("_")} - {"remove"}
-    assert called == ours, "DeepSpeed's safe_get_* and safe_set_* call other methods than ParameterAccess has"
+    methods = {name for name in vars(ParameterAccess) if not name.startswith("_")} - {"remove"}
+    assert called == methods, "DeepSpeed's safe_get_* and safe_set_* call other methods than ParameterAccess has"
 
 
 def test_initialize_has_deepspeeds_arguments() -> None:
-    theirs = inspect.signature(deepspeed.initialize).parameters
-    assert list(inspect.signature(lomo_ds.initialize).parameters) == list(theirs)
+    expected = inspect.signature(deepspeed.initialize).parameters
+    assert list(inspect.signature(lomo_ds.initialize).parameters) == list(expected)

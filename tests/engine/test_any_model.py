@@ -1,4 +1,4 @@
-"""Whatever a library user's model returns: the step is plain PyTorch's on the mean over all items, or it is refused."""
+"""Models of library users: for every kind of output, a step equals plain PyTorch's or is refused on all ranks."""
 
 import copy
 import math
@@ -24,8 +24,8 @@ from tests.reference import VOCABULARY, tiny_model
 
 GroupOf = Callable[..., Ranks]
 
-# how a forward returns its loss, and how a reader who knows it takes it out again
-RETURN: dict[str, Callable[[Tensor, Tensor], Any]] = {
+# the ways a forward may return its loss, and the inverse of each
+RETURN_LOSS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "tensor": lambda loss, logits: loss,
     "one element": lambda loss, logits: loss.reshape(1),
     "dict": lambda loss, logits: {"logits": logits, "loss": loss},
@@ -33,7 +33,7 @@ RETURN: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "tuple": lambda loss, logits: (loss, logits),
     "loss last": lambda loss, logits: (logits, loss.detach() * 2, loss),
 }
-PICK: dict[str, Callable[[Any], Tensor]] = {
+EXTRACT_LOSS: dict[str, Callable[[Any], Tensor]] = {
     "tensor": lambda output: output,
     "one element": lambda output: output[0],
     "dict": lambda output: output["loss"],
@@ -41,53 +41,54 @@ PICK: dict[str, Callable[[Any], Tensor]] = {
     "tuple": lambda output: output[0],
     "loss last": lambda output: output[2],
 }
-WAYS = ["passes", "passes by position", "masks", "shifts", "as they are"]
+LABEL_USES = ["passes", "passes by position", "masks", "shifts", "as they are"]
 
 
 class Wrapper(Module):
-    """A module of a user's own around a causal model of transformers, which computes its loss in one of several ways.
+    """A user's module around a causal transformers model that computes its loss in one of several ways.
 
     Args:
-        way: passes labels on, perhaps by position; shifts them by itself; does not; or makes them of a mask.
-        output: a key of ``RETURN``.
+        label_use: a value of ``LABEL_USES``: pass labels to the model by name or by position, mask or shift them, or
+            use them unshifted.
+        output: a key of ``RETURN_LOSS``.
     """
 
-    def __init__(self, way: str, output: str) -> None:
+    def __init__(self, label_use: str, output: str) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.inner = LlamaForCausalLM(tiny_model().config)
-        self.way, self.output = way, output
+        self.label_use, self.output = label_use, output
 
     def forward(self, input_ids: Tensor, labels: Tensor, mask: Tensor | None = None) -> Any:
-        if self.way == "masks":
+        if self.label_use == "masks":
             labels = labels.masked_fill(labels == 7, -100)
-        if self.way in ("passes", "masks"):
-            found = self.inner(input_ids=input_ids, labels=labels)
-            return RETURN[self.output](found.loss, found.logits)
-        if self.way == "passes by position":
-            found = self.inner(input_ids, None, None, None, None, labels)
-            return RETURN[self.output](found.loss, found.logits)
+        if self.label_use in ("passes", "masks"):
+            inner_output = self.inner(input_ids=input_ids, labels=labels)
+            return RETURN_LOSS[self.output](inner_output.loss, inner_output.logits)
+        if self.label_use == "passes by position":
+            inner_output = self.inner(input_ids, None, None, None, None, labels)
+            return RETURN_LOSS[self.output](inner_output.loss, inner_output.logits)
         logits = self.inner(input_ids=input_ids).logits
-        if self.way == "shifts":
+        if self.label_use == "shifts":
             loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         else:
             loss = cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return RETURN[self.output](loss, logits)
+        return RETURN_LOSS[self.output](loss, logits)
 
     def items(self, labels: Tensor) -> int:
-        """What its loss is a mean over."""
+        """Return the number of items that the loss is averaged over."""
         counts = labels != -100
-        if self.way == "masks":
+        if self.label_use == "masks":
             counts &= labels != 7
-        return int((counts if self.way == "as they are" else counts[:, 1:]).sum())
+        return int((counts if self.label_use == "as they are" else counts[:, 1:]).sum())
 
 
 ROWS, LENGTH = 2, 8
-ONLY_FIRST = ROWS * LENGTH + 1  # of each row counts
+ONLY_FIRST = ROWS * LENGTH + 1  # value of ``ignored``: only the first label of each row counts
 
 
 def batch_of(seed: int, ignored: int) -> dict[str, Tensor]:
-    """A batch of which the first ``ignored`` labels do not count, or all but those that no causal model predicts."""
+    """Return a batch whose first ``ignored`` labels are -100; with ``ONLY_FIRST``, all but the first of each row."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator)
     labels = ids.clone()
@@ -97,13 +98,13 @@ def batch_of(seed: int, ignored: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def step_plainly(model: Wrapper, batches: list[dict[str, Tensor]]) -> float:
-    """One step of SGD on the mean over the items of all batches; none, and nan, where there are no items."""
+def reference_step(model: Wrapper, batches: list[dict[str, Tensor]]) -> float:
+    """Take an SGD step on the mean over the items of all batches; without items, take none and return nan."""
     items = [model.items(batch["labels"]) for batch in batches]
     if not sum(items):
         return math.nan
     weighted = [
-        PICK[model.output](model(**batch)) * (count / sum(items))
+        EXTRACT_LOSS[model.output](model(**batch)) * (count / sum(items))
         for batch, count in zip(batches, items, strict=True)
         if count
     ]
@@ -113,57 +114,59 @@ def step_plainly(model: Wrapper, batches: list[dict[str, Tensor]]) -> float:
     return float(total.detach())
 
 
-def compare(way: str, output: str, schedule: str, ignored: list[list[int]], says: bool) -> str | float:
-    """A step of this rank's micro-batches against plain PyTorch: the largest difference of a weight, or the refusal.
+def compare(
+    label_use: str, output: str, schedule: str, ignored: list[list[int]], passes_num_items: bool
+) -> str | float:
+    """Compare a step with plain PyTorch; return the largest weight difference, or the error message of a refusal.
 
     Args:
-        ignored: of each rank, of each micro-batch: how many labels do not count.
-        says: whether ``num_items`` is given.
+        ignored: the number of ignored labels of each micro-batch, for each rank.
+        passes_num_items: whether to pass ``num_items``.
     """
-    model = Wrapper(way, output)
+    model = Wrapper(label_use, output)
     batches = [
         [batch_of(10 * rank + number, count) for number, count in enumerate(counts)]
         for rank, counts in enumerate(ignored)
     ]
     reference = copy.deepcopy(model)
     engine = make_engine(model, schedule, threshold=0)
-    mine = batches[dist.get_rank()]
-    given = [model.items(batch["labels"]) for batch in mine] if says else None
+    rank_batches = batches[dist.get_rank()]
+    num_items = [model.items(batch["labels"]) for batch in rank_batches] if passes_num_items else None
     try:
-        loss = float(engine.train_batch(mine, num_items=given))
+        loss = float(engine.train_batch(rank_batches, num_items=num_items))
     except LomoError as refusal:
         return str(refusal)
     assert loss == pytest.approx(
-        step_plainly(reference, [batch for of_rank in batches for batch in of_rank]), abs=1e-5, nan_ok=True
+        reference_step(reference, [batch for rank_list in batches for batch in rank_list]), abs=1e-5, nan_ok=True
     )
     return largest_difference(weights_of(engine), reference)
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[str, str, str, list[list[int]], bool]:
-    """Arguments of ``compare``, for two ranks."""
+    """Draw arguments of ``compare`` for two ranks."""
     schedule = draw(st.sampled_from(["immediate", "two_pass", "stash"]))
     micro_batches = draw(st.integers(1, 3)) if schedule == "stash" else 1
-    of_rank = st.lists(st.integers(0, ONLY_FIRST), min_size=micro_batches, max_size=micro_batches)
+    rank_ignored = st.lists(st.integers(0, ONLY_FIRST), min_size=micro_batches, max_size=micro_batches)
     return (
-        draw(st.sampled_from(WAYS)),
-        draw(st.sampled_from(list(RETURN))),
+        draw(st.sampled_from(LABEL_USES)),
+        draw(st.sampled_from(list(RETURN_LOSS))),
         schedule,
-        draw(st.lists(of_rank, min_size=2, max_size=2)),
+        draw(st.lists(rank_ignored, min_size=2, max_size=2)),
         draw(st.booleans()),
     )
 
 
 def check_step(two_ranks: Ranks, arguments: tuple[Any, ...]) -> bool:
-    """Whether both ranks take the exact step; both may refuse it only where nobody can know the items."""
-    way, _, _, ignored, says = arguments
+    """Return whether both ranks take the exact step; both may refuse it only if the items are unknowable."""
+    label_use, _, _, ignored, passes_num_items = arguments
     outcomes = two_ranks.run(compare, *arguments)
     if all(isinstance(outcome, float) for outcome in outcomes):
         assert max(outcomes) < 1e-6
         return True
     assert all(isinstance(outcome, str) for outcome in outcomes), outcomes
-    assert not says
-    is_known = way.startswith("passes") or (way == "masks" and len(ignored[0]) == 1)
+    assert not passes_num_items
+    is_known = label_use.startswith("passes") or (label_use == "masks" and len(ignored[0]) == 1)
     assert not is_known or any(ONLY_FIRST in counts for counts in ignored)
     return False
 
@@ -174,27 +177,27 @@ def test_a_step_is_exact_or_refused_on_all_ranks(ranks: GroupOf, arguments: tupl
     check_step(ranks(2), arguments)
 
 
-@pytest.mark.parametrize("says", [False, True], ids=["counted", "given"])
-@pytest.mark.parametrize("way", WAYS)
-def test_ragged_labels_in_a_module_of_ones_own(ranks: GroupOf, way: str, says: bool) -> None:
-    check_step(ranks(2), (way, "dict", "immediate", [[0], [5]], says))
+@pytest.mark.parametrize("passes_num_items", [False, True], ids=["counted", "given"])
+@pytest.mark.parametrize("label_use", LABEL_USES)
+def test_ragged_labels_in_a_custom_module(ranks: GroupOf, label_use: str, passes_num_items: bool) -> None:
+    check_step(ranks(2), (label_use, "dict", "immediate", [[0], [5]], passes_num_items))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_even_labels_need_no_number(ranks: GroupOf, way: str) -> None:
-    assert max(ranks(2).run(compare, way, "tuple", "immediate", [[0], [0]], False)) < 1e-6
+@pytest.mark.parametrize("label_use", LABEL_USES)
+def test_equal_label_counts_need_no_num_items(ranks: GroupOf, label_use: str) -> None:
+    assert max(ranks(2).run(compare, label_use, "tuple", "immediate", [[0], [0]], False)) < 1e-6
 
 
-@pytest.mark.parametrize("way", ["passes", "passes by position"])
-def test_labels_passed_on_are_known_of_every_micro_batch(ranks: GroupOf, way: str) -> None:
-    assert max(ranks(2).run(compare, way, "tensor", "stash", [[0, 3], [1, 5]], False)) < 1e-6
+@pytest.mark.parametrize("label_use", ["passes", "passes by position"])
+def test_labels_passed_to_an_inner_model_are_counted(ranks: GroupOf, label_use: str) -> None:
+    assert max(ranks(2).run(compare, label_use, "tensor", "stash", [[0, 3], [1, 5]], False)) < 1e-6
 
 
-# a fault on one rank
+# a missing loss on one rank
 
 
 class MayReturnNoLoss(Module):
-    """As a model does whose batch holds no labels."""
+    """Returns no loss if ``silent``, like a model whose batch has no labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +226,7 @@ def test_no_loss_on_one_rank_ends_the_step_on_all(ranks: GroupOf, baseline: bool
     assert "another rank" in there
 
 
-def refused_by_idiom(fault: str) -> str:
+def refused_by_backward(fault: str) -> str:
     engine = make_engine(MayReturnNoLoss())
     output = engine(x=torch.ones(2, 3), silent=False)
     loss = {
@@ -248,5 +251,5 @@ def refused_by_idiom(fault: str) -> str:
         ("none", "returned no loss"),
     ],
 )
-def test_backward_refuses_what_is_no_loss(ranks: GroupOf, fault: str, reason: str) -> None:
-    assert reason in ranks(1).run(refused_by_idiom, fault)[0]
+def test_backward_refuses_invalid_losses(ranks: GroupOf, fault: str, reason: str) -> None:
+    assert reason in ranks(1).run(refused_by_backward, fault)[0]

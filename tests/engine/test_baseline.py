@@ -1,4 +1,4 @@
-"""The engines that LOMO is compared with take the steps of torch.optim, and skip what LomoEngine skips."""
+"""Baseline engines: their steps equal those of torch.optim, and they skip the steps that LomoEngine skips."""
 
 import copy
 import logging
@@ -23,49 +23,49 @@ from tests.reference import OddForCausalLM, part, tiny_model, whole_batch
 
 GroupOf = Callable[..., Ranks]
 RATES = {"adamw": 3e-4, "sgd": 0.3}
-CLIP = 0.1  # of a norm that is above 1: every step is clipped
+CLIP = 0.1  # gradient norms are above 1, so every step is clipped
 
 
 def make_baseline(
     model: Module, optim: str, accumulation: int = 1, zero: dict[str, Any] | None = None, **sections: Any
 ) -> BaselineEngine:
-    """The engine that ``--optim`` gives; ``zero`` and ``sections`` are further sections of the ds_config."""
+    """Build the engine of ``--optim``; ``zero`` and ``sections`` extend the ds_config."""
     config = {
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0} | (zero or {}),
         "optimizer": {"type": "LOMO", "params": {"lr": "auto", "weight_decay": "auto"}},
     } | sections
-    given = {
+    values = {
         "optim": optim, "learning_rate": RATES[optim], "weight_decay": 0.1, "max_grad_norm": CLIP,
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation,
         "model_name_or_path": "m", "train_file": "t", "output_dir": "o",
     }  # fmt: skip
-    arguments, names = parse_arguments([f"--{name}={value}" for name, value in given.items()])
+    arguments, names = parse_arguments([f"--{name}={value}" for name, value in values.items()])
     return initialize_baseline(model, reconcile(config, arguments, names, dist.get_world_size())[0])
 
 
 def trainable_model(tied: bool = False) -> OddForCausalLM:
-    """Without the parameter whose exact gradient is 0: AdamW makes steps of the rounding error that it has instead."""
+    """Return a model without the parameter whose exact gradient is 0: AdamW would amplify its rounding error."""
     model = tiny_model(tied)
     model.shift.requires_grad_(False)
     return model
 
 
 class PlainOptimizer:
-    """torch.optim in one process on the whole batch."""
+    """Reference: torch.optim in one process on the batches of all ranks."""
 
     def __init__(self, model: Module, optim: str) -> None:
         self.model = model
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optim]
-        self.optimizer = kind(self.trained, lr=RATES[optim], weight_decay=0.1)
+        optimizer_class = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optim]
+        self.optimizer = optimizer_class(self.trained, lr=RATES[optim], weight_decay=0.1)
 
     def step(self, batch: dict[str, Tensor]) -> tuple[float, float]:
-        """One step; the loss, and the gradient norm before clipping."""
+        """Take one step; return the loss and the gradient norm before clipping."""
         self.optimizer.zero_grad()
         loss = self.model(**batch).loss
         loss.backward()
         for parameter in self.trained:
-            if parameter.grad is None:  # DeepSpeed decays a parameter that the loss does not depend on
+            if parameter.grad is None:  # DeepSpeed also decays parameters that the loss does not depend on
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
         self.optimizer.step()
@@ -73,7 +73,7 @@ class PlainOptimizer:
 
 
 def train_both(optim: str, accumulation: int, tied: bool, zero: dict[str, Any]) -> float:
-    """Three steps in an engine and in plain PyTorch; the largest difference of any weight."""
+    """Take three steps with an engine and with plain PyTorch; return the largest weight difference."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model = trainable_model(tied)
     reference = PlainOptimizer(copy.deepcopy(model), optim)
@@ -81,10 +81,10 @@ def train_both(optim: str, accumulation: int, tied: bool, zero: dict[str, Any]) 
     for step in range(3):
         batch = whole_batch(step, rows=world_size * accumulation)
         loss, norm = reference.step(batch)
-        mine = part(batch, rank, world_size)
-        got = engine.train_batch([part(mine, index, accumulation) for index in range(accumulation)])
-        assert (got.shape, got.dtype) == ((), torch.float32)
-        assert float(got) == pytest.approx(loss, abs=1e-5)
+        rank_batch = part(batch, rank, world_size)
+        step_loss = engine.train_batch([part(rank_batch, index, accumulation) for index in range(accumulation)])
+        assert (step_loss.shape, step_loss.dtype) == ((), torch.float32)
+        assert float(step_loss) == pytest.approx(loss, abs=1e-5)
         assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-4)
         assert norm > CLIP
     assert (engine.global_steps, engine.skipped_steps, engine.micro_steps) == (3, 0, 3 * accumulation)
@@ -107,12 +107,12 @@ def test_equals_torch_optim(ranks: GroupOf, optim: str, accumulation: int, world
 @pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])
 def test_equals_torch_optim_offloaded(ranks: GroupOf, optim: str, section: str) -> None:
-    """torch.optim's in host memory too, where DeepSpeed would compile an Adam of its own."""
+    """Check that offloaded steps use torch.optim too, where DeepSpeed would compile its own Adam."""
     assert max(ranks(2).run(train_both, optim, 2, False, {section: {"device": "cpu"}})) < 1e-6
 
 
 def small_steps_in_bf16() -> tuple[float, float]:
-    """How far the weight that begins as 1 has come after one step and after 40, where an export reads it."""
+    """Return the change of a weight that starts at 1 after one step and after 40, read like an export."""
     engine = make_baseline(tiny_model(), "adamw", bf16={"enabled": True})
     distances = []
     for steps in (1, 39):
@@ -125,17 +125,17 @@ def small_steps_in_bf16() -> tuple[float, float]:
 
 
 def test_steps_too_small_for_bf16_add_up_in_fp32(ranks: GroupOf) -> None:
-    """The neighbours of 1 in bf16 are 0.004 below and 0.008 above: one step of 3e-4 is less than half of that."""
+    """Check that bf16 weights accumulate steps of 3e-4, less than half the bf16 spacing at 1 (0.004 and 0.008)."""
     for near, far in ranks(2).run(small_steps_in_bf16):
         assert near == 0.0
         assert far >= 2.0**-8, "40 of them are not"
 
 
-# steps that must not happen
+# skipped steps
 
 
 def skip(reason: str) -> tuple[float, list[str]]:
-    """A step that is skipped between two that are not."""
+    """Skip a step between two normal ones."""
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
@@ -159,8 +159,8 @@ def skip(reason: str) -> tuple[float, list[str]]:
     if reason == "a gradient was not finite":
         model.gain.register_hook(poison)
     for step, batch in enumerate(batches):
-        mine, before = my_part(batch), weights_of(engine)
-        loss = engine.train_batch([part(mine, 0, 2), part(mine, 1, 2)])
+        rank_batch, before = my_part(batch), weights_of(engine)
+        loss = engine.train_batch([part(rank_batch, 0, 2), part(rank_batch, 1, 2)])
         assert identical(before, weights_of(engine)) == (step == 1)
         assert engine.was_step_applied() == (step != 1)
         assert math.isfinite(loss) == (step != 1 or reason == "a gradient was not finite")
@@ -177,13 +177,13 @@ def skip(reason: str) -> tuple[float, list[str]]:
 def test_a_skipped_step_changes_nothing(ranks: GroupOf, reason: str) -> None:
     outcomes = ranks(2).run(skip, reason)
     assert max(difference for difference, _ in outcomes) < 1e-6
-    assert [len(told) for _, told in outcomes] == [1, 0], "rank 0 tells it, once"
+    assert [len(message) for _, message in outcomes] == [1, 0], "rank 0 tells it, once"
     assert outcomes[0][1][0].startswith("step 2 skipped, no weight was changed: ")
 
 
 def scales_in_fp16() -> list[float]:
-    """A scale of 2 ** 24 lifts gradients past 65504; it grows again after two sound steps."""
-    # DeepSpeed asks whether fp16 is fast here; it is right, only slow
+    """Return the loss scales of some steps: 2 ** 24 overflows fp16, and the scale grows after two good steps."""
+    # DeepSpeed calls fp16 unsupported on the CPU; it is correct there, only slow
     get_accelerator().is_fp16_supported = lambda: True
     section = {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 2, "hysteresis": 1}
     engine = make_baseline(tiny_model(), "adamw", fp16=section)
@@ -215,7 +215,7 @@ def the_smallest_scale() -> float:
     return engine.cur_scale
 
 
-def test_at_the_smallest_scale_a_run_goes_on(ranks: GroupOf) -> None:
+def test_a_run_continues_at_the_smallest_scale(ranks: GroupOf) -> None:
     assert ranks(2).run(the_smallest_scale) == [1.0, 1.0]
 
 
@@ -239,7 +239,7 @@ def test_a_failed_step_leaves_nothing_behind(ranks: GroupOf) -> None:
 # learning rates, refusals
 
 
-def rates(lr_scheduler: Any, sections: dict[str, Any]) -> list[float]:
+def rates_of_steps(lr_scheduler: Any, sections: dict[str, Any]) -> list[float]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3},
@@ -247,11 +247,11 @@ def rates(lr_scheduler: Any, sections: dict[str, Any]) -> list[float]:
         "optimizer": {"type": "SGD", "params": {"lr": 0.4}},
     } | sections
     engine = initialize_baseline(tiny_model(), config, lr_scheduler)
-    found = []
+    rates = []
     for step in range(3):
-        found += engine.get_lr()
+        rates += engine.get_lr()
         engine.train_batch(my_part(whole_batch(step, rows=2)))
-    return found
+    return rates
 
 
 def halved(optimizer: torch.optim.Optimizer) -> Any:
@@ -267,7 +267,7 @@ def halved(optimizer: torch.optim.Optimizer) -> Any:
     ids=["callable", "of the ds_config"],
 )
 def test_learning_rate_schedules(ranks: GroupOf, scheduler: Any, section: dict[str, Any]) -> None:
-    assert ranks(2).run(rates, scheduler, section) == [[0.4, 0.2, 0.1]] * 2
+    assert ranks(2).run(rates_of_steps, scheduler, section) == [[0.4, 0.2, 0.1]] * 2
 
 
 def refusal(sections: dict[str, Any]) -> str:
@@ -277,9 +277,9 @@ def refusal(sections: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("sections", "sentence"),
+    ("sections", "expected"),
     [
-        ({"zero": {"stage": 2}}, "ZeRO stage 3, got zero_optimization.stage 2; set it to 3"),
+        ({"zero": {"stage": 2}}, "ZeRO stage 3, step_loss zero_optimization.stage 2; set it to 3"),
         ({"zero": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device nvme is not supported"),
         (
             {"zero": {"offload_param": {"device": "nvme"}}},
@@ -288,14 +288,14 @@ def refusal(sections: dict[str, Any]) -> str:
         ({"prescale_gradients": True}, "DeepSpeed's ZeRO-3 rejects its config: pre-scale gradients is not yet"),
     ],
 )
-def test_what_no_baseline_can(ranks: GroupOf, sections: dict[str, Any], sentence: str) -> None:
-    (told,) = ranks(1).run(refusal, sections)
-    assert sentence in told
-    assert "\n" not in told
+def test_unsupported_settings_are_refused(ranks: GroupOf, sections: dict[str, Any], expected: str) -> None:
+    (message,) = ranks(1).run(refusal, sections)
+    assert expected in message
+    assert "\n" not in message
 
 
 def empty() -> None:
-    with pytest.raises(ConfigError, match="at least one micro-batch, got an empty list"):
+    with pytest.raises(ConfigError, match="at least one micro-batch, step_loss an empty list"):
         make_baseline(tiny_model(), "sgd").train_batch([])
 
 

@@ -1,4 +1,4 @@
-"""What train_batch takes as a batch, and how it reaches a device."""
+"""Batches of train_batch: validation, transfer to a device, and dummy labels."""
 
 from collections import OrderedDict, UserDict, namedtuple
 from typing import Any
@@ -37,12 +37,12 @@ def test_any_mapping_is_a_micro_batch(kind: Any) -> None:
         ({"x": X, "num_items_in_batch": torch.tensor(7)}, "leave num_items_in_batch out"),
     ],
 )
-def test_refuses_what_names_no_arguments(batch: Any, reason: str) -> None:
+def test_batches_without_argument_names_are_refused(batch: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         as_micro_batches(batch)
 
 
-def test_tensors_move_wherever_they_lie_in_a_batch() -> None:
+def test_nested_tensors_are_moved() -> None:
     packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(2), torch.zeros(1)])
     batch = {"x": X, "nested": [X, {"y": (X, Pair(X, 1.0))}], "encoding": UserDict(z=X), "packed": packed, "k": "text"}
     moved = move_to_device(batch, torch.device("meta"))
@@ -56,7 +56,7 @@ def test_tensors_move_wherever_they_lie_in_a_batch() -> None:
     assert moved["k"] == "text"
 
 
-def test_any_labels_make_a_loss_without_changing_the_batch() -> None:
+def test_dummy_labels_do_not_change_the_original_batch() -> None:
     batch = {"input_ids": torch.tensor([[3, 4]]), "labels": torch.tensor([[-100, -100]])}
     filled = with_dummy_labels(batch)
     assert filled["labels"].tolist() == [[0, 0]]

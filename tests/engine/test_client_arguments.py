@@ -1,4 +1,4 @@
-"""Objects of a caller's own that initialize takes act, or are refused in a sentence."""
+"""Objects passed to initialize: each takes effect, or is refused with a clear error message."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ OTHER = Linear(3, 2)
 
 
 class Regression(Module):
-    """Has a loss."""
+    """A module that returns a loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,27 +53,27 @@ def refused_schedulers() -> list[str]:
 
 
 def test_a_function_must_return_a_scheduler_of_its_optimizer(ranks: GroupOf) -> None:
-    of_another, nothing, number = ranks(1).run(refused_schedulers)[0]
-    assert "returned a StepLR that acts on another SGD" in of_another
-    assert "must return a scheduler with step(), got None" in nothing
+    other_optimizer, none, number = ranks(1).run(refused_schedulers)[0]
+    assert "returned a StepLR that acts on another SGD" in other_optimizer
+    assert "must return a scheduler with step(), got None" in none
     assert "must return a scheduler with step(), got a float" in number
 
 
-def rates(build: Callable[[Any], Any]) -> list[float]:
+def rates_of_steps(build: Callable[[Any], Any]) -> list[float]:
     engine = make_engine(Regression(), lr_scheduler=build)
-    seen = []
+    rates = []
     for _ in range(3):
-        seen += engine.get_lr()
+        rates += engine.get_lr()
         engine.train_batch({"x": torch.ones(1, 3)})
-    return seen
+    return rates
 
 
 def step_lr(optimizer: Any) -> StepLR:
     return StepLR(optimizer, 1, gamma=0.5)
 
 
-class OfOnesOwn:
-    """Knows no optimizer's class."""
+class CustomScheduler:
+    """A scheduler that is not a subclass of torch's."""
 
     def __init__(self, optimizer: Any) -> None:
         self.groups = optimizer.param_groups
@@ -83,9 +83,9 @@ class OfOnesOwn:
             group["lr"] /= 2
 
 
-@pytest.mark.parametrize("build", [step_lr, OfOnesOwn])
-def test_a_function_of_the_optimizer_acts(ranks: GroupOf, build: Callable[[Any], Any]) -> None:
-    assert ranks(1).run(rates, build) == [[0.3, 0.15, 0.075]]
+@pytest.mark.parametrize("build", [step_lr, CustomScheduler])
+def test_a_function_of_the_optimizer_is_used(ranks: GroupOf, build: Callable[[Any], Any]) -> None:
+    assert ranks(1).run(rates_of_steps, build) == [[0.3, 0.15, 0.075]]
 
 
 def plateau() -> tuple[str, float]:
@@ -98,7 +98,7 @@ def plateau() -> tuple[str, float]:
     return str(refusal.value), engine.get_lr()[0]
 
 
-def test_a_scheduler_that_needs_a_metric_gets_no_batch_size_instead(ranks: GroupOf) -> None:
+def test_a_scheduler_that_needs_a_metric_does_not_get_the_batch_size(ranks: GroupOf) -> None:
     reason, rate = ranks(1).run(plateau)[0]
     assert "ReduceLROnPlateau needs a metric" in reason
     assert rate == pytest.approx(0.03)
@@ -108,7 +108,7 @@ def test_a_scheduler_that_needs_a_metric_gets_no_batch_size_instead(ranks: Group
 
 
 @pytest.mark.parametrize(
-    "given",
+    "model_parameters",
     [
         [WEIGHT],
         (WEIGHT, BIAS),
@@ -117,8 +117,8 @@ def test_a_scheduler_that_needs_a_metric_gets_no_batch_size_instead(ranks: Group
         list(MODEL.named_parameters()),
     ],
 )
-def test_parameters_of_the_model_are_taken(given: Any) -> None:
-    assert validate_model_parameters(MODEL, given) == list(given)
+def test_parameters_of_the_model_are_accepted(model_parameters: Any) -> None:
+    assert validate_model_parameters(MODEL, model_parameters) == list(model_parameters)
 
 
 @pytest.mark.parametrize("in_group", [False, True])
@@ -132,7 +132,7 @@ def test_a_generator_is_read_once(in_group: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("model_parameters", "reason"),
     [
         ([], "holds no parameter"),
         ([{"params": []}], "holds no parameter"),
@@ -154,9 +154,9 @@ def test_a_generator_is_read_once(in_group: bool) -> None:
         ([{"params": [WEIGHT], "weight_decay": float("nan")}], "got nan"),
     ],
 )
-def test_parameters_that_would_not_train_are_refused(given: Any, reason: str) -> None:
+def test_invalid_model_parameters_are_refused(model_parameters: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        validate_model_parameters(MODEL, given)
+        validate_model_parameters(MODEL, model_parameters)
 
 
 # data
@@ -171,7 +171,7 @@ def test_parameters_that_would_not_train_are_refused(given: Any, reason: str) ->
         (torch.utils.data.DataLoader([1]), r"give its \.dataset"),  # type: ignore[arg-type]
     ],
 )
-def test_data_that_would_be_ignored_is_refused(data: Any, reason: str) -> None:
+def test_invalid_training_data_is_refused(data: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         validate_training_data(data, None)
 

@@ -20,7 +20,7 @@ GroupOf = Callable[..., Ranks]
 
 
 def fp16_engine(schedule: str, model: Any = None, window: int = 1000, power: int = 8) -> lomo_ds.LomoEngine:
-    # DeepSpeed asks whether fp16 is fast here; it is right, only slow
+    # DeepSpeed calls fp16 unsupported on the CPU; it is correct there, only slow
     get_accelerator().is_fp16_supported = lambda: True
     section = {"enabled": True, "initial_scale_power": power, "loss_scale_window": window, "hysteresis": 1}
     return make_engine(model or tiny_model(), schedule, threshold=0, fp16=section)
@@ -31,7 +31,7 @@ def my_batch(step: int) -> dict[str, Tensor]:
     return part(whole_batch(step, rows=2 * world_size), dist.get_rank(), world_size)
 
 
-def overflow_injected(schedule: str) -> None:
+def injected_overflow(schedule: str) -> None:
     model = tiny_model()
     engine = fp16_engine(schedule, model)
     before = weights_of(engine)
@@ -47,11 +47,11 @@ def overflow_injected(schedule: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["two_pass", "stash"])
 def test_inf_on_one_rank_halves_the_scale_of_all(ranks: GroupOf, schedule: str) -> None:
-    ranks(2).run(overflow_injected, schedule)
+    ranks(2).run(injected_overflow, schedule)
 
 
-def overflow_by_itself(schedule: str) -> tuple[int, list[float]]:
-    """A scale of 2 ** 24 lifts gradients past 65504."""
+def natural_overflow(schedule: str) -> tuple[int, list[float]]:
+    """Train with a loss scale of 2 ** 24, at which gradients exceed 65504, the largest fp16 number."""
     engine = fp16_engine(schedule, power=24)
     scales = []
     for step in range(16):
@@ -63,15 +63,15 @@ def overflow_by_itself(schedule: str) -> tuple[int, list[float]]:
 
 
 @pytest.mark.parametrize("schedule", ["two_pass", "stash"])
-def test_a_scale_too_large_comes_down_until_steps_succeed(ranks: GroupOf, schedule: str) -> None:
-    for skipped, scales in ranks(2).run(overflow_by_itself, schedule):
+def test_a_scale_that_is_too_large_falls_until_steps_succeed(ranks: GroupOf, schedule: str) -> None:
+    for skipped, scales in ranks(2).run(natural_overflow, schedule):
         assert 0 < skipped < 16
         assert scales[:skipped] == [2.0 ** (23 - step) for step in range(skipped)]
         assert set(scales[skipped:]) == {scales[skipped - 1]}
 
 
 def fall_and_grow(window: int) -> list[tuple[int, float]]:
-    """(skipped steps, loss scale) after each step, from a scale that is too large."""
+    """Return (skipped steps, loss scale) after each step, starting from a scale that is too large."""
     engine = fp16_engine("stash", window=window, power=24)
     history = []
     for step in range(24):
@@ -97,7 +97,7 @@ def overflow_at_the_smallest_scale() -> tuple[int, float]:
     return engine.skipped_steps, engine.cur_scale
 
 
-def test_overflow_at_the_smallest_scale_ends_no_run(ranks: GroupOf) -> None:
+def test_overflow_at_the_smallest_scale_does_not_end_training(ranks: GroupOf) -> None:
     assert ranks(2).run(overflow_at_the_smallest_scale) == [(4, 1.0)] * 2
 
 
@@ -108,7 +108,7 @@ def no_labels_in_fp16() -> tuple[int, float]:
     return engine.skipped_steps, engine.cur_scale
 
 
-def test_a_step_without_labels_says_nothing_about_the_scale(ranks: GroupOf) -> None:
+def test_a_step_without_labels_does_not_change_the_scale(ranks: GroupOf) -> None:
     assert ranks(2).run(no_labels_in_fp16) == [(1, 2.0**8)] * 2
 
 
@@ -121,7 +121,7 @@ LIMITS: dict[str, dict[str, float]] = {
 
 
 def half_precision_step(section: str, schedule: str, clip: str, accumulation: int) -> tuple[float, float]:
-    """How far half-precision weights went along the fp32 step, in its lengths; and the norm, relative to its."""
+    """Return the step projected onto the fp32 step, relative to its length; and the norm relative to the fp32 norm."""
     get_accelerator().is_fp16_supported = lambda: True
     world_size, limits = dist.get_world_size(), LIMITS[clip]
     reference = PlainSGD(tiny_model(), lr=0.3, **limits)
@@ -130,16 +130,16 @@ def half_precision_step(section: str, schedule: str, clip: str, accumulation: in
     precision = {"enabled": True} | ({"initial_scale_power": 10} if section == "fp16" else {})
     sections: dict[str, Any] = {section: precision}
     engine = make_engine(tiny_model(), schedule, 0, accumulation, limits.get("global_norm"), params=params, **sections)
-    whole = whole_batch(0, rows=2 * accumulation * world_size)
-    _, norm = reference.step(whole)
-    mine = part(whole, dist.get_rank(), world_size)
-    engine.train_batch([part(mine, index, accumulation) for index in range(accumulation)])
+    batch = whole_batch(0, rows=2 * accumulation * world_size)
+    _, norm = reference.step(batch)
+    rank_batch = part(batch, dist.get_rank(), world_size)
+    engine.train_batch([part(rank_batch, index, accumulation) for index in range(accumulation)])
     assert engine.skipped_steps == 0
-    ours, theirs = weights_of(engine), dict(reference.model.named_parameters())
-    moved = [(ours[name].float() - start[name].to(ours[name].dtype).float()).flatten() for name in start]
-    wanted = [(theirs[name].detach() - start[name]).flatten() for name in start]
-    along = sum(float(mine @ true) for mine, true in zip(moved, wanted, strict=True))
-    return along / sum(float(true @ true) for true in wanted), (engine.get_global_grad_norm() or 0.0) / norm
+    weights, expected = weights_of(engine), dict(reference.model.named_parameters())
+    moved = [(weights[name].float() - start[name].to(weights[name].dtype).float()).flatten() for name in start]
+    exact = [(expected[name].detach() - start[name]).flatten() for name in start]
+    projection = sum(float(actual @ true) for actual, true in zip(moved, exact, strict=True))
+    return projection / sum(float(true @ true) for true in exact), (engine.get_global_grad_norm() or 0.0) / norm
 
 
 @pytest.mark.parametrize("clip", LIMITS)
@@ -148,8 +148,8 @@ def half_precision_step(section: str, schedule: str, clip: str, accumulation: in
 def test_half_precision_takes_the_step_of_fp32_on_average(
     ranks: GroupOf, section: str, schedule: str, accumulation: int, clip: str
 ) -> None:
-    for along, norm in ranks(2).run(half_precision_step, section, schedule, clip, accumulation):
-        assert along == pytest.approx(1.0, abs=0.03), "rounding of the weights is noise on all sides of the step"
+    for projection, norm in ranks(2).run(half_precision_step, section, schedule, clip, accumulation):
+        assert projection == pytest.approx(1.0, abs=0.03), "rounding errors are unbiased noise"
         assert norm == pytest.approx(1.0, rel=0.02), "unscaled, averaged, before clipping"
 
 
@@ -169,15 +169,17 @@ def test_stochastic_rounding_repeats_for_the_same_seed(ranks: GroupOf) -> None:
 
 
 def test_auto_rounds_stochastically(ranks: GroupOf) -> None:
-    auto, stochastic, nearest = (ranks(2).run(train_in_bf16, 1, how)[0] for how in ("auto", "stochastic", "nearest"))
+    auto, stochastic, nearest = (
+        ranks(2).run(train_in_bf16, 1, rounding)[0] for rounding in ("auto", "stochastic", "nearest")
+    )
     assert identical(auto, stochastic)
     assert not identical(auto, nearest)
 
 
-def ranks_agree() -> dict[str, Tensor]:
+def train_with_seed_one() -> dict[str, Tensor]:
     return train_in_bf16(1, "stochastic")
 
 
 def test_all_ranks_hold_the_same_model(ranks: GroupOf) -> None:
-    first, *others = ranks(3).run(ranks_agree)
+    first, *others = ranks(3).run(train_with_seed_one)
     assert all(identical(first, other) for other in others)

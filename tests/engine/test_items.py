@@ -1,4 +1,4 @@
-"""How many items a loss is a mean over: of transformers' models it is known, of others both ways are counted."""
+"""Item counts: known for transformers models, counted in both possible ways for others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +41,7 @@ BERT = BertConfig(
 
 
 class WithItsOwnLoss(LlamaForCausalLM):
-    """A causal model by its name, whose labels are shifted by itself, or not at all."""
+    """A causal model by name whose custom loss does not shift labels."""
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         logits = super().forward(input_ids=input_ids).logits
@@ -76,21 +76,21 @@ def linear() -> torch.nn.Linear:
     ("make", "shifts"),
     [
         (tiny_model, True),
-        (gpt2, True),  # whose name does not say so, and which uses the loss that does
-        (bart, False),  # whose name says so, and which does not
+        (gpt2, True),  # the name does not end in ForCausalLM, but the loss shifts
+        (bart, False),  # the name ends in ForCausalLM, but the loss does not shift
         (t5, False),
         (bert, False),
         (own_loss, None),
         (linear, None),
     ],
 )
-def test_knows_which_models_shift_labels(make: Callable[[], torch.nn.Module], shifts: bool | None) -> None:
+def test_label_shift_of_models(make: Callable[[], torch.nn.Module], shifts: bool | None) -> None:
     assert shifts_labels(make()) is shifts
 
 
 @pytest.mark.parametrize("make", [tiny_model, gpt2, bart, t5])
-def test_a_mean_is_over_what_is_counted(make: Callable[[], PreTrainedModel]) -> None:
-    """The mean over both rows is that of each row, weighted by its count."""
+def test_losses_are_averaged_over_the_counted_items(make: Callable[[], PreTrainedModel]) -> None:
+    """Check that the mean over both rows equals the mean of the rows, weighted by their counts."""
     model = make().eval()
     rows = [{"input_ids": IDS[row : row + 1], "labels": LABELS[row : row + 1]} for row in range(2)]
     counts = [count_items(row, shifts_labels(model)).items for row in rows]
@@ -119,12 +119,12 @@ def test_counts_the_labels_that_a_loss_averages_over(shifts: bool | None, count:
         ({"scale": 2.0, "labels": torch.zeros(3, 2)}, Count(3, 6)),
         ({"labels": torch.zeros(3)}, Count(3, 3)),
         ({"labels": torch.tensor(1.0)}, Count(1, 1)),
-        ({"labels": torch.tensor([0, 2, 1])}, Count(3, 3)),  # of classes: none is the next one's
+        ({"labels": torch.tensor([0, 2, 1])}, Count(3, 3)),  # class labels, which are never shifted
         ({"labels": torch.tensor(2)}, Count(1, 1)),
         ({"labels": torch.tensor([True, False])}, Count(2, 2)),
     ],
 )
-def test_rows_count_where_labels_do_not_tell(batch: dict[str, Any], count: Count) -> None:
+def test_rows_are_counted_without_integer_labels(batch: dict[str, Any], count: Count) -> None:
     assert count_items(batch, shifts=None) == count
 
 
@@ -138,38 +138,38 @@ def test_rows_count_where_labels_do_not_tell(batch: dict[str, Any], count: Count
         ({"x": torch.zeros(0, 4)}, "must have at least one row"),
     ],
 )
-def test_refuses_what_cannot_be_counted(batch: dict[str, Any], reason: str) -> None:
+def test_batches_that_cannot_be_counted_are_refused(batch: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         count_items(batch, shifts=None)
 
 
 @pytest.mark.parametrize("counts", [[(3, 2), (6, 4)], [(0, 0), (5, 4)], [(7, 7), (1, 1)], [(0, 0)], [(9, 5)]])
-def test_two_ways_of_counting_that_weigh_alike(counts: list[tuple[int, int]]) -> None:
+def test_two_counts_with_equal_weights(counts: list[tuple[int, int]]) -> None:
     assert total_items(count_sums([Count(*count) for count in counts])) == sum(items for items, _ in counts)
 
 
 @pytest.mark.parametrize("counts", [[(3, 2), (4, 3)], [(1, 0), (1, 1)], [(1, 0)], [(10**6, 10**6 - 1), (10**6, 10**6)]])
-def test_two_ways_of_counting_that_differ_are_refused(counts: list[tuple[int, int]]) -> None:
+def test_two_counts_with_different_weights_are_refused(counts: list[tuple[int, int]]) -> None:
     with pytest.raises(ConfigError, match="give num_items to train_batch"):
         total_items(count_sums([Count(*count) for count in counts]))
 
 
 @pytest.mark.parametrize("tensors", [(3, 1), (3, 3, 1)])
-def test_rows_of_batches_of_like_shapes_need_no_name(tensors: tuple[int, ...]) -> None:
-    like = {str(number): torch.zeros(length) for number, length in enumerate(tensors)}
-    count = count_items(like, shifts=None)
+def test_batches_of_equal_shapes_have_equal_weights(tensors: tuple[int, ...]) -> None:
+    batch = {str(number): torch.zeros(length) for number, length in enumerate(tensors)}
+    count = count_items(batch, shifts=None)
     assert total_items(count_sums([count, count])) == 2 * tensors[0]
-    other = count_items(like | {"0": torch.zeros(7)}, shifts=None)
+    other = count_items(batch | {"0": torch.zeros(7)}, shifts=None)
     with pytest.raises(ConfigError, match="the tensors of the batch differ in length"):
         total_items(count_sums([count, other]))
 
 
-def test_num_items_is_one_for_each_micro_batch() -> None:
+def test_num_items_is_one_count_per_micro_batch() -> None:
     assert parse_num_items(3, 1) == parse_num_items([3], 1) == parse_num_items(torch.tensor(3), 1) == [Count(3, 3)]  # type: ignore[arg-type]
     assert parse_num_items((3, 0), 2) == [Count(3, 3), Count(0, 0)]
 
 
-@pytest.mark.parametrize("given", [[3], 3, [3, -1], [3, 1.5], [True, 1], "34", None])
-def test_num_items_that_are_none(given: Any) -> None:
+@pytest.mark.parametrize("num_items", [[3], 3, [3, -1], [3, 1.5], [True, 1], "34", None])
+def test_invalid_num_items_are_refused(num_items: Any) -> None:
     with pytest.raises(ConfigError, match="a list of one for each of the 2 micro-batches, got"):
-        parse_num_items(given, 2)
+        parse_num_items(num_items, 2)

@@ -1,4 +1,4 @@
-"""The engine as a user holds it: DeepSpeed's idiom, figures that tell the truth, refusals, skipped steps."""
+"""LomoEngine as users call it: DeepSpeed's idiom, reported values, error messages and learning rates."""
 
 import copy
 import logging
@@ -64,9 +64,9 @@ def idiom_under_two_pass() -> str:
 
 
 def test_idiom_is_refused_under_two_pass(ranks: GroupOf) -> None:
-    for sentence in ranks(2).run(idiom_under_two_pass):
-        assert "two_pass" in sentence
-        assert "engine.train_batch(batch)" in sentence
+    for message in ranks(2).run(idiom_under_two_pass):
+        assert "two_pass" in message
+        assert "engine.train_batch(batch)" in message
 
 
 def two_backwards_one_step(by_boundary: bool) -> str:
@@ -100,7 +100,7 @@ def test_train_batch_takes_whole_steps(ranks: GroupOf) -> None:
 
 
 class SharedBetweenCheckpoints(torch.nn.Module):
-    """One layer in two reentrant checkpoints: its gradient arrives twice."""
+    """A model with one layer in two reentrant checkpoints, so that its gradient arrives twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class SharedBetweenCheckpoints(torch.nn.Module):
         return hidden.square().mean()
 
 
-def gradient_in_two_pieces(schedule: str) -> float | str:
+def gradient_that_arrives_twice(schedule: str) -> float | str:
     model = SharedBetweenCheckpoints()
     reference = copy.deepcopy(model)
     engine = make_engine(model, schedule, threshold=0)
@@ -129,16 +129,16 @@ def gradient_in_two_pieces(schedule: str) -> float | str:
     return largest_difference(weights_of(engine), reference)
 
 
-def test_a_parameter_whose_gradient_comes_in_two_pieces(ranks: GroupOf) -> None:
-    assert max(ranks(2).run(gradient_in_two_pieces, "stash")) < 1e-6
+def test_a_parameter_whose_gradient_arrives_twice(ranks: GroupOf) -> None:
+    assert max(ranks(2).run(gradient_that_arrives_twice, "stash")) < 1e-6
     for schedule in ("immediate", "two_pass"):
-        for sentence in ranks(2).run(gradient_in_two_pieces, schedule):
-            assert "shared." in sentence
-            assert "use update_schedule stash" in sentence
+        for message in ranks(2).run(gradient_that_arrives_twice, schedule):
+            assert "shared." in message
+            assert "use update_schedule stash" in message
 
 
 def more_micro_batches_than_configured() -> float:
-    """In bf16: added up in fp32, or the sum of many would lose what each brings."""
+    """Accumulate many gradients in bf16 training, where a bf16 sum would lose small contributions."""
     model = tiny_model()
     engine = make_engine(model, "stash", bf16={"enabled": True})
     engine.train_batch([even_batch(step, 1) for step in range(8)])
@@ -150,7 +150,7 @@ def more_micro_batches_than_configured() -> float:
     return float({held.dtype for held in stash.stashed.values()} == {torch.float32})
 
 
-def test_gradients_add_up_in_fp32(ranks: GroupOf) -> None:
+def test_gradients_accumulate_in_fp32(ranks: GroupOf) -> None:
     assert ranks(2).run(more_micro_batches_than_configured) == [1.0, 1.0]
 
 
@@ -166,7 +166,7 @@ def test_several_micro_batches_need_a_stash(ranks: GroupOf, schedule: str) -> No
     assert "2 micro-batches" in ranks(1).run(several_micro_batches, schedule)[0]
 
 
-# what initialize returns, and what it refuses
+# results and error messages of initialize
 
 
 def returned_values() -> None:
@@ -193,12 +193,12 @@ def returned_values() -> None:
     assert engine.module.training
 
 
-def test_initialize_returns_what_deepspeeds_does(ranks: GroupOf) -> None:
+def test_initialize_returns_the_values_of_deepspeed(ranks: GroupOf) -> None:
     ranks(2).run(returned_values)
 
 
 @pytest.mark.parametrize("name", ["optimizer", "mpu", "mesh_param"])
-def test_initialize_refuses_what_it_would_ignore(name: str) -> None:
+def test_initialize_refuses_unsupported_arguments(name: str) -> None:
     with pytest.raises(ConfigError, match=f"takes no {name}"):
         lomo_ds.initialize(model=tiny_model(), config={}, **{name: object()})  # type: ignore[arg-type]
 
@@ -210,9 +210,9 @@ def nothing_to_train() -> str:
     return str(refusal.value)
 
 
-def test_initialize_needs_something_to_train(ranks: GroupOf) -> None:
-    for sentence in ranks(2).run(nothing_to_train):
-        assert "the model has no trainable parameters" in sentence
+def test_initialize_needs_trainable_parameters(ranks: GroupOf) -> None:
+    for message in ranks(2).run(nothing_to_train):
+        assert "the model has no trainable parameters" in message
 
 
 def test_initialize_needs_one_config() -> None:
@@ -220,7 +220,7 @@ def test_initialize_needs_one_config() -> None:
         lomo_ds.initialize(model=tiny_model())
 
 
-def what_is_chosen(sections: dict[str, Any]) -> tuple[str, list[str]]:
+def schedule_and_log(sections: dict[str, Any]) -> tuple[str, list[str]]:
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
@@ -237,7 +237,7 @@ def what_is_chosen(sections: dict[str, Any]) -> tuple[str, list[str]]:
     [({}, "Immediate"), ({"global_norm": 1.0}, "Stash"), ({"accumulation": 2}, "Stash")],
 )
 def test_auto_is_resolved_and_logged_once(ranks: GroupOf, sections: dict[str, Any], schedule: str) -> None:
-    (chosen, records), (also, silent) = ranks(2).run(what_is_chosen, sections)
+    (chosen, records), (also, silent) = ranks(2).run(schedule_and_log, sections)
     assert (chosen, also, silent) == (schedule, schedule, [])
     granularity, update_schedule = records
     assert granularity == "gather_granularity auto: layer"
@@ -267,15 +267,15 @@ def test_deepspeeds_own_tensorboard_section(ranks: GroupOf, tmp_path: Path) -> N
 def follow_scheduler(name: str) -> None:
     model = tiny_model()
     reference = PlainSGD(copy.deepcopy(model), lr=0.3)
-    theirs = get_scheduler(name, reference.optimizer, num_warmup_steps=2, num_training_steps=6)
+    scheduler = get_scheduler(name, reference.optimizer, num_warmup_steps=2, num_training_steps=6)
     engine = make_engine(
         model, "stash", lr_scheduler=lambda optimizer: get_scheduler(name, optimizer, 2, num_training_steps=6)
     )
     for step in range(5):
         batch = whole_batch(step, rows=2)
-        assert engine.get_lr() == theirs.get_last_lr()
+        assert engine.get_lr() == scheduler.get_last_lr()
         reference.step(batch)
-        theirs.step()
+        scheduler.step()
         engine.train_batch(my_part(batch))
     assert largest_difference(weights_of(engine), reference.model) < 1e-6
 
@@ -312,11 +312,11 @@ def two_parameter_groups() -> None:
     assert all(parameter.grad is None for parameter in engine.module.parameters())
 
 
-def test_only_the_parameters_given_train_each_at_its_rate(ranks: GroupOf) -> None:
+def test_only_listed_parameters_train_each_at_its_own_rate(ranks: GroupOf) -> None:
     ranks(2).run(two_parameter_groups)
 
 
-# dropout: two passes must see the same one
+# dropout: both passes must use the same mask
 
 
 def train_with_dropout(schedule: str, checkpointing: bool) -> dict[str, Tensor]:
@@ -331,12 +331,12 @@ def train_with_dropout(schedule: str, checkpointing: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_both_passes_see_the_same_dropout(ranks: GroupOf, checkpointing: bool) -> None:
+def test_both_passes_use_the_same_dropout(ranks: GroupOf, checkpointing: bool) -> None:
     stash, two_pass = (ranks(2).run(train_with_dropout, how, checkpointing)[0] for how in ("stash", "two_pass"))
     assert identical(stash, two_pass)
 
 
-# leaving
+# destroy
 
 
 def train_after_destroy() -> None:
@@ -351,7 +351,7 @@ def train_after_destroy() -> None:
     assert largest_difference(weights_of(second), reference.model) < 1e-6
 
 
-def test_destroy_takes_the_hooks_off(ranks: GroupOf) -> None:
+def test_destroy_removes_the_hooks(ranks: GroupOf) -> None:
     ranks(2).run(train_after_destroy)
 
 
@@ -377,7 +377,7 @@ print("losses", *(float(engine.train_batch({"x": x, "y": x.sum(dim=1, keepdim=Tr
 """
 
 
-def test_one_plain_process_and_a_model_of_ones_own() -> None:
+def test_a_custom_model_in_one_process_without_launcher() -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     environment["MASTER_PORT"] = "29613"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The loss in what a model returns: found wherever a model may put it, or refused for the true reason."""
+"""Loss extraction: finds the loss in every kind of model output, or explains why there is none."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ LOGITS = torch.zeros(3, 2, requires_grad=True)
 
 @dataclass
 class Output:
-    """As a model of one's own may return it."""
+    """A custom model output."""
 
     logits: Tensor
     loss: Tensor | None
@@ -43,7 +43,7 @@ def test_finds_the_loss(output: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1)])
-def test_one_number_is_a_loss_of_any_shape(shape: tuple[int, ...]) -> None:
+def test_a_loss_may_have_any_shape_with_one_element(shape: tuple[int, ...]) -> None:
     loss = extract_loss(LOSS.reshape(shape))
     assert (loss.shape, loss.requires_grad) == ((), True)
 
@@ -68,16 +68,16 @@ def test_one_number_is_a_loss_of_any_shape(shape: tuple[int, ...]) -> None:
         (torch.tensor(1j), "must have a floating-point dtype, got complex64"),
     ],
 )
-def test_refuses_what_is_no_loss(output: Any, reason: str) -> None:
+def test_invalid_losses_are_refused(output: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         extract_loss(output)
 
 
-def test_a_loss_needs_no_graph_where_nothing_trains() -> None:
+def test_a_loss_needs_no_graph_without_grad() -> None:
     with torch.no_grad():
         assert extract_loss((LOGITS.detach(), LOSS.detach())) == 1.0
 
 
-def test_an_output_in_place_of_its_loss() -> None:
+def test_an_output_instead_of_its_loss_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"got a SimpleNamespace; pass its \.loss"):
         as_scalar(SimpleNamespace(loss=LOSS))

@@ -1,4 +1,4 @@
-"""Schedulers without a warm-up against their closed forms."""
+"""Learning-rate schedulers without warm-up: compared with their closed forms."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ CLOSED_FORMS: list[tuple[str, dict[str, Any], Callable[[int], float]]] = [
 
 
 @pytest.mark.parametrize(("name", "params", "rate"), CLOSED_FORMS)
-def test_no_warmup_is_the_peak_at_once_and_the_decay_from_there(
+def test_without_warmup_the_rate_starts_at_the_peak_and_decays(
     name: str, params: dict[str, Any], rate: Callable[[int], float]
 ) -> None:
     config = {"scheduler": {"type": name, "params": {**params, "warmup_num_steps": 0}}}
@@ -45,7 +45,7 @@ def test_no_warmup_is_the_peak_at_once_and_the_decay_from_there(
 
 
 @pytest.mark.parametrize(("name", "params", "rate"), CLOSED_FORMS)
-def test_auto_without_a_warmup_ratio_is_no_warmup(
+def test_auto_without_a_warmup_ratio_has_no_warmup(
     name: str, params: dict[str, Any], rate: Callable[[int], float], ranks: Any
 ) -> None:
     config: dict[str, Any] = {
@@ -54,14 +54,14 @@ def test_auto_without_a_warmup_ratio_is_no_warmup(
     }
     if "warmup_max_lr" in params:
         config["scheduler"]["params"]["warmup_max_lr"] = "auto"
-    arguments, given = parse_arguments([*REQUIRED, "--learning_rate", str(PEAK)])
-    filled, arguments = reconcile(config, arguments, given, world_size=1)
+    arguments, given_names = parse_arguments([*REQUIRED, "--learning_rate", str(PEAK)])
+    filled, arguments = reconcile(config, arguments, given_names, world_size=1)
     [rates] = ranks(1).run(rates_of_steps, fill_scheduler(filled, arguments, TOTAL), 3)
     assert rates == pytest.approx([rate(step) for step in range(3)])
 
 
 def rates_of_steps(config: dict[str, Any], steps: int) -> list[float]:
-    """The rates that an engine takes its steps at."""
+    """Return the learning rates of an engine's steps."""
     engine = lomo_ds.initialize(model=tiny_model(), config=config)[0]
     rates = []
     for step in range(steps):
@@ -80,7 +80,7 @@ def test_each_group_keeps_its_own_peak() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [3.0, 4.0]
 
 
-def test_a_warmup_is_deepspeeds_own() -> None:
+def test_a_warmup_uses_deepspeeds_class() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=PEAK)
     assert type(build_scheduler("WarmupLR", {"warmup_num_steps": 3}, optimizer)) is lr_schedules.WarmupLR
 

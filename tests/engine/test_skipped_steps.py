@@ -1,4 +1,4 @@
-"""Steps that must not happen, for a loss, a gradient, missing labels or an exception: nothing is left of them."""
+"""Skipped steps: a bad loss or gradient, missing labels or an exception leave weights and state unchanged."""
 
 import copy
 import itertools
@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing(ranks: GroupOf, s
 
 
 def skip_bad_gradient(schedule: str) -> None:
-    """inf in the gradient of one element on one rank, with a sound loss."""
+    """Put inf into one gradient element on one rank, with a finite loss."""
     model = tiny_model()
     if dist.get_rank() == 1:
         model.gain.register_hook(lambda gradient: gradient * math.inf)
@@ -102,7 +102,7 @@ def skip_without_labels() -> None:
     assert identical(before, weights_of(engine))
 
 
-def test_a_step_without_a_single_label_changes_nothing(ranks: GroupOf) -> None:
+def test_a_step_without_labels_changes_nothing(ranks: GroupOf) -> None:
     ranks(2).run(skip_without_labels)
 
 
@@ -121,13 +121,13 @@ def rate_after_a_skipped_step() -> tuple[list[float], list[float]]:
     return before, engine.get_lr()
 
 
-def test_a_skipped_step_leaves_the_learning_rate(ranks: GroupOf) -> None:
+def test_a_skipped_step_keeps_the_learning_rate(ranks: GroupOf) -> None:
     for before, after in ranks(2).run(rate_after_a_skipped_step):
         assert before == after == [pytest.approx(0.3 / 4)]
 
 
 def after_an_exception(schedule: str, good_micro_batches: int) -> float:
-    """A forward that fails, perhaps behind others that went well, leaves nothing behind."""
+    """Run a step whose forward fails after ``good_micro_batches`` others, and compare the next step with PyTorch."""
     model = tiny_model()
     reference = PlainSGD(copy.deepcopy(model), lr=0.3)
     engine = make_engine(model, schedule)
