@@ -1,4 +1,4 @@
-"""From text files to batches of packed token blocks."""
+"""The data pipeline: from text files to batches of packed token blocks."""
 
 from lomo_ds.data.loader import MicroBatches, Position, TrainingSteps, evaluation_batches
 from lomo_ds.data.packing import PackedBlocks

@@ -1,4 +1,4 @@
-"""A digest of everything that decides a text's tokens."""
+"""A digest of everything that determines the tokens of a text file: the file, the tokenizer and the libraries."""
 
 import hashlib
 import json
@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lomo_ds.errors import DataError, one_line
 
-FORMAT = 2  # of what lomo_ds does itself: how documents are cut, joined and marked
-PLACES = {"name_or_path", "is_local", "local_files_only"}  # settings that say where a tokenizer came from
+FORMAT = 2  # version of lomo_ds' own processing: how documents are split, joined and marked
+LOCATION_SETTINGS = {"name_or_path", "is_local", "local_files_only"}  # where a tokenizer was loaded from
 
 
 def fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The same for the same file, tokenizer and libraries, in every process.
+    """Return a digest that is equal in every process for the same file, tokenizer and library versions.
 
-    The libraries' releases count, since they change how a tokenizer file is understood.
+    Library versions are included because they can change how a tokenizer file is interpreted.
 
     Raises:
         DataError: the file cannot be read, or the tokenizer cannot be saved.
@@ -31,24 +31,26 @@ def fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256(os.fsencode(path.resolve()) + f" {status.st_size} {status.st_mtime_ns}".encode())
     digest.update(f" {FORMAT} {tokenizers.__version__} {transformers.__version__}".encode())
     digest.update(f" {tokenizer.bos_token_id} {tokenizer.eos_token_id}".encode())
-    digest.update(_saved(tokenizer))
+    digest.update(_serialize(tokenizer))
     return digest.hexdigest()[:16]
 
 
-def _saved(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """The files that ``tokenizer`` is saved to, with all its settings, one behind the other."""
+def _serialize(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """Save ``tokenizer`` and return its files, which hold all its settings, concatenated."""
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             tokenizer.save_pretrained(folder)
             files = sorted(file for file in folder.rglob("*") if file.is_file())
             return b"".join(f"{file.relative_to(folder)} ".encode() + _content(file) for file in files)
-    except Exception as error:  # a tokenizer with code of its own may raise anything
-        raise DataError(f"the tokenizer cannot be saved, as the trained model's must be: {one_line(error)}") from error
+    except Exception as error:  # a tokenizer with custom code may raise anything
+        raise DataError(
+            f"the tokenizer must be saved with the trained model, but it cannot be saved: {one_line(error)}"
+        ) from error
 
 
 def _content(file: Path) -> bytes:
     if file.name != "tokenizer_config.json":
         return file.read_bytes()
     settings = json.loads(file.read_bytes())
-    return json.dumps({name: settings[name] for name in sorted(settings.keys() - PLACES)}).encode()
+    return json.dumps({name: settings[name] for name in sorted(settings.keys() - LOCATION_SETTINGS)}).encode()

@@ -1,4 +1,4 @@
-"""Which rank sees which block, and when."""
+"""Distribution of blocks over ranks and steps: training micro-batches and evaluation batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ MicroBatches = list[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Position:
-    """How far training has come in its data, whatever the number of ranks."""
+    """Progress of training through the data, independent of the world size."""
 
-    epoch: int = 0  # whole passes that are done
-    consumed: int = 0  # sequences of the next one that are done, over all ranks
+    epoch: int = 0  # number of completed epochs
+    consumed: int = 0  # sequences of the current epoch that are done, over all ranks
 
 
 class TrainingSteps:
-    """The micro-batches of this rank for every optimizer step, shuffled anew each epoch.
+    """Iterator over this rank's micro-batches for every optimizer step, reshuffled each epoch.
 
-    An epoch holds every sequence exactly once. Ranks take turns in one common order, so that another number of ranks
-    can go on anywhere in it. Where an epoch ends within a step, all ranks have as many micro-batches of one shape,
-    filled up with sequences whose labels are all ignored.
+    An epoch contains every sequence exactly once. Ranks take turns in one common order, so training can resume at any
+    position with another world size. If an epoch ends within a step, all ranks still get the same number of
+    micro-batches of the same shape, padded with sequences whose labels are all ignored.
 
     Args:
-        accumulation: micro-batches of ``batch_size`` sequences per step and rank.
-        epochs: passes over ``blocks``, the last of which may be a part of one.
-        max_steps: number of steps in all; above 0 it overrides ``epochs``.
-        start: where to begin, after ``step`` steps.
+        accumulation: number of micro-batches of ``batch_size`` sequences per step and rank.
+        epochs: number of passes over ``blocks``; may be fractional.
+        max_steps: total number of steps; if positive, it overrides ``epochs``.
+        start: position from which to start, after ``step`` steps.
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class TrainingSteps:
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
-        self.sequences = batch_size * accumulation * world_size  # of one step
+        self.sequences_per_step = batch_size * accumulation * world_size
         self.position = start or Position()
         self.step = step
-        self.wanted = max(1, round(epochs * len(blocks))) if max_steps <= 0 else None  # sequences in all
-        self.total = max_steps if self.wanted is None else step + self._steps_left()
+        self.total_sequences = max(1, round(epochs * len(blocks))) if max_steps <= 0 else None
+        self.total = max_steps if self.total_sequences is None else step + self._steps_left()
 
     @property
     def per_epoch(self) -> int:
-        """Steps of a whole epoch."""
-        return ceil_div(len(self.blocks), self.sequences)
+        """Number of steps per epoch."""
+        return ceil_div(len(self.blocks), self.sequences_per_step)
 
     @property
     def data(self) -> dict[str, Any]:
-        """By which the order of the data is known again, as JSON."""
+        """JSON values that identify the data and its order."""
         return {
             "sequences": len(self.blocks),
             "tokens in each": self.blocks.length,
@@ -78,52 +78,52 @@ class TrainingSteps:
 
     @property
     def epochs(self) -> float:
-        """Passes over the data that are done."""
+        """Number of completed passes over the data, including the fraction of the current one."""
         return self.position.epoch + self.position.consumed / len(self.blocks)
 
     @property
     def is_past_end(self) -> bool:
-        """Whether more sequences are done than are wanted."""
+        """Whether more sequences are done than training needs."""
         done = self.position.epoch * len(self.blocks) + self.position.consumed
-        return self.wanted is not None and done > self.wanted
+        return self.total_sequences is not None and done > self.total_sequences
 
     @property
     def tokens(self) -> int:
-        """Tokens that are done, over all ranks."""
+        """Number of tokens that are done, over all ranks."""
         return (self.position.epoch * len(self.blocks) + self.position.consumed) * self.blocks.length
 
     def __iter__(self) -> Iterator[MicroBatches]:
-        """What is left to do; ``position`` and ``step`` are already those behind the step that is handed out."""
+        """Yield the remaining steps; ``position`` and ``step`` are advanced before each step is yielded."""
         while self.step < self.total:
-            count = min(self.sequences, self._end_of_epoch(self.position.epoch) - self.position.consumed)
+            count = min(self.sequences_per_step, self._sequences_in(self.position.epoch) - self.position.consumed)
             micro_batches = self._micro_batches(self.position, count)
             self.step += 1
-            self.position = self._behind(count)
+            self.position = self._position_after(count)
             yield micro_batches
 
     def _micro_batches(self, position: Position, count: int) -> MicroBatches:
         order = _order(len(self.blocks), position.epoch, self.seed)
         indices = order[position.consumed : position.consumed + count].tolist()
-        turn = self.batch_size * self.world_size
-        firsts = range(self.rank * self.batch_size, ceil_div(count, turn) * turn, turn)
+        global_batch = self.batch_size * self.world_size
+        firsts = range(self.rank * self.batch_size, ceil_div(count, global_batch) * global_batch, global_batch)
         return [
             default_collate([block_or_padding(self.blocks, indices, first + k) for k in range(self.batch_size)])
             for first in firsts
         ]
 
-    def _behind(self, count: int) -> Position:
+    def _position_after(self, count: int) -> Position:
         epoch, consumed = self.position.epoch, self.position.consumed + count
         return Position(epoch + 1, 0) if consumed == len(self.blocks) else Position(epoch, consumed)
 
-    def _end_of_epoch(self, epoch: int) -> int:
-        """Sequences of an epoch that are wanted."""
+    def _sequences_in(self, epoch: int) -> int:
+        """Return the number of sequences of ``epoch`` that training uses; the last epoch may be partial."""
         size = len(self.blocks)
-        return size if self.wanted is None else max(0, min(size, self.wanted - epoch * size))
+        return size if self.total_sequences is None else max(0, min(size, self.total_sequences - epoch * size))
 
     def _steps_left(self) -> int:
         left, epoch, consumed = 0, self.position.epoch, self.position.consumed
-        while (wanted := self._end_of_epoch(epoch)) > consumed:
-            left += ceil_div(wanted - consumed, self.sequences)
+        while (sequences := self._sequences_in(epoch)) > consumed:
+            left += ceil_div(sequences - consumed, self.sequences_per_step)
             epoch, consumed = epoch + 1, 0
         return left
 
@@ -131,24 +131,24 @@ class TrainingSteps:
 def evaluation_batches(
     blocks: PackedBlocks, batch_size: int, rank: int, world_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of this rank, every block once over all ranks, equally many batches of one shape on every rank."""
-    everything = range(len(blocks))
-    turn = batch_size * world_size
-    for first in range(rank * batch_size, ceil_div(len(blocks), turn) * turn, turn):
-        yield default_collate([block_or_padding(blocks, everything, first + k) for k in range(batch_size)])
+    """Yield this rank's batches: each block occurs once over all ranks, and all ranks get equally many batches."""
+    indices = range(len(blocks))
+    global_batch = batch_size * world_size
+    for first in range(rank * batch_size, ceil_div(len(blocks), global_batch) * global_batch, global_batch):
+        yield default_collate([block_or_padding(blocks, indices, first + k) for k in range(batch_size)])
 
 
-def block_or_padding(blocks: PackedBlocks, indices: Sequence[int], place: int) -> dict[str, Tensor]:
-    """The block at ``place`` of ``indices``; behind their end, one whose labels are all ignored.
+def block_or_padding(blocks: PackedBlocks, indices: Sequence[int], position: int) -> dict[str, Tensor]:
+    """Return the block at ``indices[position]``, or past the end a block whose labels are all ignored.
 
-    ZeRO-3 gathers a layer on all ranks at once, so a rank that has run out must take part.
+    ZeRO-3 gathers a layer on all ranks at once, so a rank that has no data left must still take part.
     """
-    if place < len(indices):
-        return blocks[indices[place]]
+    if position < len(indices):
+        return blocks[indices[position]]
     return {**blocks[0], "labels": torch.full_like(blocks[0]["labels"], IGNORE_INDEX)}
 
 
 @lru_cache(maxsize=1)
 def _order(size: int, epoch: int, seed: int) -> Tensor:
-    """The order of an epoch, the same on every rank; int64."""
+    """Return the int64 permutation of the sequences in an epoch, equal on every rank."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed + epoch))

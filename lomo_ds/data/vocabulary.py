@@ -1,4 +1,4 @@
-"""Whether a model knows the tokens of a text: each has a row in its embedding, and most are not the unknown one."""
+"""Checks that a model's embedding has a row for every token of a text, and that few tokens are unknown."""
 
 import logging
 from pathlib import Path
@@ -10,33 +10,33 @@ from lomo_ds.data.chunked_tokenization import TokenArray
 from lomo_ds.data.tokens import document_ids
 from lomo_ds.errors import DataError, one_line
 
-LOOKED_AT = 2**20  # tokens that show how many of a text are unknown
+SAMPLED = 2**20  # number of tokens from which the share of unknown tokens is estimated
 
 logger = logging.getLogger(__name__)
 
 
 def highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The highest id that ``tokenizer`` has a token for; ids may have gaps, and its length says nothing of them."""
+    """Return the highest token id of ``tokenizer``; ids may have gaps, so its length is no substitute."""
     return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def check_token_ids(tokens: TokenArray, path: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Check that a model whose embedding has ``rows`` rows has one for each of ``tokens``, which are those of ``path``.
+    """Check that an embedding of ``rows`` rows has one for each of ``tokens``, the tokens of ``path``.
 
     Raises:
-        DataError: it has not; the first such token and its document are named.
+        DataError: a token has no row; the message names the first one and its document.
     """
     if highest_id(tokenizer) < rows or not len(tokens) or tokens.max() < rows:
         return
     for number, ids in enumerate(document_ids(path, tokenizer), start=1):
-        _refuse_beyond(ids, f"document {number} of {path}", tokenizer, rows)
+        _check_ids(ids, f"document {number} of {path}", tokenizer, rows)
 
 
 def check_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Check that the model can continue ``prompt``.
+    """Check that ``prompt`` has tokens and that an embedding of ``rows`` rows has one for each of them.
 
     Raises:
-        DataError: its tokenizer fails, gives no token, or gives one without a row.
+        DataError: the tokenizer fails or gives no token, or a token has no row.
     """
     try:
         ids = np.asarray(tokenizer(prompt)["input_ids"], dtype=np.int32)
@@ -44,28 +44,28 @@ def check_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> 
         raise DataError(f"the tokenizer fails at --sample_prompt: {one_line(error)}") from error
     if not len(ids):
         raise DataError("--sample_prompt must hold at least one token for the model to continue, got none")
-    _refuse_beyond(ids, "--sample_prompt", tokenizer, rows)
+    _check_ids(ids, "--sample_prompt", tokenizer, rows)
 
 
-def _refuse_beyond(ids: TokenArray, where: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    beyond = ids[ids >= rows]
-    if len(beyond):
-        number = int(beyond[0])
+def _check_ids(ids: TokenArray, location: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    without_row = ids[ids >= rows]
+    if len(without_row):
+        number = int(without_row[0])
         raise DataError(
-            f"{where} has the token {tokenizer.convert_ids_to_tokens(number)!r}, number {number}, and the model's "
-            f"embedding has {rows} rows, the last for number {rows - 1}; add rows with --resize_embeddings, take the "
-            "token out of the text, or give the model's own tokenizer with --tokenizer_name"
+            f"{location} has the token {tokenizer.convert_ids_to_tokens(number)!r}, number {number}, but the model's "
+            f"embedding has {rows} rows, the last for number {rows - 1}; add rows with --resize_embeddings, remove the "
+            "token from the text, or give the model's own tokenizer with --tokenizer_name"
         )
 
 
 def warn_about_unknown_tokens(tokens: TokenArray, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Log that a model learns little from ``tokens``, where most of them say that the tokenizer has none."""
+    """Log a warning if most of ``tokens`` are the unknown token, from which a model learns little."""
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return
-    share = float(np.mean(tokens[:LOOKED_AT] == unknown))
+    share = float(np.mean(tokens[:SAMPLED] == unknown))
     if share > 0.5:
         logger.warning(
-            "%.0f%% of the tokens of %s are %s, the token of unknown text: the tokenizer is not for such text",
+            "%.0f%% of the tokens of %s are %s, the unknown token: the tokenizer is not made for such text",
             100 * share, path, tokenizer.unk_token,
         )  # fmt: skip

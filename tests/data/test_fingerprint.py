@@ -1,4 +1,4 @@
-"""Kept tokens are used again for the same file, tokenizer and libraries only."""
+"""Tests that cached tokens are reused only for the same file, tokenizer and library versions."""
 
 import copy
 import json
@@ -36,10 +36,10 @@ CHANGES: dict[str, Callable[[PreTrainedTokenizerFast], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_changes_a_tokenizer_makes_tokens_anew(
+def test_a_changed_tokenizer_invalidates_the_cache(
     tmp_path: Path, change: Callable[[PreTrainedTokenizerFast], Any]
 ) -> None:
-    """As a user does it: between two runs, in the tokenizer's folder."""
+    """Change the tokenizer like a user would: between two runs, in its folder."""
     file, cache = tmp_path / "a.txt", tmp_path / "cache"
     file.write_text("The quick brown fox</s>")
     before = byte_level()
@@ -49,14 +49,14 @@ def test_what_changes_a_tokenizer_makes_tokens_anew(
     after.save_pretrained(tmp_path / "changed")
     after = AutoTokenizer.from_pretrained(tmp_path / "changed")
     assert fingerprint(file, before) != fingerprint(file, after)
-    kept, anew = (tokenize_file(file, after, folder).tolist() for folder in (cache, tmp_path / "empty"))
-    assert kept == anew
+    cached, uncached = (tokenize_file(file, after, folder).tolist() for folder in (cache, tmp_path / "empty"))
+    assert cached == uncached
 
 
 @pytest.mark.parametrize(
     "setting", [{"eos_token": "<s>"}, {"bos_token": None}, {"split_special_tokens": True}, {"chat_template": "none"}]
 )
-def test_a_setting_that_is_edited_makes_tokens_anew(tmp_path: Path, setting: dict[str, Any]) -> None:
+def test_an_edited_setting_changes_the_fingerprint(tmp_path: Path, setting: dict[str, Any]) -> None:
     (tmp_path / "a.txt").write_text("The quick brown fox</s>")
     byte_level().save_pretrained(tmp_path / "model")
     before = fingerprint(tmp_path / "a.txt", AutoTokenizer.from_pretrained(tmp_path / "model"))
@@ -65,18 +65,18 @@ def test_a_setting_that_is_edited_makes_tokens_anew(tmp_path: Path, setting: dic
     assert fingerprint(tmp_path / "a.txt", AutoTokenizer.from_pretrained(tmp_path / "model")) != before
 
 
-def test_the_same_tokenizer_is_the_same_wherever_it_is_loaded_from(tmp_path: Path) -> None:
+def test_the_fingerprint_does_not_depend_on_the_folder(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     byte_level().save_pretrained(tmp_path / "one")
     once = AutoTokenizer.from_pretrained(tmp_path / "one")
     once.save_pretrained(tmp_path / "two")
     twice = AutoTokenizer.from_pretrained(tmp_path / "two", local_files_only=True)
-    names = {fingerprint(tmp_path / "a.txt", tokenizer) for tokenizer in (once, copy.deepcopy(once), twice)}
-    assert len(names) == 1
+    fingerprints = {fingerprint(tmp_path / "a.txt", tokenizer) for tokenizer in (once, copy.deepcopy(once), twice)}
+    assert len(fingerprints) == 1
 
 
 @pytest.mark.parametrize(("module", "name"), [(transformers, "__version__"), (fingerprint_module, "FORMAT")])
-def test_other_libraries_make_tokens_anew(
+def test_another_library_version_changes_the_fingerprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
 ) -> None:
     (tmp_path / "a.txt").write_text("text")
@@ -86,18 +86,18 @@ def test_other_libraries_make_tokens_anew(
     assert fingerprint(tmp_path / "a.txt", letters) != before
 
 
-def test_a_tokenizer_that_cannot_be_saved_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_saved_is_rejected_before_training(tmp_path: Path) -> None:
     class Homemade(Letters):
         def save_pretrained(self, folder: Path) -> None:
             raise NotImplementedError("no save_vocabulary\nhere")
 
     (tmp_path / "a.txt").write_text("text")
     homemade: Any = Homemade()
-    with pytest.raises(DataError, match=r"cannot be saved, as the trained model's must be: no save_vocabulary here$"):
+    with pytest.raises(DataError, match=r"but it cannot be saved: no save_vocabulary here$"):
         fingerprint(tmp_path / "a.txt", homemade)
 
 
-def test_settings_of_every_name_count_but_for_places(tmp_path: Path) -> None:
+def test_every_setting_counts_except_locations(tmp_path: Path) -> None:
     class Noted(Letters):
         def __init__(self, **settings: Any) -> None:
             self.settings = settings
@@ -105,11 +105,11 @@ def test_settings_of_every_name_count_but_for_places(tmp_path: Path) -> None:
         def save_pretrained(self, folder: Path) -> None:
             (folder / "tokenizer_config.json").write_text(json.dumps(self.settings))
 
-    def name_of(**settings: Any) -> str:
+    def fingerprint_of(**settings: Any) -> str:
         noted: Any = Noted(**settings)
         return fingerprint(tmp_path / "a.txt", noted)
 
     (tmp_path / "a.txt").write_text("text")
-    assert name_of(a=1, name_or_path="here") == name_of(name_or_path="there", is_local=True, a=1)
-    assert name_of(a=1) != name_of(a=2)
-    assert name_of(chat_template="a") != name_of()
+    assert fingerprint_of(a=1, name_or_path="here") == fingerprint_of(name_or_path="there", is_local=True, a=1)
+    assert fingerprint_of(a=1) != fingerprint_of(a=2)
+    assert fingerprint_of(chat_template="a") != fingerprint_of()

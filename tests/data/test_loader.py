@@ -1,4 +1,4 @@
-"""From a file to the batches of each rank."""
+"""Tests of the path from a text file to the batches of each rank."""
 
 import itertools
 import os
@@ -22,13 +22,13 @@ def ids(text: str) -> list[int]:
     return [ord(letter) for letter in text]
 
 
-def test_each_document_stands_between_begin_and_end(tmp_path: Path) -> None:
+def test_each_document_has_begin_and_end_tokens(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "ab"}\n{"text": "c"}\n')
     assert tokenize_file(file, letters(), tmp_path / "cache").tolist() == [0, *ids("ab"), 1, 0, *ids("c"), 1]
 
 
-def test_tokens_are_made_once_and_anew_when_the_file_changes(tmp_path: Path) -> None:
+def test_tokens_are_cached_until_the_file_changes(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("ab")
     tokenizer = letters()
@@ -65,12 +65,12 @@ def training_steps(rank: int, world_size: int, **changes: Any) -> TrainingSteps:
 
 
 def trained_on(step: list[dict[str, torch.Tensor]]) -> list[int]:
-    """The first tokens of the sequences of one step that have labels."""
+    """Return the first token of each sequence with labels in a step."""
     return [int(row[0]) for batch in step for row in batch["labels"] if (row != IGNORE_INDEX).any()]
 
 
 def epoch_by_epoch(world_size: int) -> list[list[int]]:
-    """What all ranks together train on in each epoch, in order; every rank has as many micro-batches of one shape."""
+    """Return what all ranks train on in each epoch, and check that their micro-batches match in number and shape."""
     ranks = [training_steps(rank, world_size) for rank in range(world_size)]
     epochs: list[list[int]] = [[], []]
     for parts in zip(*ranks, strict=True):
@@ -82,22 +82,22 @@ def epoch_by_epoch(world_size: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_an_epoch_holds_every_sequence_once_and_is_shuffled_anew(world_size: int) -> None:
+def test_an_epoch_has_every_sequence_once_and_a_new_order(world_size: int) -> None:
     first, second = epoch_by_epoch(world_size)
     assert sorted(first) == sorted(second) == list(range(0, 92, 4))
     assert first != second
 
 
-def test_a_step_holds_the_same_sequences_on_any_number_of_ranks() -> None:
-    """If the sequences per step are as many: 12 = 1 x 2 x 6 = 3 x 2 x 2."""
-    alone = [sorted(trained_on(step)) for step in training_steps(0, 1, accumulation=6)]
+def test_a_step_has_the_same_sequences_for_any_world_size() -> None:
+    """Check it for equal numbers of sequences per step: 12 = 1 x 2 x 6 = 3 x 2 x 2."""
+    one_rank = [sorted(trained_on(step)) for step in training_steps(0, 1, accumulation=6)]
     ranks = [training_steps(rank, 3) for rank in range(3)]
-    together = [sorted(first for part in parts for first in trained_on(part)) for parts in zip(*ranks, strict=True)]
-    assert alone == together
+    three_ranks = [sorted(first for part in parts for first in trained_on(part)) for parts in zip(*ranks, strict=True)]
+    assert one_rank == three_ranks
 
 
-def test_another_number_of_ranks_goes_on_without_repeating_or_losing_a_sequence() -> None:
-    """4 -> 2 -> 1 -> 3 ranks, each for one step of the first epoch, the last to its end."""
+def test_changing_the_world_size_repeats_and_loses_no_sequence() -> None:
+    """Use 4, 2, 1 and 3 ranks: each trains one step of the first epoch, and the last trains to its end."""
     position, seen = Position(), []
     for world_size, count in ((4, 1), (2, 1), (1, 1), (3, 99)):
         batch = {"batch_size": 1, "accumulation": 2, "epochs": 1.0}
@@ -110,7 +110,7 @@ def test_another_number_of_ranks_goes_on_without_repeating_or_losing_a_sequence(
 
 
 @pytest.mark.parametrize(("epochs", "max_steps", "total"), [(1.0, -1, 6), (1.5, -1, 6 + 3), (0.1, -1, 1), (9.0, 7, 7)])
-def test_how_many_steps_there_are(epochs: float, max_steps: int, total: int) -> None:
+def test_number_of_steps(epochs: float, max_steps: int, total: int) -> None:
     steps = training_steps(0, 1, epochs=epochs, max_steps=max_steps)
     assert steps.total == total
     assert len(list(steps)) == total
@@ -119,11 +119,11 @@ def test_how_many_steps_there_are(epochs: float, max_steps: int, total: int) -> 
     middle = training_steps(0, 1, epochs=epochs, max_steps=max_steps, start=Position(0, 0), step=0)
     next(iter(middle))
     resumed = training_steps(0, 1, epochs=epochs, max_steps=max_steps, start=middle.position, step=1)
-    assert resumed.total == total, "what is left is counted as it was"
+    assert resumed.total == total, "the total does not change on resume"
 
 
 @pytest.mark.parametrize(("count", "world_size", "batch_size"), [(12, 3, 2), (13, 3, 2), (1, 4, 2), (7, 2, 8)])
-def test_evaluation_sees_each_block_once_and_each_rank_as_many_batches(
+def test_evaluation_has_each_block_once_and_equal_batches_per_rank(
     count: int, world_size: int, batch_size: int
 ) -> None:
     packed = blocks(4 * count)

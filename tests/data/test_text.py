@@ -1,4 +1,4 @@
-"""Documents out of files, and every way a file can be wrong."""
+"""Tests of reading documents from files, and of the error message for each kind of invalid file."""
 
 from pathlib import Path
 
@@ -8,23 +8,23 @@ from lomo_ds.data.text import read_documents
 from lomo_ds.errors import DataError
 
 
-def written(folder: Path, name: str, content: str | bytes) -> Path:
+def write(folder: Path, name: str, content: str | bytes) -> Path:
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
 
 def test_a_txt_is_one_document(tmp_path: Path) -> None:
-    assert list(read_documents(written(tmp_path, "a.txt", "one\n\ntwo\n"))) == ["one\n\ntwo\n"]
+    assert list(read_documents(write(tmp_path, "a.txt", "one\n\ntwo\n"))) == ["one\n\ntwo\n"]
 
 
-def test_a_jsonl_is_a_document_a_row(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.jsonl", '{"text": "one", "id": 1}\n\n{"text": ""}\n{"text": "two"}')
+def test_each_row_of_a_jsonl_is_a_document(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", '{"text": "one", "id": 1}\n\n{"text": ""}\n{"text": "two"}')
     assert list(read_documents(path)) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "sentence"),
+    ("name", "content", "message"),
     [
         ("a.txt", "", "holds no text"),
         ("a.txt", " \n\n", "holds no text"),
@@ -37,9 +37,9 @@ def test_a_jsonl_is_a_document_a_row(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": 5}', 'line 1: "text" must be a string, got int'),
     ],
 )  # fmt: skip
-def test_names_what_is_wrong(tmp_path: Path, name: str, content: str | bytes, sentence: str) -> None:
-    with pytest.raises(DataError, match=sentence):
-        list(read_documents(written(tmp_path, name, content)))
+def test_error_messages(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(read_documents(write(tmp_path, name, content)))
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tokens that the model has no row for, or that say no more than that a text is unknown."""
+"""Tests of tokens without an embedding row, and of texts with mostly unknown tokens."""
 
 import logging
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.data.tokenizers import Letters, byte_level
 
 @pytest.fixture
 def padded() -> tuple[PreTrainedTokenizerFast, int]:
-    """A model's own tokenizer with a <pad> more than the embedding has rows, as CodeLlama's; and those rows."""
+    """Return a tokenizer with a <pad> token beyond the embedding (like CodeLlama's), and the number of rows."""
     tokenizer = byte_level()
     rows = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -29,29 +29,29 @@ def padded() -> tuple[PreTrainedTokenizerFast, int]:
 
 
 def check(file: Path, tokenizer: Any, rows: int) -> None:
-    for _ in range(2):  # from the file, and from the cache
+    for _ in range(2):  # first from the file, then from the cache
         check_token_ids(tokenize_file(file, tokenizer, file.parent / "cache"), file, tokenizer, rows)
 
 
-def test_a_token_without_a_row_may_be_in_the_tokenizer(tmp_path: Path, padded: tuple[Any, int]) -> None:
+def test_the_tokenizer_may_have_a_token_without_a_row(tmp_path: Path, padded: tuple[Any, int]) -> None:
     (tmp_path / "a.txt").write_text("the fox")
     check(tmp_path / "a.txt", *padded)
     check_prompt("the fox", *padded)
 
 
-def test_but_not_in_a_text(tmp_path: Path, padded: tuple[Any, int]) -> None:
+def test_a_text_must_not_have_a_token_without_a_row(tmp_path: Path, padded: tuple[Any, int]) -> None:
     tokenizer, rows = padded
     (tmp_path / "a.jsonl").write_text('{"text": "the"}\n{"text": "fox"}\n{"text": "a <pad>"}\n{"text": "<pad>"}\n')
-    sentence = f"has the token '<pad>', number {rows}, .* has {rows} rows.* --resize_embeddings"
-    with pytest.raises(DataError, match=rf"^document 3 of .*a\.jsonl {sentence}"):
+    message = f"has the token '<pad>', number {rows}, .* has {rows} rows.* --resize_embeddings"
+    with pytest.raises(DataError, match=rf"^document 3 of .*a\.jsonl {message}"):
         check(tmp_path / "a.jsonl", tokenizer, rows)
-    with pytest.raises(DataError, match=f"^--sample_prompt {sentence}"):
+    with pytest.raises(DataError, match=f"^--sample_prompt {message}"):
         check_prompt("<pad>", tokenizer, rows)
     check(tmp_path / "a.jsonl", tokenizer, rows + 1)
 
 
 def test_ids_with_a_gap(tmp_path: Path) -> None:
-    """Few tokens, and yet one beyond the embedding."""
+    """Check that an id beyond the embedding is found even if the tokenizer has fewer tokens than rows."""
 
     class Gap(Letters):
         def get_vocab(self) -> dict[str, int]:
@@ -66,8 +66,8 @@ def test_ids_with_a_gap(tmp_path: Path) -> None:
         check(tmp_path / "b.txt", gap, 512)
 
 
-def test_a_text_of_which_nothing_becomes_a_token(tmp_path: Path) -> None:
-    """A row of it may, but not all: the begin and the end would be all that is learnt."""
+def test_a_text_without_any_token(tmp_path: Path) -> None:
+    """Check that a single row may have no token, but not all rows: only begin and end tokens would be learned."""
 
     class Deaf(Letters):
         def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
@@ -84,8 +84,8 @@ def test_a_text_of_which_nothing_becomes_a_token(tmp_path: Path) -> None:
         check_prompt("xx", deaf, 128)
 
 
-def test_ids_that_are_no_numbers(tmp_path: Path) -> None:
-    """Tokenizers in Python give None where they have no token for unknown text."""
+def test_ids_that_are_not_numbers(tmp_path: Path) -> None:
+    """Check tokenizers in Python, which return None for unknown text if they have no unknown token."""
 
     class Strange(Letters):
         def __call__(self, text: str, **options: Any) -> dict[str, list[Any]]:
@@ -99,7 +99,7 @@ def test_ids_that_are_no_numbers(tmp_path: Path) -> None:
         check_prompt("text", strange, 128)
 
 
-def test_a_text_of_mostly_unknown_tokens_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_text_of_mostly_unknown_tokens_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "fox": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, made within a test."""
+"""Small tokenizers of every kind, built within a test."""
 
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ class Letters:
         return chr(number)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Nothing: there are no settings."""
+        """Do nothing: there are no settings."""
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """As GPT-2, LLaMA-3 and Qwen have it: words first, then BPE of their bytes."""
+    """Build a tokenizer like that of GPT-2, LLaMA-3 and Qwen: split into words, then BPE of their bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,7 +47,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def without_words() -> PreTrainedTokenizerFast:
-    """As LLaMA and Gemma have it: BPE of the whole text, which gains a space in front."""
+    """Build a tokenizer like that of LLaMA and Gemma: BPE of the entire text with a space added in front."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
@@ -56,7 +56,7 @@ def without_words() -> PreTrainedTokenizerFast:
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """As T5 and XLNet have it: the likeliest pieces of each word, after a normalizer that changes lengths."""
+    """Build a tokenizer like that of T5 and XLNet: Unigram after a normalizer that changes the text's length."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.Replace("  ", " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
