@@ -1,12 +1,12 @@
-"""Models in and out: a Hugging Face folder or a preset into ZeRO-3 shards, and back."""
+"""Models: load a Hugging Face folder or a preset into ZeRO-3 shards, and export the trained model."""
 
-from lomo_ds.models.embeddings import resize
+from lomo_ds.models.embeddings import set_vocab_size
 from lomo_ds.models.export import SAVING, Export, save_pretrained, save_settings
 from lomo_ds.models.load_model import empty_model, find_model, load_model
 from lomo_ds.models.meta_model import meta_model, saved_tensors
 from lomo_ds.models.model_config import load_config, load_generation_config
 from lomo_ds.models.recompute import recompute_activations
-from lomo_ds.models.rope import positions, scale_rope
+from lomo_ds.models.rope import max_positions, scale_rope
 from lomo_ds.models.tiled_logits import can_tile_logits, tile_logits
 from lomo_ds.models.tokenizer import add_special_tokens, load_tokenizer
 from lomo_ds.models.verify import verify_export
@@ -22,14 +22,14 @@ __all__ = [
     "load_generation_config",
     "load_model",
     "load_tokenizer",
+    "max_positions",
     "meta_model",
-    "positions",
     "recompute_activations",
-    "resize",
     "save_pretrained",
     "save_settings",
     "saved_tensors",
     "scale_rope",
+    "set_vocab_size",
     "tile_logits",
     "verify_export",
 ]

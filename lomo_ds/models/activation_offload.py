@@ -1,4 +1,4 @@
-"""Inputs of checkpointed layers in pinned host memory, from their forward until their backward wants them."""
+"""Offloading of checkpointed layers' inputs to pinned host memory between forward and backward."""
 
 import weakref
 from collections import deque
@@ -13,66 +13,66 @@ from torch.utils.checkpoint import checkpoint
 
 from lomo_ds.memory.host_memory import Fetch, HostTransfer, PinnedMemory
 
-SMALLEST_BYTES = 2**16  # what is smaller stays on the device: a copy takes longer to begin than to do
+MIN_BYTES = 2**16  # smaller tensors stay on the device, because starting a copy takes longer than the copy itself
 
 
 class _Packed:
-    """What autograd keeps in a tensor's place; its buffer is free again when autograd drops it.
+    """The object that autograd saves in place of a tensor; its buffer is released when autograd drops it.
 
     Attributes:
-        buffer: of bytes; the tensor's come first.
-        previous: what was packed before it, which backward wants after it.
-        fetch: under way, begun by what was packed after it.
+        buffer: host memory (uint8) whose first bytes hold the tensor.
+        previous: the tensor that was packed before it, which backward needs after it.
+        fetch: a prefetch in progress, started when the next tensor was unpacked.
     """
 
     def __init__(
-        self, tensor: Tensor, buffer: Tensor, previous: "_Packed | None", dropped: deque[tuple[Tensor, Fetch | None]]
+        self, tensor: Tensor, buffer: Tensor, previous: "_Packed | None", released: deque[tuple[Tensor, Fetch | None]]
     ) -> None:
         self.buffer = buffer
-        strides = torch.empty_like(tensor, device="meta").stride()  # a transposed tensor stays one, for the same bits
+        strides = torch.empty_like(tensor, device="meta").stride()  # keeps a transposed layout, for bit-equal results
         self.host_tensor = buffer[: tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, strides)
         self.previous = None if previous is None else weakref.ref(previous)
-        self.dropped = dropped
-        self.wanted = False  # whether a fetch of it has begun, ever
+        self.released = released
+        self.fetch_started = False  # stays True after the fetch has finished
         self.fetch: Fetch | None = None
 
     def __del__(self) -> None:
-        self.dropped.append((self.buffer, self.fetch))
+        self.released.append((self.buffer, self.fetch))
 
 
 class ActivationOffload:
-    """Copies layer inputs to host memory behind forward, and back one ahead of backward.
+    """Offload of layer inputs: copies to host memory overlap forward, and backward prefetches one layer ahead.
 
-    Buffers are all as large as the largest tensor so far, and are used again from step to step. A layer must not
-    write to its input in place, which would spoil its recomputation without offload too.
+    All buffers are as large as the largest tensor so far and are reused from step to step. A layer must not write to
+    its input in place, because that would break its recomputation (also without offload).
 
     Args:
-        layers: how many there are, for which host memory is pinned in few pieces.
+        layers: the number of layers; it determines how much host memory is pinned at once.
     """
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self.transfer: HostTransfer | None = None  # made for the device of the first tensor
+        self.transfer: HostTransfer | None = None  # created for the device of the first tensor
         self.free: list[Tensor] = []
         self.buffer_bytes = 0
-        self.dropped: deque[tuple[Tensor, Fetch | None]] = deque()  # by whatever thread lets a graph go
+        self.released: deque[tuple[Tensor, Fetch | None]] = deque()  # filled by the thread that frees the graph
         self.newest: weakref.ref[_Packed] | None = None
 
     def checkpoint(self, layer: Callable[..., Any], *inputs: Any) -> Any:
-        """Run a layer whose inputs leave the device; what it saves inside is dropped and computed again."""
-        if any(isinstance(value, Parameter) for value in inputs):  # it is there anyway
+        """Run a layer as a checkpoint whose inputs are offloaded; its activations are recomputed in backward."""
+        if any(isinstance(value, Parameter) for value in inputs):  # parameters stay on the device anyway
             return checkpoint(layer, *inputs, use_reentrant=False)
         with saved_tensors_hooks(self._pack, self._unpack):
             return checkpoint(layer, *inputs, use_reentrant=False)
 
     def _pack(self, tensor: Tensor) -> Tensor | _Packed:
-        if not tensor.is_floating_point() or tensor.nbytes < SMALLEST_BYTES:
+        if not tensor.is_floating_point() or tensor.nbytes < MIN_BYTES:
             return tensor
         if self.transfer is None:
             self.transfer = HostTransfer(tensor.device)
-        self._collect(self.transfer)
+        self._reclaim_buffers(self.transfer)
         previous = None if self.newest is None else self.newest()
-        packed = _Packed(tensor, self._buffer(tensor.nbytes, tensor.device), previous, self.dropped)
+        packed = _Packed(tensor, self._buffer(tensor.nbytes, tensor.device), previous, self.released)
         self.newest = weakref.ref(packed)
         self.transfer.offload(tensor.detach(), packed.host_tensor)
         return packed
@@ -81,24 +81,24 @@ class ActivationOffload:
         if isinstance(packed, Tensor):
             return packed
         assert self.transfer is not None
-        self.transfer.flush()  # backward has begun: forward's copies need not be held any more
-        fetch = packed.fetch or self._start(packed)
+        self.transfer.flush()  # backward has begun, so the sources of forward's copies can be freed
+        fetch = packed.fetch or self._start_fetch(packed)
         packed.fetch = None
         previous = None if packed.previous is None else packed.previous()
-        if previous is not None and not previous.wanted:
-            previous.fetch = self._start(previous)
+        if previous is not None and not previous.fetch_started:
+            previous.fetch = self._start_fetch(previous)
         return self.transfer.finish_fetch(fetch)
 
-    def _start(self, packed: _Packed) -> Fetch:
+    def _start_fetch(self, packed: _Packed) -> Fetch:
         assert self.transfer is not None
-        packed.wanted = True
+        packed.fetch_started = True
         return self.transfer.start_fetch(packed.host_tensor)
 
-    def _collect(self, transfer: HostTransfer) -> None:
-        """Take back the buffers of what autograd has dropped, used or not."""
-        while self.dropped:
-            buffer, fetch = self.dropped.popleft()
-            if fetch is not None:  # its copy must finish before its memory is freed
+    def _reclaim_buffers(self, transfer: HostTransfer) -> None:
+        """Reclaim the buffers of packed tensors that autograd has released, whether unpacked or not."""
+        while self.released:
+            buffer, fetch = self.released.popleft()
+            if fetch is not None:  # the copy must finish before its memory is freed
                 transfer.finish_fetch(fetch)
             if buffer.nbytes == self.buffer_bytes:
                 self.free.append(buffer)

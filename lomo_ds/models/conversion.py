@@ -1,6 +1,6 @@
-"""From the tensors of a model folder to those of the model, by transformers' own rules, before anything is read.
+"""Conversion of the tensors in a model folder to those of the model, by transformers' own rules, without reading them.
 
-Renamed keys, prefixes, merged experts and ties are transformers'; here they are applied to tensors that stay in files.
+transformers defines renamed keys, prefixes, merged experts and ties. Here they are applied to lazy tensors.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from lomo_ds.errors import ModelError
-from lomo_ds.models.files import WeightFiles, quantization_method, some
+from lomo_ds.models.files import WeightFiles, quantization_method, summarize_names
 from lomo_ds.models.lazy_tensor import LazyTensor
 from lomo_ds.models.meta_model import saved_buffers, saved_tensors
 from lomo_ds.models.sources import Source, stored_names
@@ -26,14 +26,15 @@ from lomo_ds.models.sources import Source, stored_names
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 QUANTIZED = "the model in {folder} is quantized ({method}); full fine-tuning needs its original weights"
 QUANTIZED_NAMES = re.compile(r"\.(qweight|qzeros|scales|absmax|weight_scale|weight_scale_inv|weight_packed)$")
-# a buffer of older releases, beside those that transformers itself passes over
+# a buffer of older releases, in addition to those that transformers itself ignores
 OBSOLETE = re.compile(r"\.masked_bias$")
 
 
 def find_sources(model: PreTrainedModel, folder: Path) -> dict[str, Source]:
-    """Where the values of each parameter and saved buffer of a meta model come from, by name.
+    """Return the source of each parameter and saved buffer of a meta model, keyed by name.
 
-    Parameters are tied afterwards as they are where transformers loads the folder: not, if it holds two that differ.
+    Afterwards, parameters are tied as if transformers had loaded the folder: tied ones whose stored values differ are
+    untied.
 
     Raises:
         ModelError: tensors are missing, unexpected, of another shape, quantized, or cannot be converted.
@@ -52,50 +53,54 @@ def find_sources(model: PreTrainedModel, folder: Path) -> dict[str, Source]:
         for name, tensor in [*parameters.items(), *saved_buffers(model).items()]
         if isinstance(tensor, LazyTensor)
     }
-    _refuse_quantized(folder, [tensors[stored] for name in parameters for stored in _stored_below(sources.get(name))])
+    _check_not_quantized(
+        folder, [tensors[stored] for name in parameters for stored in _stored_names_of(sources.get(name))]
+    )
     without_source = [name for name in parameters if name not in sources or name in report.missing_keys]
-    _refuse_mismatch(folder, report, without_source)
+    _check_names_and_shapes(folder, report, without_source)
     _put_on_meta(model)
     return sources
 
 
-def find_text_sources(model: PreTrainedModel, whole: PreTrainedModel, folder: Path) -> dict[str, Source]:
-    """As ``find_sources``, for the text model that is a part of the model in ``folder``.
+def find_text_sources(model: PreTrainedModel, multimodal: PreTrainedModel, folder: Path) -> dict[str, Source]:
+    """Do the same as ``find_sources`` for the text model that is a part of the multimodal model in ``folder``.
 
     Args:
-        whole: the model in ``folder``, on the meta device.
+        multimodal: the model in ``folder``, on the meta device.
 
     Raises:
-        ModelError: see ``find_sources``; or it has no such part.
+        ModelError: see ``find_sources``; or the model has no such part.
     """
-    kind = type(model.config)
-    parts = [name for name, module in whole.named_modules() if type(getattr(module, "config", None)) is kind]
+    config_class, model_type = type(model.config), multimodal.config.model_type
+    parts = [
+        name for name, module in multimodal.named_modules() if type(getattr(module, "config", None)) is config_class
+    ]
     if not parts:
-        raise ModelError(f"no part of the {whole.config.model_type} model in {folder} is a {model.config.model_type}")
-    sources, base = find_sources(whole, folder), f"{model.base_model_prefix}."
-    found: dict[str, Source] = {}
+        raise ModelError(f"no part of the {model_type} model in {folder} is a {model.config.model_type}")
+    sources, base = find_sources(multimodal, folder), f"{model.base_model_prefix}."
+    text_sources: dict[str, Source] = {}
     for name in saved_tensors(model):
-        places = (f"{parts[0]}.{name}", f"{parts[0]}.{name.removeprefix(base)}", name)
-        place = next((place for place in places if place in sources), None)
-        if place is None:
-            raise ModelError(f"the {whole.config.model_type} model in {folder} has no {name} for its text model")
-        found[name] = sources[place]
-    return found
+        candidates = (f"{parts[0]}.{name}", f"{parts[0]}.{name.removeprefix(base)}", name)
+        full_name = next((candidate for candidate in candidates if candidate in sources), None)
+        if full_name is None:
+            raise ModelError(f"the {model_type} model in {folder} has no {name} for its text model")
+        text_sources[name] = sources[full_name]
+    return text_sources
 
 
 def saved_sources(model: PreTrainedModel, sources: dict[str, Source]) -> dict[str, Source]:
-    """The tensors that transformers would save, by their names in files, made of those that ``model`` consists of.
+    """Return the sources of the tensors that transformers would save for ``model``, keyed by their names in files.
 
     Args:
-        model: on the meta device.
-        sources: of its parameters and saved buffers, by name.
+        model: a model on the meta device.
+        sources: the source of each parameter and saved buffer of ``model``, keyed by name.
     """
     tensors = {name: LazyTensor(source) for name, source in sources.items()}
     return {name: tensor.source for name, tensor in revert_weight_conversion(model, tensors).items()}
 
 
 def _put_on_meta(model: PreTrainedModel) -> None:
-    """Replace lazy parameters and buffers by ones on the meta device; tied parameters stay one."""
+    """Replace lazy parameters and buffers by ones on the meta device; tied parameters stay tied."""
     replaced: dict[int, Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -109,18 +114,18 @@ def _put_on_meta(model: PreTrainedModel) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
 
 
-def _stored_below(source: Source | None) -> Iterator[str]:
+def _stored_names_of(source: Source | None) -> Iterator[str]:
     return iter(()) if source is None else stored_names(source)
 
 
-def _refuse_quantized(folder: Path, tensors: list[LazyTensor]) -> None:
+def _check_not_quantized(folder: Path, tensors: list[LazyTensor]) -> None:
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.dtype not in FLOATS})
     if dtypes:
         method = quantization_method(folder) or f"its weights are {' and '.join(dtypes)}"
         raise ModelError(QUANTIZED.format(folder=folder, method=method))
 
 
-def _refuse_mismatch(folder: Path, report: LoadStateDictInfo, without_source: list[str]) -> None:
+def _check_names_and_shapes(folder: Path, report: LoadStateDictInfo, without_source: list[str]) -> None:
     mismatched = {name: f"{name} {tuple(stored)} for {tuple(shape)}" for name, stored, shape in report.mismatched_keys}
     reported = mismatched.keys() | report.conversion_errors.keys()
     missing = [name for name in without_source if name not in reported]
@@ -130,15 +135,15 @@ def _refuse_mismatch(folder: Path, report: LoadStateDictInfo, without_source: li
         "of another shape": sorted(mismatched.values()),
         "that cannot be converted": sorted(report.conversion_errors),
     }
-    listed = [f"{len(names)} {problem}: {some(names)}" for problem, names in problems.items() if names]
-    method = quantization_method(folder) or _method_by_names(report.unexpected_keys)
+    listed = [f"{len(names)} {problem}: {summarize_names(names)}" for problem, names in problems.items() if names]
+    method = quantization_method(folder) or _method_from_names(report.unexpected_keys)
     if listed and method:
         raise ModelError(QUANTIZED.format(folder=folder, method=method))
     if listed:
         raise ModelError(f"the weights in {folder} do not fit its config.json; {'; '.join(listed)}")
 
 
-def _method_by_names(unexpected: set[str]) -> str | None:
+def _method_from_names(unexpected: set[str]) -> str | None:
     return next((name for name in sorted(unexpected) if QUANTIZED_NAMES.search(name)), None)
 
 

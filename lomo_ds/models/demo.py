@@ -1,4 +1,4 @@
-"""The material of ``make train``, made from nothing: a corpus, a tokenizer trained on it, a tiny random LLaMA."""
+"""Generated inputs of ``make train``: a corpus, a tokenizer trained on it, and a tiny LLaMA with random weights."""
 
 import io
 import json
@@ -27,23 +27,23 @@ _ENDINGS = [
 
 
 def make_demo(folder: Path, seed: int = 0) -> None:
-    """Write ``train.txt``, ``validation.txt`` and ``model/`` into ``folder``; the same bytes for the same ``seed``."""
+    """Write ``train.txt``, ``validation.txt`` and ``model/`` to ``folder``, byte-equal for equal ``seed``."""
     model_folder = folder / "model"
     model_folder.mkdir(parents=True, exist_ok=True)
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     for name, stories in (("train.txt", 4000), ("validation.txt", 200)):
-        (folder / name).write_text("\n".join(_story(chance) for _ in range(stories)) + "\n", encoding="utf-8")
+        (folder / name).write_text("\n".join(_story(rng) for _ in range(stories)) + "\n", encoding="utf-8")
     _train_tokenizer(folder / "train.txt", model_folder)
     _write_random_model(model_folder, seed)
 
 
-def _story(chance: random.Random) -> str:
-    name, animal, mood = chance.choice(_NAMES), chance.choice(_ANIMALS), chance.choice(_MOODS)
-    thing = chance.choice(_THINGS)
+def _story(rng: random.Random) -> str:
+    name, animal, mood = rng.choice(_NAMES), rng.choice(_ANIMALS), rng.choice(_MOODS)
+    thing = rng.choice(_THINGS)
     return (
-        f"One day a {mood} {animal} called {name} found {thing} {chance.choice(_PLACES)}. "
-        f"{name} was so {mood} that the {animal} {chance.choice(_DEEDS)} a {chance.choice(_ANIMALS)}. "
-        f"{chance.choice(_ENDINGS)}"
+        f"One day a {mood} {animal} called {name} found {thing} {rng.choice(_PLACES)}. "
+        f"{name} was so {mood} that the {animal} {rng.choice(_DEEDS)} a {rng.choice(_ANIMALS)}. "
+        f"{rng.choice(_ENDINGS)}"
     )
 
 
@@ -56,7 +56,7 @@ def _train_tokenizer(text: Path, folder: Path) -> None:
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
-        num_threads=1,  # several make the order of pieces a matter of chance
+        num_threads=1,  # with several threads, the order of pieces is not deterministic
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(trained.getvalue())

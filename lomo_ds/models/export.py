@@ -1,4 +1,4 @@
-"""Weights into a Hugging Face folder that plain transformers loads, one output file in memory at a time."""
+"""Export of weights to a Hugging Face folder that transformers loads, with one output file in memory at a time."""
 
 import copy
 import json
@@ -28,8 +28,8 @@ from lomo_ds.models.sources import Source, Stored, stored_names
 MAX_SHARD_SIZE = "5GB"  # transformers' own
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-SAVING = ".saving"  # the folder of an export in the making, within its own
-WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"  # the names that an export gives
+SAVING = ".saving"  # subfolder that holds an unfinished export
+WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"  # names of weight files that an export writes
 
 
 def save_pretrained(
@@ -38,20 +38,20 @@ def save_pretrained(
     folder: Path,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
-    """Write the weights of a live engine's ``module``, configuration and tokenizer; every rank calls it.
+    """Write the weights, configuration and tokenizer of an engine's ``module``. Every rank must call this.
 
-    Parameters are gathered one at a time, and rank 0 keeps those of one output file.
+    Parameters are gathered one at a time, and rank 0 holds those of one output file.
 
     Args:
-        max_shard_size: of an output file, ``"5GB"`` for example; one tensor may be larger.
+        max_shard_size: largest size of an output file, for example ``"5GB"``; a single tensor may be larger.
 
     Raises:
-        ModelError: ``folder`` cannot be written; on rank 0, the others raise ``PeerError``.
+        ModelError: ``folder`` cannot be written (raised on rank 0; the other ranks raise ``PeerError``).
     """
     main = dist.get_rank() == 0
     parameters, buffers = dict(model.named_parameters()), saved_buffers(model)
 
-    def whole(name: str) -> Tensor | None:
+    def full_tensor(name: str) -> Tensor | None:
         if name in buffers:
             return buffers[name].cpu()
         with zero3.gathered([parameters[name]]):
@@ -62,31 +62,31 @@ def save_pretrained(
     )
     _on_main(export.start)
     for file, names in export.files.items():
-        tensors = {name: tensor for name in names if (tensor := whole(name)) is not None}
+        tensors = {name: tensor for name in names if (tensor := full_tensor(name)) is not None}
         _on_main(partial(export.write, file, tensors))
         del tensors
     _on_main(partial(export.finish, model, tokenizer))
 
 
 def _on_main(action: Callable[[], None]) -> None:
-    """Let rank 0 do what fails for all."""
+    """Run ``action`` on rank 0; if it fails, raise on all ranks."""
     raise_on_all_ranks(lambda: action() if dist.get_rank() == 0 else None)
 
 
 class Export:
-    """An exported folder in the making: written aside file by file, and moved into place when whole.
+    """Writer of an exported folder: files are written to a subfolder and moved into place when all are complete.
 
     Args:
-        model: on the meta device, with the shapes and dtype of the weights to come.
+        model: a model on the meta device with the shapes and dtype of the weights.
 
     Attributes:
-        files: the names of the model's tensors that each output file needs.
+        files: for each output file, the names of the model's tensors that it needs.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         self.folder = folder
         self.partial = folder / SAVING
-        self.values: dict[str, Tensor] = {}  # of the model's tensors that the file under way needs
+        self.values: dict[str, Tensor] = {}  # model tensors that the current output file needs
         self.sources = saved_sources(
             model,
             {
@@ -112,7 +112,7 @@ class Export:
         }
 
     def start(self) -> None:
-        """Make room, dropping what an export cut short has left.
+        """Create the subfolder, deleting the remains of an interrupted export.
 
         Raises:
             ModelError: the folder cannot be written.
@@ -122,26 +122,29 @@ class Export:
             self.partial.mkdir(parents=True)
 
     def write(self, file: str, values: dict[str, Tensor]) -> None:
-        """Write one of ``files`` from the values of the model's tensors that it needs.
+        """Write one of ``files``.
+
+        Args:
+            values: the model's tensors that the file needs, keyed by name.
 
         Raises:
-            ModelError: it cannot be written.
+            ModelError: the file cannot be written.
         """
         self.values = values
-        tensors = {name: self._saved(self.sources[name]) for name in self.split.filename_to_tensors[file]}
+        tensors = {name: self._file_tensor(self.sources[name]) for name in self.split.filename_to_tensors[file]}
         with self._writing():
             save_file(tensors, self.partial / file, metadata={"format": "pt", "manifest": MANIFEST})
             _order_metadata(self.partial / file)
         self.values = {}
 
-    def _saved(self, source: Source) -> Tensor:
+    def _file_tensor(self, source: Source) -> Tensor:
         return self.values[source.name] if isinstance(source, Stored) else source.read_whole().contiguous()
 
     def _copy_piece(self, name: str, start: int, out: Tensor) -> None:
         out.copy_(self.values[name].view(-1)[start : start + out.numel()])
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Add what belongs to the weights, and move all of it into place, ``config.json`` last.
+        """Write the index, settings, tokenizer and manifest, and move all files into place, ``config.json`` last.
 
         Raises:
             ModelError: the folder cannot be written.
@@ -152,9 +155,9 @@ class Export:
                 (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             save_settings(model, tokenizer, self.partial)
             write_manifest(self.partial, compute_entries(self.partial, _files_below(self.partial)))
-            # without a config.json no folder is taken for a model, so none is while old and new files are mixed
+            # a folder without config.json is not loadable, so nobody loads it while old and new files are mixed
             (self.folder / CONFIG).unlink(missing_ok=True)
-            for stale in self.folder.iterdir():  # of an earlier export in more parts, or fewer
+            for stale in self.folder.iterdir():  # an earlier export may have another number of parts
                 if re.fullmatch(WEIGHTS, stale.name) and not (self.partial / stale.name).exists():
                     stale.unlink()
             for file in sorted(_files_below(self.partial), key=lambda file: file == self.partial / CONFIG):
@@ -169,18 +172,18 @@ class Export:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(self.partial, ignore_errors=True)  # above all where the disk is full
+            shutil.rmtree(self.partial, ignore_errors=True)  # frees space if the disk is full
             reason = getattr(error, "strerror", None) or str(error)
             raise ModelError(f"the model cannot be written to {self.folder}: {reason}") from error
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Tokenizers have folders of their own, for several chat templates."""
+    """Return all files in ``folder`` and its subfolders, which tokenizers with several chat templates have."""
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _order_metadata(file: Path) -> None:
-    """Make the same weights the same bytes: safetensors writes the fields of its metadata in any order."""
+    """Sort the metadata of a safetensors file, which has no fixed order, so that equal weights give equal bytes."""
     with file.open("r+b") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
@@ -192,13 +195,13 @@ def _order_metadata(file: Path) -> None:
 
 
 def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write what a model folder holds beside the weights: configuration, generation configuration, tokenizer."""
+    """Write the files of a model folder other than the weights: configuration, generation configuration, tokenizer."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
     config.save_pretrained(folder)
     if model.generation_config is not None:
-        # unlike save_pretrained, this writes down settings that contradict each other as they are, and models have such
+        # unlike save_pretrained, this also writes contradictory settings, which some models have
         model.generation_config.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

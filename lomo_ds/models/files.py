@@ -1,4 +1,4 @@
-"""The weight files of a Hugging Face folder: which tensors they hold, and any piece of one, read alone."""
+"""The weight files of a Hugging Face folder: an index of their tensors, and reads of any piece of a tensor."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from torch import Tensor
 from lomo_ds.errors import ModelError, one_line
 from lomo_ds.models.sources import Stored
 
-# safetensors' names of what weights and buffers come in
+# safetensors' names of the dtypes of weights and buffers
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -29,7 +29,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-    # of quantized weights, which are refused by name
+    # dtypes of quantized weights, which are rejected later with an error message that names them
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -37,9 +37,9 @@ DTYPES = {
     "U32": torch.uint32,
     "U64": torch.uint64,
 }
-QUANTIZATION = "quantization_config"  # of config.json
+QUANTIZATION = "quantization_config"  # section of config.json
 WHOLE = ("model.safetensors", "pytorch_model.bin")
-MAX_HEADER = 100_000_000  # bytes; safetensors opens no file with a longer one
+MAX_HEADER = 100_000_000  # bytes; safetensors rejects files with longer headers
 
 CONVERT = (
     'python -c "from transformers import AutoModelForCausalLM as M; '
@@ -48,18 +48,18 @@ CONVERT = (
 
 
 class WeightFiles:
-    """Tensors in ``model.safetensors``, in its parts with their index, or in ``pytorch_model*.bin``.
+    """The tensors in ``model.safetensors`` or ``pytorch_model.bin``, or in the parts that their index names.
 
     Attributes:
-        sources: each tensor as it is stored, by name.
+        sources: the stored tensors, keyed by name.
 
     Raises:
-        ModelError: there are none, or one of them is not whole.
+        ModelError: there are no weight files, or one of them is incomplete.
     """
 
     def __init__(self, folder: Path) -> None:
         self.sources: dict[str, Stored] = {}
-        self._mapped: tuple[Path | None, dict[str, Tensor]] = (None, {})  # the .bin file that was read from last
+        self._mapped: tuple[Path | None, dict[str, Tensor]] = (None, {})  # the last used .bin file
         for file in _weight_files(folder):
             self.sources |= self._pickled_in(file) if file.suffix == ".bin" else _safetensors_in(file)
 
@@ -73,13 +73,13 @@ class WeightFiles:
         }
 
     def _tensors_in(self, file: Path) -> dict[str, Tensor]:
-        """The tensors of a .bin file, mapped; nothing else can be in it, and no code of its pickle runs."""
+        """Map the tensors of a .bin file; other objects are rejected, and no code of its pickle runs."""
         if self._mapped[0] != file:
             with _reading(file):
-                found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-                    raise pickle.UnpicklingError("it is no dictionary of tensors")
-                self._mapped = (file, found)
+                tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+                    raise pickle.UnpicklingError("it is not a dictionary of tensors")
+                self._mapped = (file, tensors)
         return self._mapped[1]
 
 
@@ -98,7 +98,7 @@ def _safetensors_in(file: Path) -> dict[str, Stored]:
 def _copy_piece(file: Path, dtype: torch.dtype, begin: int, start: int, out: Tensor) -> None:
     """Fill ``out`` from element ``start`` of the tensor that begins at byte ``begin`` of ``file``.
 
-    These bytes alone are read, into ``out`` itself where that is host memory of their dtype.
+    Only these bytes are read, directly into ``out`` if that is host memory of their dtype.
 
     Raises:
         ModelError: the file cannot be read.
@@ -114,11 +114,11 @@ def _copy_piece(file: Path, dtype: torch.dtype, begin: int, start: int, out: Ten
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the tensors of a safetensors file begin, and its entry on each; checked by safetensors."""
+    """Return the offset of the tensor data in a safetensors file and its header, checked by safetensors."""
     with _opened(file) as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = opened.read(min(length, MAX_HEADER))
-    with safe_open(file, framework="pt"):  # only now, as it reads ahead of what has not been read yet
+    with safe_open(file, framework="pt"):  # checks the header; opened last, because it reads ahead in uncached files
         entries = json.loads(header)
     entries.pop("__metadata__", None)
     return 8 + length, entries
@@ -137,9 +137,9 @@ def _read(file: Path, begin: int, out: Tensor) -> None:
 
 
 def _opened(file: Path) -> FileIO:
-    """A file to read pieces of: the kernel reads what is asked for, and not ahead into what other ranks read.
+    """Open a file for reading pieces of it, without the kernel's readahead into pieces of other ranks.
 
-    In a mapped file, which is how safetensors reads, it reads ahead by megabytes around every piece.
+    In a mapped file, as safetensors uses it, the kernel reads ahead by megabytes around every piece.
     """
     opened = FileIO(file)
     os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -152,7 +152,7 @@ def _reading(file: Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{file} holds more than tensors, which nothing here unpickles: {first_line(error)}; use safetensors"
+            f"{file} must hold only tensors, other pickled objects are not loaded: {first_line(error)}; use safetensors"
         ) from None
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is not a whole safetensors file: {first_line(error)}") from None
@@ -164,7 +164,7 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def quantization_method(folder: Path) -> str | None:
-    """How the weights in a folder are quantized, as its configuration says; None if it says nothing."""
+    """Return the quantization method in a folder's configuration, or None if it has none."""
     try:
         section = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(QUANTIZATION)
         return str(section.get("quant_method") or "unknown method") if section else None
@@ -173,12 +173,12 @@ def quantization_method(folder: Path) -> str | None:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds weights, whole or not, rather than a configuration alone."""
+    """Return whether a folder holds weight files, complete or not."""
     return any((folder / f"{whole}{ending}").is_file() for whole in WHOLE for ending in ("", ".index.json"))
 
 
 def adapter_hint(folder: Path) -> str:
-    """Say what to do about a LoRA adapter, where a folder without a model holds one."""
+    """Return advice for an error message if a folder holds a LoRA adapter, else an empty string."""
     if not (folder / "adapter_config.json").is_file():
         return ""
     return "; it holds a LoRA adapter: merge it into its model first, with merge_and_unload and save_pretrained of peft"
@@ -188,7 +188,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for whole in WHOLE:
         index = folder / f"{whole}.index.json"
         if index.is_file():
-            return _indexed(index)
+            return _files_in_index(index)
         if (folder / whole).is_file():
             return [folder / whole]
     raise ModelError(
@@ -197,7 +197,7 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _indexed(index: Path) -> list[Path]:
+def _files_in_index(index: Path) -> list[Path]:
     try:
         files = sorted(
             {index.parent / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
@@ -207,19 +207,19 @@ def _indexed(index: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ModelError(
-            f"{index} names {some(missing)}, which {index.parent} does not hold; copy or download it whole"
+            f"{index} names {summarize_names(missing)}, which {index.parent} does not hold; copy or download it whole"
         )
     return files
 
 
-def some(names: list[str], at_most: int = 10) -> str:
-    """The first of ``names``, and how many more there are."""
+def summarize_names(names: list[str], at_most: int = 10) -> str:
+    """Return the first of ``names``, and the number of remaining ones."""
     more = len(names) - at_most
     return ", ".join(names[:at_most]) + (f" and {more} more" if more > 0 else "")
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of a library says, short enough for a sentence of ours."""
+    """Return the first line of a library's exception, for use within an error message."""
     lines = str(error).strip().splitlines() or [""]
     line = " ".join([lines[0], *(lines[1:2] if lines[0].endswith(":") else [])])
     named = isinstance(error, LookupError | ArithmeticError | AssertionError | TypeError) or not line

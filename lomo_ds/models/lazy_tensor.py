@@ -1,8 +1,8 @@
-"""Tensors whose values are read when they are asked for, for functions that only move values to be called on.
+"""Tensors whose values are read on demand, so that functions that only move values can be traced without reading.
 
-transformers converts the tensors of a checkpoint to those of a model by ordinary torch functions (from a tensor for
-each expert to one for all of them, say). Called on a ``LazyTensor``, these read nothing: the result knows where each of
-its elements is stored, so that a rank can read its own part of it and no more.
+transformers converts the tensors of a checkpoint to those of a model by ordinary torch functions (for example, from one
+tensor per expert to one tensor for all experts). Called on a ``LazyTensor``, these functions read nothing: the result
+records where each of its elements is stored, so that a rank can read only its own part.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 class LazyTensor(Tensor):
-    """A tensor in host memory, as far as torch functions can tell; its values are those of ``source``."""
+    """A tensor that looks like one in host memory to torch functions, and whose values come from ``source``."""
 
     source: Source
 
@@ -34,10 +34,10 @@ class LazyTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Follow values through ``func``; if it does more than move them, it is computed when they are read.
+        """Trace ``func``; if it does more than move values, it is computed when its result is read.
 
         Raises:
-            NotImplementedError: ``func`` would write to a tensor.
+            NotImplementedError: ``func`` writes to a tensor.
         """
         kwargs = kwargs or {}
         if func._schema.is_mutable:
@@ -50,7 +50,7 @@ class LazyTensor(Tensor):
         try:
             values, named = tree_map_only(LazyTensor, _like, (args, kwargs))
             like = func(*values, **named | ({"device": "meta"} if "device" in named else {}))
-        except (NotImplementedError, RuntimeError):  # torch.equal's result, for one, has no shape but a value
+        except (NotImplementedError, RuntimeError):  # the result depends on values, as for torch.equal
             return compute()
         operation = _OPERATIONS.get(func.overloadpacket)
         result = None if operation is None else operation(like, *args, **kwargs)
@@ -66,8 +66,8 @@ def _like(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-# Each takes the result's shape and dtype as tensors on the meta device, and what the function was called with.
-# None stands for a case in which it does more than move values.
+# Each of the functions below takes the result as a tensor (or tensors) on the meta device, and the arguments of the
+# traced function. It returns None if the traced function does more than move values.
 
 
 def _same(like: Tensor, tensor: LazyTensor, *_: Any, **__: Any) -> Source:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder, or a preset, into ZeRO-3 shards: each rank reads or draws its own part and no more."""
+"""Loading of a Hugging Face folder or a preset into ZeRO-3 shards: each rank reads or draws only its own part."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lomo_ds import zero3
 from lomo_ds.errors import ModelError
 from lomo_ds.models.conversion import find_sources, find_text_sources
-from lomo_ds.models.embeddings import NewRows, extend_embeddings, smaller
+from lomo_ds.models.embeddings import NewRows, config_before_resize, extend_embeddings
 from lomo_ds.models.files import first_line
 from lomo_ds.models.meta_model import meta_model, meta_model_of_class, saved_buffers
 from lomo_ds.models.model_config import multimodal_config
@@ -22,16 +22,16 @@ from lomo_ds.models.random_weights import random_piece
 from lomo_ds.models.sources import Source
 from lomo_ds.zero3 import Shard
 
-# beside the weights, what a tokenizer and a configuration consist of
+# files of configurations and tokenizers
 SMALL_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 
 
 def find_model(name: str, download: bool = True, trust_remote_code: bool = False) -> str:
-    """The local folder of ``name``: a folder, or a model of the Hugging Face hub; a preset is its own name.
+    """Return the local folder of ``name``, which is a folder or a model on the Hugging Face hub; presets are unchanged.
 
     Args:
-        download: whether files that the hub's local cache lacks are fetched.
-        trust_remote_code: whether the model's own code is among them.
+        download: whether to download files that are missing in the hub's local cache.
+        trust_remote_code: whether to include the model's own code.
 
     Raises:
         ModelError: there is no such model, or the hub cannot be reached.
@@ -41,16 +41,16 @@ def find_model(name: str, download: bool = True, trust_remote_code: bool = False
     if len(Path(name).parts) != 2 or name.startswith((".", "~")):
         raise ModelError(
             f"a model is a local folder, a name on the Hugging Face hub (owner/name) or one of {', '.join(PRESETS)}, "
-            f"got {name}, which is none of them"
+            f"got {name}"
         )
     try:
-        wanted = [*SMALL_FILES, "model*.safetensors", *(["*.py"] if trust_remote_code else [])]
-        folder = snapshot_download(name, allow_patterns=wanted, local_files_only=not download)
+        patterns = [*SMALL_FILES, "model*.safetensors", *(["*.py"] if trust_remote_code else [])]
+        folder = snapshot_download(name, allow_patterns=patterns, local_files_only=not download)
         if not list(Path(folder).glob("model*.safetensors")):
             folder = snapshot_download(name, allow_patterns=["pytorch_model*.bin"], local_files_only=not download)
-    except Exception as error:  # huggingface_hub's, httpx's and the operating system's
+    except Exception as error:  # errors of huggingface_hub, httpx and the operating system
         raise ModelError(
-            f"{name} is no local folder, and cannot be had from the Hugging Face hub: {first_line(error)}"
+            f"{name} is not a local folder, and cannot be loaded from the Hugging Face hub: {first_line(error)}"
         ) from error
     return folder
 
@@ -66,16 +66,16 @@ def load_model(
     stored_rows: int | None = None,
     new_rows: NewRows = "mean",
 ) -> PreTrainedModel:
-    """The causal language model in a folder, or a preset with random weights, its parameters split over the ranks.
+    """Load the causal language model in a folder, or a preset with random weights, partitioned over the ranks.
 
-    Each rank reads its own shards only, and holds beside them at most one whole tensor's memory. No rank waits for
-    another.
+    Each rank reads only its own shards, and needs at most the memory of one full tensor in addition to them. No rank
+    waits for another.
 
     Args:
-        seed: of a preset's weights and of new rows, which are the same for any number of ranks.
+        seed: the seed of a preset's weights and of new rows; both are equal for any world size.
         free_host_bytes: see ``zero3.partition``.
-        stored_rows: of the embeddings in the folder, where ``config`` has been resized; by default as many.
-        new_rows: how the others begin.
+        stored_rows: the number of embedding rows in the folder, if ``config`` has more; by default the same number.
+        new_rows: the initialization of the additional rows.
 
     Raises:
         ModelError: weights are missing, unexpected, of another shape or unreadable.
@@ -88,7 +88,7 @@ def load_model(
     if stored_rows in (None, config.vocab_size):
         sources = _sources(name, model, trust_remote_code)
     else:
-        before = meta_model(smaller(config, stored_rows), dtype, trust_remote_code)
+        before = meta_model(config_before_resize(config, stored_rows), dtype, trust_remote_code)
         sources = extend_embeddings(model, _sources(name, before, trust_remote_code), new_rows, seed)
     for buffer_name in saved_buffers(model):
         if buffer_name in sources:
@@ -99,11 +99,11 @@ def load_model(
 
 
 def _sources(name: str, model: PreTrainedModel, trust_remote_code: bool) -> dict[str, Source]:
-    whole = multimodal_config(name, model.config, trust_remote_code)
-    if whole is None:
+    multimodal = multimodal_config(name, model.config, trust_remote_code)
+    if multimodal is None:
         return find_sources(model, Path(name))
-    kind = getattr(transformers, whole.architectures[0])
-    return find_text_sources(model, meta_model_of_class(kind, whole, model.dtype), Path(name))
+    model_class = getattr(transformers, multimodal.architectures[0])
+    return find_text_sources(model, meta_model_of_class(model_class, multimodal, model.dtype), Path(name))
 
 
 def empty_model(
@@ -114,10 +114,10 @@ def empty_model(
     fill: Callable[[Shard], Any] = lambda shard: None,
     free_host_bytes: int | None = None,
 ) -> PreTrainedModel:
-    """The model split over the ranks, its shards and buffers holding anything, for a checkpoint to fill.
+    """Build the model partitioned over the ranks, with uninitialized shards and buffers for a checkpoint to fill.
 
     Args:
-        fill: writes to each shard, still of ``dtype``, however it will be kept.
+        fill: writes to each shard, which is of ``dtype`` even if it is converted to another format afterwards.
         free_host_bytes: see ``zero3.partition``.
     """
     model = meta_model(config, dtype, trust_remote_code)
@@ -145,6 +145,6 @@ def _fill(
     for shard in zero3.partition(model, ds_config, dtype, free_host_bytes):
         fill(shard)
     device = get_accelerator().current_device_name()
-    for buffer in model.buffers():  # the engine moves only what it partitions itself
+    for buffer in model.buffers():  # the engine moves the buffers only of models that it partitions itself
         buffer.data = buffer.data.to(device)
     return model.train()

@@ -1,4 +1,4 @@
-"""A causal language model without memory: its modules, shapes and ties, on the meta device."""
+"""Causal language models on the meta device: their modules, shapes and tied parameters, without memory for weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,21 +15,23 @@ from lomo_ds.models.files import first_line
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of ``config``: parameters on the meta device, what is in no file (rotary frequencies) computed.
+    """Build the model of ``config`` with parameters on the meta device and non-persistent buffers computed.
 
     Raises:
-        ModelError: transformers, or the code that comes with the model, can make none of it.
+        ModelError: transformers, or the model's own code, cannot build the model.
     """
     try:
         return _on_meta(partial(AutoModelForCausalLM.from_config, config, trust_remote_code=trust_remote_code), dtype)
-    except Exception as error:  # of whatever kind: sizes that do not go together, unknown names, missing packages
+    except Exception as error:  # any kind: contradictory sizes, unknown names, missing packages
         name = config.name_or_path or f"a {config.model_type} configuration"
         raise ModelError(f"no model can be built from {name}: {first_line(error)}") from error
 
 
-def meta_model_of_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of the class ``kind``, as ``meta_model`` makes it."""
-    return _on_meta(partial(kind._from_config, config), dtype)
+def meta_model_of_class(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Build a model of ``model_class`` like ``meta_model`` does."""
+    return _on_meta(partial(model_class._from_config, config), dtype)
 
 
 def _on_meta(build: Callable[..., PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
@@ -37,19 +39,19 @@ def _on_meta(build: Callable[..., PreTrainedModel], dtype: torch.dtype) -> PreTr
         model = build(dtype=dtype)
     model.tie_weights()
     for parameter in model.parameters():
-        if parameter.is_floating_point():  # some models declare one in float32, whatever they are asked for
+        if parameter.is_floating_point():  # some models declare float32 parameters regardless of dtype
             parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if module._non_persistent_buffers_set:
-            model._init_weights(module)  # as transformers does when it loads a model
+            model._init_weights(module)  # computes the buffers, as in transformers' own loading
     return model
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Let parameters have no memory from the moment modules hold them; all else is computed where it usually is.
+    """Move each parameter to the meta device when it is registered; buffers and other tensors stay on their device.
 
-    Code that comes with a model may compute buffers, and constants that are none, in ``__init__`` alone.
+    A model's own code may compute buffers and other constants only in ``__init__``, so these must be real tensors.
     """
     register = Module.register_parameter
 
@@ -66,12 +68,12 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every tensor that a meta model's files hold, on the meta device, by name; tied ones once."""
+    """Return every tensor that a model's files hold, on the meta device, keyed by name; tied ones once."""
     tensors = dict(model.named_parameters()) | saved_buffers(model)
     return {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
 
 
 def saved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The buffers that a model's files hold, by name."""
+    """Return the persistent buffers of a model, keyed by name."""
     computed = {name for name, _ in model.named_non_persistent_buffers()}
     return {name: buffer for name, buffer in model.named_buffers() if name not in computed}

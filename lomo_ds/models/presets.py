@@ -1,4 +1,4 @@
-"""Models by name, without weights: the paper's LLaMA shapes, and small ones to try things on."""
+"""Model presets by name, without weights: the LLaMA sizes of the LOMO paper, and small sizes for experiments."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ _SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "130m": (768, 2048, 12, 12, 12),
     "350m": (1024, 2736, 24, 16, 16),
     "1b": (2048, 5632, 22, 32, 4),  # TinyLlama's
-    "7b": (4096, 11008, 32, 32, 32),  # LLaMA's, arXiv 2302.13971, and with it the LOMO paper's
+    "7b": (4096, 11008, 32, 32, 32),  # this and the following: LLaMA (arXiv 2302.13971), used in the LOMO paper
     "13b": (5120, 13824, 40, 40, 40),
     "30b": (6656, 17920, 60, 52, 52),
     "65b": (8192, 22016, 80, 64, 64),
@@ -20,12 +20,12 @@ PRESETS = tuple(_SHAPES)
 
 
 def is_preset(name: str) -> bool:
-    """Whether ``name`` is a preset; a folder of that name comes first."""
+    """Return whether ``name`` is a preset; a local folder of that name takes precedence."""
     return name in PRESETS and not Path(name).is_dir()
 
 
 def preset_config(name: str, **changes: Any) -> LlamaConfig:
-    """The configuration of a preset (one of ``PRESETS``); ``changes`` win, ``vocab_size`` for one."""
+    """Return the configuration of a preset (one of ``PRESETS``), with ``changes`` such as ``vocab_size`` applied."""
     hidden, intermediate, layers, heads, key_value_heads = _SHAPES[name]
     shape = {
         "vocab_size": 32000,

@@ -1,4 +1,4 @@
-"""Random weights made piece by piece: the same model for the same seed, however many ranks it is split over."""
+"""Random weights drawn piece by piece, so that a seed gives the same model for any world size."""
 
 import hashlib
 import math
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from lomo_ds.numerics.flat import ceil_div
 
-CHUNK_NUMEL = 2**20  # drawn at once, from a generator of its own
+CHUNK_NUMEL = 2**20  # number of elements that are drawn from one generator
 
 
 def random_piece(name: str, shape: torch.Size, start: int, stop: int, std: float, seed: int) -> Tensor:
-    """Elements ``start`` to ``stop`` of the flattened parameter ``name``, as LLaMA initialises it; 1-D float32.
+    """Draw elements ``start`` to ``stop`` of the flattened parameter ``name``, initialized as in LLaMA; 1-D float32.
 
-    Matrices are normal with mean 0 and standard deviation ``std``, norms 1, biases 0.
+    Matrices are normal with mean 0 and standard deviation ``std``, norm weights are 1, biases are 0.
     """
     if name.endswith("bias"):
         return torch.zeros(stop - start)

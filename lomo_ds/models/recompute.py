@@ -1,4 +1,4 @@
-"""Activations computed again in backward: only the input of each layer is kept, on the device or in host memory."""
+"""Activation checkpointing: only the input of each layer is kept until backward, on the device or in host memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,25 +10,26 @@ from lomo_ds.models.activation_offload import ActivationOffload
 
 
 def recompute_activations(model: PreTrainedModel, offload: bool = False) -> None:
-    """Checkpoint the activations of every layer of ``model``, without reentrant backwards.
+    """Enable non-reentrant activation checkpointing for every layer of ``model``.
 
     Args:
-        offload: whether the inputs of layers are kept in host memory (pinned, on CUDA) until backward wants them.
+        offload: whether to keep the inputs of layers in host memory (pinned on CUDA) until backward needs them.
 
     Raises:
-        ConfigError: the model's architecture cannot.
+        ConfigError: the model does not support activation checkpointing.
     """
     if not model.supports_gradient_checkpointing:
         raise ConfigError(
-            f"{type(model).__name__} cannot compute its activations again, so --gradient_checkpointing and "
-            "--activation_offload do nothing for it; leave them out"
+            f"{type(model).__name__} does not support activation checkpointing, which --gradient_checkpointing and "
+            "--activation_offload need; leave them out"
         )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if offload:
         modules = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
         offloading = ActivationOffload(len(modules))
 
-        def checkpoint(layer: Callable[..., Any], *inputs: Any) -> Any:  # which a copy of the model shares
+        # a function, not a bound method, so that deep copies of the model share the offload
+        def checkpoint(layer: Callable[..., Any], *inputs: Any) -> Any:
             return offloading.checkpoint(layer, *inputs)
 
         for module in modules:

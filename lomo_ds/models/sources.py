@@ -1,4 +1,4 @@
-"""Where the values of a tensor come from: one that is stored, or others joined, cut or permuted; read piecewise."""
+"""Sources of a tensor's values: a stored tensor, or others concatenated, narrowed or permuted; read piece by piece."""
 
 import itertools
 import math
@@ -12,12 +12,12 @@ from torch import Tensor
 from lomo_ds.numerics.flat import ceil_div
 
 Box = tuple[tuple[int, int], ...]  # [start, stop) in each dimension
-SMALLEST_READ = 4096  # bytes; shorter runs are read together with what lies between them
+MIN_READ = 4096  # bytes; shorter runs are read together with the bytes between them
 
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """The values of one tensor, in host memory once they are read."""
+    """The values of one tensor, which are read into host memory on demand."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -31,7 +31,7 @@ class Source(ABC):
         return self.read(tuple((0, size) for size in self.shape))
 
     def copy_flat(self, start: int, out: Tensor) -> None:
-        """Fill ``out`` (1-D, any dtype and device) from element ``start`` of the flattened tensor on."""
+        """Fill ``out`` (1-D, any dtype and device) with elements of the flattened tensor, beginning at ``start``."""
         filled = 0
         for box in boxes_of_range(self.shape, start, start + out.numel()):
             piece = self.read(box).reshape(-1)
@@ -41,17 +41,17 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Stored(Source):
-    """A tensor that is stored under ``name``; ``copy_piece`` is its ``copy_flat``."""
+    """A tensor that is stored under ``name``; ``copy_piece`` implements ``copy_flat``."""
 
     name: str
     copy_piece: Callable[[int, Tensor], None]
 
     def read(self, box: Box) -> Tensor:
-        """Read each run of elements that lie side by side; one range around all of them where they are short."""
+        """Read each contiguous run of elements, or one range around all of them if the runs are short."""
         sizes = [stop - start for start, stop in box]
         split = max((dim for dim, size in enumerate(sizes) if size != self.shape[dim]), default=0)
         runs, numel = math.prod(sizes[:split]), math.prod(sizes[split:])
-        if runs > 1 and numel * self.dtype.itemsize < SMALLEST_READ:
+        if runs > 1 and numel * self.dtype.itemsize < MIN_READ:
             return _read_around(self, box, self.shape)
         out = torch.empty(sizes, dtype=self.dtype)
         strides = _strides(self.shape)
@@ -73,11 +73,11 @@ class Cast(Source):
     source: Source
 
     def read(self, box: Box) -> Tensor:
-        """Convert what is read."""
+        """Read from the source and convert."""
         return self.source.read(box).to(self.dtype)
 
     def copy_flat(self, start: int, out: Tensor) -> None:
-        """Convert once, to the dtype of ``out``, where that is the same."""
+        """Let the source convert directly if ``out`` has this dtype."""
         if out.dtype == self.dtype:
             self.source.copy_flat(start, out)
         else:
@@ -92,18 +92,18 @@ class Concatenated(Source):
     dim: int
 
     def read(self, box: Box) -> Tensor:
-        """Read from those parts that ``box`` reaches into."""
+        """Read from the parts that overlap ``box``."""
         pieces, begin = [], 0
         for part in self.parts:
             size = part.shape[self.dim]
             start, stop = (min(max(bound - begin, 0), size) for bound in box[self.dim])
             if start < stop:
-                pieces.append(part.read(_replaced(box, self.dim, start, stop)))
+                pieces.append(part.read(_replace_dim(box, self.dim, start, stop)))
             begin += size
         return torch.cat(pieces, self.dim) if pieces else torch.empty([b - a for a, b in box], dtype=self.dtype)
 
     def copy_flat(self, start: int, out: Tensor) -> None:
-        """Let parts that lie one behind the other be read straight into ``out``."""
+        """Read parts that are concatenated in the first dimension directly into ``out``."""
         if self.dim:
             return super().copy_flat(start, out)
         begin, stop = 0, start + out.numel()
@@ -118,16 +118,16 @@ class Concatenated(Source):
 
 @dataclass(frozen=True)
 class Narrowed(Source):
-    """``source`` from ``start`` on in ``dim``."""
+    """A slice of ``source`` that begins at ``start`` in dimension ``dim``."""
 
     source: Source
     dim: int
     start: int
 
     def read(self, box: Box) -> Tensor:
-        """Read further on in the source."""
+        """Read the box at its offset in the source."""
         start, stop = box[self.dim]
-        return self.source.read(_replaced(box, self.dim, start + self.start, stop + self.start))
+        return self.source.read(_replace_dim(box, self.dim, start + self.start, stop + self.start))
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Permuted(Source):
     dims: tuple[int, ...]
 
     def read(self, box: Box) -> Tensor:
-        """Read the same box in the source's order."""
+        """Read the same box in the dimension order of the source."""
         inverse = sorted(range(len(self.dims)), key=self.dims.__getitem__)
         return self.source.read(tuple(box[dim] for dim in inverse)).permute(self.dims)
 
@@ -150,41 +150,41 @@ class Reshaped(Source):
     source: Source
 
     def read(self, box: Box) -> Tensor:
-        """Read the range of elements around ``box``, which is no box in the source's shape."""
+        """Read the range of elements around ``box``, which may not be a box in the source's shape."""
         return _read_around(self.source, box, self.shape)
 
 
 @dataclass(frozen=True)
 class Computed(Source):
-    """The result of a function that needs its arguments whole; ``sources`` are among them."""
+    """The result of a function that needs its full arguments, which include ``sources``."""
 
     sources: tuple[Source, ...]
     compute: Callable[[], Tensor]
 
     def read(self, box: Box) -> Tensor:
-        """Compute all of it, and cut."""
+        """Compute the full result and slice it."""
         return self.compute()[tuple(slice(*bounds) for bounds in box)]
 
 
 def stored_names(source: Source) -> Iterator[str]:
-    """Name what is stored that a tensor's values come from."""
+    """Yield the names of the stored tensors that a source reads from."""
     if isinstance(source, Stored):
         yield source.name
     for part in vars(source).values():
-        for below in part if isinstance(part, tuple) else (part,):
-            if isinstance(below, Source):
-                yield from stored_names(below)
+        for value in part if isinstance(part, tuple) else (part,):
+            if isinstance(value, Source):
+                yield from stored_names(value)
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Cut elements ``start`` to ``stop`` of a flattened tensor into boxes, in their order: at most two a dimension."""
+    """Split elements ``start`` to ``stop`` of a flattened tensor into boxes, in order: at most two per dimension."""
     if start >= stop:
         return
     if not shape:
         yield ()
         return
     inner = math.prod(shape[1:])
-    first, last = ceil_div(start, inner), stop // inner  # the rows between them are whole
+    first, last = ceil_div(start, inner), stop // inner  # the rows between them are complete
     if start < first * inner:
         yield from _boxes_in_row(shape, first - 1, start, stop)
     if first < last:
@@ -212,7 +212,7 @@ def _read_around(source: Source, box: Box, shape: torch.Size) -> Tensor:
     return around.as_strided(sizes, strides)
 
 
-def _replaced(box: Box, dim: int, start: int, stop: int) -> Box:
+def _replace_dim(box: Box, dim: int, start: int, stop: int) -> Box:
     return (*box[:dim], (start, stop), *box[dim + 1 :])
 
 

@@ -1,6 +1,6 @@
-"""A causal language model that computes its loss without its logits, for batches whose logits would not fit.
+"""Computation of a causal language model's loss in tiles of its logits, for batches whose full logits do not fit.
 
-ZeRO-3 gathers ``lm_head.weight`` around the forward of ``lm_head`` alone, so that is where the loss is computed.
+ZeRO-3 gathers ``lm_head.weight`` only around the forward of ``lm_head``, so the loss is computed there.
 """
 
 from collections.abc import Callable
@@ -21,37 +21,37 @@ from lomo_ds.models.tiled_loss import TILE_BYTES, tiled_cross_entropy
 
 
 def tile_logits(model: PreTrainedModel, tile_bytes: int = TILE_BYTES) -> None:
-    """Let ``model``, called with labels, compute its loss a tile of logits at a time, and return none of them.
+    """Change ``model`` so that with labels it computes its loss one tile of logits at a time and returns no logits.
 
-    To be called before ``lomo_ds.initialize``. The loss and its gradients are the same up to rounding, and so are the
-    names of parameters; without labels the model does what it always did.
+    Call this before ``lomo_ds.initialize``. The loss and its gradients stay the same up to rounding, and the names of
+    parameters do not change. Without labels, the model behaves as before.
 
     Args:
-        tile_bytes: the most that the logits in memory take at a time, in fp32.
+        tile_bytes: the largest size of the fp32 logits in memory at any time.
 
     Raises:
-        ModelError: the model does something else with its logits than transformers' LLaMA.
+        ModelError: the model does not compute its loss from logits like transformers' LLaMA.
     """
-    reason = _refusal(model)
+    reason = _reason_not_tileable(model)
     if reason is not None:
         raise ModelError(
-            "tiled logits need a model that computes its loss as transformers' LlamaForCausalLM does, and Mistral, "
-            f"Qwen2, Qwen3, Gemma, OLMo 2, Phi-3 and more do, got {type(model).__name__}, {reason}; train it without"
+            "tiled logits need a model that computes its loss like transformers' LlamaForCausalLM (Mistral, Qwen2, "
+            f"Qwen3, Gemma, OLMo 2, Phi-3 and others do), got {type(model).__name__}, {reason}; train it without"
         )
     model.lm_head = TiledHead(model.lm_head, tile_bytes)
     model.forward = MethodType(_forward, model)
 
 
 def can_tile_logits(model: PreTrainedModel) -> bool:
-    """Whether ``tile_logits`` would take ``model``."""
-    return _refusal(model) is None
+    """Return whether ``tile_logits`` supports ``model``."""
+    return _reason_not_tileable(model) is None
 
 
 class TiledHead(Linear):
-    """A linear layer that returns the loss of its logits instead of them, where it is given labels.
+    """A linear layer that, if it gets labels, returns the loss of its logits instead of the logits.
 
     Args:
-        head: the layer whose parameters it takes over.
+        head: the layer whose parameters it uses.
         tile_bytes: see ``tile_logits``.
     """
 
@@ -62,7 +62,7 @@ class TiledHead(Linear):
         self.tile_bytes = tile_bytes
 
     def forward(self, input: Tensor, labels: Tensor | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
-        """The logits of ``input``; or with ``labels``, one of each row of it, the sum of their cross-entropies."""
+        """Return the logits of ``input``, or the sum of their cross-entropies with ``labels`` (one for each row)."""
         if labels is None:
             return super().forward(input)
         return tiled_cross_entropy(
@@ -83,7 +83,7 @@ def _forward(
     logits_to_keep: int | Tensor = 0,
     **kwargs: Any,
 ) -> CausalLMOutputWithPast:
-    """transformers' LlamaForCausalLM.forward, whose arguments these are; with labels, without logits."""
+    """Do the same as transformers' LlamaForCausalLM.forward, but return no logits if there are labels."""
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -113,7 +113,7 @@ def _loss(
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """transformers' ForCausalLMLoss, whose arguments these are."""
+    """Compute the loss like transformers' ForCausalLMLoss, with the same arguments."""
     if shift_labels is None:
         shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.to(hidden.device)
@@ -124,27 +124,27 @@ def _loss(
     return head(hidden, labels=shift_labels, ignore_index=ignore_index) / num_items_in_batch
 
 
-def _refusal(model: PreTrainedModel) -> str | None:
-    """Why the logits of ``model`` cannot be tiled; None if they can."""
-    if "forward" in vars(model) or _codes(type(model).forward) != _codes(LlamaForCausalLM.forward):
+def _reason_not_tileable(model: PreTrainedModel) -> str | None:
+    """Return the reason why the logits of ``model`` cannot be tiled, or None if they can."""
+    if "forward" in vars(model) or _bytecode(type(model).forward) != _bytecode(LlamaForCausalLM.forward):
         return "which has a forward of its own"
     if type(model.lm_head) is not Linear:
-        return f"whose lm_head is a {type(model.lm_head).__name__} and no torch.nn.Linear"
+        return f"whose lm_head is a {type(model.lm_head).__name__} and not a torch.nn.Linear"
     if model.loss_function is not ForCausalLMLoss:
         return f"whose loss_function is {getattr(model.loss_function, '__name__', model.loss_function)}"
     return None
 
 
-def _codes(function: Callable[..., Any] | None) -> list[tuple[Any, ...]]:
-    """The instructions of a function and of those it wraps: equal for two that do the same.
+def _bytecode(function: Callable[..., Any] | None) -> list[tuple[Any, ...]]:
+    """Return the bytecode of a function and of the functions it wraps, which is equal for copies of a function.
 
-    transformers gives every model a file of its own, and most dense ones a copy of LLaMA's forward in it.
+    transformers has a separate file for every model, and most dense models have a copy of LLaMA's forward in it.
     """
-    found = []
+    bytecode = []
     while function is not None:
         code = getattr(function, "__code__", None)
         if code is None:
             return [(function,)]
-        found.append((code.co_code, code.co_names, code.co_varnames, code.co_consts[1:]))  # the first is its docstring
+        bytecode.append((code.co_code, code.co_names, code.co_varnames, code.co_consts[1:]))  # without the docstring
         function = getattr(function, "__wrapped__", None)
-    return found
+    return bytecode

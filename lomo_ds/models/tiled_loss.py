@@ -1,12 +1,12 @@
-"""A linear layer and its cross-entropy in one, over tiles of the logits, which never exist whole.
+"""A fused linear layer and cross-entropy, computed in tiles so that the full logits never exist.
 
-Forward keeps the log of each token's sum of exponentials; backward computes every tile of logits a second time and
-turns it into their gradient where it lies. So a backward pass brings one gradient of the weight, finished, and already
-times whatever the loss was multiplied by. That costs one matrix product more than the three of the plain way.
+Forward saves the logsumexp of each token. Backward recomputes every tile of logits and turns it into the logits'
+gradient in place. Thus a backward pass produces one finished gradient of the weight, already multiplied by the
+gradient of the loss. This needs four matrix products instead of the usual three.
 
-A tile is a block of the vocabulary by a run of tokens. All runs are done with one block before the next, so that the
-weight's gradient adds up in fp32, however many they are, and one block of it at a time. The gradient of the hidden
-states adds up in its own dtype, which is why there are few blocks.
+A tile is a block of the vocabulary times a run of tokens. All runs of one block are processed before the next block,
+so the weight's gradient is accumulated in fp32 for one block at a time, regardless of the number of runs. The gradient
+of the hidden states is accumulated over the blocks in its own dtype, which is why there are few blocks.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from lomo_ds.data.packing import IGNORE_INDEX
 
 TILE_BYTES = 2**26  # 64 MiB of fp32 logits: large enough for matrix products at full speed
-MAX_BLOCKS = 4  # of the vocabulary; the fp32 sum of a block is half as many bytes as the weight's bf16 gradient
+MAX_BLOCKS = 4  # blocks of the vocabulary; the fp32 sum of one takes half the bytes of the weight's bf16 gradient
 
 
 def tiled_cross_entropy(
@@ -30,16 +30,16 @@ def tiled_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     tile_bytes: int = TILE_BYTES,
 ) -> Tensor:
-    """The cross-entropy of the logits ``hidden @ weight.T + bias`` with ``labels``, summed over the tokens.
+    """Return the cross-entropy of the logits ``hidden @ weight.T + bias`` with ``labels``, summed over the tokens.
 
-    Logits are rounded to the weight's dtype and softmax is taken in fp32, as transformers does.
+    Logits are rounded to the weight's dtype, and softmax is computed in fp32, as in transformers.
 
     Args:
         hidden: (tokens, hidden size), the weight's dtype.
         weight: (vocabulary, hidden size).
         bias: (vocabulary,) or None.
-        labels: (tokens,), int64; those equal to ``ignore_index`` do not count.
-        tile_bytes: the most that one tile of logits takes in fp32, or a block of one row if that is more.
+        labels: (tokens,), int64; those equal to ``ignore_index`` are ignored.
+        tile_bytes: the largest size of one fp32 tile of logits (but a tile has at least one token per block).
 
     Returns:
         0-dim, fp32.
@@ -60,20 +60,20 @@ class _TiledCrossEntropy(torch.autograd.Function):
         tile_bytes: int,
     ) -> Tensor:
         counted = labels != ignore_index
-        torch._assert_async(  # tells without waiting for the device
-            (~counted | (labels >= 0) & (labels < len(weight))).all(), "a label is none of the vocabulary"
+        torch._assert_async(  # checks without a device synchronization
+            (~counted | (labels >= 0) & (labels < len(weight))).all(), "a label is outside the vocabulary"
         )
-        blocks, runs = _cut(len(hidden), len(weight), tile_bytes)
+        blocks, runs = _tile_slices(len(hidden), len(weight), tile_bytes)
         log_sums = torch.full_like(labels, -math.inf, dtype=torch.float32)
         label_logits = torch.zeros_like(log_sums)
         for block in blocks:
             for run in runs:
                 tile = _logits(hidden[run], weight[block], None if bias is None else bias[block])
-                within, column = _find(labels[run], block)
+                within, column = _label_columns(labels[run], block)
                 label_logits[run] += torch.where(within, tile.gather(1, column).squeeze(1), 0.0)
-                log_sums[run] = torch.logaddexp(log_sums[run], _log_sum_(tile))
-                del tile  # or it would lie beside the next
-        # the weight itself: a view of it would keep what ZeRO-3 gathers around this forward
+                log_sums[run] = torch.logaddexp(log_sums[run], _logsumexp_(tile))
+                del tile  # free it before the next tile is allocated
+        # save the weight itself, because a view would keep ZeRO-3's gathered copy alive
         ctx.save_for_backward(hidden, weight, bias, labels, counted, log_sums)
         ctx.tile_bytes = tile_bytes
         return torch.where(counted, log_sums - label_logits, 0.0).sum()
@@ -87,13 +87,15 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if of_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
         factors = torch.where(counted, grad, 0.0)
-        blocks, runs = _cut(len(hidden), len(weight), ctx.tile_bytes)
+        blocks, runs = _tile_slices(len(hidden), len(weight), ctx.tile_bytes)
         for block in blocks:
             rows = weight[block]
             sums = None if grad_weight is None else _WeightSum(grad_weight[block], len(runs))
             for run in runs:
                 tile = _logits(hidden[run], rows, None if bias is None else bias[block])
-                tile = _slope_(tile, log_sums[run], *_find(labels[run], block), factors[run]).to(weight.dtype)
+                tile = _to_gradient_(tile, log_sums[run], *_label_columns(labels[run], block), factors[run]).to(
+                    weight.dtype
+                )
                 if grad_hidden is not None:
                     grad_hidden[run].addmm_(tile, rows)
                 if sums is not None:
@@ -103,16 +105,16 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 del tile
             if sums is not None:
                 sums.finish()
-            del sums  # or its fp32 sum would lie beside the next block's
+            del sums  # free its fp32 sum before the next block's is allocated
         return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None
 
 
 class _WeightSum:
-    """Adds up a block of the weight's gradient, in fp32; beside the gradient only where that cannot hold the sum.
+    """Accumulator of one block of the weight's gradient in fp32; it allocates memory only if the gradient is not fp32.
 
     Args:
         gradient: (rows of the block, hidden size), filled when ``finish`` is called.
-        products: how many ``add`` brings.
+        products: the number of calls to ``add``.
     """
 
     def __init__(self, gradient: Tensor, products: int) -> None:
@@ -136,8 +138,8 @@ class _WeightSum:
             self.gradient.copy_(self.total)
 
 
-def _cut(tokens: int, vocabulary: int, tile_bytes: int) -> tuple[list[slice], list[slice]]:
-    """Blocks of the vocabulary and runs of tokens, so that no tile of fp32 logits takes more than ``tile_bytes``."""
+def _tile_slices(tokens: int, vocabulary: int, tile_bytes: int) -> tuple[list[slice], list[slice]]:
+    """Return blocks of the vocabulary and runs of tokens such that a tile of fp32 logits fits in ``tile_bytes``."""
     numel = tile_bytes // torch.float32.itemsize
     width = math.ceil(vocabulary / min(MAX_BLOCKS, math.ceil(tokens * vocabulary / numel) or 1))
     length = max(1, numel // width)
@@ -149,27 +151,27 @@ def _slices(total: int, size: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A tile of logits in fp32, in memory of its own."""
+    """Return a tile of logits as a new fp32 tensor."""
     return (hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)).float()
 
 
-def _find(labels: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Whether each label is in a block of the vocabulary; and its column there, or any column, as (tokens, 1)."""
+def _label_columns(labels: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Return whether each label is in a block of the vocabulary, and its column there (or 0), as (tokens, 1)."""
     columns = labels - block.start
     within = (columns >= 0) & (labels < block.stop)
     return within, torch.where(within, columns, 0)[:, None]
 
 
-def _log_sum_(tile: Tensor) -> Tensor:
-    """The log of each row's sum of exponentials; writes over ``tile``, where logsumexp would take as much again."""
+def _logsumexp_(tile: Tensor) -> Tensor:
+    """Return the logsumexp of each row; overwrites ``tile``, while torch.logsumexp would allocate as much memory."""
     largest = tile.amax(1)
     return tile.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest)
 
 
-def _slope_(tile: Tensor, log_sums: Tensor, within: Tensor, column: Tensor, factors: Tensor) -> Tensor:
-    """Turn a tile of logits into the gradient of ``factors`` times their cross-entropies, in fp32.
+def _to_gradient_(tile: Tensor, log_sums: Tensor, within: Tensor, column: Tensor, factors: Tensor) -> Tensor:
+    """Turn a tile of logits in place into the gradient of ``factors`` times their cross-entropies, in fp32.
 
-    It is rounded only then: before the loss scale it would be too small for fp16.
+    The gradient is rounded only after it is multiplied by the loss scale; before, it would be too small for fp16.
     """
     tile.sub_(log_sums[:, None]).exp_()
     tile.scatter_add_(1, column, -within.float()[:, None])

@@ -1,4 +1,4 @@
-"""Files of a model folder that are not what they should be: changed since an export, or never fetched."""
+"""Checks of a model folder's files: unchanged since the export, and not pointers of git-lfs."""
 
 import contextlib
 from pathlib import Path
@@ -9,37 +9,37 @@ from lomo_ds.checkpoint.manifest import MANIFEST, files_for_rank, read_manifest,
 from lomo_ds.errors import ModelError
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
-POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that git-lfs has not fetched yet
+POINTER = b"version https://git-lfs.github.com/spec/"  # start of a file that git-lfs has not fetched yet
 
 
 def verify_export(folder: str, rank: int = 0, world_size: int = 1, weights: bool = True) -> None:
-    """Compare a folder's files with the manifest that lomo_ds wrote there, if it did.
+    """Compare a folder's files with the manifest that lomo_ds wrote there, if there is one.
 
-    Weights must be what was written. Settings and tokenizers, which people edit, may differ, and rank 0 names them.
+    Weights must be unchanged. Settings and tokenizers may be edited, and rank 0 logs those that were.
 
     Args:
-        weights: which files: this rank's share of the weights, or all the others, which are small.
+        weights: whether to verify this rank's part of the weight files; otherwise rank 0 checks the editable files.
 
     Raises:
-        DamagedError: a weight file is not what was written, or another is no JSON any more.
-        ModelError: a file is none, see ``check_no_lfs_pointers``.
+        DamagedError: a weight file was changed, or another file is no longer valid JSON.
+        ModelError: a file is a git-lfs pointer, see ``check_no_lfs_pointers``.
     """
     path = Path(folder)
     check_no_lfs_pointers(path)
     if not (path / MANIFEST).exists() and not _claims_manifest(path):
         return
-    wanted, others = read_manifest(path, editable=lambda name: not name.endswith(WEIGHTS))
+    fixed, editable = read_manifest(path, editable=lambda name: not name.endswith(WEIGHTS))
     if weights:
-        verify_files(path, files_for_rank(wanted, rank, world_size))
+        verify_files(path, files_for_rank(fixed, rank, world_size))
     elif rank == 0:
-        warn_about_edits(path, others)
+        warn_about_edits(path, editable)
 
 
 def check_no_lfs_pointers(folder: Path) -> None:
-    """Check that no file is what git leaves in place of one that git-lfs keeps.
+    """Check that no file is a git-lfs pointer in place of the actual file.
 
     Raises:
-        ModelError: one is; it is named.
+        ModelError: a file is a pointer; the message names it.
     """
     for file in sorted(file for file in folder.glob("*") if file.is_file()):
         with contextlib.suppress(OSError), file.open("rb") as opened:
@@ -48,7 +48,7 @@ def check_no_lfs_pointers(folder: Path) -> None:
 
 
 def _claims_manifest(folder: Path) -> bool:
-    """Whether a weight file says that it was exported with a manifest, which a copy may lack."""
+    """Return whether a weight file was exported with a manifest, which may be missing in a copy."""
     for file in folder.glob("model*.safetensors"):
         with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as opened:
             if "manifest" in (opened.metadata() or {}):

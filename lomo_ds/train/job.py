@@ -63,13 +63,13 @@ from lomo_ds.models import (
     load_generation_config,
     load_model,
     load_tokenizer,
+    max_positions,
     meta_model,
-    positions,
     recompute_activations,
-    resize,
     save_settings,
     saved_tensors,
     scale_rope,
+    set_vocab_size,
     tile_logits,
     verify_export,
 )
@@ -421,7 +421,7 @@ def _load_vocabulary(
     add_special_tokens(tokenizer, arguments.pad_token, arguments.special_tokens)
     stored_rows = config.vocab_size
     if arguments.resize_embeddings and highest_id(tokenizer) >= stored_rows:
-        resize(config, highest_id(tokenizer) + 1)
+        set_vocab_size(config, highest_id(tokenizer) + 1)
         logger.info(
             "the embeddings have %d rows, and are given %d for the tokenizer's tokens", stored_rows, config.vocab_size
         )
@@ -447,7 +447,7 @@ def _has_new_padding(
 
 def _sequence_length(config: PretrainedConfig, arguments: TrainArguments) -> int:
     """The tokens of a training sequence: as many as were asked for, or a usual number that the model allows."""
-    longest, length = positions(config), arguments.max_seq_length
+    longest, length = max_positions(config), arguments.max_seq_length
     if longest is None:
         if length is None:
             raise ConfigError("the model's config.json names no max_position_embeddings; give --max_seq_length")

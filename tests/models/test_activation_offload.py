@@ -1,4 +1,4 @@
-"""Activations in host memory: exact whatever order streams run in, fetched ahead, in buffers that are used again."""
+"""Tests of activation offload: exact in any order of streams, with prefetch and reused buffers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,14 +19,14 @@ LAYERS = 5
 
 @pytest.fixture(autouse=True)
 def tiny_tensors_leave_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_offload, "SMALLEST_BYTES", 1)
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 200)
 
 
 def forward(
     weights: list[Tensor], rows: int, checkpoint: Callable[..., Any] = lambda layer, value: layer(value)
 ) -> Tensor:
-    """Each layer's input is a view of another's output, and not contiguous."""
+    """A model in which each layer's input is a non-contiguous view of another layer's output."""
     value = torch.linspace(-1, 1, 4 * rows).view(rows, 4) * weights[0][0]
     for weight in weights:
         value = checkpoint(lambda given, w=weight: torch.tanh(given @ w) * given, value.t().contiguous().t())
@@ -50,22 +50,22 @@ def fail_in_backward(given: list[Tensor], loss: Tensor) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_gradients_are_exact_in_whatever_order_streams_run(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_gradients_are_exact_in_any_order_of_streams(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     given = weights()
     expected = [gradients_of(given, forward(given, rows)) for rows in (3, 5, 3)]
     with FakeDevice(monkeypatch, seed) as device:
         offload = ActivationOffload(LAYERS)
-        found = []
+        gradients = []
         for rows in (3, 5, 3):
             forward(given, rows, offload.checkpoint)  # whose backward never comes
             fail_in_backward(given, forward(given, rows, offload.checkpoint))
-            found.append(gradients_of(given, forward(given, rows, offload.checkpoint)))
+            gradients.append(gradients_of(given, forward(given, rows, offload.checkpoint)))
     assert device.reused
-    for ours, theirs in zip(found, expected, strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    for actual, reference in zip(gradients, expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(actual, reference, strict=True))
 
 
-def test_one_input_is_fetched_ahead_of_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backward_prefetches_one_input(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
     class Noted(HostTransfer):
@@ -83,8 +83,8 @@ def test_one_input_is_fetched_ahead_of_backward(monkeypatch: pytest.MonkeyPatch)
     assert log == ["fetch", *["fetch", "use"] * (LAYERS - 1), "use"]
 
 
-def test_buffers_are_used_again() -> None:
-    """Of a backward that failed torch frees the graph in the next one, so another set may be taken, once."""
+def test_buffers_are_reused() -> None:
+    """Check it with a failed backward, whose graph torch frees only in the next one; this allows a second set once."""
     given = weights()
     offload = ActivationOffload(LAYERS)
     taken = []
@@ -94,7 +94,7 @@ def test_buffers_are_used_again() -> None:
         fail_in_backward(given, forward(given, 3, offload.checkpoint))
         for _ in range(2):
             gradients_of(given, forward(given, 3, offload.checkpoint))
-        taken.append(len(offload.free) + len(offload.dropped))
+        taken.append(len(offload.free) + len(offload.released))
     assert LAYERS <= taken[0] <= 2 * LAYERS
     assert taken == [taken[0]] * 3
     assert offload.pinned.slabs.taken == [64 * taken[0]]
@@ -107,7 +107,7 @@ def test_backward_can_be_run_twice() -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, gradients_of(given, loss), strict=True))
 
 
-def test_what_is_no_activation_stays() -> None:
+def test_other_tensors_are_not_offloaded() -> None:
     offload = ActivationOffload(LAYERS)
     weight = Parameter(torch.ones(3))
     (gradient,) = torch.autograd.grad(offload.checkpoint(lambda given: given * given, weight).sum(), [weight])

@@ -1,4 +1,4 @@
-"""The demo's material is the same every time, and fits together."""
+"""Tests that the demo's files are reproducible and consistent with each other."""
 
 import hashlib
 from pathlib import Path
@@ -13,12 +13,12 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_same_bytes_every_time(demo: Path, tmp_path: Path) -> None:
+def test_files_are_reproducible(demo: Path, tmp_path: Path) -> None:
     make_demo(tmp_path)
     assert digests(tmp_path) == digests(demo)
 
 
-def test_tokenizer_and_model_fit(demo: Path) -> None:
+def test_tokenizer_matches_model(demo: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo / "model")
     config = AutoModelForCausalLM.from_pretrained(demo / "model").config
     assert len(tokenizer) == config.vocab_size == VOCABULARY

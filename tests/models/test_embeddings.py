@@ -1,4 +1,4 @@
-"""Tokens that a model has no row for: rows are added as transformers would, and are trained, kept and exported."""
+"""Tests of adding embedding rows for new tokens: equal to transformers, trained, saved and exported."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from lomo_ds.models import load_config, load_model, resize, save_pretrained
+from lomo_ds.models import load_config, load_model, save_pretrained, set_vocab_size
 from lomo_ds.models.embeddings import PIECE_BYTES, MeanRows
 from lomo_ds.models.sources import Stored
 from tests.engines import largest_difference, make_engine, my_part, weights_of
@@ -40,7 +40,7 @@ MODELS: dict[str, PretrainedConfig] = {
 
 
 def resized_by_transformers(folder: Path) -> PreTrainedModel:
-    """The new rows are the mean of the others, of a bias as well."""
+    """Set the new rows of embeddings and biases to the mean of the stored rows."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     model.resize_token_embeddings(ROWS, mean_resizing=False)
     with torch.no_grad():
@@ -52,12 +52,12 @@ def resized_by_transformers(folder: Path) -> PreTrainedModel:
 
 def load_resized(folder: str, **more: Any) -> PreTrainedModel:
     config = load_config(folder)
-    resize(config, ROWS)
+    set_vocab_size(config, ROWS)
     return load_model(folder, config, DS_CONFIG, torch.float32, stored_rows=STORED, **more)
 
 
 def load_train_and_save(folder: str, out: str, before: PreTrainedModel, after: PreTrainedModel) -> tuple[float, float]:
-    """How far the weights are from the reference's as they are loaded, and after a step."""
+    """Return the largest differences of the weights from the reference's after loading and after a step."""
     engine = make_engine(load_resized(folder), lr=0.1)
     loaded = largest_difference(weights_of(engine), before)
     engine.train_batch(my_part({"input_ids": IDS, "labels": IDS}))
@@ -69,7 +69,9 @@ def load_train_and_save(folder: str, out: str, before: PreTrainedModel, after: P
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_resized_as_by_transformers(ranks: GroupOf, tmp_path: Path, config: PretrainedConfig, world_size: int) -> None:
+def test_resizing_equals_transformers(
+    ranks: GroupOf, tmp_path: Path, config: PretrainedConfig, world_size: int
+) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "in")
     before, after = (resized_by_transformers(tmp_path / "in") for _ in range(2))
@@ -91,7 +93,7 @@ def normal_rows(folder: str) -> tuple[Tensor, Tensor]:
     return weights["model.embed_tokens.weight"], weights["lm_head.weight"]
 
 
-def test_normal_rows_are_the_same_on_any_number_of_ranks(ranks: GroupOf, tmp_path: Path) -> None:
+def test_normal_rows_are_equal_for_any_world_size(ranks: GroupOf, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(MODELS["untied"])
     model.save_pretrained(tmp_path)
     stored = model.get_input_embeddings().weight
@@ -132,7 +134,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("weights", ["auto", "int8"])
 def test_a_chat_model_from_a_base_model(ranks: GroupOf, demo: Path, chats: Path, tmp_path: Path, weights: str) -> None:
-    """Through a checkpoint: the run that goes on from it ends with the same bytes."""
+    """Check it across a checkpoint: the resumed run ends with the same bytes."""
 
     def run(out: Path, **more: Any) -> None:
         more = {"train_file": chats, "max_seq_length": 8, "max_steps": 4, "learning_rate": 0.5} | CHAT | more
@@ -157,16 +159,14 @@ def test_a_chat_model_from_a_base_model(ranks: GroupOf, demo: Path, chats: Path,
     assert not torch.equal(rows[user], rows[assistant]), "they are the mean no more"
 
 
-def test_without_rows_a_text_with_new_tokens_is_refused(
-    ranks: GroupOf, demo: Path, chats: Path, tmp_path: Path
-) -> None:
+def test_a_text_with_new_tokens_needs_new_rows(ranks: GroupOf, demo: Path, chats: Path, tmp_path: Path) -> None:
     status, _, said = ranks(1).run(run_main, demo_arguments(demo, tmp_path, train_file=chats, **CHAT))[0]
     assert status == 2
     assert "has the token '<|user|>'" in said
     assert "add rows with --resize_embeddings" in said
 
 
-def test_a_new_token_may_be_in_the_tokenizer_alone(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
+def test_a_new_token_that_no_text_has_needs_no_row(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
     status, _, said = ranks(1).run(run_main, demo_arguments(demo, tmp_path, max_steps=1, pad_token="<pad>"))[0]
     assert status == 0, said
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token == "<pad>"

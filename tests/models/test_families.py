@@ -1,4 +1,4 @@
-"""Every family: saved by transformers, loaded by two ranks, trained a step, exported, and loaded by transformers."""
+"""Tests of every model family: save with transformers, load on two ranks, train, export, load with transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +60,7 @@ FAMILIES = {
 
 
 def tiny_config(model_type: str, changes: dict[str, object]) -> PretrainedConfig:
-    """The smallest model of a family, without what ranks and a single process draw differently."""
+    """Build a tiny model of a family without dropout, whose random numbers differ between world sizes."""
     defaults = AutoConfig.for_model(model_type)
     sizes = {name: size for name, size in SIZES.items() if hasattr(defaults, name)} | changes
     config = AutoConfig.for_model(model_type, **{name: size for name, size in sizes.items() if size is not None})
@@ -79,7 +79,7 @@ def logits_of(model: torch.nn.Module) -> Tensor:
 
 
 def load_train_and_save(folder: str, out: str, reference: PreTrainedModel) -> tuple[Tensor, float, Tensor]:
-    """Logits as loaded; how far a step is from the reference's; logits of what is saved."""
+    """Return the logits after loading, a step's difference from the reference, and the logits before the export."""
     engine = make_engine(load_model(folder, load_config(folder), DS_CONFIG, torch.float32), lr=0.1)
     before = logits_of(engine)
     engine.train_batch(my_part({"input_ids": IDS, "labels": IDS}))
@@ -96,7 +96,7 @@ def stored_names(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(("model_type", "changes"), FAMILIES.values(), ids=FAMILIES)
-def test_the_function_that_is_trained_is_the_one_that_transformers_loads(
+def test_training_and_export_equal_transformers(
     ranks: GroupOf, tmp_path: Path, model_type: str, changes: dict[str, object]
 ) -> None:
     torch.manual_seed(0)

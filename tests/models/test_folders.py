@@ -1,4 +1,4 @@
-"""Model folders as people have them: what transformers computes from one is what is trained, or it is refused."""
+"""Tests of real-world model folders: they compute the same as in transformers, or they are rejected."""
 
 import json
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def llama(folder: Path, **changes: Any) -> LlamaForCausalLM:
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    """Write fields into config.json, or remove those that are ``...``."""
+    """Set fields of config.json, or remove those whose value is ``...``."""
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({name: v for name, v in config.items() if v is not ...}))
 
@@ -73,7 +73,7 @@ def edit_weights(folder: Path, edit: Callable[[Weights], Weights]) -> None:
 
 
 def logits_as_loaded(folder: str, out: str | None = None, trust_remote_code: bool = False) -> Tensor:
-    """The logits that the engine computes; and with ``out`` an export."""
+    """Return the engine's logits, and export the model if there is an ``out``."""
     config = load_config(folder, trust_remote_code)
     model = load_model(folder, config, DS_CONFIG, torch.float32, trust_remote_code=trust_remote_code)
     engine = make_engine(model)
@@ -91,7 +91,7 @@ def logits_of(model: torch.nn.Module) -> Tensor:
         return model.eval()(input_ids=IDS).logits
 
 
-def test_loads_what_transformers_loads(ranks: GroupOf, tmp_path: Path) -> None:
+def test_loading_equals_transformers(ranks: GroupOf, tmp_path: Path) -> None:
     folder = tmp_path / "in"
 
     def check() -> None:
@@ -136,7 +136,7 @@ def llava() -> PreTrainedModel:
     [(gemma3, "gemma3_text"), (mistral3, "mistral"), (llava, "llama")],
     ids=["gemma3", "mistral3", "llava"],
 )
-def test_the_text_model_of_a_model_that_sees(
+def test_text_model_of_a_multimodal_model(
     ranks: GroupOf, tmp_path: Path, build: Callable[[], PreTrainedModel], text_type: str
 ) -> None:
     whole = build()
@@ -147,7 +147,7 @@ def test_the_text_model_of_a_model_that_sees(
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == text_type
 
 
-def test_plain_weights_that_are_said_to_be_quantized(ranks: GroupOf, tmp_path: Path) -> None:
+def test_plain_weights_with_a_quantization_config(ranks: GroupOf, tmp_path: Path) -> None:
     model = llama(tmp_path / "in")
     edit_config(tmp_path / "in", quantization_config={"quant_method": "gptq", "bits": 4})
     loaded = ranks(1).run(logits_as_loaded, str(tmp_path / "in"), str(tmp_path / "out"))[0]
@@ -214,7 +214,7 @@ def refusal(folder: str) -> str:
     return message
 
 
-def test_what_is_no_causal_language_model(tmp_path: Path) -> None:
+def test_other_model_types_are_rejected(tmp_path: Path) -> None:
     T5ForConditionalGeneration(
         T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
     ).save_pretrained(tmp_path)
@@ -225,7 +225,7 @@ def test_what_is_no_causal_language_model(tmp_path: Path) -> None:
         load_config(str(tmp_path))
 
 
-def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
     llama(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -262,7 +262,7 @@ def test_a_wrong_value_in_a_configuration(tmp_path: Path, name: str, value: Any)
     assert str(tmp_path) in refusal(str(tmp_path))
 
 
-def test_a_configuration_without_what_it_needs(tmp_path: Path) -> None:
+def test_an_incomplete_configuration(tmp_path: Path) -> None:
     llama(tmp_path)
     edit_config(tmp_path, rope_parameters=..., rope_scaling={"type": "linear", "factor": None})
     assert str(tmp_path) in refusal(str(tmp_path))
@@ -327,13 +327,13 @@ def own_model(folder: Path, imported: str = "") -> None:
         torch.save(logits_of(model), folder / "logits.pt")
 
 
-def test_what_code_of_a_model_computes_in_init_alone(ranks: GroupOf, tmp_path: Path) -> None:
+def test_custom_code_that_computes_constants_in_init(ranks: GroupOf, tmp_path: Path) -> None:
     own_model(tmp_path)
     loaded = ranks(1).run(logits_as_loaded, str(tmp_path), None, True)[0]
     assert torch.equal(loaded, torch.load(tmp_path / "logits.pt"))
 
 
-def test_code_of_a_model_that_needs_a_package(tmp_path: Path) -> None:
+def test_custom_code_that_needs_a_missing_package(tmp_path: Path) -> None:
     own_model(tmp_path)
     own_model(tmp_path, imported="import a_package_that_is_not_here")
     with pytest.raises(ModelError, match="a_package_that_is_not_here"):

@@ -1,4 +1,4 @@
-"""Tensors that stay in files while they are cut, joined and permuted: any piece of the result, and no more, is read."""
+"""Tests of lazy tensors: any piece of a result is equal to torch's, and only the needed elements are read."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ FUNCTIONS: dict[str, Function] = {
 
 
 def stored(values: Tensor, name: str, read: list[int]) -> LazyTensor:
-    """A tensor of which each read notes its length."""
+    """A stored tensor that records the length of each read."""
 
     def copy_piece(start: int, out: Tensor) -> None:
         read.append(out.numel())
@@ -45,7 +45,7 @@ def three(read: list[int]) -> tuple[list[Tensor], list[LazyTensor]]:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_every_piece_is_what_torch_computes(function: Function) -> None:
+def test_every_piece_equals_torch(function: Function) -> None:
     read: list[int] = []
     values, lazy = three(read)
     result, expected = function(*lazy), function(*values)
@@ -61,7 +61,7 @@ def test_every_piece_is_what_torch_computes(function: Function) -> None:
             assert torch.equal(piece, flat[start:stop].float())
 
 
-def test_ranks_together_read_each_element_of_merged_experts_once() -> None:
+def test_all_ranks_read_each_element_of_merged_experts_once() -> None:
     read: list[int] = []
     _, (a, b, c) = three(read)
     merged = torch.cat([torch.stack([a, b]), torch.stack([b, c])], dim=1)
@@ -72,7 +72,7 @@ def test_ranks_together_read_each_element_of_merged_experts_once() -> None:
     assert list(stored_names(merged.source)) == ["a", "b", "b", "c"]
 
 
-def test_what_is_no_movement_of_values() -> None:
+def test_functions_that_compute_values() -> None:
     _, (a, b, _) = three([])
     assert torch.equal(a, a.clone())
     assert not torch.equal(a, b)
@@ -82,7 +82,7 @@ def test_what_is_no_movement_of_values() -> None:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 4), max_size=4), st.data())
-def test_boxes_are_a_range_in_its_order(shape: list[int], data: st.DataObject) -> None:
+def test_boxes_cover_a_range_in_order(shape: list[int], data: st.DataObject) -> None:
     flat = torch.arange(torch.Size(shape).numel())
     start = data.draw(st.integers(0, len(flat)))
     stop = data.draw(st.integers(start, len(flat)))

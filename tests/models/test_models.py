@@ -1,4 +1,4 @@
-"""A Hugging Face folder into ZeRO-3 shards and back."""
+"""Tests of loading a Hugging Face folder into ZeRO-3 shards and exporting it again."""
 
 import json
 import weakref
@@ -58,7 +58,7 @@ def logits_of(folder: str, dtype: torch.dtype) -> Tensor:
 
 
 def load_train_and_save(folder: str, out: str, tokenizer: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits of the loaded model, and of the trained one that is then saved."""
+    """Return the logits of the loaded model, and of the trained model before it is saved."""
     model = load_model(folder, load_config(folder), DS_CONFIG, dtype)
     engine = make_engine(model, bf16={"enabled": dtype == torch.bfloat16})
     ids = torch.arange(16).view(1, 16)
@@ -66,9 +66,9 @@ def load_train_and_save(folder: str, out: str, tokenizer: str, dtype: torch.dtyp
     def logits() -> Tensor:
         engine.eval()
         with torch.no_grad():
-            found = engine(input_ids=ids).logits.clone()
+            logits = engine(input_ids=ids).logits.clone()
         engine.train()
-        return found
+        return logits
 
     before = logits()
     engine.train_batch({"input_ids": ids, "labels": ids})
@@ -79,7 +79,7 @@ def load_train_and_save(folder: str, out: str, tokenizer: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tied", "shards"), [(False, False), (True, True)])
-def test_through_training_and_back(
+def test_load_train_and_export(
     ranks: GroupOf, tmp_path: Path, demo: Path, tied: bool, shards: bool, dtype: torch.dtype
 ) -> None:
     folder = str(saved_llama(tmp_path / "in", tied, shards))
@@ -100,7 +100,7 @@ def refused(folder: str) -> str:
     return str(refusal.value)
 
 
-def test_tensors_that_do_not_fit_are_named(ranks: GroupOf, tmp_path: Path) -> None:
+def test_the_error_names_mismatched_tensors(ranks: GroupOf, tmp_path: Path) -> None:
     folder = saved_llama(tmp_path)
     weights = load_file(folder / "model.safetensors")
     weights["extra"] = torch.zeros(1)
@@ -108,14 +108,14 @@ def test_tensors_that_do_not_fit_are_named(ranks: GroupOf, tmp_path: Path) -> No
     for name in [name for name in weights if "layers.1" in name] + ["lm_head.weight", "model.embed_tokens.weight"]:
         del weights[name]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for sentence in ranks(2).run(refused, str(folder)):
-        assert "model.embed_tokens.weight, model.layers.1.self_attn.q_proj.weight" in sentence
-        assert "11 missing: " in sentence
-        assert "and 1 more; 1 unexpected: extra; " in sentence
-        assert "1 of another shape: model.norm.weight (25,) for (24,)" in sentence
+    for message in ranks(2).run(refused, str(folder)):
+        assert "model.embed_tokens.weight, model.layers.1.self_attn.q_proj.weight" in message
+        assert "11 missing: " in message
+        assert "and 1 more; 1 unexpected: extra; " in message
+        assert "1 of another shape: model.norm.weight (25,) for (24,)" in message
 
 
-def test_what_older_checkpoints_hold_beside_the_weights(ranks: GroupOf, tmp_path: Path) -> None:
+def test_obsolete_buffers_of_older_checkpoints(ranks: GroupOf, tmp_path: Path) -> None:
     folder = saved_llama(tmp_path, tied=True)
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)
@@ -125,7 +125,7 @@ def test_what_older_checkpoints_hold_beside_the_weights(ranks: GroupOf, tmp_path
 
 
 def save_watched(folder: str, out: str) -> list[int]:
-    """Export in parts; how many bytes of tensors are alive on the host whenever a part is written."""
+    """Export in parts, and return the bytes of live host tensors at each write of a part."""
     model = load_model(folder, load_config(folder), DS_CONFIG, torch.float32)
     engine = make_engine(model, threshold=0)
     alive: list[int] = []
@@ -154,7 +154,7 @@ def save_with_chat_templates(folder: str, out: str, tokenizer: str) -> None:
         save_pretrained(engine.module, speaker, Path(out))
 
 
-def test_a_tokenizer_with_a_folder_of_its_own(ranks: GroupOf, tmp_path: Path, demo: Path) -> None:
+def test_a_tokenizer_with_a_subfolder(ranks: GroupOf, tmp_path: Path, demo: Path) -> None:
     ranks(1).run(
         save_with_chat_templates, str(saved_llama(tmp_path / "in")), str(tmp_path / "out"), str(demo / "model")
     )
@@ -162,7 +162,7 @@ def test_a_tokenizer_with_a_folder_of_its_own(ranks: GroupOf, tmp_path: Path, de
     verify_export(str(tmp_path / "out"))
 
 
-def test_the_same_weights_are_the_same_bytes(ranks: GroupOf, tmp_path: Path) -> None:
+def test_equal_weights_give_equal_bytes(ranks: GroupOf, tmp_path: Path) -> None:
     folder = str(saved_llama(tmp_path / "in"))
     for number in range(6):
         ranks(2).run(save_watched, folder, str(tmp_path / str(number)))
@@ -182,7 +182,7 @@ def test_export_holds_one_output_file_at_a_time(ranks: GroupOf, tmp_path: Path) 
     assert torch.equal(logits_of(str(tmp_path / "out"), torch.float32), logits_of(folder, torch.float32))
 
 
-def test_a_second_save_leaves_nothing_of_the_first(ranks: GroupOf, tmp_path: Path, demo: Path) -> None:
+def test_a_second_save_removes_files_of_the_first(ranks: GroupOf, tmp_path: Path, demo: Path) -> None:
     saved_llama(tmp_path / "out", shards=True)
     folder = str(saved_llama(tmp_path / "in"))
     arguments = folder, str(tmp_path / "out"), str(demo / "model"), torch.float32
@@ -191,11 +191,11 @@ def test_a_second_save_leaves_nothing_of_the_first(ranks: GroupOf, tmp_path: Pat
     assert torch.equal(after, logits_of(arguments[1], torch.float32))
 
 
-def test_a_truncated_file_is_named(ranks: GroupOf, tmp_path: Path) -> None:
+def test_the_error_names_a_truncated_file(ranks: GroupOf, tmp_path: Path) -> None:
     file = saved_llama(tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    for sentence in ranks(2).run(refused, str(tmp_path)):
-        assert f"{file} is not a whole safetensors file" in sentence
+    for message in ranks(2).run(refused, str(tmp_path)):
+        assert f"{file} is not a whole safetensors file" in message
 
 
 def test_a_part_that_the_index_names_is_missing(ranks: GroupOf, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_part_that_the_index_names_is_missing(ranks: GroupOf, tmp_path: Path) 
 
 
 def saved_bin(folder: Path) -> Path:
-    """A folder as older models come: pytorch_model.bin in two parts."""
+    """Build a folder like those of older models: pytorch_model.bin in two parts."""
     weights = load_file(saved_llama(folder) / "model.safetensors")
     (folder / "model.safetensors").unlink()
     parts = {
@@ -230,7 +230,7 @@ def test_bin_files_are_read_without_code(ranks: GroupOf, tmp_path: Path, demo: P
 
 
 class Burglar:
-    """A pickle that leaves a file behind when it is opened."""
+    """A pickle that creates a file when it is loaded."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -239,12 +239,12 @@ class Burglar:
         return Path.touch, (self.trace,)
 
 
-def test_a_crafted_pickle_does_not_run(ranks: GroupOf, tmp_path: Path) -> None:
+def test_a_malicious_pickle_does_not_run(ranks: GroupOf, tmp_path: Path) -> None:
     folder = saved_bin(tmp_path / "in")
     torch.save({"lm_head.weight": Burglar(tmp_path / "trace")}, folder / "pytorch_model-00001-of-00002.bin")
-    assert "holds more than tensors, which nothing here unpickles" in ranks(1).run(refused, str(folder))[0]
+    assert "must hold only tensors, other pickled objects are not loaded" in ranks(1).run(refused, str(folder))[0]
     torch.save({"model": {"lm_head.weight": torch.zeros(1)}}, folder / "pytorch_model-00001-of-00002.bin")
-    assert "it is no dictionary of tensors" in ranks(1).run(refused, str(folder))[0]
+    assert "it is not a dictionary of tensors" in ranks(1).run(refused, str(folder))[0]
     (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"\x80 no zip")
     assert "AutoModelForCausalLM as M; M.from_pretrained(" in ranks(1).run(refused, str(folder))[0]
     assert not (tmp_path / "trace").exists()
@@ -254,7 +254,7 @@ def test_a_crafted_pickle_does_not_run(ranks: GroupOf, tmp_path: Path) -> None:
 
 
 def preset_shards() -> dict[str, tuple[int, Tensor]]:
-    """This rank's shards of a small preset: where each begins, and its values."""
+    """Return the start and the values of each of this rank's shards of a small preset."""
     presets._SHAPES["tiny"] = (24, 37, 2, 2, 1)
     presets.PRESETS = (*presets.PRESETS, "tiny")
     random_weights.CHUNK_NUMEL = 1000
@@ -263,7 +263,7 @@ def preset_shards() -> dict[str, tuple[int, Tensor]]:
     return {shard.name: (shard.start, shard.data.clone()) for shard in zero3.shards(model)}
 
 
-def test_a_preset_is_the_same_on_any_number_of_ranks(ranks: GroupOf) -> None:
+def test_a_preset_is_equal_for_any_world_size(ranks: GroupOf) -> None:
     whole = {name: values for name, (_, values) in ranks(1).run(preset_shards)[0].items()}
     for shards in ranks(3).run(preset_shards):
         for name, (start, values) in shards.items():
@@ -276,13 +276,13 @@ def test_a_preset_is_the_same_on_any_number_of_ranks(ranks: GroupOf) -> None:
 
 
 @pytest.mark.parametrize(("name", "billions"), [("7b", 6.74), ("13b", 13.02), ("30b", 32.53), ("65b", 65.29)])
-def test_presets_are_the_papers(name: str, billions: float) -> None:
+def test_presets_have_the_sizes_of_the_paper(name: str, billions: float) -> None:
     model = meta_model(load_config(name), torch.bfloat16)
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
 
 
 def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files in the hub's local cache are enough; without them and a network there is a sentence."""
+    """Check that the hub's local cache suffices, and that there is an error message without it and without network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     snapshot = tmp_path / "models--someone--a-llama/snapshots/abc"
@@ -290,13 +290,13 @@ def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "models--someone--a-llama/refs").mkdir()
     (tmp_path / "models--someone--a-llama/refs/main").write_text("abc")
     assert Path(find_model("someone/a-llama", download=False)) == snapshot
-    with pytest.raises(ModelError, match="someone/else is no local folder, and cannot be had from the Hugging Face"):
+    with pytest.raises(ModelError, match="someone/else is not a local folder, and cannot be loaded from"):
         find_model("someone/else")
-    with pytest.raises(ModelError, match="which is none of them"):
+    with pytest.raises(ModelError, match=r"or one of .*, got /nowhere"):
         find_model("/nowhere/a/model")
 
 
-def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+def test_custom_code_of_a_model_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n")
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}})
@@ -320,8 +320,8 @@ def kept_tokens_name(file: str, folder: str) -> str:
     return fingerprint(Path(file), load_tokenizer(folder))
 
 
-def test_all_ranks_look_for_the_same_tokens(ranks: GroupOf, demo: Path, assets: Path) -> None:
-    """One of each host has written them; Python's own hashes differ between processes."""
+def test_all_ranks_use_the_same_token_cache(ranks: GroupOf, demo: Path, assets: Path) -> None:
+    """Check that the cache's name is equal in all processes, unlike Python's hashes."""
     for folder in (demo / "model", assets / "llama_tokenizer"):
         assert len(set(ranks(2).run(kept_tokens_name, str(demo / "train.txt"), str(folder)))) == 1
 
@@ -332,5 +332,5 @@ def left_whole(folder: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_nothing_whole_is_left_after_loading(ranks: GroupOf, tmp_path: Path) -> None:
+def test_no_full_tensor_remains_after_loading(ranks: GroupOf, tmp_path: Path) -> None:
     assert ranks(2).run(left_whole, str(saved_llama(tmp_path))) == [0, 0]

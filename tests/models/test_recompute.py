@@ -1,4 +1,4 @@
-"""Activations computed again: the same gradients, and of each layer only its input kept."""
+"""Tests of activation checkpointing: equal gradients, and only the input of each layer is kept."""
 
 import copy
 from typing import Any
@@ -20,7 +20,7 @@ def gradients(model: Any) -> list[Tensor]:
 
 
 class Watched(HostTransfer):
-    """Notes the shapes that go to host memory and come back."""
+    """Record the shapes of tensors that are offloaded and fetched."""
 
     log: list[tuple[str, tuple[int, ...]]]
 
@@ -34,28 +34,28 @@ class Watched(HostTransfer):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_gradients_are_the_same_and_inputs_of_layers_lie_in_host_memory(
+def test_gradients_are_equal_and_layer_inputs_are_in_host_memory(
     monkeypatch: pytest.MonkeyPatch, offload: bool
 ) -> None:
     monkeypatch.setattr(Watched, "log", [], raising=False)
     monkeypatch.setattr(activation_offload, "HostTransfer", Watched)
-    monkeypatch.setattr(activation_offload, "SMALLEST_BYTES", 1)
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
     model = tiny_model()
     expected = gradients(copy.deepcopy(model))
     recompute_activations(model, offload)
-    found = gradients(model)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    actual = gradients(model)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
     shape = (3, 12, 20)  # batch x sequence x hidden, once a layer
     assert Watched.log == ([("offload", shape)] * 2 + [("fetch", shape)] * 2 if offload else [])
 
 
-def test_a_model_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_checkpointing_support(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     model.supports_gradient_checkpointing = False
-    with pytest.raises(ConfigError, match="cannot compute its activations again"):
+    with pytest.raises(ConfigError, match="does not support activation checkpointing"):
         recompute_activations(model)
 
 
-def test_offload_without_checkpoints_is_refused() -> None:
+def test_offload_needs_gradient_checkpointing() -> None:
     with pytest.raises(ConfigError, match="give both"):
         TrainArguments("model", "text", "out", activation_offload=True)

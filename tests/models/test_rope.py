@@ -1,4 +1,4 @@
-"""Sequences longer than those of pre-training: as long as the scaling of rotary embeddings gives, and no longer."""
+"""Tests of RoPE scaling and of the longest sequence that it allows."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from lomo_ds.errors import ConfigError
-from lomo_ds.models import load_config, load_model, positions, scale_rope
+from lomo_ds.models import load_config, load_model, max_positions, scale_rope
 from tests.engines import make_engine
 from tests.launching import demo_arguments, run_main
 from tests.ranks import Ranks
@@ -41,16 +41,16 @@ def config_with(rope: dict[str, Any] | None = None, most: int = POSITIONS) -> Pr
         (LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192}, 131_072, 131_072),
     ],
 )
-def test_what_a_configuration_allows(rope: dict[str, Any] | None, most: int, allowed: int) -> None:
-    assert positions(config_with(rope, most)) == allowed
+def test_max_positions(rope: dict[str, Any] | None, most: int, allowed: int) -> None:
+    assert max_positions(config_with(rope, most)) == allowed
 
 
-def test_layers_that_differ_count_as_the_configuration_says() -> None:
+def test_max_positions_of_layers_with_different_rope() -> None:
     layers = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
               "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
     config = AutoConfig.for_model("gemma3_text", rope_parameters=layers, max_position_embeddings=131_072)
-    assert positions(config) == 131_072
-    with pytest.raises(ConfigError, match="differing ones in its layers"):
+    assert max_positions(config) == 131_072
+    with pytest.raises(ConfigError, match="different ones in its layers"):
         scale_rope(config, "yarn", 262_144)
 
 
@@ -64,7 +64,7 @@ def loaded_logits(folder: str, scaling: str, ids: Tensor) -> tuple[PretrainedCon
 
 
 @pytest.mark.parametrize("scaling", ["linear", "dynamic", "yarn", "llama3", "yarn:8"])
-def test_the_function_is_that_of_transformers(ranks: GroupOf, tmp_path: Path, scaling: str) -> None:
+def test_scaling_equals_transformers(ranks: GroupOf, tmp_path: Path, scaling: str) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(config_with()).save_pretrained(tmp_path)
     ids = torch.randint(61, (1, 4 * POSITIONS))
@@ -77,23 +77,23 @@ def test_the_function_is_that_of_transformers(ranks: GroupOf, tmp_path: Path, sc
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, rope_parameters=rope, **more).eval()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        wanted, without = (model(input_ids=ids).logits for model in (reference, plain))
-    assert not torch.allclose(wanted, without, atol=1e-4)
+        expected, unscaled = (model(input_ids=ids).logits for model in (reference, plain))
+    assert not torch.allclose(expected, unscaled, atol=1e-4)
     config, logits = ranks(1).run(loaded_logits, str(tmp_path), scaling, ids)[0]
-    assert torch.allclose(logits, wanted, atol=1e-6)
-    assert positions(config) == POSITIONS * float(factor or 4)
+    assert torch.allclose(logits, expected, atol=1e-6)
+    assert max_positions(config) == POSITIONS * float(factor or 4)
     assert config.max_position_embeddings == reference.config.max_position_embeddings
 
 
-def test_a_factor_that_is_no_power_of_two_gives_the_whole_length() -> None:
+def test_a_fractional_factor_gives_the_exact_length() -> None:
     for kind in ("linear", "yarn"):
         for length in range(33, 400, 7):
             config = config_with(most=31)
             scale_rope(config, kind, length)
-            assert positions(config) == length
+            assert max_positions(config) == length
 
 
-def test_a_model_that_is_scaled_by_the_same_already_stays_as_it_is() -> None:
+def test_a_model_with_the_same_scaling_is_unchanged() -> None:
     config = config_with()
     scale_rope(config, "yarn", 4 * POSITIONS)
     before = config.to_dict()
@@ -105,30 +105,30 @@ def test_a_model_that_is_scaled_by_the_same_already_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("scaling", ["", "yarn:", "yarn:x", "yarn:1", "yarn:nan", "yarn:inf", "longrope:2", "4"])
-def test_what_is_no_scaling(scaling: str) -> None:
+def test_invalid_scaling(scaling: str) -> None:
     with pytest.raises(ConfigError, match=r"must be one of linear, dynamic, yarn, llama3, or .* yarn:4"):
         scale_rope(config_with(), scaling, 64)
 
 
 @pytest.mark.parametrize("length", [None, POSITIONS])
-def test_no_factor_and_no_longer_sequence(length: int | None) -> None:
+def test_no_factor_and_no_longer_sequence_length(length: int | None) -> None:
     with pytest.raises(ConfigError, match=f"above the model's {POSITIONS} positions, got {length}; .* yarn:2"):
         scale_rope(config_with(), "yarn", length)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "bloom", "gptj"])
-def test_a_model_without_such_embeddings(model_type: str) -> None:
+def test_a_model_without_rope(model_type: str) -> None:
     with pytest.raises(ConfigError, match=f"a {model_type} model has none"):
         scale_rope(AutoConfig.for_model(model_type), "yarn:2", None)
 
 
-def test_a_model_that_makes_another_type_of_it() -> None:
-    """Phi-3 reads every type of scaling as longrope."""
-    with pytest.raises(ConfigError, match="a phi3 model cannot be scaled so: "):
+def test_a_model_that_does_not_support_the_type() -> None:
+    """Check Phi-3, which turns every scaling type into longrope."""
+    with pytest.raises(ConfigError, match="a phi3 model does not support it: "):
         scale_rope(AutoConfig.for_model("phi3", pad_token_id=None), "yarn:2", None)
 
 
-def test_a_job_trains_and_exports_the_stretched_model(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
+def test_a_job_trains_and_exports_the_scaled_model(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"max_seq_length": 512, "max_steps": 1, "per_device_train_batch_size": 1}
     status, _, said = ranks(1).run(run_main, demo_arguments(demo, tmp_path, **more))[0]
     assert status == 2

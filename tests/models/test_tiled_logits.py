@@ -1,4 +1,4 @@
-"""A model without logits: its loss, gradients, steps and files are those of the model with them."""
+"""Tests that a model with tiled logits has the same loss, gradients, steps and files as without."""
 
 import copy
 import json
@@ -60,7 +60,7 @@ def model_of(config: Any) -> PreTrainedModel:
 
 
 def both(config: Any, tile_bytes: int = TILE) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A model as transformers makes it, and the same with tiled logits."""
+    """Build a model, and a copy with tiled logits."""
     plain = model_of(config)
     tiled = copy.deepcopy(plain)
     tile_logits(tiled, tile_bytes)
@@ -68,7 +68,7 @@ def both(config: Any, tile_bytes: int = TILE) -> tuple[PreTrainedModel, PreTrain
 
 
 def gradients(model: PreTrainedModel, **inputs: Any) -> list[Tensor]:
-    """The loss, and the gradients of a multiple of it."""
+    """Return the loss, and the gradients of a multiple of it."""
     model.zero_grad()
     loss = model(**inputs).loss
     (loss * 3.0).backward()
@@ -76,14 +76,16 @@ def gradients(model: PreTrainedModel, **inputs: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
-def test_the_same_model(config: Any) -> None:
+def test_loss_and_gradients_are_equal(config: Any) -> None:
     plain, tiled = both(config)
     assert [name for name, _ in plain.named_parameters()] == [name for name, _ in tiled.named_parameters()]
     batch = whole_batch(0, rows=3)
     mask = torch.ones_like(batch["input_ids"])
     mask[2, 7:] = 0
-    for mine, wanted in zip(*(gradients(model, **batch, attention_mask=mask) for model in (tiled, plain)), strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=2e-6)
+    for actual, expected in zip(
+        *(gradients(model, **batch, attention_mask=mask) for model in (tiled, plain)), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-6)
     assert tiled(**batch).logits is None
     ids = batch["input_ids"]
     assert torch.equal(tiled(ids).logits, plain(ids).logits)
@@ -107,7 +109,7 @@ LABELS = whole_batch(0, rows=3)["labels"]
     ],
     ids=str,
 )
-def test_the_arguments_of_transformers_loss(more: dict[str, Any]) -> None:
+def test_loss_arguments_of_transformers(more: dict[str, Any]) -> None:
     plain, tiled = both(FAMILIES["llama"])
     inputs = whole_batch(0, rows=3) | more
     if "ignore_index" in more:
@@ -117,7 +119,7 @@ def test_the_arguments_of_transformers_loss(more: dict[str, Any]) -> None:
         torch.testing.assert_close(tiled(**inputs).loss, plain(**inputs).loss, equal_nan=True)
 
 
-def test_no_tensor_of_a_training_step_is_as_large_as_the_logits() -> None:
+def test_no_tensor_in_a_step_is_as_large_as_the_logits() -> None:
     batch = whole_batch(0, rows=16, length=32)
     numel = []
     for model in both(LlamaConfig(**SHAPE | {"vocab_size": 1000}), tile_bytes=2**16):
@@ -129,7 +131,7 @@ def test_no_tensor_of_a_training_step_is_as_large_as_the_logits() -> None:
     assert numel[1] < whole_logits / 10
 
 
-def test_what_else_a_model_returns() -> None:
+def test_other_outputs_of_the_model() -> None:
     plain, tiled = both(FAMILIES["llama"])
     inputs = whole_batch(0, rows=3) | {"output_hidden_states": True}
     assert len(tiled(**inputs).hidden_states) == len(plain(**inputs).hidden_states) == 3
@@ -148,37 +150,37 @@ def test_frozen_halves_and_checkpointed_layers(frozen: str, reentrant: bool | No
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
     batch = whole_batch(0, rows=3)
-    found = [gradients(model, **batch) for model in (tiled, plain)]
-    assert len(found[0]) == 2 if frozen == "model" else 10
-    for mine, wanted in zip(*found, strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=2e-6)
+    results = [gradients(model, **batch) for model in (tiled, plain)]
+    assert len(results[0]) == 2 if frozen == "model" else 10
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-6)
 
 
 class Quiet(LlamaForCausalLM):
-    """A LLaMA that is only called differently."""
+    """A LLaMA with another class name."""
 
 
-def test_a_model_that_does_something_else_with_its_logits_is_refused() -> None:
-    def sentence(model: PreTrainedModel) -> str:
+def test_models_with_another_loss_are_rejected() -> None:
+    def error_message(model: PreTrainedModel) -> str:
         assert not can_tile_logits(model)
         with pytest.raises(ModelError) as refusal:
             tile_logits(model)
         return str(refusal.value)
 
     assert can_tile_logits(Quiet(FAMILIES["llama"]))
-    assert "got OddForCausalLM, which has a forward of its own; train it without" in sentence(tiny_model())
+    assert "got OddForCausalLM, which has a forward of its own; train it without" in error_message(tiny_model())
     gpt = model_of(GPT2Config(vocab_size=61, n_embd=8, n_layer=1, n_head=1))
-    assert "got GPT2LMHeadModel, which has a forward of its own" in sentence(gpt)
+    assert "got GPT2LMHeadModel, which has a forward of its own" in error_message(gpt)
     gemma = model_of(Gemma2Config(**SHAPE, head_dim=12))  # caps its logits
-    assert "got Gemma2ForCausalLM, which has a forward of its own" in sentence(gemma)
+    assert "got Gemma2ForCausalLM, which has a forward of its own" in error_message(gemma)
     model = model_of(FAMILIES["llama"])
     model.loss_function = lambda logits, labels, **_: logits.sum()
-    assert "whose loss_function is <lambda>" in sentence(model)
+    assert "whose loss_function is <lambda>" in error_message(model)
     model = model_of(FAMILIES["llama"])
     model.lm_head = torch.nn.Sequential(model.lm_head)
-    assert "whose lm_head is a Sequential and no torch.nn.Linear" in sentence(model)
+    assert "whose lm_head is a Sequential and not a torch.nn.Linear" in error_message(model)
     tile_logits(model := model_of(FAMILIES["llama"]))
-    assert "which has a forward of its own" in sentence(model), "it is tiled already"
+    assert "which has a forward of its own" in error_message(model), "it is tiled already"
 
 
 # on ranks
@@ -186,7 +188,7 @@ def test_a_model_that_does_something_else_with_its_logits_is_refused() -> None:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What must make no difference."""
+    """Settings that must not change the result."""
 
     tied: bool
     threshold: int
@@ -204,7 +206,7 @@ SURROUNDINGS = [
 
 
 def train_tiled(schedule: str, around: Surroundings) -> float:
-    """Train with tiled logits in an engine and as plain PyTorch does; the largest difference of any weight."""
+    """Train an engine with tiled logits and plain PyTorch without, and return the largest difference of weights."""
     accumulation = 2 if schedule == "stash" else 1
     clip = None if schedule == "immediate" else 0.1
     model = model_of(FAMILIES["llama, tied" if around.tied else "llama"])
@@ -235,7 +237,7 @@ def test_equals_plain_sgd(ranks: GroupOf, world_size: int, schedule: str) -> Non
 
 
 def is_head_held_behind_forward() -> bool:
-    """Whether anything still holds the head's gathered weight when forward has ended."""
+    """Return whether the head's gathered weight is still referenced after forward."""
     model = model_of(FAMILIES["llama"])
     tile_logits(model, TILE)
     engine = make_engine(model, "stash", threshold=0)
@@ -268,7 +270,7 @@ def saved(folder: str, source: str, tiled: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, tied"])
-def test_an_export_is_the_same_bytes(ranks: GroupOf, tmp_path: Path, name: str) -> None:
+def test_an_export_has_equal_bytes(ranks: GroupOf, tmp_path: Path, name: str) -> None:
     model_of(FAMILIES[name]).save_pretrained(tmp_path / "in")
     for tiled in (False, True):
         ranks(2).run(saved, str(tmp_path / str(tiled)), str(tmp_path / "in"), tiled)
@@ -283,7 +285,7 @@ def test_an_export_is_the_same_bytes(ranks: GroupOf, tmp_path: Path, name: str) 
 
 
 def run_job(ranks: Ranks, demo: Path, out: Path, **more: Any) -> tuple[str, list[dict[str, float]]]:
-    """What rank 0 printed, and the lines of the log."""
+    """Return the output of rank 0 and the lines of the metrics log."""
     arguments = demo_arguments(
         demo, out, **{"max_steps": 4, "logging_steps": 1, "learning_rate": 0.5, "max_seq_length": 16} | more
     )
@@ -295,12 +297,12 @@ def run_job(ranks: Ranks, demo: Path, out: Path, **more: Any) -> tuple[str, list
 
 def assert_same_losses(one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
     assert [record["step"] for record in one] == [record["step"] for record in other]
-    for mine, theirs in zip(one, other, strict=True):
-        for name in {"loss", "eval_loss", "grad_norm"} & theirs.keys():
-            assert mine[name] == pytest.approx(theirs[name], abs=1e-5)
+    for line, other_line in zip(one, other, strict=True):
+        for name in {"loss", "eval_loss", "grad_norm"} & other_line.keys():
+            assert line[name] == pytest.approx(other_line[name], abs=1e-5)
 
 
-def test_a_job_has_the_same_losses_and_goes_on_from_the_others_checkpoints(
+def test_a_job_has_equal_losses_and_resumes_from_checkpoints_without_tiling(
     ranks: GroupOf, demo: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "validation.txt").write_text("\n".join((demo / "validation.txt").read_text().splitlines()[:20]))
@@ -318,16 +320,14 @@ def test_a_job_has_the_same_losses_and_goes_on_from_the_others_checkpoints(
 
 @pytest.fixture(scope="module")
 def gpt2(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose logits cannot be tiled, with the demo's vocabulary."""
+    """Build a model with the demo's vocabulary whose logits cannot be tiled."""
     folder = tmp_path_factory.mktemp("gpt2")
     vocabulary = json.loads((demo / "model/config.json").read_text())["vocab_size"]
     model_of(GPT2Config(vocab_size=vocabulary, n_embd=8, n_layer=1, n_head=1, n_positions=32)).save_pretrained(folder)
     return folder
 
 
-def test_tiling_that_was_asked_for_is_refused_in_a_sentence(
-    ranks: GroupOf, demo: Path, gpt2: Path, tmp_path: Path
-) -> None:
+def test_unsupported_tiling_has_an_error_message(ranks: GroupOf, demo: Path, gpt2: Path, tmp_path: Path) -> None:
     more = {"model_name_or_path": gpt2, "tokenizer_name": demo / "model", "tiled_logits": "true"}
     status, _, said = ranks(1).run(run_main, demo_arguments(demo, tmp_path, **more))[0]
     assert status == 2
@@ -336,12 +336,12 @@ def test_tiling_that_was_asked_for_is_refused_in_a_sentence(
 
 
 def count_tiled(argv: list[str]) -> tuple[int, int]:
-    """The status of a job, and how many models it has tiled."""
+    """Return the exit status of a job, and the number of models whose logits it tiled."""
     with mock.patch.object(job, "tile_logits") as tiled:
         return run_main(argv)[0], tiled.call_count
 
 
-def test_by_itself_a_job_tiles_what_it_can(ranks: GroupOf, demo: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_a_job_tiles_supported_models_by_default(ranks: GroupOf, demo: Path, gpt2: Path, tmp_path: Path) -> None:
     def run(**more: Any) -> tuple[int, int]:
         arguments = demo_arguments(demo, tmp_path, **{"max_steps": 1, "overwrite_output_dir": True} | more)
         return ranks(1).run(count_tiled, arguments)[0]

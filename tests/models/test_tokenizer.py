@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: a working one, or a sentence that says what is wrong with the folder."""
+"""Tests of loading a tokenizer: it works, or an error message says what is wrong with the folder."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ JSON = dict[str, Any]
 
 @pytest.fixture
 def folder(demo: Path, tmp_path: Path) -> Path:
-    """A LLaMA's folder with a SentencePiece model."""
+    """Build a LLaMA folder with a SentencePiece model."""
     for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
         shutil.copy(demo / "model" / name, tmp_path)
     return tmp_path
@@ -29,7 +29,7 @@ def folder(demo: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def with_json(tmp_path: Path) -> Path:
-    """A folder with a tokenizer.json."""
+    """Build a folder with a tokenizer.json."""
     byte_level().save_pretrained(tmp_path)
     return tmp_path
 
@@ -39,7 +39,7 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(content | changes))
 
 
-def refusal(folder: Path) -> str:
+def load_error(folder: Path) -> str:
     with pytest.raises(ModelError) as error:
         load_tokenizer(str(folder))
     assert str(folder) in str(error.value)
@@ -50,39 +50,39 @@ def refusal(folder: Path) -> str:
 # vocabulary files that are missing or not whole, of which transformers makes a tokenizer without words
 
 
-def test_without_its_sentencepiece_model(folder: Path) -> None:
+def test_without_the_sentencepiece_model(folder: Path) -> None:
     (folder / "tokenizer.model").unlink()
-    assert "a LlamaTokenizer reads its vocabulary from a file, and it holds no tokenizer.model" in refusal(folder)
+    assert "a LlamaTokenizer reads its vocabulary from a file, but it holds no tokenizer.model" in load_error(folder)
 
 
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer", "BertTokenizer", "GemmaTokenizer", "T5Tokenizer"])
 def test_without_any_vocabulary_file(tmp_path: Path, name: str) -> None:
     edit(tmp_path / "tokenizer_config.json", tokenizer_class=name)
-    assert "holds no tokenizer" in refusal(tmp_path)
+    assert "holds no tokenizer" in load_error(tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 100])
-def test_a_sentencepiece_model_cut_short(folder: Path, size: int) -> None:
+def test_a_truncated_sentencepiece_model(folder: Path, size: int) -> None:
     file = folder / "tokenizer.model"
     file.write_bytes(file.read_bytes()[:size])
-    assert "tokenizer.model" in refusal(folder)
+    assert "tokenizer.model" in load_error(folder)
 
 
 def test_a_vocabulary_without_merges(with_json: Path) -> None:
-    """Every text would be tokens of one character."""
+    """Check it because every text would become tokens of one character."""
     content = json.loads((with_json / "tokenizer.json").read_text())
     edit(with_json / "tokenizer.json", model=content["model"] | {"merges": []})
-    assert "nothing in tokenizer.json says how they are merged" in refusal(with_json)
+    assert "nothing in tokenizer.json says how they are merged" in load_error(with_json)
     (with_json / "tokenizer.json").unlink()
     (with_json / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
     edit(with_json / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
-    assert "it holds a vocab.json and no merges.txt" in refusal(with_json)
+    assert "it holds a vocab.json but no merges.txt" in load_error(with_json)
     (with_json / "merges.txt").write_text("")
-    assert "merges" in refusal(with_json)
+    assert "merges" in load_error(with_json)
 
 
-def test_merges_that_were_cut_short(with_json: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A text would have other tokens than those that the model was trained on."""
+def test_truncated_merges(with_json: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check it because a text would get other tokens than in pre-training."""
     load_tokenizer(str(with_json))
     assert caplog.text == "", "a whole one needs no warning"
     model = json.loads((with_json / "tokenizer.json").read_text())["model"]
@@ -95,15 +95,15 @@ def test_merges_that_were_cut_short(with_json: Path, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_config.json"])
 def test_a_file_that_git_lfs_has_not_fetched(folder: Path, name: str) -> None:
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 499723\n")
-    assert f"{folder / name} is a pointer of git-lfs" in refusal(folder)
+    assert f"{folder / name} is a pointer of git-lfs" in load_error(folder)
 
 
-def test_a_class_that_has_its_vocabulary_in_itself(tmp_path: Path) -> None:
+def test_a_class_with_a_built_in_vocabulary(tmp_path: Path) -> None:
     edit(tmp_path / "tokenizer_config.json", tokenizer_class="ByT5Tokenizer")
     assert len(load_tokenizer(str(tmp_path))("fox").input_ids) == 4
 
 
-def test_a_tokenizer_with_code_of_its_own(tmp_path: Path) -> None:
+def test_a_tokenizer_with_custom_code(tmp_path: Path) -> None:
     (tmp_path / "letters.py").write_text(
         "from transformers import PreTrainedTokenizer\n"
         "class Letters(PreTrainedTokenizer):\n"
@@ -118,12 +118,12 @@ def test_a_tokenizer_with_code_of_its_own(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path), trust_remote_code=True)("fox").input_ids == [ord(letter) for letter in "fox"]
 
 
-# folders as they are found
+# real-world folders
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_the_first_conversions_of_llama(demo: Path, folder: Path, file: str) -> None:
-    """Their special tokens are called "", and their class by a name that no release has."""
+    """Check folders whose special tokens are empty strings and whose class exists in no release."""
     (folder / "tokenizer_config.json").unlink()
     edit(folder / "tokenizer_config.json", tokenizer_class="LLaMATokenizer", model_max_length=1e30)
     edit(folder / file, bos_token="", eos_token="", unk_token={"content": ""} if "map" in file else "")
@@ -135,7 +135,7 @@ def test_the_first_conversions_of_llama(demo: Path, folder: Path, file: str) -> 
 
 def test_a_tokenizer_json_of_a_newer_release(with_json: Path) -> None:
     edit(with_json / "tokenizer.json", pre_tokenizer={"type": "Futuristic"})
-    assert "upgrade: pip install -U tokenizers" in refusal(with_json)
+    assert "upgrade: pip install -U tokenizers" in load_error(with_json)
 
 
 def test_a_padding_token_beyond_the_embedding(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -147,7 +147,7 @@ def test_a_padding_token_beyond_the_embedding(folder: Path, caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "sentence"),
+    ("file", "content", "message"),
     [
         ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
         ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json is not JSON"),
@@ -161,9 +161,9 @@ def test_a_padding_token_beyond_the_embedding(folder: Path, caplog: pytest.LogCa
         ("special_tokens_map.json", "{,}", "special_tokens_map.json is not JSON"),
     ],
 )
-def test_names_what_is_wrong(with_json: Path, file: str, content: str, sentence: str) -> None:
+def test_error_messages(with_json: Path, file: str, content: str, message: str) -> None:
     (with_json / file).write_text(content)
-    assert sentence in refusal(with_json)
+    assert message in load_error(with_json)
 
 
 # and whatever else a file may hold
@@ -194,23 +194,23 @@ texts = st.just("the fox") | st.text(st.characters(exclude_categories=["Cs"]), m
 
 
 def check_folder(folder: Path, changes: tuple[str, JSON, JSON, JSON], text: str) -> bool:
-    """Whether a changed tokenizer tokenizes ``text``; otherwise it is refused in one line."""
+    """Return whether a changed tokenizer tokenizes ``text``, and check that otherwise the error is one line."""
     name, changed, special, parts = changes
     byte_level().save_pretrained(folder)
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     edit(folder / "tokenizer_config.json", **{"tokenizer_class": name} | changed)
     edit(folder / "tokenizer.json", **parts)
     (folder / "a.txt").write_text(text)
-    said = ""
+    message = ""
     try:
         tokenize_file(folder / "a.txt", load_tokenizer(str(folder)), folder / "cache")
     except (ModelError, DataError) as error:
-        said = str(error)
-    assert len(said.splitlines()) <= 1, said
-    return not said
+        message = str(error)
+    assert len(message.splitlines()) <= 1, message
+    return not message
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=folders, text=texts)
-def test_any_settings_load_or_are_refused(with_json: Path, changes: tuple[str, JSON, JSON, JSON], text: str) -> None:
+def test_any_settings_load_or_are_rejected(with_json: Path, changes: tuple[str, JSON, JSON, JSON], text: str) -> None:
     check_folder(with_json, changes, text)

@@ -1,4 +1,4 @@
-"""A folder that lomo_ds exported and a person then edited: settings may change, weights may not."""
+"""Tests of a folder that was edited after its export: settings may change, but weights may not."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from tests.data.tokenizers import byte_level
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
-    """A model's folder with the manifest of an export."""
+    """Build a model folder with the manifest of an export."""
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     LlamaForCausalLM(LlamaConfig(vocab_size=61, **shape)).save_pretrained(tmp_path, max_shard_size="2KB")
     for file in tmp_path.glob("*.safetensors"):
@@ -33,7 +33,7 @@ def verify_all(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
-def test_an_edited_setting_is_told_once_and_used(exported: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+def test_an_edited_setting_is_logged_once_and_used(exported: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     file = exported / name
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 7}))
     with caplog.at_level(logging.WARNING, "lomo_ds"):
@@ -42,7 +42,7 @@ def test_an_edited_setting_is_told_once_and_used(exported: Path, caplog: pytest.
     assert caplog.messages[0].endswith(f"used as it is now: {name}")
 
 
-def test_a_tokenizer_that_was_saved_anew(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_that_was_saved_again(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
     (exported / "generation_config.json").unlink()
     tokenizer = byte_level()
     tokenizer.chat_template = "{{ messages }}"
@@ -53,14 +53,14 @@ def test_a_tokenizer_that_was_saved_anew(exported: Path, caplog: pytest.LogCaptu
     assert caplog.messages[0].endswith(": generation_config.json, tokenizer.json"), "one is missing, one changed"
 
 
-def test_what_was_not_touched_is_not_told(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unchanged_files_are_not_logged(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "lomo_ds"):
         verify_all(exported)
     assert not caplog.messages
 
 
 @pytest.mark.parametrize("name", ["model-00001-of-*.safetensors", "model.safetensors.index.json", MANIFEST])
-def test_weights_are_what_was_written(exported: Path, name: str) -> None:
+def test_changed_weights_are_rejected(exported: Path, name: str) -> None:
     file = next(exported.glob(name))
     content = file.read_bytes()
     file.write_bytes(content[:-9] + b"x" + content[-8:])
@@ -75,7 +75,7 @@ def test_weights_are_what_was_written(exported: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe"])
-def test_a_setting_that_no_editor_leaves_behind(exported: Path, content: bytes) -> None:
+def test_invalid_json_in_a_setting(exported: Path, content: bytes) -> None:
     (exported / "config.json").write_bytes(content)
     with pytest.raises(DamagedError, match=r"config\.json was changed and is no longer valid JSON"):
         verify_all(exported)
