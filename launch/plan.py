@@ -1,6 +1,7 @@
-"""Will a model fit, what will bound its step, and what is the smallest change that makes it fit; without a GPU.
+r"""Will a model fit, what will bound its step, and what is the smallest change that makes it fit; without a GPU.
 
-python launch/plan.py --model 65b --gpus 8 --gpu_memory 24GB --host_memory 256GB --seq 1024 --batch 1 --pcie 16GB/s
+python launch/plan.py --num_gpus 8 --gpu_memory 24GB --host_memory 256GB --pcie 16GB/s \
+    --model_name_or_path 65b --max_seq_length 1024 --per_device_train_batch_size 1
 """
 
 import sys

@@ -6,8 +6,9 @@ from typing import Any
 
 from benchmarks.lib import methods
 from benchmarks.lib.workload import Workload
+from lomo_ds.config.lomo_config import lomo_parameters
 from lomo_ds.planner import Machine, Plan, PlannedModel, Settings, plan_run
-from lomo_ds.planner.suggest import ZERO
+from lomo_ds.planner.suggest import ZERO_FIELDS
 
 OPTIMIZERS: dict[str, Any] = {"deepspeed-sgd": "sgd", "deepspeed-adamw": "adamw"}
 AMPLE_BYTES = 2**44  # memory of a machine on which everything fits
@@ -32,11 +33,11 @@ def plan_method(method: str, work: Workload, ranks: int, machine: Machine) -> Pl
         return None
     model = _planned_model(work.model)
     is_lomo_ds = base in methods.LOMO_DS
-    zero = {name: work.zero[field] for name, field in ZERO.items() if field in work.zero}
+    zero = {name: work.zero[field] for name, field in ZERO_FIELDS.items() if field in work.zero}
     if not is_lomo_ds:  # see methods._deepspeed
         largest = max(parameter.numel() for parameter in model.meta_model.parameters())
         zero["reduce_bucket_size"] = min(500_000_000, largest)
-    lomo = {name: work.lomo[name] for name in ("stash_device", "gather_granularity", "weights") if name in work.lomo}
+    lomo = {name: work.lomo[name] for name in lomo_parameters(Settings) if name in work.lomo}
     settings = Settings(
         gpus=ranks,
         sequence=work.sequence,
@@ -48,6 +49,7 @@ def plan_method(method: str, work: Workload, ranks: int, machine: Machine) -> Pl
         gradient_clipping=methods.MAX_NORM if methods.clips(method) else 0.0,
         gradient_checkpointing=work.checkpointing,
         tiled_logits=work.tiled_logits and is_lomo_ds,
+        communication_data_type=work.communication_data_type,  # type: ignore[arg-type]
         offload_param=work.zero.get("offload_param", {}).get("device", "none"),
         **{"stash_device": "gpu", **lomo},
         **zero,

@@ -41,6 +41,7 @@ class Workload:
         activation_offload: whether activation checkpoints are kept in host memory.
         lomo: further parameters of LOMO in the DeepSpeed config.
         zero: further fields of zero_optimization, for all methods with ZeRO-3.
+        communication_data_type: precision that gradients are reduced in; None for their own.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Workload:
     activation_offload: bool = False
     lomo: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
+    communication_data_type: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,6 +84,8 @@ class Workload:
         }
         if self.precision != "fp32":
             config[self.precision] = {"enabled": True}
+        if self.communication_data_type is not None:
+            config["communication_data_type"] = self.communication_data_type
         return config
 
     def sharded_model(self, ds_config: dict[str, Any]) -> Any:

@@ -1,47 +1,88 @@
-"""A DeepSpeed config and the command line made one: ``"auto"`` is filled in, a disagreement names both sides."""
+"""One configuration from the DeepSpeed config and the arguments: ``"auto"`` is filled in, disagreements are refused."""
 
 import copy
 import dataclasses
 import json
 import logging
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
-
-from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+from typing import Any, TypeVar, get_type_hints
 
 from lomo_ds.config.arguments import TrainArguments
-from lomo_ds.config.ds_fields import KINDS, normalized, section_of
-from lomo_ds.config.lomo_config import require_sections, value_at
+from lomo_ds.config.ds_fields import KINDS, normalized, settle
+from lomo_ds.config.lomo_config import lomo_parameters
+from lomo_ds.config.parameter import base_type
+from lomo_ds.config.sections import require_sections, section_of, value_at
+from lomo_ds.config.validation import validate_baseline_config, validate_ds_config
 from lomo_ds.errors import ConfigError, one_line
 from lomo_ds.numerics.precision import Precision
 
 logger = logging.getLogger(__name__)
 
+Arguments = TypeVar("Arguments", bound=TrainArguments)
+
 SHIPPED = Path(__file__).parent.parent / "ds_configs"
 
-# where a field of the ds_config and an argument mean the same thing
-SAME_MEANING = {
+# Fields of a DeepSpeed config and the arguments of another name that mean the same; see ``shared_fields``
+ALIASES = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "max_grad_norm",
     "optimizer.params.lr": "learning_rate",
-    "optimizer.params.weight_decay": "weight_decay",
-    "optimizer.params.seed": "seed",
     "bf16.enabled": "bf16",
     "fp16.enabled": "fp16",
-    "optimizer.params.weights": "weights",
 }
-# what --optim names, as DeepSpeed takes it from torch.optim; fused needs no memory beside gradients and states
+# The optimizers of --optim, as DeepSpeed reads them; fused needs no memory beside gradients and states
 BASELINES: dict[str, dict[str, Any]] = {
     "adamw": {"type": "AdamW", "params": {"torch_adam": True, "fused": True}},
     "sgd": {"type": "SGD", "params": {"fused": True}},
 }
-# of a ds_config's optimizer.params, what --optim adamw and sgd know, or need not: their master weights are fp32
-KNOWN = {"lr", "weight_decay", "rounding", "seed", "torch_adam", "fused"}
+# Of optimizer.params, those that --optim adamw and sgd use, or can ignore: their master weights are fp32
+BASELINE_PARAMS = {"lr", "weight_decay", "rounding", "seed", "torch_adam", "fused"}
+
+
+def shared_fields(kind: type[TrainArguments] = TrainArguments) -> dict[str, str]:
+    """Return the fields of a DeepSpeed config, by path, that mean the same as an argument of ``kind``, by name."""
+    return ALIASES | {f"optimizer.params.{name}": name for name in lomo_parameters(kind)}
+
+
+def resolve_config(
+    arguments: Arguments, given: frozenset[str], world_size: int, fast: Precision
+) -> tuple[dict[str, Any], Arguments, bool]:
+    """Read the DeepSpeed config that ``arguments`` name, and reconcile the two.
+
+    Args:
+        given: the arguments that were given, as opposed to left at their default.
+        fast: the precision that the device computes fast, see ``fast_precision``.
+
+    Returns:
+        The DeepSpeed config, the arguments, and whether ``fast`` decided the precision.
+
+    Raises:
+        ConfigError: see ``read_ds_config`` and ``reconcile``.
+    """
+    ds_config, from_hardware = fill_precision(read_ds_config(arguments.deepspeed), given, fast)
+    return *reconcile(ds_config, arguments, given, world_size), from_hardware
+
+
+def complete_config(
+    ds_config: dict[str, Any], arguments: TrainArguments, total_steps: int, model_config: Any, world_size: int
+) -> dict[str, Any]:
+    """Fill in what depends on the model and the length of training, and validate the result.
+
+    Raises:
+        ConfigError: something is still ``auto``, or cannot be carried out.
+    """
+    ds_config = fill_buckets(fill_scheduler(ds_config, arguments, total_steps), model_config)
+    ds_config = settle(ds_config, world_size)
+    if arguments.optim == "lomo":
+        validate_ds_config(ds_config)
+    else:
+        validate_baseline_config(ds_config)
+    return ds_config
 
 
 def read_ds_config(file: str) -> dict[str, Any]:
-    """The DeepSpeed config in a JSON file, or of the name, ``zero3_bf16`` for one, by which it comes with lomo_ds.
+    """Read a DeepSpeed config from a JSON file, or by the name of one that is part of lomo_ds, such as ``zero3_bf16``.
 
     Raises:
         ConfigError: it cannot be read, is not a JSON object with each field once, or see ``normalized``.
@@ -50,7 +91,7 @@ def read_ds_config(file: str) -> dict[str, Any]:
     try:
         path = shipped if shipped.parent == SHIPPED and shipped.exists() else Path(file)
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-        config = json.loads(text, object_pairs_hook=dict_raise_error_on_duplicate_keys)
+        config = json.loads(text, object_pairs_hook=_without_duplicates)
     except OSError as error:
         names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.json")))
         raise ConfigError(
@@ -65,24 +106,31 @@ def read_ds_config(file: str) -> dict[str, Any]:
     return normalized(config)
 
 
-def fill_precision(
-    ds_config: dict[str, Any], arguments: TrainArguments, given: frozenset[str], fast: Precision
-) -> tuple[dict[str, Any], bool]:
-    """``ds_config`` in which bf16 and fp16 that are ``auto`` ask for ``fast``, where no argument says otherwise.
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"Duplicate keys in DeepSpeed config: {duplicates}")
+    return fields
+
+
+def fill_precision(ds_config: dict[str, Any], given: frozenset[str], fast: Precision) -> tuple[dict[str, Any], bool]:
+    """Let bf16 and fp16 that are ``auto`` ask for ``fast``, unless an argument or the other field decides.
 
     ``fast`` fp16 becomes fp32 where only bf16 is ``auto``.
 
     Args:
         given: the arguments that were given, as opposed to left at their default.
-        fast: what the device computes fast; see ``fast_precision``.
+        fast: the precision that the device computes fast, see ``fast_precision``.
 
     Returns:
         The config, and whether ``fast`` decided.
     """
     require_sections(ds_config)
-    asked = {name: value_at(ds_config, f"{name}.enabled") for name in ("bf16", "fp16")}
-    autos = [name for name, value in asked.items() if value == "auto"]
-    if not autos or any(name in given or value not in (None, False, "auto") for name, value in asked.items()):
+    enabled = {name: value_at(ds_config, f"{name}.enabled") for name in ("bf16", "fp16")}
+    autos = [name for name, value in enabled.items() if value == "auto"]
+    if not autos or any(name in given or value not in (None, False, "auto") for name, value in enabled.items()):
         return ds_config, False
     config = copy.deepcopy(ds_config)
     for name in autos:
@@ -91,44 +139,42 @@ def fill_precision(
 
 
 def reconcile(
-    ds_config: dict[str, Any], arguments: TrainArguments, given: frozenset[str], world_size: int
-) -> tuple[dict[str, Any], TrainArguments]:
-    """One truth from two sources: ``auto`` takes the argument, an argument not given takes the ds_config's value.
+    ds_config: dict[str, Any], arguments: Arguments, given: frozenset[str], world_size: int
+) -> tuple[dict[str, Any], Arguments]:
+    """Let a DeepSpeed config and the arguments agree: ``auto`` takes the argument, and a default the config's value.
 
-    A field that is absent is ``auto``, and so is the optimizer, which is then LOMO.
+    An absent field counts as ``auto``, and so does an absent optimizer, which is then LOMO.
 
     Args:
         given: the arguments that were given, as opposed to left at their default.
 
     Raises:
-        ConfigError: an argument that was given differs from the ds_config (every disagreement is listed), or a value
-            of the ds_config is not of the argument's type.
+        ConfigError: an argument that was given differs from the DeepSpeed config (every disagreement is listed), or a
+            value of the DeepSpeed config is not of the argument's type.
     """
     require_sections(ds_config)
     config = copy.deepcopy(ds_config)
     disagreements: list[str] = []
     adopted: dict[str, Any] = {}
-    kinds = {
-        name: str if get_origin(hint) is Literal else hint for name, hint in get_type_hints(TrainArguments).items()
-    }
-    for path, name in SAME_MEANING.items():
-        theirs = value_at(config, path)
-        _require_kind(theirs, path, kinds[name])
-        if path == "gradient_clipping" and theirs in (None, "auto") and name not in given:
-            theirs = _default_clip(config, theirs)
-        if theirs in (None, "auto"):
+    hints = get_type_hints(type(arguments))
+    for path, name in shared_fields(type(arguments)).items():
+        value = value_at(config, path)
+        _validate_type(value, path, base_type(hints[name]))
+        if path == "gradient_clipping" and value in (None, "auto") and name not in given:
+            value = _default_clip(config, arguments, value)
+        if value in (None, "auto"):
             _set(config, path, getattr(arguments, name))
-        elif name in given and theirs != getattr(arguments, name):
-            disagreements.append(f"{path} {json.dumps(theirs)} against --{name} {getattr(arguments, name)}")
+        elif name in given and value != getattr(arguments, name):
+            disagreements.append(f"{path} {json.dumps(value)} against --{name} {getattr(arguments, name)}")
         else:
-            _set(config, path, theirs)
-            adopted[name] = theirs
+            _set(config, path, value)
+            adopted[name] = value
     if "scheduler" in config:
-        theirs = one_line(config["scheduler"].get("type"))
+        kind = one_line(config["scheduler"].get("type"))
         disagreements += [
-            f"scheduler {theirs} against --{name} {getattr(arguments, name)}"
+            f"scheduler {kind} against --{name} {getattr(arguments, name)}"
             for name in ("lr_scheduler_type", "warmup_ratio")
-            # a resolved config.yaml gives the defaults too, and asks for nothing by it
+            # a resolved config.yaml contains the defaults too, which do not contradict a scheduler
             if name in given and getattr(arguments, name) != getattr(TrainArguments, name)
         ]
     if disagreements:
@@ -143,10 +189,10 @@ def reconcile(
 
 
 def fill_scheduler(config: dict[str, Any], arguments: TrainArguments, total_steps: int) -> dict[str, Any]:
-    """``config`` with what only the length of the training text tells: the ``auto`` fields of its scheduler.
+    """Fill in the ``auto`` fields of the scheduler, which depend on the number of training steps.
 
     Raises:
-        ConfigError: the scheduler needs what no training gives it.
+        ConfigError: the scheduler needs a metric at each step.
     """
     config = copy.deepcopy(config)
     if config.get("scheduler", {}).get("type") == "ReduceLROnPlateau":
@@ -167,10 +213,10 @@ def fill_scheduler(config: dict[str, Any], arguments: TrainArguments, total_step
 
 
 def fill_buckets(config: dict[str, Any], model_config: Any) -> dict[str, Any]:
-    """``config`` with what only the model tells: the ``auto`` sizes of ZeRO-3, which Hugging Face's Trainer fills so.
+    """Fill in the ``auto`` sizes of ZeRO-3, which depend on the model, as Hugging Face's Trainer does.
 
     Args:
-        model_config: as transformers reads it; without a hidden size nothing is filled in.
+        model_config: transformers' configuration; nothing is filled in where it has no hidden size.
     """
     config = copy.deepcopy(config)
     hidden = _hidden_size(model_config)
@@ -185,7 +231,7 @@ def fill_buckets(config: dict[str, Any], model_config: Any) -> dict[str, Any]:
 
 
 def _hidden_size(model_config: Any) -> int | None:
-    """The model's, or of a model of text and images that of its text part; the largest where layers differ."""
+    """Return the hidden size of the model, or of its text part; the largest where layers differ."""
     for part in (model_config, getattr(model_config, "text_config", None)):
         sizes = getattr(part, "hidden_size", None) or getattr(part, "hidden_sizes", None)
         if sizes:
@@ -198,80 +244,94 @@ def _fill(section: dict[str, Any], known: dict[str, Any]) -> None:
 
 
 def warmup_steps(arguments: TrainArguments, total_steps: int) -> int:
-    """Steps in which the learning rate rises."""
+    """Return the number of steps in which the learning rate rises."""
     return round(arguments.warmup_ratio * total_steps)
 
 
-def _settle_optimizer(config: dict[str, Any], theirs: dict[str, Any], arguments: TrainArguments) -> None:
-    """Let the optimizer be the one that ``--optim`` names."""
+def _settle_optimizer(config: dict[str, Any], section: dict[str, Any], arguments: TrainArguments) -> None:
+    """Set the optimizer to the one that ``--optim`` names; ``section`` is what the DeepSpeed config said of it."""
     if arguments.optim != "lomo":
-        _replace_optimizer(config, theirs, arguments)
+        _replace_optimizer(config, section, arguments)
         return
-    kind = theirs.get("type", "LOMO")
+    kind = section.get("type", "LOMO")
     if str(kind).lower() != "lomo":
         raise ConfigError(
             f"the DeepSpeed config names the optimizer {one_line(repr(kind))}, and --optim is lomo; write "
             '"optimizer": {"type": "LOMO", "params": {"lr": "auto"}}, leave the section out, or train with '
             "--optim adamw or sgd"
         )
-    if "type" not in theirs:
+    if "type" not in section:
         logger.info("optimizer: LOMO, as the DeepSpeed config names none and --optim is lomo")
         config["optimizer"]["type"] = "LOMO"
 
 
-def _replace_optimizer(config: dict[str, Any], theirs: dict[str, Any], arguments: TrainArguments) -> None:
-    """Put the optimizer that ``--optim`` names in the place of LOMO, or of itself."""
-    ours, kind = BASELINES[arguments.optim], theirs.get("type", "LOMO")
+def _replace_optimizer(config: dict[str, Any], section: dict[str, Any], arguments: TrainArguments) -> None:
+    """Put the baseline that ``--optim`` names in the place of LOMO."""
+    baseline, kind = BASELINES[arguments.optim], section.get("type", "LOMO")
     if str(kind).lower() not in ("lomo", arguments.optim):
         raise ConfigError(
             f"--optim {arguments.optim} takes the place of LOMO in the DeepSpeed config, got optimizer.type {kind!r}; "
-            f"write LOMO or {ours['type']}"
+            f"write LOMO or {baseline['type']}"
         )
-    params = theirs.get("params") or {}
-    unknown = [name for name, value in params.items() if name not in KNOWN and value not in (None, "auto")]
+    params = section.get("params") or {}
+    unknown = [name for name, value in params.items() if name not in BASELINE_PARAMS and value not in (None, "auto")]
     if unknown:
         raise ConfigError(
             f"of the DeepSpeed config's optimizer.params --optim {arguments.optim} knows lr and weight_decay, got "
             f"{one_line(' and '.join(unknown))} too; remove that, or use --optim lomo"
         )
-    params = {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay, **ours["params"]}
-    config["optimizer"] = {"type": ours["type"], "params": params}
+    defaults = lomo_parameters(type(arguments)).items()
+    unused = [n for n, default in defaults if n not in BASELINE_PARAMS and getattr(arguments, n) != default]
+    if unused:
+        raise ConfigError(
+            f"--{' and --'.join(unused)} cannot be used with --optim {arguments.optim}, only with lomo; leave it out"
+        )
+    params = {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay, **baseline["params"]}
+    config["optimizer"] = {"type": baseline["type"], "params": params}
     config["zero_allow_untested_optimizer"] = True  # DeepSpeed's list of tested ones has Adam alone
 
 
 def _settle_train_batch_size(config: dict[str, Any], arguments: TrainArguments, world_size: int) -> None:
     micro, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     size = micro * accumulation * world_size
-    theirs = config.get("train_batch_size", "auto")
-    if theirs not in (None, "auto", size):
+    given = config.get("train_batch_size", "auto")
+    if given not in (None, "auto", size):
         raise ConfigError(
-            f"train_batch_size {json.dumps(theirs)} in the DeepSpeed config is not "
+            f"train_batch_size {json.dumps(given)} in the DeepSpeed config is not "
             f"per_device_train_batch_size {micro} x "
             f'gradient_accumulation_steps {accumulation} x {world_size} GPUs = {size}; write "auto" or {size}'
         )
     config["train_batch_size"] = size
 
 
-def _require_kind(value: Any, path: str, kind: type) -> None:
-    fits = type(value) in ((int, float) if kind is float else (kind,))  # true is an int by inheritance alone
-    if value not in (None, "auto") and not fits:
+def _validate_type(value: Any, path: str, kind: type) -> None:
+    matches = type(value) in ((int, float) if kind is float else (kind,))  # isinstance(True, int) holds
+    if value not in (None, "auto") and not matches:
         raise ConfigError(f'{path} in the DeepSpeed config must be {KINDS[kind]} or "auto", got {value!r}')
 
 
-def _default_clip(config: dict[str, Any], theirs: Any) -> Any:
-    """``theirs``, for the default of --max_grad_norm; or 0, where that would contradict what LOMO was asked for."""
-    lomo = section_of(config, "optimizer.params")
-    asked = [name for name in ("clip_grad_value", "clip_group_norm") if lomo.get(name) is not None]
-    asked += ["update_schedule immediate"] if lomo.get("update_schedule") == "immediate" else []
-    if not asked:
-        return theirs
-    logger.info("gradient_clipping: none, as the default of --max_grad_norm gives way to %s", asked[0])
+def _default_clip(config: dict[str, Any], arguments: TrainArguments, value: Any) -> Any:
+    """Return ``value``, which lets --max_grad_norm's default apply; 0 where that would contradict other settings."""
+    params = section_of(config, "optimizer.params")
+
+    def setting(name: str) -> Any:
+        return getattr(arguments, name) if params.get(name) in (None, "auto") else params[name]
+
+    reasons = [name for name in ("clip_grad_value", "clip_group_norm") if setting(name) is not None]
+    reasons += ["update_schedule immediate"] if setting("update_schedule") == "immediate" else []
+    if not reasons:
+        return value
+    logger.info("gradient_clipping: none, as the default of --max_grad_norm gives way to %s", reasons[0])
     return 0.0
 
 
 def _set(config: dict[str, Any], path: str, value: Any) -> None:
+    """Set the field at ``path``; None removes it."""
     *sections, last = path.split(".")
     for key in sections:
         config[key] = config.get(key) or {}
         config = config[key]
-    config[last] = value
+    if value is None:
+        config.pop(last, None)
+    else:
+        config[last] = value

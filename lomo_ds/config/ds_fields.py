@@ -4,7 +4,6 @@ DeepSpeed's parsed config and the dict it was parsed from are both read later; a
 """
 
 import copy
-import dataclasses
 import logging
 import types
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
-from lomo_ds.config.lomo_config import LomoConfig, require_sections, value_at
+from lomo_ds.config.lomo_config import LomoParameters, lomo_parameters
+from lomo_ds.config.sections import require_sections, section_of
 from lomo_ds.distributed.process_group import is_main_process
 from lomo_ds.errors import ConfigError, did_you_mean, one_line
 
@@ -60,7 +60,7 @@ REPLACED = {
 }
 # "auto" is a value of these, and nobody has to fill it in
 OWN_AUTOS = {"data_types.keep_in_fp32_modules", "pipeline.stages"} | {
-    f"optimizer.params.{field.name}" for field in dataclasses.fields(LomoConfig) if field.default == "auto"
+    f"optimizer.params.{name}" for name, default in lomo_parameters(LomoParameters).items() if default == "auto"
 }
 
 
@@ -108,12 +108,6 @@ def settle(ds_config: dict[str, Any], world_size: int | None = None) -> dict[str
     if world_size is not None:
         _complete_batch_sizes(config, world_size)
     return config
-
-
-def section_of(config: dict[str, Any], path: str) -> dict[str, Any]:
-    """The section at ``path``, the config itself at ``""``; an empty one where there is none."""
-    section = value_at(config, path) if path else config
-    return section if isinstance(section, dict) else {}
 
 
 def kind_of(path: str) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lomo_ds.config.ds_fields import settle
-from lomo_ds.config.lomo_config import refuse_what_no_baseline_can
+from lomo_ds.config.validation import validate_baseline_config
 from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.distributed.process_group import start_process_group
 from lomo_ds.engine.batches import Batch
@@ -51,7 +51,7 @@ def initialize_baseline(
     shutdown_init_context()
     try:
         config = settle(config)
-        refuse_what_no_baseline_can(config)
+        validate_baseline_config(config)
         validate_scheduler_factory(lr_scheduler)
         start_process_group()
         config = settle(config, dist.get_world_size())

@@ -25,7 +25,8 @@ from torch.utils.data import Dataset
 from lomo_ds.checkpoint import Checkpoint, Saver, checkpoint_name, open_checkpoint, read_latest
 from lomo_ds.checkpoint.random_states import RandomStates
 from lomo_ds.config.ds_fields import settle
-from lomo_ds.config.lomo_config import idle_fields, read_lomo_config, refuse_what_cannot_be
+from lomo_ds.config.lomo_config import read_lomo_config
+from lomo_ds.config.validation import unused_fields, validate_ds_config
 from lomo_ds.distributed.collectives import all_reduce_sum, gather_objects
 from lomo_ds.distributed.process_group import TIMEOUT, start_process_group
 from lomo_ds.engine.batches import Batch
@@ -99,11 +100,11 @@ def initialize(
         validate_scheduler_factory(lr_scheduler)
         validate_training_data(training_data, collate_fn)
         ds_config = settle(_load_config(args, config, config_params))
-        refuse_what_cannot_be(ds_config)
+        validate_ds_config(ds_config)
         _join_process_group(distributed_port, dist_init_required)
         ds_config = settle(ds_config, dist.get_world_size())
-        refuse_what_cannot_be(ds_config)  # again, because the world size may determine the accumulation steps
-        if dist.get_rank() == 0 and (idle := idle_fields(ds_config)):
+        validate_ds_config(ds_config)  # again, because the world size may determine the accumulation steps
+        if dist.get_rank() == 0 and (idle := unused_fields(ds_config)):
             logger.info("LOMO ignores these fields of the DeepSpeed config: %s", ", ".join(idle))
         engine = LomoEngine(
             args=args,

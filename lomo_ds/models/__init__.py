@@ -6,7 +6,7 @@ from lomo_ds.models.load_model import empty_model, find_model, load_model
 from lomo_ds.models.meta_model import meta_model, saved_tensors
 from lomo_ds.models.model_config import load_config, load_generation_config
 from lomo_ds.models.recompute import recompute_activations
-from lomo_ds.models.rope import max_positions, scale_rope
+from lomo_ds.models.rope import scale_rope, sequence_length
 from lomo_ds.models.tiled_logits import can_tile_logits, tile_logits
 from lomo_ds.models.tokenizer import add_special_tokens, load_tokenizer
 from lomo_ds.models.verify import verify_export
@@ -22,13 +22,13 @@ __all__ = [
     "load_generation_config",
     "load_model",
     "load_tokenizer",
-    "max_positions",
     "meta_model",
     "recompute_activations",
     "save_pretrained",
     "save_settings",
     "saved_tensors",
     "scale_rope",
+    "sequence_length",
     "set_vocab_size",
     "tile_logits",
     "verify_export",

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
+from lomo_ds.config.arguments import MAX_SEQ_LENGTH
 from lomo_ds.errors import ConfigError
 from lomo_ds.models.files import first_line
 
@@ -40,6 +41,29 @@ def max_positions(config: PretrainedConfig) -> int | None:
     if parameters.get("rope_type") in SCALES_ORIGINAL_POSITIONS and original:
         return max(configured, round(original * factor))
     return configured
+
+
+def sequence_length(config: PretrainedConfig, requested: int | None) -> int:
+    """Return the tokens of a training sequence: the requested number, or a default that the model allows.
+
+    Raises:
+        ConfigError: the model does not allow as many, or its configuration does not say how many it allows.
+    """
+    longest = max_positions(config)
+    if longest is None:
+        if requested is None:
+            raise ConfigError("the model's config.json names no max_position_embeddings; give --max_seq_length")
+        return requested
+    if requested is None:
+        length = min(longest, MAX_SEQ_LENGTH)
+        logger.info("--max_seq_length was not given: %d, where the model has %d positions", length, longest)
+        return length
+    if requested > longest:
+        raise ConfigError(
+            f"--max_seq_length {requested} is longer than the model's {longest} positions; use at most {longest}, or "
+            "stretch rotary embeddings with --rope_scaling yarn"
+        )
+    return requested
 
 
 def scale_rope(config: PretrainedConfig, scaling: str, length: int | None) -> None:

@@ -87,7 +87,7 @@ class SimulatedCoordinator:
         self.settings, self.ahead = settings, ahead
         self.released: deque[tuple[int, int]] = deque()  # not yet freed: number of the next request, and bytes
         self.uses_transport = settings.optimizer == "lomo" and (
-            settings.offload_param != "none" or settings.int8_weights
+            settings.offload_param != "none" or settings.int8_weights or settings.quantized_gathers
         )
         self.names, self.numels = trace.names, trace.numels
         self.modules = trace.modules
@@ -219,8 +219,9 @@ class SimulatedCoordinator:
 
     def _unpack(self, buffer: _GatherBuffer) -> None:
         """Copy each parameter into a tensor of its own, then free the buffer, like ``zero3.transport``."""
-        in_place = not self.settings.int8_weights and (self.settings.gpus == 1 or len(buffer.members) == 1)
+        is_alone = self.settings.gpus == 1 or len(buffer.members) == 1
         for p in sorted(buffer.members):
+            in_place = is_alone and not self.settings.is_sent_in_int8(self.settings.shard_numel(self.numels[p]))
             self.in_flight.pop(p, None)
             self.available[p] = self._gathered_bytes(p)
             self._add(0 if in_place else self._gathered_bytes(p))
@@ -267,7 +268,7 @@ class SimulatedCoordinator:
         """Return the bytes of the receive buffer of ``params``; with ``zero3.transport`` every shard is aligned."""
         if not self.uses_transport:
             return sum(self._gathered_bytes(p) for p in params)
-        sent = [self.settings.stored_bytes(self.settings.shard_numel(self.numels[p])) for p in params]
+        sent = [self.settings.sent_bytes(self.settings.shard_numel(self.numels[p])) for p in params]
         return aligned_layout(sent)[1] * self.settings.gpus
 
     def _add(self, size: int) -> None:

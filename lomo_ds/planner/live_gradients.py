@@ -61,8 +61,9 @@ class LomoGradients:
     ) -> None:
         self.gathered = gathered
         in_backward = settings.offload_param != "none" and not (footprint.on_device or footprint.on_host)
-        self.updates_gathered = in_backward and not settings.int8_weights
-        self.fetches_shards = in_backward and settings.int8_weights
+        rounds_gathers = settings.int8_weights or settings.quantized_gathers
+        self.updates_gathered = in_backward and not rounds_gathers
+        self.fetches_shards = in_backward and rounds_gathers
         order = [event.index for event in trace.events if event.kind is EventKind.GRADIENT]
         self.followers = {p: order[position + 1 : position + 1 + LOOK_AHEAD] for position, p in enumerate(order)}
         self.fetching = 0  # bytes being copied from host memory
@@ -71,7 +72,8 @@ class LomoGradients:
         self.copied_by_gloo = int(on_cpu)  # gloo reduces a copy of a bucket and scatters the copy
         self.settings, self.footprint, self.temporaries, self.observe = settings, footprint, temporaries, observe
         self.numels = trace.numels
-        self.itemsize = settings.dtype.itemsize
+        self.itemsize = settings.dtype.itemsize  # of a whole gradient
+        self.reduced_itemsize = settings.gradient_dtype.itemsize
         self.buckets: Buckets[int] = Buckets(max(self.numels), settings.gpus, self._launch, self._land)
         self.stashing: deque[int] = deque()  # bytes of gradients that are being copied to host memory
         self.level = self.stashed = 0
@@ -108,14 +110,17 @@ class LomoGradients:
 
     def _launch(self, members: list[int]) -> None:
         """Begin the reduce-scatter of a bucket, like ``Reduction``."""
-        sizes = [self.numels[p] * self.itemsize for p in members]
+        sizes = [self.numels[p] * self.reduced_itemsize for p in members]
+        if self.reduced_itemsize != self.itemsize:  # converted together, before the originals are freed
+            self._change(sum(sizes))
+            self._change(-sum(self.numels[p] * self.itemsize for p in members))
         if self.settings.gpus == 1:
             for p, size in zip(members, sizes, strict=True):
                 self._deliver([p], size)
             return
         padded = sum(self.settings.shard_numel(self.numels[p]) for p in members)
         copied = len(members) > 1 or padded * self.settings.gpus > self.numels[members[0]]
-        bucket, shards = padded * self.settings.gpus * self.itemsize, padded * self.itemsize
+        bucket, shards = padded * self.settings.gpus * self.reduced_itemsize, padded * self.reduced_itemsize
         if copied:
             self._change(bucket)
         self._change(shards)
@@ -127,21 +132,21 @@ class LomoGradients:
         """Finish reduce-scatters, oldest first, until at most ``until`` elements are in flight."""
         while self.in_flight and sum(numel for _, numel, _ in self.in_flight) > until:
             members, numel, shards = self.in_flight.popleft()
-            self._change(numel * self.itemsize * self.copied_by_gloo)
+            self._change(numel * self.reduced_itemsize * self.copied_by_gloo)
             self._deliver(members, shards)
-            self._change(-numel * self.itemsize * (1 + self.copied_by_gloo))
+            self._change(-numel * self.reduced_itemsize * (1 + self.copied_by_gloo))
 
     def _deliver(self, members: list[int], size: int) -> None:
         """Give the schedule the gradient shards of one buffer of ``size`` bytes."""
         if self.footprint.on_device:
-            stashed = self.footprint.bytes_of(size, self.itemsize)
+            stashed = self.footprint.bytes_of(size, self.reduced_itemsize)
             self._change(stashed if stashed != size else 0)  # a converted copy, beside the buffer
             if members[0] not in self.held:
                 self.stashed += stashed
             self.held.update(members)
             self._change(-size - (stashed if stashed != size else 0))
         elif self.footprint.on_host:
-            stashed = self.footprint.bytes_of(size, self.itemsize)
+            stashed = self.footprint.bytes_of(size, self.reduced_itemsize)
             if members[0] in self.held:  # not the first micro-batch
                 self._set_fetching(self._bytes_fetched_after(members[-1]))
             self.held.update(members)
@@ -171,7 +176,7 @@ class LomoGradients:
         if self.settings.gpus == 1:
             self.gathered.hold(index)
         else:
-            self.shards += self._shard_bytes(index)
+            self.shards += self._stored_bytes(index)
 
     def _limit_offloading(self, until: int) -> None:
         """Free offloaded shards, oldest first, like ``HostTransfer``; the newest is freed only if ``until`` is 0."""
@@ -186,7 +191,7 @@ class LomoGradients:
         """Return the bytes that ``Prefetcher`` fetches while the gradient of ``p`` is used."""
         nbytes = 0
         for number, follower in enumerate(self.followers[p]):
-            stashed = self.footprint.bytes_of(self._shard_bytes(follower), self.itemsize)
+            stashed = self.footprint.bytes_of(self._shard_bytes(follower), self.reduced_itemsize)
             size = self._stored_bytes(follower) if self.fetches_shards else stashed
             if number and nbytes + size > IN_FLIGHT_BYTES:
                 break
@@ -201,7 +206,7 @@ class LomoGradients:
         return self.settings.stored_bytes(self.settings.shard_numel(self.numels[p]))
 
     def _shard_bytes(self, p: int) -> int:
-        return self.settings.shard_numel(self.numels[p]) * self.itemsize
+        return self.settings.shard_numel(self.numels[p]) * self.reduced_itemsize
 
     def _wait_for_group(self, members: list[int], size: int) -> None:
         for p in members:
@@ -213,7 +218,7 @@ class LomoGradients:
                 self._change(-self.grouped.pop(group))
 
     def _update(self, size: int) -> None:
-        temporary = self.temporaries(size // self.itemsize)
+        temporary = self.temporaries(size // self.reduced_itemsize)
         self._change(temporary)
         self._change(-temporary)
 

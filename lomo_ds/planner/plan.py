@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from lomo_ds.config.lomo_config import LomoConfig
 from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import HOST_SHARE
 from lomo_ds.models import can_tile_logits, load_config, meta_model
@@ -97,7 +96,7 @@ class Plan:
     @property
     def pinned_host_bytes(self) -> dict[str, int]:
         """Bytes by kind that all ranks of a host pin together."""
-        return {kind: size * self.settings.gpus_of_a_host for kind, size in self.memory.host.items()}
+        return {kind: size * self.settings.gpus_per_host for kind, size in self.memory.host.items()}
 
     @property
     def host_bytes(self) -> int:
@@ -162,22 +161,23 @@ def plan_run(model: PlannedModel, settings: Settings, machine: Machine, by_name:
         by_name: fill in ``memory.sizes``, which takes longer.
 
     Raises:
-        ConfigError: the settings contradict each other.
+        ConfigError: parameters are offloaded to a disk whose speed ``machine`` does not have.
         ModelError: the model cannot be traced.
     """
-    _validate(settings, machine)
+    if settings.offload_param == "nvme" and not machine.nvme:
+        raise ConfigError("offload_param nvme needs the speed of the disk; give --nvme, for example 3GB/s")
     shards = sum(settings.shard_numel(parameter.numel()) for parameter in model.meta_model.parameters())
     stored = settings.stored_bytes(shards)
     on_gpu, on_host = (stored, 0) if settings.offload_param == "none" else (0, stored)
     if settings.offload_param == "nvme":
         on_host = 0
     free_gpu = max(0, machine.gpu_memory - machine.context - on_gpu)
-    free_host = max(0, machine.host_memory // settings.gpus_of_a_host - on_host)
+    free_host = max(0, machine.host_memory // settings.gpus_per_host - on_host)
     granularity = _granularity(model, settings, free_gpu)
     choice = _choice(settings, shards, free_gpu, free_host)
     if machine.device == "cpu":
         choice = dataclasses.replace(choice, stash_device="gpu")  # host memory is the only memory, as in build_schedule
-    footprint = gradient_footprint(choice, settings.clip_group_norm is not None, _stash_dtype(settings))
+    footprint = gradient_footprint(choice, settings.clip_group_norm is not None, settings.stash_dtype)
     trace = model.trace(settings, granularity)
     memory = estimate_memory(trace, _with_prefetch_limits(model, settings, granularity), machine, footprint, by_name)
     time = estimate_time(trace, settings, machine, footprint, memory)
@@ -238,15 +238,10 @@ def _with_prefetch_limits(model: PlannedModel, settings: Settings, granularity: 
 def _choice(settings: Settings, shard_numel: int, free_gpu: int, free_host: int) -> Choice:
     if settings.optimizer != "lomo":
         return Choice("deepspeed", "gpu", "gradients of all parameters are kept")
-    stash_dtype = _stash_dtype(settings) or settings.dtype
+    stash_dtype = settings.stash_dtype or settings.dtype
     try:
         return choose_schedule(
-            LomoConfig(
-                lr=1.0,
-                update_schedule=settings.update_schedule,
-                stash_device=settings.stash_device,
-                clip_group_norm=settings.clip_group_norm,
-            ),
+            settings,
             settings.gradient_clipping,
             settings.precision == "fp16",
             settings.accumulation,
@@ -256,34 +251,3 @@ def _choice(settings: Settings, shard_numel: int, free_gpu: int, free_host: int)
         )
     except ConfigError as error:  # the stash fits nowhere; the plan will show that
         return Choice("stash", "cpu" if settings.stash_device == "cpu" else "gpu", str(error))
-
-
-def _stash_dtype(settings: Settings) -> torch.dtype | None:
-    return torch.float32 if settings.accumulation > 1 else None
-
-
-def _validate(settings: Settings, machine: Machine) -> None:
-    if settings.offload_param == "nvme" and not machine.nvme:
-        raise ConfigError("offload_param nvme needs the speed of the disk; give --nvme, for example 3GB/s")
-    if settings.int8_weights and settings.offload_param == "nvme":
-        raise ConfigError("weights int8 cannot be offloaded to NVMe; plan them with --offload_param cpu")
-    schedule = settings.update_schedule
-    if settings.optimizer != "lomo":
-        if settings.int8_weights or settings.offload_param == "nvme":
-            raise ConfigError("weights int8 and offload_param nvme need LOMO; plan them with --optim lomo")
-        return
-    if schedule == "immediate" and (settings.gradient_clipping or settings.precision == "fp16"):
-        raise ConfigError(
-            "update_schedule immediate updates weights before the global norm or an overflow is known; plan it with "
-            "--gradient_clipping 0 and without fp16, or use stash or two_pass"
-        )
-    if schedule in ("immediate", "two_pass") and settings.accumulation > 1:
-        raise ConfigError(
-            f"update_schedule {schedule} cannot accumulate gradients, got accumulation {settings.accumulation}; "
-            "use stash"
-        )
-    if settings.clip_group_norm is not None and settings.gradient_clipping:
-        raise ConfigError(
-            "only one kind of clipping can be used, got gradient_clipping and clip_group_norm; give "
-            "--gradient_clipping 0 with --clip_group_norm"
-        )

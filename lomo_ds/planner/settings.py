@@ -1,64 +1,61 @@
-"""What a run is, as far as its memory and its time depend on it."""
+"""The settings of a run that its memory and its time depend on."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from lomo_ds.config.lomo_config import GatherGranularity, StashDevice, UpdateSchedule, Weights
+from lomo_ds.config.lomo_config import LomoParameters
+from lomo_ds.config.parameter import parameter, validate_fields
 from lomo_ds.errors import ConfigError
 from lomo_ds.numerics import int8
+from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.numerics.precision import DTYPES, Precision
 
 Offload = Literal["none", "cpu", "nvme"]
 Optimizer = Literal["lomo", "adamw", "sgd"]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """A run of ``gpus`` data-parallel ranks under ZeRO-3.
+@dataclass(frozen=True, kw_only=True)
+class Settings(LomoParameters):
+    """A run of ``gpus`` data-parallel ranks under ZeRO-3; made by ``settings_of`` from a DeepSpeed config.
 
     Attributes:
         gpus: ranks, one on each GPU.
-        hosts: machines they are spread over evenly.
+        hosts: machines that the ranks are distributed over evenly.
         sequence: tokens of a row.
-        batch: rows of a rank in a micro-batch.
+        batch: rows of a rank's micro-batch.
         accumulation: micro-batches of a step.
         precision: of weights and gradients.
         optimizer: LOMO, or torch.optim's on DeepSpeed's own ZeRO-3, with fp32 master weights.
-        fused: whether those optimizers step without temporaries, as ``launch/train.py`` lets them.
-        update_schedule, stash_device, gather_granularity: see ``LomoConfig``.
+        fused: whether those optimizers step without temporaries, as in ``launch/train.py``.
         gradient_clipping: limit on the global norm; 0 for none.
-        clip_group_norm: limit on the norm of each decoder layer.
-        gradient_checkpointing: whether activations are computed again in backward.
-        tiled_logits: whether logits are computed a tile at a time; None: wherever the model allows it.
-        offload_param: where a rank's shards lie, if not on its GPU.
-        weights: see ``LomoConfig``.
-        activation_offload: whether activation checkpoints lie in host memory.
-        persistence_threshold, prefetch_bucket_size, max_live_parameters, max_reuse_distance, reduce_bucket_size: of
-            DeepSpeed's ``zero_optimization`` (the first four with ``stage3_``, or ``stage3_param_``), in elements.
+        gradient_checkpointing: whether activations are recomputed in backward.
+        tiled_logits: whether logits are computed a tile at a time; None for wherever the model allows it.
+        offload_param: where shards are kept between their uses, if not on the GPU.
+        activation_offload: whether activation checkpoints are kept in host memory.
+        zero_quantized_weights: whether shards travel in eight bits.
+        communication_data_type: precision that gradients are reduced in; None for their own.
+        persistence_threshold, prefetch_bucket_size, max_live_parameters, max_reuse_distance, reduce_bucket_size:
+            elements, see ``suggest.ZERO_FIELDS`` for their names in a DeepSpeed config.
     """
 
-    gpus: int = 1
-    hosts: int = 1
-    sequence: int = 1024
-    batch: int = 1
-    accumulation: int = 1
+    gpus: int = parameter(1, at_least=1)
+    hosts: int = parameter(1, at_least=1)
+    sequence: int = parameter(1024, at_least=2)
+    batch: int = parameter(1, at_least=1)
+    accumulation: int = parameter(1, at_least=1)
     precision: Precision = "bf16"
     optimizer: Optimizer = "lomo"
     fused: bool = True
-    update_schedule: UpdateSchedule = "auto"
-    stash_device: StashDevice = "auto"
-    gradient_clipping: float = 1.0
-    clip_group_norm: float | None = None
+    gradient_clipping: float = parameter(1.0, at_least=0)
     gradient_checkpointing: bool = False
     tiled_logits: bool | None = None
-    gather_granularity: GatherGranularity = "auto"
     offload_param: Offload = "none"
-    weights: Weights = "auto"
     activation_offload: bool = False
+    zero_quantized_weights: bool = False
+    communication_data_type: Precision | None = None
     persistence_threshold: int = 100_000
     prefetch_bucket_size: int = 50_000_000
     max_live_parameters: int = 1_000_000_000
@@ -66,39 +63,40 @@ class Settings:
     reduce_bucket_size: int = 500_000_000
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "hosts", "batch", "accumulation"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(self.sequence >= 2, "seq", "at least 2", self.sequence)
-        limit = self.gradient_clipping
-        _require(0 <= limit < math.inf, "gradient_clipping", "at least 0, and finite", limit)
+        validate_fields(self, "")
         if self.gpus % self.hosts:
-            raise ConfigError(
-                f"hosts have as many GPUs each, got {self.gpus} on {self.hosts} hosts; give a divisor of {self.gpus}"
-            )
-        if self.activation_offload and not self.gradient_checkpointing:
-            raise ConfigError(
-                "activation_offload moves the checkpoints of gradient checkpointing to host memory; "
-                "add gradient_checkpointing, or leave it out"
-            )
+            raise ConfigError(f"every host must have the same number of GPUs, got {self.gpus} on {self.hosts} hosts")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, gradients and activations."""
+        """Data type of weights, gradients and activations."""
         return DTYPES[self.precision]
 
     @property
-    def gpus_of_a_host(self) -> int:
-        """Ranks that share one machine's memory."""
+    def gradient_dtype(self) -> torch.dtype:
+        """Data type that gradients are reduced in."""
+        return DTYPES[self.communication_data_type or self.precision]
+
+    @property
+    def stash_dtype(self) -> torch.dtype | None:
+        """Data type of stashed gradient shards; None for the one they arrive in."""
+        if self.accumulation > 1:
+            return torch.float32
+        return DTYPES[self.communication_data_type] if self.communication_data_type else None
+
+    @property
+    def gpus_per_host(self) -> int:
+        """Number of ranks that share one machine's memory."""
         return self.gpus // self.hosts
 
     @property
     def tokens(self) -> int:
-        """Of all ranks in a step."""
+        """Tokens of all ranks in a step."""
         return self.gpus * self.batch * self.accumulation * self.sequence
 
     @property
     def resident(self) -> bool:
-        """Whether parameters stay whole on the one GPU, and nothing is gathered; see ``ResidentGathering``."""
+        """Whether parameters stay whole on the only GPU and nothing is gathered; see ``ResidentGathering``."""
         return self.optimizer == "lomo" and self.gpus == 1 and self.offload_param == "none" and not self.int8_weights
 
     @property
@@ -106,19 +104,29 @@ class Settings:
         """Whether shards are kept in eight bits."""
         return self.weights == "int8"
 
+    @property
+    def quantized_gathers(self) -> bool:
+        """Whether gathers round shards to eight bits; a single rank sends nothing."""
+        return self.zero_quantized_weights and self.gpus > 1
+
     def shard_numel(self, numel: int) -> int:
-        """Elements of a rank's partition of a parameter, padding included."""
-        return -(-numel // self.gpus)
+        """Return the elements of a rank's partition of a parameter, padding included."""
+        return ceil_div(numel, self.gpus)
 
     def stored_bytes(self, numel: int) -> int:
-        """Of ``numel`` elements of a shard, as it lies between its uses."""
+        """Return the bytes of ``numel`` elements of a shard between its uses."""
         return int8.quantized_bytes(numel) if self.int8_weights else numel * self.dtype.itemsize
 
+    def is_sent_in_int8(self, shard_numel: int) -> bool:
+        """Return whether a shard travels in eight bits, as it is kept so or is quantized; see ``zero3.wire``."""
+        return self.int8_weights or (self.quantized_gathers and shard_numel >= int8.BLOCK)
+
+    def sent_bytes(self, shard_numel: int) -> int:
+        """Return the bytes that a rank sends of a shard when its parameter is gathered."""
+        if self.is_sent_in_int8(shard_numel):
+            return int8.quantized_bytes(shard_numel)
+        return shard_numel * self.dtype.itemsize
+
     def but(self, **changes: Any) -> "Settings":
-        """The same with some changes."""
+        """Return a copy with some changes."""
         return dataclasses.replace(self, **changes)
-
-
-def _require(holds: bool, name: str, rule: str, got: object) -> None:
-    if not holds:
-        raise ConfigError(f"{name} must be {rule}, got {got!r}")

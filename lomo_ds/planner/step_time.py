@@ -82,19 +82,20 @@ def _phases(
     shards = settings.stored_bytes(settings.shard_numel(numel))
     for phase, gathered in ((forward, memory.gathered_forward), (backward, memory.gathered_backward)):
         own_shards = settings.stored_bytes(settings.shard_numel(gathered))
-        phase[PEERS] = int(own_shards * gpus * remote_share)
+        phase[PEERS] = int(settings.sent_bytes(settings.shard_numel(gathered)) * gpus * remote_share)
         if settings.offload_param != "none":
             phase[HOST_TO_GPU] = own_shards
         if settings.offload_param == "nvme":
-            phase[NVME] = own_shards * settings.gpus_of_a_host
-    backward[PEERS] += int(numel * itemsize * remote_share)
+            phase[NVME] = own_shards * settings.gpus_per_host
+    backward[PEERS] += int(numel * settings.gradient_dtype.itemsize * remote_share)
     if settings.offload_param != "none":
         after[GPU_TO_HOST] += shards
-        on_gpu = not (footprint.on_device or footprint.on_host or settings.int8_weights)
+        rounds_gathers = settings.int8_weights or settings.quantized_gathers
+        on_gpu = not (footprint.on_device or footprint.on_host or rounds_gathers)
         if not on_gpu:  # at the update, the gathered copy has been freed, or was dequantized from int8
             after[HOST_TO_GPU] += shards
         if settings.offload_param == "nvme":
-            after[NVME] += shards * settings.gpus_of_a_host * (1 if on_gpu else 2)
+            after[NVME] += shards * settings.gpus_per_host * (1 if on_gpu else 2)
     if footprint.on_host:
         stash = footprint.bytes_of(settings.shard_numel(numel) * itemsize, itemsize)
         backward[GPU_TO_HOST] += stash

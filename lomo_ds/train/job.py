@@ -26,17 +26,8 @@ from lomo_ds.checkpoint import (
     remove,
     remove_unfinished,
 )
-from lomo_ds.config.arguments import MAX_SEQ_LENGTH, TrainArguments
-from lomo_ds.config.ds_config import (
-    fill_buckets,
-    fill_precision,
-    fill_scheduler,
-    read_ds_config,
-    reconcile,
-    warmup_steps,
-)
-from lomo_ds.config.ds_fields import settle
-from lomo_ds.config.lomo_config import refuse_what_cannot_be, refuse_what_no_baseline_can
+from lomo_ds.config.arguments import TrainArguments
+from lomo_ds.config.ds_config import complete_config, resolve_config, warmup_steps
 from lomo_ds.data import (
     PackedBlocks,
     TrainingSteps,
@@ -63,12 +54,12 @@ from lomo_ds.models import (
     load_generation_config,
     load_model,
     load_tokenizer,
-    max_positions,
     meta_model,
     recompute_activations,
     save_settings,
     saved_tensors,
     scale_rope,
+    sequence_length,
     set_vocab_size,
     tile_logits,
     verify_export,
@@ -169,10 +160,7 @@ def _train_in(
 def _read_configs(
     arguments: TrainArguments, given: frozenset[str], world_size: int, fast: FastPrecision
 ) -> tuple[dict[str, Any], TrainArguments]:
-    """The DeepSpeed config and the arguments as one, their precision the hardware's where it is left to it."""
-    ds_config = read_ds_config(arguments.deepspeed)
-    ds_config, from_hardware = fill_precision(ds_config, arguments, given, fast.precision)
-    ds_config, arguments = reconcile(ds_config, arguments, given, world_size)
+    ds_config, arguments, from_hardware = resolve_config(arguments, given, world_size, fast.precision)
     if from_hardware:
         logger.info("precision auto: %s, for %s", arguments.precision, fast.reason)
     return ds_config, arguments
@@ -323,12 +311,7 @@ def _filled(
     ds_config: dict[str, Any], arguments: TrainArguments, total_steps: int, config: PretrainedConfig
 ) -> dict[str, Any]:
     """``ds_config`` with nothing left to fill in, or refused before a model is loaded for nothing."""
-    ds_config = fill_buckets(fill_scheduler(ds_config, arguments, total_steps), config)
-    ds_config = settle(ds_config, dist.get_world_size())
-    if arguments.optim == "lomo":
-        refuse_what_cannot_be(ds_config)
-    else:
-        refuse_what_no_baseline_can(ds_config)
+    ds_config = complete_config(ds_config, arguments, total_steps, config, dist.get_world_size())
     parse_ds_config(ds_config)
     return ds_config
 
@@ -434,7 +417,7 @@ def _load_vocabulary(
         )  # fmt: skip
     if arguments.sample_prompt is not None:
         check_prompt(arguments.sample_prompt, tokenizer, config.vocab_size)
-    return config, tokenizer, _sequence_length(config, arguments), stored_rows
+    return config, tokenizer, sequence_length(config, arguments.max_seq_length), stored_rows
 
 
 def _has_new_padding(
@@ -443,24 +426,6 @@ def _has_new_padding(
     """Whether the padding token was asked for, or had no row before; and has one now."""
     pad = tokenizer.pad_token_id
     return pad is not None and pad < rows and (arguments.pad_token is not None or pad >= stored_rows)
-
-
-def _sequence_length(config: PretrainedConfig, arguments: TrainArguments) -> int:
-    """The tokens of a training sequence: as many as were asked for, or a usual number that the model allows."""
-    longest, length = max_positions(config), arguments.max_seq_length
-    if longest is None:
-        if length is None:
-            raise ConfigError("the model's config.json names no max_position_embeddings; give --max_seq_length")
-        return length
-    if length is None:
-        length = min(longest, MAX_SEQ_LENGTH)
-        logger.info("--max_seq_length was not given: %d, where the model has %d positions", length, longest)
-    if length > longest:
-        raise ConfigError(
-            f"--max_seq_length {length} is longer than the model's {longest} positions; use at most {longest}, or "
-            "stretch rotary embeddings with --rope_scaling yarn"
-        )
-    return length
 
 
 def _load_blocks(

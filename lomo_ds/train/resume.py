@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from lomo_ds.checkpoint import MODEL, Checkpoint, list_checkpoints
 from lomo_ds.config.arguments import TrainArguments
-from lomo_ds.config.ds_config import SAME_MEANING
+from lomo_ds.config.ds_config import shared_fields
 from lomo_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def log_changes(found: Checkpoint, arguments: TrainArguments, ds_config: dict[st
     }  # fmt: skip
     before, now = _flat(_json(found.folder / "ds_config.json")), _flat(ds_config)
     if before:
-        spoken_of = {*SAME_MEANING, "train_batch_size"}
+        spoken_of = {*shared_fields(), "train_batch_size"}
         pairs = {name: (before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys())}
         changed |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in spoken_of}
     if changed:

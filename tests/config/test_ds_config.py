@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from lomo_ds.config.arguments import TrainArguments, parse_arguments
 from lomo_ds.config.ds_config import fill_buckets, fill_precision, fill_scheduler, read_ds_config, reconcile
 from lomo_ds.config.ds_fields import settle
-from lomo_ds.config.lomo_config import refuse_what_cannot_be, refuse_what_no_baseline_can
+from lomo_ds.config.validation import validate_baseline_config, validate_ds_config
 from lomo_ds.engine.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError
 
@@ -33,11 +33,11 @@ def merged(config: dict[str, Any], *argv: str, world_size: int = 2) -> tuple[dic
 def trained_on(config: dict[str, Any], *argv: str) -> dict[str, Any]:
     """The config that a run of launch/train.py on one rank, of 10 steps and a model 64 wide, would train with."""
     arguments, given = parse_arguments([*REQUIRED, *argv])
-    config = fill_precision(config, arguments, given, "fp32")[0]
+    config = fill_precision(config, given, "fp32")[0]
     config, arguments = reconcile(config, arguments, given, world_size=1)
     config = fill_buckets(fill_scheduler(config, arguments, total_steps=10), LlamaConfig(hidden_size=64))
     config = settle(config, world_size=1)
-    (refuse_what_cannot_be if arguments.optim == "lomo" else refuse_what_no_baseline_can)(config)
+    (validate_ds_config if arguments.optim == "lomo" else validate_baseline_config)(config)
     parse_ds_config(config)
     return config
 
@@ -49,7 +49,7 @@ def test_every_shipped_config_fills_up_and_passes(path: Path) -> None:
     assert config["optimizer"]["params"]["lr"] == 0.5
     assert config["gradient_clipping"] == 1.0
     assert config["train_batch_size"] == 16
-    refuse_what_cannot_be(config)
+    validate_ds_config(config)
 
 
 def test_an_argument_not_given_takes_the_ds_configs_value() -> None:
@@ -133,7 +133,7 @@ def test_a_baseline_takes_the_place_of_lomo(path: Path, optim: str, filled: dict
     config, arguments = merged(given, "--optim", optim, "--weight_decay", "0.1")
     config = fill_scheduler(config, arguments, total_steps=10)
     assert config["optimizer"] == filled
-    refuse_what_no_baseline_can(config)
+    validate_baseline_config(config)
     assert merged(config, "--optim", optim)[0] == config, "which is its own place too"
     assert given["optimizer"]["type"] == "LOMO", "the caller's own is untouched"
 
@@ -253,7 +253,11 @@ def test_llama_factorys_file_trains_with_lomo_as_it_is(caplog: pytest.LogCapture
     with caplog.at_level(logging.INFO, logger="lomo_ds"):
         config = trained_on(LLAMA_FACTORY)
     assert config["optimizer"] == {
-        "type": "LOMO", "params": {"lr": 0.03, "weight_decay": 0.0, "seed": 42, "weights": "auto"}
+        "type": "LOMO",
+        "params": {
+            "lr": 0.03, "weight_decay": 0.0, "update_schedule": "auto", "stash_device": "auto", "rounding": "auto",
+            "seed": 42, "gather_granularity": "auto", "weights": "auto",
+        },
     }  # fmt: skip
     assert "optimizer: LOMO, as the DeepSpeed config names none" in caplog.text
     assert config["zero_optimization"] == LLAMA_FACTORY["zero_optimization"] | FILLED_SIZES

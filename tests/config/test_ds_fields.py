@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lomo_ds
 from lomo_ds.config.ds_fields import KNOWN, settle
-from lomo_ds.config.lomo_config import idle_fields, refuse_what_cannot_be
+from lomo_ds.config.validation import unused_fields, validate_ds_config
 from lomo_ds.engine.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError
 from lomo_ds.planner import settings_of
@@ -36,7 +36,7 @@ def ds_config(params: dict[str, Any] | None = None, **sections: Any) -> dict[str
 def settled(params: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
     """What ``lomo_ds.initialize`` lets through."""
     config = settle(ds_config(params, **sections), world_size=1)
-    refuse_what_cannot_be(config)
+    validate_ds_config(config)
     parse_ds_config(config)
     return config
 
@@ -258,9 +258,9 @@ def test_what_accelerate_writes_passes() -> None:
 
 
 def test_what_only_deepspeeds_optimizers_read_is_named() -> None:
-    assert idle_fields(settled()) == []
+    assert unused_fields(settled()) == []
     asked = settled(zero_allow_untested_optimizer=True, bf16={"enabled": True, "check_grad_overflow": False})
-    assert idle_fields(asked) == ["zero_allow_untested_optimizer", "bf16.check_grad_overflow"]
+    assert unused_fields(asked) == ["zero_allow_untested_optimizer", "bf16.check_grad_overflow"]
 
 
 @pytest.mark.parametrize(

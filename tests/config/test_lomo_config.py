@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from lomo_ds.config.lomo_config import LomoConfig, read_lomo_config, refuse_what_cannot_be
+from lomo_ds.config.lomo_config import LomoConfig, read_lomo_config
+from lomo_ds.config.validation import validate_ds_config
 from lomo_ds.errors import ConfigError
 
 
@@ -17,7 +18,7 @@ def ds_config(params: dict[str, Any] | None = None, **sections: Any) -> dict[str
 
 
 def check(config: dict[str, Any]) -> None:
-    refuse_what_cannot_be(config)
+    validate_ds_config(config)
 
 
 def test_reads_the_optimizer_section() -> None:
@@ -29,7 +30,7 @@ def test_reads_the_optimizer_section() -> None:
     ("config", "sentence"),
     [
         (ds_config({"weight_decey": 0.1}), "no parameter 'weight_decey'; did you mean 'weight_decay'"),
-        (ds_config({"betas": [0.9, 0.99]}), "no parameter 'betas'; it knows lr, weight_decay"),
+        (ds_config({"betas": [0.9, 0.99]}), "no parameter 'betas'; it knows weight_decay, clip_grad_value"),
         (ds_config({"lr": "fast"}), "lr must be a number of at least 0, got 'fast'"),
         (ds_config({"lr": -1}), "lr must be a number of at least 0, got -1"),
         (ds_config({"lr": float("inf")}), "lr must be a number of at least 0, got inf"),

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from lomo_ds.errors import ConfigError
-from lomo_ds.models import load_config, load_model, max_positions, scale_rope
+from lomo_ds.models import load_config, load_model, scale_rope
+from lomo_ds.models.rope import max_positions
 from tests.engines import make_engine
 from tests.launching import demo_arguments, run_main
 from tests.ranks import Ranks

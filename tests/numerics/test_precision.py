@@ -80,7 +80,7 @@ def test_auto_takes_what_is_fast_unless_something_else_was_asked_for(
     ds_config: dict[str, Any], argv: list[str], fast: Any, bf16: Any, fp16: Any, decided: bool
 ) -> None:
     required = ["--model_name_or_path", "m", "--train_file", "t.txt", "--output_dir", "o"]
-    config, by_hardware = fill_precision(ds_config, *parse_arguments([*required, *argv]), fast)
+    config, by_hardware = fill_precision(ds_config, parse_arguments([*required, *argv])[1], fast)
     assert [config.get(name, {}).get("enabled") for name in ("bf16", "fp16")] == [bf16, fp16]
     assert by_hardware == decided
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from benchmarks.lib.workload import LARGE, SHAPES, TINY, Workload
 from lomo_ds.config.arguments import parse_arguments
 from lomo_ds.config.ds_config import fill_scheduler, read_ds_config, reconcile
-from lomo_ds.config.lomo_config import refuse_what_cannot_be
+from lomo_ds.config.validation import validate_ds_config
 from lomo_ds.engine.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError, ModelError
 from lomo_ds.planner import (
@@ -104,6 +104,8 @@ def storages() -> set[tuple[int, int]]:
         ("immediate", 2, Workload(TINY, 64, 2, zero=LARGE | OFFLOAD)),
         ("two_pass+clip", 1, Workload(TINY, 64, 2, precision="bf16", checkpointing=True, zero=OFFLOAD)),
         ("immediate", 4, Workload(TINY, 64, 4, zero=LARGE)),
+        ("immediate", 2, Workload(TINY, 64, 2, zero=LARGE | {"zero_quantized_weights": True})),
+        ("stash+clip", 2, Workload(TINY, 64, 2, precision="bf16", communication_data_type="fp32", zero=LARGE)),
     ],
 )
 def test_the_predicted_peak_equals_the_measured_one(
@@ -209,6 +211,20 @@ def test_one_gpu_with_a_fast_link_outruns_the_papers_eight_on_65b(llama_65b: Pla
     assert plan.time.link_bytes["link down"] == pytest.approx(whole, rel=0.01), "written once"
 
 
+def test_quantized_gathers_and_the_communication_type_change_the_traffic() -> None:
+    model = tiny(hidden_size=256, num_hidden_layers=6)
+    lean = {"max_live_parameters": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 0, "persistence_threshold": 0}
+    run = Settings(gpus=4, sequence=32, gradient_clipping=0.0, **lean)  # type: ignore[arg-type]
+
+    def sent_per_parameter(**changes: Any) -> float:
+        sent = plan_run(model, run.but(**changes), Machine()).time.link_bytes["between GPUs"]
+        return sent / model.numel / (3 / 4)
+
+    assert sent_per_parameter() == pytest.approx(2 + 2 + 2, rel=0.01)
+    assert sent_per_parameter(zero_quantized_weights=True) == pytest.approx(2 * (1 + 2 / 64) + 2, rel=0.01)
+    assert sent_per_parameter(communication_data_type="fp32") == pytest.approx(2 + 2 + 4, rel=0.01)
+
+
 @pytest.mark.parametrize(("schedule", "units"), [("immediate", 3), ("stash", 3), ("two_pass", 6)])
 def test_gpus_exchange_the_bytes_of_the_schedule(schedule: Any, units: int) -> None:
     model = tiny(hidden_size=256, num_hidden_layers=6)
@@ -282,7 +298,7 @@ def config_as_launched(plan: Plan, folder: Path) -> dict[str, Any]:
     assert arguments.gradient_checkpointing == plan.settings.gradient_checkpointing
     ds_config = fill_scheduler(ds_config, arguments, total_steps=10)
     if plan.settings.optimizer == "lomo":
-        refuse_what_cannot_be(ds_config)
+        validate_ds_config(ds_config)
     parse_ds_config(ds_config | {"train_batch_size": plan.settings.batch * plan.settings.accumulation})
     return ds_config
 
@@ -293,6 +309,11 @@ def test_the_smallest_change_comes_first(llama_7b: PlannedModel) -> None:
     assert advice is not None
     assert advice.changes == ("--gradient_checkpointing",)
     assert advise(advice.plan, llama_7b) is None, "a plan that fits needs no advice"
+
+
+def test_a_plan_for_nvme_needs_to_know_the_disk() -> None:
+    with pytest.raises(ConfigError, match="give --nvme, for example 3GB/s"):
+        plan_run(tiny(), Settings(sequence=32, offload_param="nvme"), Machine())
 
 
 def test_a_config_for_nvme_needs_a_folder() -> None:
@@ -335,7 +356,10 @@ def test_more_memory_never_makes_a_plan_unfit(run: Settings, tight: int, more: i
 # output
 
 
-COMMAND = ["--model", "40m", "--gpus", "2", "--seq", "128"]
+COMMAND = [
+    "--model_name_or_path=40m", "--num_gpus=2", "--max_seq_length=128", "--per_device_train_batch_size=1",
+]  # fmt: skip
+OFFLOADED = "--deepspeed=zero3_bf16_offload_cpu"
 
 
 def test_text_output(capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,7 +371,7 @@ def test_text_output(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_moments_lists_the_tensors_of_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
-    main([*COMMAND, "--batch=8", "--gradient_checkpointing", "--tiled_logits=false", "--moments"])
+    main([*COMMAND, "--per_device_train_batch_size=8", "--gradient_checkpointing", "--tiled_logits=false", "--moments"])
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("GiB on each GPU at the peak (in backward, before lm_head.weight): ")
     sizes = [float(row.split()[0]) for row in rows]
@@ -359,7 +383,7 @@ def test_moments_lists_the_tensors_of_the_peak(capsys: pytest.CaptureFixture[str
 
 
 def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
-    main([*COMMAND, "--json", "--gpu_memory=1GB", "--batch=64", "--host_memory=64GB"])
+    main([*COMMAND, "--json", "--gpu_memory=1GB", "--per_device_train_batch_size=64", "--host_memory=64GB"])
     output = json.loads(capsys.readouterr().out)
     assert output["fits"] is False
     assert output["gpu_bytes"]["total"] == sum(output["gpu_bytes"]["by_kind"].values()) > GIB
@@ -372,7 +396,7 @@ def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_suggestion_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "ds_config.json"
-    main([*COMMAND, "--offload_param=cpu", f"--suggest={file}"])
+    main([*COMMAND, OFFLOADED, f"--suggest={file}"])
     assert read_ds_config(str(file))["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
     with pytest.raises(ConfigError, match=r"--suggest .* cannot be written"):
         main([*COMMAND, f"--suggest={tmp_path}"])
@@ -393,18 +417,16 @@ def test_the_script_runs_without_ranks_and_without_gpu() -> None:
         (["--gpu_memory=0GB"], "--gpu_memory must be an amount"),
         (["--host_memory=-5GB"], "--host_memory must be an amount"),
         (["--pcie=16GB"], "--pcie must be a rate such as 16GB/s, got '16GB'"),
-        (["--gpus=0"], "gpus must be at least 1, got 0"),
-        (["--gpus=3", "--hosts=2"], "give a divisor of 3"),
-        (["--seq=1"], "seq must be at least 2, got 1"),
-        (["--tflops=nan"], "flops must be above 0, got nan"),
-        (["--utilisation=1.5"], "at most 1, got 1.5"),
-        (["--offload_param=nvme"], "give --nvme, for example 3GB/s"),
-        (["--update_schedule=immediate"], "plan it with --gradient_clipping 0"),
-        (["--update_schedule=two_pass", "--accumulation=2"], "cannot accumulate gradients, got accumulation 2"),
-        (["--activation_offload"], "add gradient_checkpointing, or leave it out"),
-        (["--gradient_clipping=-1"], "gradient_clipping must be at least 0"),
-        (["--optim=adamw", "--weights=int8"], "plan them with --optim lomo"),
-        (["--model=nowhere"], "got nowhere"),
+        (["--num_gpus=0"], "--num_gpus must be an integer of at least 1, got 0"),
+        (["--max_seq_length=1"], "--max_seq_length must be an integer of at least 2, got 1"),
+        (["--tflops=nan"], "--tflops must be a number above 0, got nan"),
+        (["--utilisation=1.5"], "--utilisation must be a number above 0 and at most 1, got 1.5"),
+        (["--update_schedule=immediate", "--max_grad_norm=1"], "update_schedule immediate cannot honour"),
+        (["--update_schedule=two_pass", "--gradient_accumulation_steps=2"], "two_pass cannot accumulate gradients"),
+        (["--activation_offload"], "--gradient_checkpointing keeps"),
+        (["--max_grad_norm=-1"], "--max_grad_norm must be a number of at least 0"),
+        (["--optim=adamw", "--weights=int8"], "--weights cannot be used with --optim adamw"),
+        (["--model_name_or_path=nowhere"], "got nowhere"),
     ],
 )
 def test_invalid_arguments_raise_a_clear_error(argv: list[str], message: str | None) -> None:

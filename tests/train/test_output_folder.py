@@ -1,6 +1,5 @@
 """Where a run and an export may write."""
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from lomo_ds.train.progress import FINISHED
 
 
 def arguments(output_dir: Path, **more: str | bool) -> TrainArguments:
-    return dataclasses.replace(TrainArguments("m", "t.txt", str(output_dir)), **more)  # type: ignore[arg-type]
+    return TrainArguments(**{"model_name_or_path": "m", "train_file": "t.txt", "output_dir": str(output_dir), **more})  # type: ignore[arg-type]
 
 
 def checkpoint(folder: Path) -> Path:

@@ -34,7 +34,7 @@ from tests.reference import tiny_model, whole_batch
 
 GroupOf = Callable[..., Ranks]
 ROOT = Path(__file__).parent.parent.parent
-BASE = TrainArguments("m", "t.txt", "out")
+BASE = TrainArguments(model_name_or_path="m", train_file="t.txt", output_dir="out")
 ARGUMENTS = [field.name for field in dataclasses.fields(TrainArguments)]
 # another value than the default, where that cannot be derived from it; and what an argument needs beside it
 OTHER = {"optim": "adamw", "lr_scheduler_type": "cosine", "weights": "int8", "warmup_ratio": 0.5, "max_seq_length": 8}

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lomo_ds
 from lomo_ds import zero3
 from lomo_ds.checkpoint import weights
-from lomo_ds.config.lomo_config import refuse_what_cannot_be
+from lomo_ds.config.validation import validate_ds_config
 from lomo_ds.engine.ds_parse import parse_ds_config
 from lomo_ds.errors import CheckpointError, ConfigError, OffloadError
 from lomo_ds.models import load_config, load_model, save_pretrained
@@ -428,7 +428,7 @@ def refuse(folder: str, aio: dict[str, Any], offload: dict[str, Any], precision:
     config["optimizer"] = {"type": "LOMO", "params": {"lr": 0.1}}
     config["aio"] = AIO | aio
     config["zero_optimization"]["offload_param"] |= offload
-    refuse_what_cannot_be(config)
+    validate_ds_config(config)
     parse_ds_config(config)
 
 

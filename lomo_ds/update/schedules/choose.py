@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lomo_ds.config.lomo_config import LomoConfig
+from lomo_ds.config.lomo_config import LomoParameters
 from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import HOST_SHARE, check_host_memory, format_bytes
 
@@ -29,7 +29,7 @@ class Choice:
 
 
 def choose_schedule(
-    lomo: LomoConfig,
+    lomo: LomoParameters,
     gradient_clipping: float,
     fp16: bool,
     accumulation_steps: int,

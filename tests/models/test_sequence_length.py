@@ -1,18 +1,12 @@
 """How long training sequences are where nobody says, and what is refused."""
 
 import logging
-from typing import Any
 
 import pytest
 from transformers import BloomConfig, LlamaConfig
 
-from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.errors import ConfigError
-from lomo_ds.train.job import _sequence_length
-
-
-def arguments(**more: Any) -> TrainArguments:
-    return TrainArguments(model_name_or_path="model", train_file="a.txt", output_dir="out", **more)
+from lomo_ds.models import sequence_length
 
 
 @pytest.mark.parametrize(("positions", "length"), [(131_072, 2048), (2048, 2048), (128, 128)])
@@ -21,18 +15,18 @@ def test_as_many_tokens_as_the_model_allows_but_2048_at_most(
 ) -> None:
     config = LlamaConfig(max_position_embeddings=positions)
     with caplog.at_level(logging.INFO, "lomo_ds"):
-        assert _sequence_length(config, arguments()) == length
+        assert sequence_length(config, None) == length
     assert f"--max_seq_length was not given: {length}, where the model has {positions} positions" in caplog.text
 
 
 def test_what_is_asked_for_is_taken_if_the_model_allows_it() -> None:
     config = LlamaConfig(max_position_embeddings=4096)
-    assert _sequence_length(config, arguments(max_seq_length=4096)) == 4096
+    assert sequence_length(config, 4096) == 4096
     with pytest.raises(ConfigError, match="use at most 4096"):
-        _sequence_length(config, arguments(max_seq_length=4097))
+        sequence_length(config, 4097)
 
 
 def test_a_model_that_names_no_positions() -> None:
     with pytest.raises(ConfigError, match="give --max_seq_length"):
-        _sequence_length(BloomConfig(), arguments())
-    assert _sequence_length(BloomConfig(), arguments(max_seq_length=9000)) == 9000
+        sequence_length(BloomConfig(), None)
+    assert sequence_length(BloomConfig(), 9000) == 9000
