@@ -94,13 +94,13 @@ def _build_gathering(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     granularity = choose_granularity(lomo.gather_granularity, engine.module, _min_free_bytes(engine)[0])
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
-    undo, wired, reach = _configure_gathering(engine, granularity)
+    undo, uses_wire_format, limits = _configure_gathering(engine, granularity)
     return OnDemandGathering(
         engine.module,
         granularity,
         undo,
-        wired,
-        **reach,
+        uses_wire_format,
+        **limits,
         timers=engine.timers if engine.wall_clock_breakdown() else NoopTimer(),
         ds_config=engine.config,
         max_reuse_distance=engine.zero_max_reuse_distance(),
@@ -131,16 +131,16 @@ def _configure_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Cal
     ahead_numel = prefetch_numel + AHEAD_NUMEL if overlap else None
     exact = PlainWireFormat(engine.device, copies=offload == "cpu")
     quantized = _gathers_in_int8(engine)
-    wired = quantized or offload != "none" or zero3.uses_int8_weights(engine.config)
-    if wired:
+    uses_wire_format = quantized or offload != "none" or zero3.uses_int8_weights(engine.config)
+    if uses_wire_format:
         wire = QuantizedWireFormat(engine.device, exact.copies) if quantized else exact
         undo = zero3.install_gathering(engine.module, wire, exact, ahead_numel)
     elif ahead_numel is not None:
         undo = zero3.limit_gathering(engine.module, ahead_numel)
     else:
         undo = _undo_nothing
-    reach = {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel, "overlap_comm": overlap}
-    return undo, wired, reach
+    limits = {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel, "overlap_comm": overlap}
+    return undo, uses_wire_format, limits
 
 
 def _undo_nothing() -> None:

@@ -85,7 +85,7 @@ class LomoOptimizer(ZeROOptimizer):
 
     @property
     def overflow(self) -> bool:
-        """Whether the last step was skipped."""
+        """Return whether the last step was skipped."""
         return self.last_skip_reason is not None
 
     def add_loss(self, contribution: Tensor) -> None:
