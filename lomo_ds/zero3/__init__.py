@@ -1,10 +1,9 @@
-"""Where the bytes are: the only package that reads or writes DeepSpeed's ``ds_*`` attributes of a parameter.
+"""ZeRO-3 partitioning: the only package that reads or writes the ``ds_*`` attributes that DeepSpeed adds.
 
-ZeRO-3 keeps each parameter as ``world size`` partitions of ceil(numel / world size) elements, one on each
-rank, and gathers the whole of it around the modules that use it. A ``Shard`` is this rank's partition without
-its padding, of floats or, where the DeepSpeed config says ``weights: int8``, of eight-bit weights; in memory or in a
-file on NVMe. Writing to it changes the model; a gathered copy made before the write is stale from then on, so
-``Gathering.refresh`` ends every step.
+ZeRO-3 stores each parameter as ``world size`` partitions of ceil(numel / world size) elements, one per rank, and
+gathers the full parameter around the modules that use it. A ``Shard`` is this rank's partition without padding: floats,
+or eight-bit weights if the DeepSpeed config says ``weights: int8``; in memory or in a file on NVMe. Writing to a shard
+changes the model and makes earlier gathered copies stale, so ``Gathering.refresh`` ends every step.
 """
 
 from lomo_ds.zero3.linear import install_memory_efficient_linear, linear

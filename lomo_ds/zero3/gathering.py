@@ -1,7 +1,6 @@
-"""How modules come by their whole parameters: DeepSpeed gathers them around each use, or they are at hand all the time.
+"""Gathering of ZeRO-3 parameters around module use, or permanently resident parameters.
 
-A gathered copy made before its shard was updated is
-stale, so ``refresh`` ends every step.
+A gathered copy is stale once its shard has been updated, so ``refresh`` ends every step.
 """
 
 import re
@@ -21,51 +20,51 @@ from lomo_ds.zero3.shard import full_shape
 from lomo_ds.zero3.split import restore_full_params
 from lomo_ds.zero3.transport import reset_unregistered_gathers
 
-# What gathered layers may take of the free memory; the rest is for activations, gradients and a stash.
+# Share of free memory for gathered layers; the rest is for activations, gradients and a stash.
 LAYERS_SHARE = 0.25
 # Elements that may be requested beyond the prefetch bucket before the device has reached earlier ones; see
 # ``LookaheadLimit``. For small matrices this hides the host's launch time; a large matrix keeps the device busy for
 # much longer than a launch takes, so it needs no lookahead. 64 MiB in half precision.
 AHEAD_NUMEL = 2**25
-# of DeepSpeed's coordinator, which has no setting for it: parameters on their way, of whatever size
+# private limit of DeepSpeed's coordinator on the number of parameters in flight; no setting exposes it
 MAX_FETCH_EVENTS = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
 
 
 class Gathering(Protocol):
-    """Gives the modules of a model their whole parameters while it runs.
+    """Makes the full parameters available to the modules of a model while it runs.
 
     Attributes:
-        granularity: what they are gathered for at once, ``module`` or ``layer``; ``auto`` where they are not.
-        resident: whether they are at hand all the time.
+        granularity: unit of a gather, ``module`` or ``layer``; ``auto`` if nothing is gathered.
+        resident: whether the full parameters are always available.
     """
 
     granularity: str
     resident: bool
 
     def begin_backward(self) -> None:
-        """A backward pass begins."""
+        """Prepare for a backward pass."""
 
     def release(self) -> None:
-        """A backward pass has ended: free the gathered copies that it has left behind."""
+        """Free the gathered copies that remain after a backward pass."""
 
     def refresh(self) -> None:
-        """The shards have changed: no copy made before may be used again."""
+        """Invalidate all gathered copies, since the shards have changed."""
 
     def drop(self) -> None:
-        """An exception has cut a step short: free every gathered copy, on this rank alone, without a collective."""
+        """Free every gathered copy after an exception; acts on this rank alone, without a collective."""
 
     def destroy(self) -> None:
-        """Take every hook off the model."""
+        """Remove every hook from the model."""
 
 
 class ResidentGathering:
-    """One rank without offload: shards are whole parameters, which stay where the modules find them.
+    """Gathering of a single rank without offload: its shards are the full parameters, so nothing is gathered.
 
-    Only ``deepspeed.zero.GatheredParameters`` takes them away, when it is left; the next forward, backward or
-    ``state_dict`` of the model puts them back.
+    Only ``deepspeed.zero.GatheredParameters`` partitions them, on exit; the next forward, backward or ``state_dict`` of
+    the model restores them.
     """
 
-    granularity = "auto"  # none in force
+    granularity = "auto"  # not used
     resident = True
 
     def __init__(self, model: Module) -> None:
@@ -77,32 +76,32 @@ class ResidentGathering:
         restore_full_params(self.parameters)
 
     def begin_backward(self) -> None:
-        """Put back what was taken away since forward."""
+        """Restore parameters that were partitioned since forward."""
         restore_full_params(self.parameters)
 
     def release(self) -> None:
-        """Nothing: a parameter is no copy of its shard."""
+        """Do nothing: a parameter is its shard, not a copy."""
 
     def refresh(self) -> None:
-        """Nothing: a parameter is no copy of its shard."""
+        """Do nothing: a parameter is its shard, not a copy."""
 
     def drop(self) -> None:
-        """Nothing: a parameter is no copy of its shard."""
+        """Do nothing: a parameter is its shard, not a copy."""
 
     def destroy(self) -> None:
-        """See ``Gathering.destroy``."""
+        """Implement ``Gathering.destroy``."""
         for handle in self.handles:
             handle.remove()
 
 
 class OnDemandGathering:
-    """DeepSpeed's own hooks gather parameters before a module, or a whole layer, runs, and free them after it.
+    """Gathering by DeepSpeed's hooks, before a module or a layer runs, until it has run.
 
     Args:
-        offload: settings of ``DeepSpeedZeRoOffload``.
         granularity: ``module`` or ``layer``.
-        undo: takes back what was done to the parameters for it: they bound how far ahead they are asked for.
-        wired: whether they come over a ``WireFormat``.
+        undo: restores the gather methods of the parameters, which this project has replaced.
+        wired: whether a ``WireFormat`` encodes the shards.
+        offload: settings of ``DeepSpeedZeRoOffload``.
     """
 
     resident = False
@@ -114,22 +113,22 @@ class OnDemandGathering:
         for layer in self.leaves:
             set_z3_leaf_module(layer, True)
         self.offload = DeepSpeedZeRoOffload(model, **offload)
-        # the host would wait, inside of each layer, until no more than two parameters are on their way
+        # otherwise the host would wait, within each layer, until at most two parameters are in flight
         setattr(self.offload.get_param_coordinator(), MAX_FETCH_EVENTS, sys.maxsize)
         self.persistent = self.offload.persistent_parameters
         self.copies = PersistentCopies(self.persistent) if self.persistent and not wired else None
 
     def begin_backward(self) -> None:
-        """Nothing: DeepSpeed gathers for each module."""
+        """Do nothing: DeepSpeed gathers for each module."""
 
     def release(self) -> None:
-        """An embedding stays gathered after backward, as its input needs no gradient; see ``Gathering.release``."""
+        """Implement ``Gathering.release``: an embedding stays gathered, since its input needs no gradient."""
         self.offload.release_backward_leftovers()
 
     def refresh(self) -> None:
-        """Drop every gathered copy and gather the persistent parameters anew, in one collective.
+        """Free every gathered copy and gather the persistent parameters again, in one collective.
 
-        DeepSpeed gathers on a stream that waits for no other, so the updates must have reached the shards by now.
+        DeepSpeed gathers on a stream that waits for no other, so the updates must have finished first.
         """
         get_accelerator().synchronize()
         self.offload.partition_all_parameters()
@@ -139,20 +138,20 @@ class OnDemandGathering:
             self.persistent[0].all_gather_coalesced(self.persistent).wait()
 
     def drop(self) -> None:
-        """See ``Gathering.drop``; persistent parameters are gathered again by the modules that use them next.
+        """Implement ``Gathering.drop``; modules gather persistent parameters again when they next use them.
 
-        Gathers under way are waited for: every rank that has not failed before takes part in them.
+        Pending gathers are awaited, since all ranks that have not failed earlier take part in them.
         """
         get_accelerator().synchronize()
         reset_unregistered_gathers(self.offload.module)
         coordinator = self.offload.get_param_coordinator()
-        if coordinator.is_record_trace():  # half a trace is none
+        if coordinator.is_record_trace():  # a partial trace is invalid
             coordinator._invalidate_trace()
         self.offload.partition_all_parameters()
         self.offload.release_backward_leftovers()
 
     def destroy(self) -> None:
-        """See ``Gathering.destroy``."""
+        """Implement ``Gathering.destroy``."""
         self.offload.destroy()
         for undo in self.undo:
             undo()
@@ -161,28 +160,28 @@ class OnDemandGathering:
 
 
 def layer_of(name: str) -> str | None:
-    """The outermost numbered module on a parameter's path (``model.layers.7``); None outside the layers."""
+    """Return the outermost numbered module in a parameter's name (``model.layers.7``); None outside the layers."""
     match = re.match(r"(?:.+?\.)?\d+(?=\.)", name)
     return match.group() if match else None
 
 
 def layers(model: Module) -> list[Module]:
-    """The decoder layers of ``model``; none where they are containers, which are never called."""
+    """Return the decoder layers of ``model``; empty if they are containers, which are never called."""
     names = dict.fromkeys(layer_of(name) for name, _ in model.named_parameters())
-    found = [model.get_submodule(name) for name in names if name is not None]
-    return [] if any(isinstance(layer, ModuleList | ModuleDict) for layer in found) else found
+    modules = [model.get_submodule(name) for name in names if name is not None]
+    return [] if any(isinstance(module, ModuleList | ModuleDict) for module in modules) else modules
 
 
 def largest_gather_numel(model: Module, granularity: str) -> int:
-    """Elements of the whole parameters that are gathered for at once: of the largest layer, or of any module."""
+    """Return the elements of the largest gather: of the largest layer, or of the largest module."""
     of_layers = [_numel(layer.parameters()) for layer in layers(model)] if granularity == "layer" else []
     return max([*of_layers, *(_numel(module.parameters(recurse=False)) for module in model.modules())])
 
 
 def offload_prefetch_limits(prefetch_numel: int, live_numel: int, largest: int) -> tuple[int, int]:
-    """DeepSpeed's ``prefetch_bucket_size`` and ``max_live_parameters``, widened where parameters lie in host memory.
+    """Return ``prefetch_bucket_size`` and ``max_live_parameters``, enlarged for parameters in host memory.
 
-    The link is to have work all the time: what is used next is on its way while this is computed with.
+    The link to the host stays busy if the next parameters are in flight while the current ones are in use.
 
     Args:
         largest: see ``largest_gather_numel``.
@@ -192,40 +191,40 @@ def offload_prefetch_limits(prefetch_numel: int, live_numel: int, largest: int) 
 
 
 def default_overlap_comm(offload: str) -> bool:
-    """DeepSpeed's ``overlap_comm`` where nobody asked for it: whether parameters are fetched in a stream of their own.
+    """Return the default of DeepSpeed's ``overlap_comm``: whether parameters are gathered in a separate stream.
 
-    From other ranks they need none: NCCL has its own, so that what is prefetched arrives beside the computation anyway,
-    and memory that is released in the computing stream serves the next gather at once. In a stream of their own it does
-    so only when the device has computed with it, while the host asks for more. Copies from host memory need one.
+    Gathers from other ranks need none: NCCL has its own stream, so prefetching overlaps with computation anyway, and
+    memory released in the compute stream is available to the next gather at once. With a separate stream it is
+    available only after the device has used it, while the host requests more. Copies from host memory do need one.
 
     Args:
-        offload: the device of ``offload_param``, or none.
+        offload: the device of ``offload_param``, or ``none``.
     """
     return offload != "none"
 
 
-def choose_granularity(asked: str, model: Module, free_device_bytes: int) -> str:
-    """``module`` or ``layer``; ``auto`` is ``layer`` wherever two gathered layers fit.
+def choose_granularity(requested: str, model: Module, free_device_bytes: int) -> str:
+    """Return ``module`` or ``layer``; ``auto`` becomes ``layer`` if two gathered layers fit in memory.
 
-    Layers take one collective for all their parameters, where modules take one for each.
+    A layer takes one collective for all of its parameters; with ``module``, each module takes one.
 
     Args:
-        free_device_bytes: the smallest over all ranks.
+        free_device_bytes: minimum over all ranks.
 
     Raises:
-        ConfigError: ``layer`` was asked for, and the model has none.
+        ConfigError: ``layer`` was requested, and the model has no layers.
     """
-    if asked == "module":
-        return asked
+    if requested == "module":
+        return requested
     sizes = [_numel(layer.parameters()) * next(layer.parameters()).element_size() for layer in layers(model)]
-    if asked == "layer":
+    if requested == "layer":
         if not sizes:
             raise ConfigError(
                 "gather_granularity layer needs a model with numbered layers that are called (model.layers.0, ...), "
-                "and this one has none; use module"
+                "but this one has none; use module"
             )
-        return asked
-    # one layer in use, the next on its way; each is received in one buffer and cut from it
+        return requested
+    # one layer in use and the next in flight; each also needs a receive buffer of its size
     return "layer" if sizes and 2 * 2 * max(sizes) <= LAYERS_SHARE * free_device_bytes else "module"
 
 

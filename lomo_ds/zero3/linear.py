@@ -1,8 +1,8 @@
-"""Linear layers that keep no memory of a weight: it is gathered for forward and again for backward, and freed between.
+"""Linear layers that do not save the gathered weight for backward: it is freed after forward and gathered again.
 
-DeepSpeed's own keeps the weight as a tensor that autograd has saved. Where a layer's activations are computed again,
-``torch.utils.checkpoint`` holds a detached alias of everything saved, and with it every gathered copy of the layer
-until its backward, beside those gathered anew: measured, 0.6 GiB of a rank of LLaMA-65B.
+DeepSpeed's own linear saves the weight through autograd. With activation checkpointing, ``torch.utils.checkpoint``
+holds a detached alias of every saved tensor, which keeps each gathered weight of the layer alive until its backward, in
+addition to the copies that are gathered again: 0.6 GiB per rank of LLaMA-65B, measured.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import Linear, Module
 
 
-class _Product(torch.autograd.Function):
-    """``input @ weight.T + bias``, with the parameter itself in the place of its values."""
+class _LinearFunction(torch.autograd.Function):
+    """``input @ weight.T + bias``, which keeps a reference to the parameter instead of saving its values."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,22 +28,22 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (output,) = gradients
         (input,) = ctx.saved_tensors
-        of_input, of_weight, of_bias = ctx.needs_input_grad
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
         flat = output.reshape(-1, output.shape[-1])
         return (
-            output.matmul(ctx.weight) if of_input else None,
-            flat.t().matmul(input.reshape(-1, input.shape[-1])) if of_weight else None,
-            flat.sum(dim=0) if of_bias else None,
+            output.matmul(ctx.weight) if needs_input else None,
+            flat.t().matmul(input.reshape(-1, input.shape[-1])) if needs_weight else None,
+            flat.sum(dim=0) if needs_bias else None,
         )
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As ``torch.nn.functional.linear``; ``weight`` is a parameter that is gathered in backward too."""
-    return _Product.apply(input, weight, bias)
+    """Compute ``torch.nn.functional.linear``; ``weight`` is a parameter that is gathered again in backward."""
+    return _LinearFunction.apply(input, weight, bias)
 
 
 def install_memory_efficient_linear(model: Module) -> Callable[[], None]:
-    """Let every ``torch.nn.Linear`` of ``model`` compute by ``linear``; returns what undoes it."""
+    """Make every ``torch.nn.Linear`` of ``model`` use ``linear``; return a function that undoes it."""
     modules = [module for module in model.modules() if type(module) is Linear and "forward" not in vars(module)]
     for module in modules:
         module.forward = partial(_forward, module)  # type: ignore[method-assign]

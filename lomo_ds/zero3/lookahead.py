@@ -1,32 +1,32 @@
-"""How far a host may be ahead of its device when it asks for parameters: pure numbers, which plans follow too."""
+"""Limit on how far the host may request parameters ahead of the device; pure arithmetic, which the planner shares."""
 
 from collections import deque
 
 
 class LookaheadLimit:
-    """Bounds what has been asked for and not been computed with.
+    """Bounds the elements that have been requested but that the device has not used yet.
 
-    To ask takes memory at once, and what was released gives its memory back no sooner than the device has computed
-    with it: a host that is far ahead would fill the device with layers to come.
+    A request allocates memory at once, and released memory is free only after the device has used its contents, so a
+    host that runs far ahead would fill the device with later layers.
 
     Args:
-        limit_numel: elements that may be ahead beside those that are asked for now.
+        limit_numel: elements that may be outstanding in addition to the current request.
 
     Attributes:
-        asked: how many times something has been asked for.
+        request_count: number of requests so far.
     """
 
     def __init__(self, limit_numel: int) -> None:
         self.limit_numel = limit_numel
         self.request_count = 0
-        self.ahead: deque[tuple[int, int]] = deque()  # number of the ask that comes next, and elements
+        self.ahead: deque[tuple[int, int]] = deque()  # number of the next request, and elements of this one
         self.ahead_numel = 0
 
     def request(self, numel: int) -> int | None:
-        """Ask for so many elements.
+        """Register a request for ``numel`` elements.
 
         Returns:
-            The number of an ask, this one's at most, that the device must have come to first; None if any will do.
+            The number of a request, at most this one, that the device must have reached first; None to proceed at once.
         """
         reached = None
         while self.ahead_numel > self.limit_numel:

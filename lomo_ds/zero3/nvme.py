@@ -1,9 +1,8 @@
-"""Shards in a file on NVMe, read and written past the page cache (O_DIRECT) by threads that wait for the drive.
+"""Swap file for shards on NVMe, read and written with O_DIRECT by a thread pool.
 
-DeepSpeed's own swapper keeps a buffer for every parameter that is gathered, each as large as the largest shard. Here
-a shard only passes through one, in pieces where it is larger: what few buffers hold bounds the host memory. Its
-async_io (libaio) is not used either: it takes minutes to compile on each machine, and an error of the drive ends the
-process.
+DeepSpeed's own swapper keeps one buffer for every gathered parameter, each as large as the largest shard. Here shards
+pass through a few buffers, in pieces if they are larger, which bounds the host memory. DeepSpeed's async_io (libaio) is
+not used either: it takes minutes to compile on each machine, and a drive error ends the process.
 """
 
 import contextlib
@@ -20,17 +19,17 @@ from torch import Tensor
 from lomo_ds.errors import ConfigError, OffloadError
 from lomo_ds.zero3.nvme_settings import PAGE_BYTES, NvmeSettings, nameless_file
 
-Group = tuple["SwapSlot", ...]  # what is gathered at once
+Group = tuple["SwapSlot", ...]  # slots that are read for one gather
 
 
 class SwapSpace:
-    """The file of one model on one rank, and the buffers that its contents pass through.
+    """Swap file of one model on one rank, and the I/O buffers.
 
-    The file has no name: it is gone with the model, or with the process, however that ends, and any number of jobs
-    and ranks may share an ``nvme_path``.
+    The file is unnamed: it is deleted with the model, or with the process, however that ends. Any number of jobs and
+    ranks may share an ``nvme_path``.
 
     Args:
-        device: the one that computes.
+        device: the compute device.
     """
 
     def __init__(self, settings: NvmeSettings, device: torch.device) -> None:
@@ -38,24 +37,24 @@ class SwapSpace:
         self.device = device
         self.descriptor = nameless_file(settings.path)
         self.requests = ThreadPoolExecutor(settings.requests_at_once, "lomo_ds-nvme")
-        self.end = 0  # bytes
-        self.vacant: dict[int, list[int]] = defaultdict(list)  # where places of a size are that nobody uses any more
+        self.end = 0  # bytes of the file
+        self.vacant: dict[int, list[int]] = defaultdict(list)  # offsets of free slots, by size
         self.buffers: list[_IoBuffer] = []
         self.free: deque[_IoBuffer] = deque()
         self.writing: deque[tuple[SwapSlot, _IoBuffer]] = deque()
-        self.ahead: dict[SwapSlot, _IoBuffer] = {}  # whose first piece is being read before anyone has asked
-        self.expected: list[SwapSlot] = []  # what will be read next, in order
-        self.last: tuple[Group, Group] = ((), ())  # what was gathered before the last and what last
-        self.followers: dict[tuple[Group, Group], Group] = {}
-        self.guard = threading.RLock()  # a checkpoint may be written by another thread
+        self.ahead: dict[SwapSlot, _IoBuffer] = {}  # buffers that prefetch the first piece of a slot
+        self.expected: list[SwapSlot] = []  # slots that will be read next, in order
+        self.last: tuple[Group, Group] = ((), ())  # the last two groups that were gathered
+        self.successors: dict[tuple[Group, Group], Group] = {}
+        self.lock = threading.RLock()  # a checkpoint may be written by another thread, which reads slots
         weakref.finalize(self, _clean_up, self.descriptor, self.buffers, self.requests, os.getpid())
 
-    def takes(self, nbytes: int) -> bool:
-        """Whether a shard is large enough for a place."""
+    def accepts(self, nbytes: int) -> bool:
+        """Return whether a shard is large enough to be stored here."""
         return nbytes >= self.settings.block_size
 
     def allocate_slot(self, numel: int, dtype: torch.dtype) -> "SwapSlot":
-        """A place for that many elements, its room on the drive taken.
+        """Allocate a slot for ``numel`` elements, with its space on the drive.
 
         Raises:
             ConfigError: the drive is full.
@@ -73,105 +72,109 @@ class SwapSpace:
         self.end += nbytes
         return SwapSlot(self, self.end - nbytes, numel, dtype)
 
-    def expect(self, places: Sequence["SwapSlot"]) -> None:
-        """``places`` are read next, and then, it is assumed, what followed the last time.
+    def expect(self, slots: Sequence["SwapSlot"]) -> None:
+        """Announce that ``slots`` are read next, and predict that the group which followed last time comes after them.
 
-        It takes two gatherings to tell forward from backward.
+        The prediction depends on the last two groups, which distinguishes forward from backward.
         """
-        with self.guard:
-            group = tuple(places)
-            self.followers[self.last] = group
+        with self.lock:
+            group = tuple(slots)
+            self.successors[self.last] = group
             self.last = (self.last[1], group)
-            self.expected = [*group, *self.followers.get(self.last, ())]
+            self.expected = [*group, *self.successors.get(self.last, ())]
 
-    def read(self, place: "SwapSlot", into: Tensor) -> None:
-        """Fill ``into`` (1-D, on any device) with what the place begins with."""
+    def read(self, slot: "SwapSlot", into: Tensor) -> None:
+        """Fill ``into`` (1-D, on any device) with the first bytes of ``slot``."""
         flat = into.view(torch.uint8)
         if not flat.numel():
             return
-        with self.guard:
-            self._finish_writes(place)
-            coming = self.ahead.pop(place, None)
+        with self.lock:
+            self._finish_writes(slot)
+            next_buffer = self.ahead.pop(slot, None)
             for start in range(0, flat.numel(), self.settings.piece_bytes):
-                lane = coming or self._begin_read(place, start)
-                lane.finish()
-                behind = start + self.settings.piece_bytes
-                coming = self._begin_read(place, behind) if behind < flat.numel() else None
-                lane.copy_out(flat[start:behind])
-                self.free.append(lane)
-            if self.expected and self.expected[0] is place:
+                buffer = next_buffer or self._start_read(slot, start)
+                buffer.finish()
+                stop = start + self.settings.piece_bytes
+                next_buffer = self._start_read(slot, stop) if stop < flat.numel() else None
+                buffer.copy_out(flat[start:stop])
+                self.free.append(buffer)
+            if self.expected and self.expected[0] is slot:
                 self.expected.pop(0)
                 self._read_ahead()
 
-    def write(self, place: "SwapSlot", values: Tensor) -> None:
-        """Begin to write ``values`` (1-D, on any device, not written to any more) to where the place begins."""
+    def write(self, slot: "SwapSlot", values: Tensor) -> None:
+        """Start to write ``values`` to the beginning of ``slot``; the caller must not change them afterwards.
+
+        Args:
+            values: 1-D, on any device.
+        """
         flat = values.detach().view(torch.uint8)
-        with self.guard:
-            self._finish_writes(place)
-            if place in self.ahead:
-                self._drop(place)
+        with self.lock:
+            self._finish_writes(slot)
+            if slot in self.ahead:
+                self._cancel_read(slot)
             for start in range(0, flat.numel(), self.settings.piece_bytes):
                 piece = flat[start : start + self.settings.piece_bytes]
-                lane = self._take()
-                lane.copy_in(piece, place.start + start)
-                self.writing.append((place, lane))
-            for _, lane in self.writing:
-                lane.start_write()
+                buffer = self._acquire()
+                buffer.copy_in(piece, slot.start + start)
+                self.writing.append((slot, buffer))
+            for _, buffer in self.writing:
+                buffer.start_write()
 
     def finish(self) -> None:
-        """Wait until everything is written."""
-        with self.guard:
+        """Wait until all writes are finished."""
+        with self.lock:
             while self.writing:
                 self._finish_oldest_write()
 
-    def _begin_read(self, place: "SwapSlot", start: int) -> "_IoBuffer":
-        lane = self._take()
-        lane.start_read(place.start + start, min(place.nbytes - start, self.settings.piece_bytes))
-        return lane
+    def _start_read(self, slot: "SwapSlot", start: int) -> "_IoBuffer":
+        buffer = self._acquire()
+        buffer.start_read(slot.start + start, min(slot.nbytes - start, self.settings.piece_bytes))
+        return buffer
 
-    def _take(self) -> "_IoBuffer":
-        """A lane that nothing is under way in."""
+    def _acquire(self) -> "_IoBuffer":
+        """Return an idle buffer: a new one, a free one, or one whose prefetch is dropped or whose write is awaited."""
         if not self.free and len(self.buffers) < self.settings.buffer_count:
             self.buffers.append(_IoBuffer(self.settings, self.device, self.descriptor, self.requests))
             return self.buffers[-1]
         if not self.free and self.ahead:
-            self._drop(next(iter(self.ahead)))
+            self._cancel_read(next(iter(self.ahead)))
         if not self.free:
             self._finish_oldest_write()
         return self.free.popleft()
 
-    def _drop(self, place: "SwapSlot") -> None:
-        lane = self.ahead.pop(place)
-        lane.finish()
-        self.free.append(lane)
+    def _cancel_read(self, slot: "SwapSlot") -> None:
+        buffer = self.ahead.pop(slot)
+        buffer.finish()
+        self.free.append(buffer)
 
-    def _finish_writes(self, place: "SwapSlot") -> None:
-        while any(written is place for written, _ in self.writing):
+    def _finish_writes(self, slot: "SwapSlot") -> None:
+        while any(written is slot for written, _ in self.writing):
             self._finish_oldest_write()
 
     def _finish_oldest_write(self) -> None:
-        _, lane = self.writing.popleft()
-        lane.finish()
-        self.free.append(lane)
+        _, buffer = self.writing.popleft()
+        buffer.finish()
+        self.free.append(buffer)
 
     def _read_ahead(self) -> None:
-        """Begin to read what is expected next, as far as there are buffers and nobody is writing it."""
-        wanted = self.expected[: self.settings.buffer_count // 2]
-        for place in self.ahead.keys() - set(wanted):
-            self._drop(place)
-        for place in wanted:
-            if any(written is place for written, _ in self.writing):
+        """Prefetch the expected slots, as long as there are free buffers and no pending write to the slot."""
+        upcoming = self.expected[: self.settings.buffer_count // 2]
+        for slot in self.ahead.keys() - set(upcoming):
+            self._cancel_read(slot)
+        for slot in upcoming:
+            if any(written is slot for written, _ in self.writing):
                 return
-            if place not in self.ahead and (self.free or len(self.buffers) < self.settings.buffer_count):
-                self.ahead[place] = self._begin_read(place, 0)
+            if slot not in self.ahead and (self.free or len(self.buffers) < self.settings.buffer_count):
+                self.ahead[slot] = self._start_read(slot, 0)
 
 
 class SwapSlot:
-    """Where a shard lies in the file; another may take it when nobody refers to it any more.
+    """Region of the swap file that stores one shard; it is reused once the slot is no longer referenced.
 
     Args:
-        start: in bytes.
-        numel: of the shard with its padding.
+        start: offset in bytes.
+        numel: elements of the shard with its padding.
     """
 
     def __init__(self, space: SwapSpace, start: int, numel: int, dtype: torch.dtype) -> None:
@@ -184,25 +187,25 @@ class SwapSlot:
         weakref.finalize(self, vacant.append, start).atexit = False
 
     def read(self, numel: int, device: torch.device | str = "cpu") -> Tensor:
-        """The first ``numel`` elements in new memory of ``device``; see ``SwapSpace.read``."""
+        """Read the first ``numel`` elements into a new tensor on ``device``; see ``SwapSpace.read``."""
         tensor = torch.empty(numel, dtype=self.dtype, device=device)
         self.space.read(self, tensor)
         return tensor
 
     def write(self, values: Tensor) -> None:
-        """Begin to write ``values`` to its beginning; see ``SwapSpace.write``."""
+        """Start to write ``values`` to the beginning of the slot; see ``SwapSpace.write``."""
         assert values.dtype == self.dtype
         self.space.write(self, values)
 
     def copy(self) -> "SwapSlot":
-        """Another place with the same contents."""
-        other = self.space.allocate_slot(self.numel, self.dtype)
-        other.write(self.read(self.numel))
-        return other
+        """Return a new slot with the same contents."""
+        duplicate = self.space.allocate_slot(self.numel, self.dtype)
+        duplicate.write(self.read(self.numel))
+        return duplicate
 
 
 class _IoBuffer:
-    """A buffer through which one read or write at a time goes."""
+    """Host buffer for one read or write at a time."""
 
     def __init__(
         self, settings: NvmeSettings, device: torch.device, descriptor: int, requests: ThreadPoolExecutor
@@ -211,67 +214,67 @@ class _IoBuffer:
         self.device = device
         self.descriptor = descriptor
         self.requests = requests
-        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8)
         self.streams = torch.get_device_module(device)
-        self.downward = self.streams.Stream(device)
-        self.copied: torch.Event | None = None  # the device's last use of the buffer
-        self.source: Tensor | None = None  # what is on its way into the buffer
-        self.target: tuple[int, int] | None = None  # where it is to be written: start and bytes
-        self.under_way: list[Future[None]] = []
+        self.copy_stream = self.streams.Stream(device)
+        self.copied: torch.Event | None = None  # event of the device's last use of the buffer
+        self.source: Tensor | None = None  # tensor that is being copied into the buffer
+        self.target: tuple[int, int] | None = None  # pending write: file offset and bytes
+        self.futures: list[Future[None]] = []
 
     def start_read(self, start: int, nbytes: int) -> None:
-        """Begin to read into the buffer."""
+        """Start to read into the buffer."""
         self._reserve(nbytes)
         self._submit(os.preadv, start, nbytes)
 
     def copy_out(self, into: Tensor) -> None:
-        """Copy what was read to ``into``, in the current stream of the device."""
-        into.copy_(self.buffer[: into.numel()], non_blocking=True)
+        """Copy the contents to ``into`` in the current stream of the device."""
+        into.copy_(self.memory[: into.numel()], non_blocking=True)
         if into.device.type != "cpu":
             self.copied = self.streams.current_stream(self.device).record_event()
 
     def copy_in(self, values: Tensor, start: int) -> None:
-        """Copy ``values`` into the buffer, beside what is computed, to be written from there."""
+        """Start to copy ``values`` into the buffer, in a separate stream, to be written to the file at ``start``."""
         self._reserve(values.numel())
-        self.downward.wait_stream(self.streams.current_stream(self.device))
-        with self.streams.stream(self.downward):
-            self.buffer[: values.numel()].copy_(values, non_blocking=True)
+        self.copy_stream.wait_stream(self.streams.current_stream(self.device))
+        with self.streams.stream(self.copy_stream):
+            self.memory[: values.numel()].copy_(values, non_blocking=True)
             if values.device.type != "cpu":
-                self.copied = self.downward.record_event()
+                self.copied = self.copy_stream.record_event()
         self.source, self.target = values, (start, values.numel())
 
     def start_write(self, wait: bool = False) -> None:
-        """Begin the write that ``copy_in`` was for, if its values have arrived."""
+        """Start the write that ``copy_in`` prepared, if the copy has finished."""
         if self.target is not None and (wait or self.copied is None or self.copied.query()):
             self._wait_for_copy()
             (start, nbytes), self.target = self.target, None
             self._submit(os.pwritev, start, nbytes)
 
     def finish(self) -> None:
-        """Wait for what is under way.
+        """Wait for the pending read or write.
 
         Raises:
-            OffloadError: the drive could not do it.
+            OffloadError: the drive failed.
         """
         self.start_write(wait=True)
-        requests, self.under_way = self.under_way, []
-        wait(requests)  # all of them, as they use the buffer
-        for request in requests:
-            if error := request.exception():
+        futures, self.futures = self.futures, []
+        wait(futures)  # all of them, since they use the buffer
+        for future in futures:
+            if error := future.exception():
                 raise OffloadError(
                     f"a shard in offload_param.nvme_path {self.settings.path} cannot be read or written: {error}; look "
                     "at the drive, then resume from the last checkpoint"
                 ) from error
 
     def _reserve(self, nbytes: int) -> None:
-        """Let the buffer, which nobody uses any more, have that size at least."""
+        """Wait until the buffer is unused, and enlarge it to at least ``nbytes``."""
         self._wait_for_copy()
-        wanted = self.settings.aligned(nbytes)
-        if self.buffer.numel() < wanted:
-            self.buffer = self.buffer.new_empty(0)  # the old memory is free before the new is taken
-            memory = torch.empty(wanted + PAGE_BYTES, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
-            start = -memory.data_ptr() % PAGE_BYTES  # which O_DIRECT wants, and torch promises nobody
-            self.buffer = memory[start : start + wanted]
+        needed = self.settings.aligned(nbytes)
+        if self.memory.numel() < needed:
+            self.memory = self.memory.new_empty(0)  # free the old memory before allocating the new
+            unaligned = torch.empty(needed + PAGE_BYTES, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
+            start = -unaligned.data_ptr() % PAGE_BYTES  # O_DIRECT needs page alignment, which torch does not guarantee
+            self.memory = unaligned[start : start + needed]
 
     def _wait_for_copy(self) -> None:
         if self.copied is not None:
@@ -279,21 +282,21 @@ class _IoBuffer:
         self.copied, self.source = None, None
 
     def _submit(self, call: "_Call", start: int, nbytes: int) -> None:
-        """Let ``call`` move that many bytes, in requests of a block each."""
-        memory = self.buffer.numpy().data[: self.settings.aligned(nbytes)]
-        for behind in range(0, len(memory), self.settings.block_size):
-            block = memory[behind : behind + self.settings.block_size]
-            self.under_way.append(self.requests.submit(_transfer, call, self.descriptor, block, start + behind))
+        """Submit requests of one block each that transfer ``nbytes`` by ``call``."""
+        memory = self.memory.numpy().data[: self.settings.aligned(nbytes)]
+        for offset in range(0, len(memory), self.settings.block_size):
+            block = memory[offset : offset + self.settings.block_size]
+            self.futures.append(self.requests.submit(_transfer, call, self.descriptor, block, start + offset))
 
 
 _Call = Callable[[int, Sequence[memoryview], int], int]  # os.preadv or os.pwritev
 
 
 def _transfer(call: _Call, descriptor: int, block: memoryview, start: int) -> None:
-    """Move a whole block, of which the kernel may move a part only.
+    """Transfer a whole block, with repeated calls if the kernel transfers only a part.
 
     Raises:
-        OSError: of the drive.
+        OSError: the drive failed.
     """
     while block:
         moved = call(descriptor, [block], start)
@@ -302,11 +305,11 @@ def _transfer(call: _Call, descriptor: int, block: memoryview, start: int) -> No
         block, start = block[moved:], start + moved
 
 
-def _clean_up(descriptor: int, lanes: list[_IoBuffer], requests: ThreadPoolExecutor, owner: int) -> None:
-    if os.getpid() == owner:  # a forked process has no part in what is under way
-        for lane in lanes:
-            lane.target = None
-            with contextlib.suppress(OffloadError):  # nobody reads it any more
-                lane.finish()
+def _clean_up(descriptor: int, buffers: list[_IoBuffer], requests: ThreadPoolExecutor, owner: int) -> None:
+    if os.getpid() == owner:  # a forked process does not own the pending requests
+        for buffer in buffers:
+            buffer.target = None
+            with contextlib.suppress(OffloadError):  # the contents are no longer needed
+                buffer.finish()
         requests.shutdown()
     os.close(descriptor)

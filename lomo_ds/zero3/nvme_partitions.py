@@ -1,4 +1,4 @@
-"""Partitions that go to a file on NVMe, and what DeepSpeed still does to them there."""
+"""Moves of partitions between memory and the NVMe swap file, also of those that DeepSpeed has swapped out."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,36 +14,36 @@ from lomo_ds.zero3.shard import Partitioned, slot_of
 def swap_space(
     ds_config: dict[str, Any], dtype: torch.dtype, device: torch.device, parameters: Iterable[Partitioned] = ()
 ) -> SwapSpace:
-    """The space that ``parameters`` lie in already, or a new one."""
-    places = [place for place in map(slot_of, parameters) if place is not None]
-    return places[0].space if places else SwapSpace(nvme_settings(ds_config, dtype.itemsize), device)
+    """Return the swap space that ``parameters`` already use, or a new one."""
+    slots = [slot for slot in map(slot_of, parameters) if slot is not None]
+    return slots[0].space if slots else SwapSpace(nvme_settings(ds_config, dtype.itemsize), device)
 
 
 def move_to_nvme(parameter: Partitioned, space: SwapSpace) -> None:
-    """Let a partition lie in a file, if it is large enough and does not yet; its memory is free from then on."""
+    """Move a partition to the swap file and free its memory, unless it is too small or there already."""
     if slot_of(parameter) is not None:
         return
-    _take_from_deepspeed(parameter)
+    _reclaim_from_deepspeed(parameter)
     parameter.ds_tensor.swap_slot = None
     partition = parameter.ds_tensor
-    if space.takes(partition.ds_numel * partition.element_size()):
-        place = space.allocate_slot(partition.ds_numel, partition.dtype)
-        place.write(partition.data)
-        partition.swap_slot = place
+    if space.accepts(partition.ds_numel * partition.element_size()):
+        slot = space.allocate_slot(partition.ds_numel, partition.dtype)
+        slot.write(partition.data)
+        partition.swap_slot = slot
         partition.data = partition.new_empty(0)
 
 
 def move_to_memory(parameters: Iterable[Partitioned]) -> None:
-    """Let every partition lie in host memory that is in a file."""
+    """Move every partition in the swap file to host memory."""
     for parameter in parameters:
-        place = slot_of(parameter)
-        if place is not None:
-            parameter.ds_tensor.data = place.read(place.numel)
+        slot = slot_of(parameter)
+        if slot is not None:
+            parameter.ds_tensor.data = slot.read(slot.numel)
             parameter.ds_tensor.swap_slot = None
 
 
-def _take_from_deepspeed(parameter: Partitioned) -> None:
-    """Host memory for what ``deepspeed.zero.Init`` has swapped out by itself."""
+def _reclaim_from_deepspeed(parameter: Partitioned) -> None:
+    """Read a partition that ``deepspeed.zero.Init`` has swapped out back into host memory."""
     swapper = parameter.nvme_swapper
     if swapper is None:
         return

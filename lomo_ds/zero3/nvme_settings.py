@@ -1,4 +1,4 @@
-"""What a ds_config says of NVMe, and whether this machine can do it, asked before anything is allocated."""
+"""NVMe offload settings of a DeepSpeed config, and their validation before anything is allocated."""
 
 import os
 import tempfile
@@ -12,19 +12,19 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfi
 from lomo_ds.errors import ConfigError
 from lomo_ds.numerics.flat import ceil_div
 
-PAGE_BYTES = 4096  # what O_DIRECT wants offsets, lengths and memory aligned to, at most
+PAGE_BYTES = 4096  # alignment that O_DIRECT may require of offsets, lengths and memory
 
 
 @dataclass(frozen=True)
 class NvmeSettings:
-    """Where the files lie, and how they are read and written.
+    """Location of the swap file, and parameters of its I/O.
 
     Attributes:
-        path: a folder.
-        block_size: bytes that a request reads or writes; smaller shards stay in host memory.
-        requests_at_once: how many the drive has at a time, at most.
-        buffer_bytes: of each buffer, at most.
-        buffer_count: how many there are, at most.
+        path: folder of the file.
+        block_size: bytes of one I/O request; smaller shards stay in host memory.
+        requests_at_once: maximum number of concurrent I/O requests.
+        buffer_bytes: maximum size of each buffer.
+        buffer_count: maximum number of buffers.
     """
 
     path: Path
@@ -35,22 +35,22 @@ class NvmeSettings:
 
     @property
     def piece_bytes(self) -> int:
-        """What one buffer holds of a file."""
+        """Bytes that one buffer transfers: its size in whole pages."""
         return self.buffer_bytes // PAGE_BYTES * PAGE_BYTES
 
     def aligned(self, nbytes: int) -> int:
-        """``nbytes``, or what must be read or written for them."""
+        """Return ``nbytes`` rounded up to whole pages, which O_DIRECT transfers."""
         return ceil_div(nbytes, PAGE_BYTES) * PAGE_BYTES
 
 
 def nvme_settings(ds_config: dict[str, Any], itemsize: int) -> NvmeSettings:
-    """The settings in a ds_config whose ``offload_param`` is on NVMe.
+    """Return the settings of a ``ds_config`` with ``offload_param.device`` nvme.
 
     Args:
-        itemsize: bytes of an element of the parameters.
+        itemsize: bytes of a parameter element.
 
     Raises:
-        ConfigError: one is missing, or out of its bounds.
+        ConfigError: a setting is missing or invalid.
     """
     offload = DeepSpeedZeroOffloadParamConfig(**ds_config["zero_optimization"]["offload_param"])
     if offload.nvme_path is None:
@@ -84,25 +84,25 @@ def nvme_settings(ds_config: dict[str, Any], itemsize: int) -> NvmeSettings:
 
 
 def validate_nvme(ds_config: dict[str, Any], itemsize: int) -> None:
-    """Refuse ``offload_param.device nvme`` where this machine cannot do it.
+    """Check that this machine supports the ``offload_param.device nvme`` settings.
 
     Raises:
-        ConfigError: a setting is wrong, or ``nvme_path`` cannot be written to past the page cache.
+        ConfigError: a setting is invalid, or ``nvme_path`` does not support O_DIRECT.
     """
     settings = nvme_settings(ds_config, itemsize)
     if not settings.path.is_dir():
         raise ConfigError(
-            f"offload_param.nvme_path must be a folder on an NVMe drive, got {settings.path}, which is none; make it, "
-            "or give another"
+            f"offload_param.nvme_path must be a folder on an NVMe drive, got {settings.path}, which is not a folder; "
+            "create it, or give another one"
         )
     os.close(nameless_file(settings.path))
 
 
 def nameless_file(folder: Path) -> int:
-    """A descriptor of a new file that is read and written past the page cache, and is gone when it is closed.
+    """Return a descriptor of a new unnamed file, opened with O_DIRECT, that is deleted when closed.
 
     Raises:
-        ConfigError: that cannot be done in ``folder``.
+        ConfigError: ``folder`` does not allow it.
     """
     try:
         descriptor, name = tempfile.mkstemp(prefix="lomo_ds-", dir=folder)

@@ -1,6 +1,6 @@
-"""``deepspeed.utils.safe_get_*`` and ``safe_set_*``: weights as fp32, wherever and however they are kept.
+"""Support for ``deepspeed.utils.safe_get_*`` and ``safe_set_*``: weights as fp32, for every store and data type.
 
-DeepSpeed asks ``parameter._z3_optimizer``; the methods here have the names that it calls. Every rank calls them.
+DeepSpeed calls these methods by name on ``parameter._z3_optimizer``. Every rank must call them.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ ATTRIBUTE = "_z3_optimizer"
 
 
 class ParameterAccess:
-    """Reads and writes the parameters of a model that ZeRO-3 has split; the next forward computes with what is written.
+    """Access to the partitioned parameters of a model; the next forward uses the values that were written.
 
-    Weights are all there is to see: LOMO has no optimizer states, and a gradient is gone when backward has ended.
+    Only weights are available: LOMO has no optimizer states, and gradients do not outlive backward.
     """
 
     def __init__(self, model: Module) -> None:
@@ -32,14 +32,14 @@ class ParameterAccess:
             setattr(parameter, ATTRIBUTE, self)
 
     def remove(self) -> None:
-        """Let DeepSpeed find nobody to ask."""
+        """Remove this object from the parameters."""
         for parameter in self.parameters:
             if getattr(parameter, ATTRIBUTE, None) is self:
                 delattr(parameter, ATTRIBUTE)
 
     def get_full_hp_param(self, param: Parameter, optim_state_key: str | None = None) -> Tensor:
-        """The whole parameter in fp32, on every rank."""
-        _refuse_state(optim_state_key)
+        """Return the full parameter in fp32, on every rank."""
+        _check_no_state(optim_state_key)
         shard = Shard.of("", param)
         part = _values_of(shard)
         world_size = dist.get_world_size(shard.group)
@@ -50,45 +50,45 @@ class ParameterAccess:
         return whole[: shard.shape.numel()].view(shard.shape)
 
     def set_full_hp_param(self, value: Tensor, param: Parameter, optim_state_key: str | None = None) -> None:
-        """Give the parameter other values, whole on every rank."""
-        _refuse_state(optim_state_key)
+        """Set the full parameter; every rank passes all values."""
+        _check_no_state(optim_state_key)
         shard = Shard.of("", param)
-        _refuse_value(value, shard.shape.numel())
+        _check_value(value, shard.shape.numel())
         self._write(param, shard, value.detach().reshape(-1)[shard.start : shard.stop])
 
     def get_local_fp32_param(self, param: Parameter, optim_state_key: str | None = None) -> Tensor:
-        """This rank's part in fp32: 1-D, as long on each rank, with zeros behind the parameter's end."""
-        _refuse_state(optim_state_key)
+        """Return this rank's partition in fp32: 1-D, equally long on all ranks, padded with zeros."""
+        _check_no_state(optim_state_key)
         return _values_of(Shard.of("", param))
 
     def set_local_hp_param(self, value: Tensor, param: Parameter, optim_state_key: str | None = None) -> None:
-        """Give this rank's part, as long as ``get_local_fp32_param`` returns it, other values."""
-        _refuse_state(optim_state_key)
+        """Set this rank's partition, with the padding of ``get_local_fp32_param``."""
+        _check_no_state(optim_state_key)
         shard = Shard.of("", param)
-        _refuse_value(value, _padded_numel(shard))
+        _check_value(value, _padded_numel(shard))
         self._write(param, shard, value.detach().reshape(-1)[: shard.data.numel()])
 
     def get_fp32_grad_for_param(self, param: Parameter) -> Never:
-        """Refuse; as all that follow."""
-        _refuse_gradient()
+        """Raise ConfigError: gradients are not kept."""
+        _raise_no_gradient()
 
     def set_fp32_grad_for_param(self, value: Tensor, param: Parameter) -> Never:
-        """See ``get_fp32_grad_for_param``."""
-        _refuse_gradient()
+        """Raise ConfigError: gradients are not kept."""
+        _raise_no_gradient()
 
     def get_local_fp32_grad_for_param(self, param: Parameter) -> Never:
-        """See ``get_fp32_grad_for_param``."""
-        _refuse_gradient()
+        """Raise ConfigError: gradients are not kept."""
+        _raise_no_gradient()
 
     def set_local_grad_for_param(self, value: Tensor, param: Parameter) -> Never:
-        """See ``get_fp32_grad_for_param``."""
-        _refuse_gradient()
+        """Raise ConfigError: gradients are not kept."""
+        _raise_no_gradient()
 
     def update_fp32_grad_for_param_vectorized(
         self, update_func: Callable[..., Any], param_list: list[Parameter]
     ) -> Never:
-        """See ``get_fp32_grad_for_param``."""
-        _refuse_gradient()
+        """Raise ConfigError: gradients are not kept."""
+        _raise_no_gradient()
 
     @torch.no_grad()
     def _write(self, param: Parameter, shard: Shard, values: Tensor) -> None:
@@ -99,14 +99,14 @@ class ParameterAccess:
             shard.storage.copy_(int8.quantize_flat(padded))
         elif values.numel():
             shard.write(values.to(shard.data.dtype))
-        get_accelerator().synchronize()  # DeepSpeed gathers on a stream that waits for no other
-        if param.shape == shard.shape:  # a whole copy is at hand, and would be used as it is
+        get_accelerator().synchronize()  # DeepSpeed gathers on a stream that does not wait for this one
+        if param.shape == shard.shape:  # the gathered copy would be used without another gather
             param.copy_(self.get_full_hp_param(param))
 
 
 @torch.no_grad()
 def _values_of(shard: Shard) -> Tensor:
-    """A copy of a shard's values in fp32 on the device that computes, with its padding, as zeros."""
+    """Return a copy of a shard's values in fp32 on the compute device, padded with zeros."""
     part = torch.zeros(_padded_numel(shard), device=get_accelerator().current_device_name())
     if shard.data.dtype == torch.int8:
         floats = torch.empty(part.numel(), device=shard.storage.device)
@@ -121,20 +121,20 @@ def _padded_numel(shard: Shard) -> int:
     return ceil_div(shard.shape.numel(), dist.get_world_size(shard.group))
 
 
-def _refuse_value(value: Any, numel: int) -> None:
+def _check_value(value: Any, numel: int) -> None:
     if not isinstance(value, Tensor) or value.is_complex():
         raise ConfigError(f"a parameter's new value must be a tensor of real numbers, got a {type(value).__name__}")
     if value.numel() != numel:
         raise ConfigError(f"a parameter's new value must have {numel} elements, got shape {list(value.shape)}")
 
 
-def _refuse_state(key: str | None) -> None:
+def _check_no_state(key: str | None) -> None:
     if key is not None:
-        raise ConfigError(f"LOMO keeps no optimizer state, and so no {key!r}; only weights can be read and set")
+        raise ConfigError(f"LOMO has no optimizer state {key!r}; only weights can be read and set")
 
 
-def _refuse_gradient() -> Never:
+def _raise_no_gradient() -> Never:
     raise ConfigError(
-        "LOMO keeps no gradient once backward has ended; parameter.register_hook(function) sees, and may replace, this "
-        "rank's gradient in backward, and engine.get_global_grad_norm() is its norm"
+        "LOMO keeps no gradient after backward; use parameter.register_hook(function) to see or replace this rank's "
+        "gradient during backward, or engine.get_global_grad_norm() for the gradient norm"
     )

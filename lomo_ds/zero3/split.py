@@ -1,4 +1,4 @@
-"""From whole parameters to shards, and to the whole again where nothing has to travel."""
+"""Partitioning of full parameters into shards, and the restoration of full parameters on a single rank."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,23 +23,23 @@ from lomo_ds.zero3.shard import Partitioned, Shard
 def partition(
     model: Module, ds_config: dict[str, Any], dtype: torch.dtype, free_host_bytes: int | None = None
 ) -> Iterator[Shard]:
-    """Make shards of a model on the meta device, without a collective.
+    """Allocate the shards of a model on the meta device, without a collective.
 
-    Yields each parameter's shard, whose values are the caller's to fill in before it asks for the next: ``partition``
-    writes none. Beside the shards, one parameter at a time takes memory as a whole, which nobody touches.
+    Yields each parameter's shard, which the caller must fill before it requests the next. Besides the shards, one full
+    parameter at a time is allocated, but not touched.
 
     Args:
-        free_host_bytes: of host memory for each rank, measured before any rank began; by default measured here.
+        free_host_bytes: free host memory per rank, measured before any rank allocates; measured here by default.
 
     Raises:
-        ConfigError: host memory or a drive cannot hold them.
+        ConfigError: host memory or the drive is too small.
     """
     device = _device()
     pinned = _pinned_memory(list(model.parameters()), ds_config, dtype, free_host_bytes)
     converter = _converter([], ds_config, dtype)
     space = swap_space(ds_config, dtype, device) if offload_device(ds_config) == "nvme" else None
     for name, parameter in model.named_parameters():
-        # DeepSpeed splits what is there; on the meta device there is nothing
+        # DeepSpeed cannot partition meta tensors
         torch.utils.swap_tensors(
             parameter, Parameter(torch.empty_like(parameter, dtype=dtype, device=device), parameter.requires_grad)
         )
@@ -51,67 +51,67 @@ def partition(
         _clear_padding(partitioned)
         yield Shard.of(name, partitioned)
         if _in_eight_bits(ds_config, partitioned):
-            _keep(partitioned, _eight_bits_of(partitioned), ds_config, pinned)
+            _store(partitioned, _eight_bits_of(partitioned), ds_config, pinned)
         if space is not None:
             move_to_nvme(partitioned, space)
 
 
 def split(model: Module, ds_config: dict[str, Any], dtype: torch.dtype, free_host_bytes: int | None = None) -> None:
-    """Give shards to those parameters that have none yet, and let all shards be kept as ``ds_config`` says.
+    """Partition the parameters that are not partitioned yet, and store all shards as ``ds_config`` says.
 
     Args:
         free_host_bytes: see ``partition``.
 
     Raises:
-        ConfigError: host memory or a drive cannot hold them.
+        ConfigError: host memory or the drive is too small.
     """
-    everyone: list[Partitioned] = list(model.parameters())
-    whole = [parameter for parameter in everyone if not hasattr(parameter, "ds_tensor")]
-    for parameter in everyone:
-        _refuse_stray_eight_bits(ds_config, parameter)
-    pinned = _pinned_memory(whole, ds_config, dtype, free_host_bytes)
-    _convert(whole, ds_config, dtype)
-    for parameter in whole:
+    parameters: list[Partitioned] = list(model.parameters())
+    unpartitioned = [parameter for parameter in parameters if not hasattr(parameter, "ds_tensor")]
+    for parameter in parameters:
+        _check_int8_is_configured(ds_config, parameter)
+    pinned = _pinned_memory(unpartitioned, ds_config, dtype, free_host_bytes)
+    _convert(unpartitioned, ds_config, dtype)
+    for parameter in unpartitioned:
         _clear_padding(parameter)
     if offload_device(ds_config) == "nvme":
-        space = swap_space(ds_config, dtype, _device(), everyone)
-        for parameter in everyone:
+        space = swap_space(ds_config, dtype, _device(), parameters)
+        for parameter in parameters:
             move_to_nvme(parameter, space)
         return
-    move_to_memory(everyone)
-    new = set(map(id, whole))
-    for parameter in everyone:
+    move_to_memory(parameters)
+    new = set(map(id, unpartitioned))
+    for parameter in parameters:
         if _in_eight_bits(ds_config, parameter) and parameter.ds_tensor.dtype != torch.int8:
-            _keep(parameter, _eight_bits_of(parameter), ds_config, pinned)
-        elif id(parameter) in new or parameter.ds_tensor.device.type != _home(ds_config).type:
-            _keep(parameter, parameter.ds_tensor.data, ds_config, pinned)
+            _store(parameter, _eight_bits_of(parameter), ds_config, pinned)
+        elif id(parameter) in new or parameter.ds_tensor.device.type != _storage_device(ds_config).type:
+            _store(parameter, parameter.ds_tensor.data, ds_config, pinned)
 
 
 def offload_device(ds_config: dict[str, Any]) -> str:
-    """Where shards lie when nobody uses them: ``none`` (on the device that computes), ``cpu`` or ``nvme``."""
+    """Return where shards are stored: ``none`` (on the compute device), ``cpu`` or ``nvme``."""
     offload = ds_config["zero_optimization"].get("offload_param") or {}
     return str(offload.get("device", "none"))
 
 
 def is_resident_config(ds_config: dict[str, Any]) -> bool:
-    """Whether nothing is ever to be gathered: one rank, which holds its shards as it computes with them."""
+    """Return whether nothing will be gathered: one rank, no offload, no eight-bit weights."""
     return dist.get_world_size() == 1 and offload_device(ds_config) == "none" and not uses_int8_weights(ds_config)
 
 
 def uses_int8_weights(ds_config: dict[str, Any]) -> bool:
-    """Whether matrices are kept as eight-bit weights."""
+    """Return whether matrices are stored as eight-bit weights."""
     optimizer = ds_config.get("optimizer") or {}
     return (optimizer.get("params") or {}).get("weights") == "int8"
 
 
 def is_resident(model: Module) -> bool:
-    """Whether each rank's shards are whole parameters on the device that computes: one rank, nothing offloaded."""
+    """Return whether all shards are full parameters on the compute device: one rank, nothing offloaded."""
     partitioned: list[Partitioned] = list(model.parameters())
     return dist.get_world_size() == 1 and all(parameter.ds_tensor.device == _device() for parameter in partitioned)
 
 
 def restore_full_params(parameters: list[Partitioned]) -> None:
-    """On one rank: let every parameter be its shard, where it is not; DeepSpeed's own gathering may copy it."""
+    """Make every parameter a view of its shard again, on a single rank; DeepSpeed's own gathering could copy it."""
     for parameter in parameters:
         if parameter.ds_status is not ZeroParamStatus.AVAILABLE:
             parameter.data = parameter.ds_tensor.data.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
@@ -120,7 +120,7 @@ def restore_full_params(parameters: list[Partitioned]) -> None:
 
 @contextmanager
 def gathered(parameters: list[Parameter]) -> Iterator[None]:
-    """The whole ``parameters`` on every rank, to read."""
+    """Gather the full ``parameters`` on every rank, for reading."""
     with GatheredParameters(parameters):
         yield
 
@@ -128,10 +128,10 @@ def gathered(parameters: list[Parameter]) -> Iterator[None]:
 def _pinned_memory(
     parameters: list[Parameter], ds_config: dict[str, Any], dtype: torch.dtype, free_host_bytes: int | None
 ) -> PinnedMemory | None:
-    """Where offloaded shards go, if they are to be pinned: in slabs, for DeepSpeed pins each one by itself.
+    """Return pinned memory for offloaded shards, in slabs, since DeepSpeed pins each one separately; None if unpinned.
 
     Raises:
-        ConfigError: host memory cannot hold them; nothing has been allocated yet.
+        ConfigError: host memory is too small; nothing has been allocated yet.
     """
     if offload_device(ds_config) != "cpu":
         return None
@@ -152,17 +152,17 @@ def _in_eight_bits(ds_config: dict[str, Any], parameter: Partitioned) -> bool:
     return uses_int8_weights(ds_config) and int8.is_quantizable(parameter.ds_shape)
 
 
-def _refuse_stray_eight_bits(ds_config: dict[str, Any], parameter: Partitioned) -> None:
+def _check_int8_is_configured(ds_config: dict[str, Any], parameter: Partitioned) -> None:
     split_before = hasattr(parameter, "ds_tensor")
     if split_before and parameter.ds_tensor.dtype == torch.int8 and not _in_eight_bits(ds_config, parameter):
         raise ConfigError(
-            "the model's weights are kept in eight bits already, and the DeepSpeed config does not say so; set "
+            "the model's weights are already stored in eight bits, but the DeepSpeed config does not say so; set "
             "optimizer.params.weights to int8, or load the model again"
         )
 
 
 def _clear_padding(parameter: Partitioned) -> None:
-    """What lies behind a parameter's end is quantized with its last weights, and DeepSpeed leaves anything there."""
+    """Zero the padding, which DeepSpeed leaves uninitialized, since it is quantized along with the last weights."""
     shard = Shard.of("", parameter)
     shard.storage[shard.data.numel() :].zero_()
 
@@ -171,14 +171,14 @@ def _eight_bits_of(parameter: Partitioned) -> Tensor:
     return int8.quantize_flat(parameter.ds_tensor.data.to(_device()))
 
 
-def _keep(parameter: Partitioned, kept: Tensor, ds_config: dict[str, Any], pinned: PinnedMemory | None) -> None:
-    """Let ``kept`` be this rank's partition, where the ds_config wants it."""
-    home = kept.to(_home(ds_config)) if pinned is None else pinned.empty_like(kept).copy_(kept)
-    parameter.ds_tensor.data = home
+def _store(parameter: Partitioned, values: Tensor, ds_config: dict[str, Any], pinned: PinnedMemory | None) -> None:
+    """Make ``values`` this rank's partition, on the device that the config chooses."""
+    stored = values.to(_storage_device(ds_config)) if pinned is None else pinned.empty_like(values).copy_(values)
+    parameter.ds_tensor.data = stored
 
 
-def _home(ds_config: dict[str, Any]) -> torch.device:
-    """Where shards lie that are in memory."""
+def _storage_device(ds_config: dict[str, Any]) -> torch.device:
+    """Return the device of shards that are stored in memory."""
     return torch.device("cpu") if offload_device(ds_config) == "cpu" else _device()
 
 
@@ -187,7 +187,7 @@ def _device() -> torch.device:
 
 
 def _convert(parameters: list[Partitioned], ds_config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Split whole parameters, with the values of rank 0; one rank has nothing to broadcast."""
+    """Partition full parameters, with the values of rank 0; a single rank has nothing to broadcast."""
     if parameters and dist.get_world_size() > 1:
         _converter(parameters, ds_config, dtype)
     elif parameters:
@@ -199,16 +199,16 @@ def _convert(parameters: list[Partitioned], ds_config: dict[str, Any], dtype: to
 
 
 def _converter(parameters: list[Parameter], ds_config: dict[str, Any], dtype: torch.dtype) -> Init:
-    """What splits parameters, and has split ``parameters``.
+    """Return DeepSpeed's converter, which has partitioned ``parameters``.
 
-    It replaces ``torch.nn.functional.linear``, for the whole process, by one that keeps no view of a weight which is
-    freed after forward, at several times the Python; not where weights are never freed.
+    It replaces ``torch.nn.functional.linear`` in the whole process by one that does not save weights that are freed
+    after forward, but with several times the Python overhead; this is disabled if weights are never freed.
     """
     zero = dict(ds_config["zero_optimization"])
-    zero.pop("zero_quantized_weights", None)  # for which it would load kernels of its own
+    zero.pop("zero_quantized_weights", None)  # otherwise it would load its own kernels
     if is_resident_config(ds_config):
         zero["memory_efficient_linear"] = False
-    if offload_device(ds_config) != "none":  # what goes to NVMe comes by host memory
+    if offload_device(ds_config) != "none":  # partitions go to NVMe through host memory
         zero["offload_param"] = {"device": "cpu", "pin_memory": False}
     return Init(
         module=torch.nn.ParameterList(parameters),

@@ -24,31 +24,31 @@ from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.zero3.lookahead import LookaheadLimit
 from lomo_ds.zero3.shard import Partitioned, Shard, slot_of
 
-ALIGNMENT = 16  # bytes, of each shard in the buffer that several are sent in: the widest load of a GPU
-REPLACED = ("all_gather_coalesced", "all_gather", "partition")  # methods that DeepSpeed gives a parameter
+ALIGNMENT = 16  # bytes, of each shard in a shared buffer: the widest load of a GPU
+REPLACED = ("all_gather_coalesced", "all_gather", "partition")  # methods that DeepSpeed adds to a parameter
 
 
 class WireFormat(Protocol):
-    """How a shard, which has its padding and lies where it is kept, comes to the device that computes."""
+    """Encoding of a stored shard, with its padding, for the gather on the compute device."""
 
     def pack(self, shard: Tensor) -> Tensor:
-        """The shard on the device, 1-D, where one rank has all of them and sends nothing."""
+        """Return the shard on the device, 1-D; used with a single rank, which sends nothing."""
         ...
 
     def packed_as(self, numel: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
-        """Elements and dtype that a shard of so many elements, kept as ``dtype``, is sent as; alike on all ranks."""
+        """Return elements and dtype of an encoded shard with ``numel`` elements of ``dtype``; equal on all ranks."""
         ...
 
     def pack_into(self, packed: Tensor, shard: Tensor) -> None:
-        """Write what this rank sends into ``packed``: 1-D, on the device, as ``packed_as`` says."""
+        """Encode this rank's shard into ``packed``: 1-D, on the device, with the size and dtype of ``packed_as``."""
         ...
 
     def unpack(self, packed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-        """The shards of all ranks behind one another, 1-D, with their padding.
+        """Decode the shards of all ranks into one 1-D tensor, with their padding.
 
         Args:
-            packed: what each rank has sent, ranks x length; rows may lie apart.
-            numel: of a shard with its padding.
+            packed: encoded shards, ranks x length; rows may have gaps between them.
+            numel: elements of a shard with its padding.
         """
         ...
 
@@ -56,12 +56,12 @@ class WireFormat(Protocol):
 def install_gathering(
     model: Module, wire: WireFormat, exact: WireFormat, ahead_numel: int | None
 ) -> Callable[[], None]:
-    """Let the parameters of ``model``, which have been split, be gathered by ``wire``; returns what undoes it.
+    """Make the partitioned parameters of ``model`` gather through ``wire``; return a function that undoes it.
 
     Args:
-        exact: what brings them to ``gathered`` and ``GatheredParameters``, which read or write the model itself.
-        ahead_numel: elements of whole parameters that may be asked for before others have been computed with; None
-            where they are asked for in the computing stream.
+        exact: lossless format for ``gathered`` and ``GatheredParameters``, which read or write the model itself.
+        ahead_numel: elements of full parameters that may be requested before the device has used earlier ones; None
+            if gathers run in the compute stream.
     """
     backlog = _Backlog(ahead_numel)
 
@@ -73,11 +73,11 @@ def install_gathering(
 
     def gather_now(parameter: Partitioned, param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> None:
         assert not async_op
-        some = [parameter] if param_list is None else param_list
-        for one in some:
-            if wire is not exact and one.ds_status is ZeroParamStatus.AVAILABLE:
-                one.partition()
-        missing = [one for one in some if one.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        requested = [parameter] if param_list is None else param_list
+        for param in requested:
+            if wire is not exact and param.ds_status is ZeroParamStatus.AVAILABLE:
+                param.partition()
+        missing = [param for param in requested if param.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         _GatherHandle(missing, exact).wait()
 
     partitioned: list[Partitioned] = list(model.parameters())
@@ -90,13 +90,13 @@ def install_gathering(
 
 
 def limit_gathering(model: Module, ahead_numel: int) -> Callable[[], None]:
-    """Let DeepSpeed's own gathering ask for no more ahead than ``install_gathering`` does; returns what undoes it."""
+    """Apply the lookahead limit of ``install_gathering`` to DeepSpeed's own gathering; return a function to undo it."""
     backlog = _Backlog(ahead_numel)
 
     def gather(own: Callable[..., Any], parameters: Iterable[Partitioned], **options: bool) -> Any:
-        wanted = list(parameters)
-        backlog.add(sum(parameter.ds_numel for parameter in wanted))
-        return own(wanted, **options)
+        requested = list(parameters)
+        backlog.add(sum(parameter.ds_numel for parameter in requested))
+        return own(requested, **options)
 
     partitioned: list[Partitioned] = list(model.parameters())
     undo = _restoring(partitioned)
@@ -106,7 +106,7 @@ def limit_gathering(model: Module, ahead_numel: int) -> Callable[[], None]:
 
 
 def reset_unregistered_gathers(model: Module) -> None:
-    """Let parameters be asked for again that an exception kept from DeepSpeed's registry of those on their way."""
+    """Reset parameters in flight that an exception kept out of DeepSpeed's registry, so they can be gathered again."""
     registered: Any = model
     for parameter in registered.parameters():
         unregistered = parameter not in registered.ds_inflight_param_registry
@@ -134,88 +134,85 @@ def _partition(
     has_been_updated: bool = False,
     free_data: bool = True,
 ) -> None:
-    """DeepSpeed's ``partition``, which knows neither eight-bit weights nor files, for what a user has written."""
-    some = [parameter] if param_list is None else param_list
-    for one in some if has_been_updated else ():
-        shard = Shard.of("", one)
-        values = one.data.reshape(-1)[shard.start : shard.stop]
+    """Partition parameters like DeepSpeed, and write a user's changes back to eight-bit weights and NVMe as well."""
+    requested = [parameter] if param_list is None else param_list
+    for param in requested if has_been_updated else ():
+        shard = Shard.of("", param)
+        values = param.data.reshape(-1)[shard.start : shard.stop]
         if shard.data.dtype == torch.int8:
-            padded = torch.nn.functional.pad(values, (0, one.ds_tensor.ds_numel - values.numel()))
+            padded = torch.nn.functional.pad(values, (0, param.ds_tensor.ds_numel - values.numel()))
             shard.storage.copy_(int8.quantize_flat(padded))
         else:
             shard.write(values)
     if has_been_updated:
-        get_accelerator().synchronize()  # DeepSpeed gathers on a stream that waits for no other
-    release(some, hierarchy, False, free_data)
+        get_accelerator().synchronize()  # DeepSpeed gathers on a stream that does not wait for this one
+    release(requested, hierarchy, False, free_data)
 
 
 class _Backlog:
-    """Lets the host wait when it asks for parameters long before they are computed with, in place of DeepSpeed's limit.
-
-    See ``LookaheadLimit``.
-    """
+    """Blocks the host while it is too far ahead of the device; replaces DeepSpeed's limit. See ``LookaheadLimit``."""
 
     def __init__(self, limit_numel: int | None) -> None:
         self.ahead = None if limit_numel is None else LookaheadLimit(limit_numel)
-        self.events: deque[Any] = deque()  # in the computing stream, of the latest asks
+        self.events: deque[Any] = deque()  # events in the compute stream, one for each recent request
         accelerator = get_accelerator()
-        self.computing = None if accelerator.is_synchronized_device() else accelerator.current_stream()
+        self.compute_stream = None if accelerator.is_synchronized_device() else accelerator.current_stream()
 
     def add(self, numel: int) -> None:
-        """So much is asked for."""
-        if self.computing is None or self.ahead is None:
+        """Register a request for ``numel`` elements, and wait if the limit is exceeded."""
+        if self.compute_stream is None or self.ahead is None:
             return
-        self.events.append(self.computing.record_event())
+        self.events.append(self.compute_stream.record_event())
         number = self.ahead.request(numel)
         if number is not None:
-            place = len(self.events) - (self.ahead.request_count - number)
-            self.events[place].synchronize()
-            for _ in range(place + 1):
+            position = len(self.events) - (self.ahead.request_count - number)
+            self.events[position].synchronize()
+            for _ in range(position + 1):
                 self.events.popleft()
 
 
 def _expect_reads(parameters: list[Partitioned]) -> None:
-    places = [place for place in map(slot_of, parameters) if place is not None]
-    if places:
-        places[0].space.expect(places)
+    slots = [slot for slot in map(slot_of, parameters) if slot is not None]
+    if slots:
+        slots[0].space.expect(slots)
 
 
-def _kept(parameter: Partitioned) -> Tensor:
-    """This rank's shard with its padding, read if it lies in a file."""
-    place = slot_of(parameter)
-    return parameter.ds_tensor.data if place is None else place.read(place.numel, place.space.device)
+def _stored(parameter: Partitioned) -> Tensor:
+    """Return this rank's shard with its padding, read from NVMe if necessary."""
+    slot = slot_of(parameter)
+    return parameter.ds_tensor.data if slot is None else slot.read(slot.numel, slot.space.device)
 
 
 def _all_gather(parameters: Sequence[Partitioned], wire: WireFormat) -> tuple[list[Tensor], Any]:
-    """Send the shards of several parameters in one buffer; what every rank sends of each, and the collective.
+    """Start one all-gather of the shards of several parameters.
 
-    A rank's row of the buffer has its shard of each parameter, of whatever dtype, and is gathered in place.
+    The row of a rank in the buffer holds its shard of each parameter, of any dtype, and is gathered in place.
 
     Returns:
-        Views of the buffer, ranks x length, to be read when the collective has been waited for.
+        For each parameter a view of the buffer, ranks x length, which is valid after the collective; and its handle.
     """
     group = parameters[0].ds_process_group
-    packed_as = [wire.packed_as(*_kept_as(parameter)) for parameter in parameters]
+    packed_as = [wire.packed_as(*_stored_as(parameter)) for parameter in parameters]
     spans, row_bytes = aligned_layout([numel * dtype.itemsize for numel, dtype in packed_as])
     device = get_accelerator().current_device_name()
     buffer = torch.empty(dist.get_world_size(group), row_bytes, dtype=torch.uint8, device=device)
     views = [buffer[:, span].view(dtype) for span, (_, dtype) in zip(spans, packed_as, strict=True)]
     rank = dist.get_rank(group)
     for parameter, view in zip(parameters, views, strict=True):
-        wire.pack_into(view[rank], _kept(parameter))
+        wire.pack_into(view[rank], _stored(parameter))
     return views, dist.all_gather_into_tensor(buffer.view(-1), buffer[rank], group=group, async_op=True)
 
 
-def _kept_as(parameter: Partitioned) -> tuple[int, torch.dtype]:
-    """Elements of this rank's shard with its padding, and their dtype; of eight-bit weights, of their buffer."""
-    place = slot_of(parameter)
-    if place is not None:
-        return place.numel, place.dtype
+def _stored_as(parameter: Partitioned) -> tuple[int, torch.dtype]:
+    """Return elements and dtype of this rank's stored shard: with padding, or of the buffer of eight-bit weights."""
+    slot = slot_of(parameter)
+    if slot is not None:
+        return slot.numel, slot.dtype
     return parameter.ds_tensor.numel(), parameter.ds_tensor.dtype
 
 
 def aligned_layout(sizes: Sequence[int]) -> tuple[list[slice], int]:
-    """Where things of these sizes lie behind one another, each aligned; and the bytes of all. One alone has no gap."""
+    """Return the aligned ranges of consecutive items, and the total bytes; a single item is not padded."""
     if len(sizes) == 1:
         return [slice(0, sizes[0])], sizes[0]
     aligned = [ceil_div(size, ALIGNMENT) * ALIGNMENT for size in sizes]
@@ -224,10 +221,10 @@ def aligned_layout(sizes: Sequence[int]) -> tuple[list[slice], int]:
 
 
 class _GatherHandle:
-    """Parameters that are gathered together; DeepSpeed waits for it once for each, and from several threads.
+    """Handle of one gather of several parameters; DeepSpeed waits for it once per parameter, from several threads.
 
-    Each becomes a tensor of its own, as each is freed by itself: cut from the buffer, one that is still in use would
-    keep the bytes of all. Only a parameter that was gathered alone, and not in eight bits, stays where it was received.
+    Each parameter becomes a separate tensor, since each is freed separately: a view of the buffer would keep the whole
+    buffer alive. Only a parameter that was gathered alone, and not in eight bits, remains a view of it.
     """
 
     def __init__(self, parameters: Sequence[Partitioned], wire: WireFormat) -> None:
@@ -237,7 +234,7 @@ class _GatherHandle:
         self.work: Any = None
         packed: list[Tensor] = []
         if parameters and dist.get_world_size(parameters[0].ds_process_group) == 1:
-            packed = [wire.pack(_kept(parameter)).view(1, -1) for parameter in parameters]
+            packed = [wire.pack(_stored(parameter)).view(1, -1) for parameter in parameters]
         elif parameters:
             packed, self.work = _all_gather(parameters, wire)
         self.pending = deque(zip(parameters, packed, strict=True))
@@ -245,22 +242,22 @@ class _GatherHandle:
             parameter.ds_status = ZeroParamStatus.INFLIGHT
 
     def wait(self, **options: Any) -> None:
-        """Every parameter of it is whole for what the current stream does next."""
+        """Make every parameter of the gather available to the current stream."""
         with self.lock:
             try:
                 if self.work is not None:
                     self.work.wait()
                     self.work = None
                 while self.pending:
-                    self._open(*self.pending[0])
+                    self._unpack(*self.pending[0])
                     self.pending.popleft()
             except BaseException:
-                while self.pending:  # they can be asked for again
+                while self.pending:  # so that they can be gathered again
                     self.pending.popleft()[0].ds_status = ZeroParamStatus.NOT_AVAILABLE
                 raise
 
-    def _open(self, parameter: Partitioned, packed: Tensor) -> None:
-        """Give the parameter its values."""
+    def _unpack(self, parameter: Partitioned, packed: Tensor) -> None:
+        """Decode the values of a parameter."""
         flat = self.wire.unpack(packed, parameter.ds_tensor.ds_numel, parameter.dtype)
         parameter.data = flat[: parameter.ds_numel].view(parameter.ds_shape)
         parameter.ds_status = ZeroParamStatus.AVAILABLE

@@ -338,7 +338,7 @@ def bytes_taken(folder: str) -> tuple[list[int], list[str]]:
     shards = zero3.shards(engine.module)
     in_memory = sum(shard.data.nbytes for shard in shards if shard.slot is None)
     (space,) = {shard.slot.space for shard in shards if shard.slot is not None}
-    buffers = [lane.buffer.nbytes for lane in space.buffers]
+    buffers = [buffer.memory.nbytes for buffer in space.buffers]
     assert in_memory < 4096 * len(shards)
     assert space.end == sum(ceil_div(shard.data.nbytes, 4096) * 4096 for shard in shards if shard.slot is not None)
     for shard in [shard.copy() for shard in shards] + [shard.copy() for shard in shards]:
@@ -436,7 +436,7 @@ def refuse(folder: str, aio: dict[str, Any], offload: dict[str, Any], precision:
     ("aio", "offload", "told"),
     [
         ({}, {"nvme_path": None}, "needs a folder for the parameters"),
-        ({}, {"nvme_path": "/proc/none"}, "must be a folder on an NVMe drive, got /proc/none, which is none"),
+        ({}, {"nvme_path": "/proc/none"}, "must be a folder on an NVMe drive, got /proc/none, which is not a folder"),
         ({}, {"nvme_path": "/proc"}, "nvme_path /proc cannot be used: "),
         ({}, {"buffer_count": 1}, "offload_param.buffer_count must be at least 2 for nvme, got 1"),
         ({}, {"buffer_size": 1000}, "offload_param.buffer_size must be at least 1024 elements"),

@@ -1,4 +1,4 @@
-"""Stores: where this rank's shards are kept between their uses."""
+"""Stores of this rank's shards: on the device, in host memory or on NVMe."""
 
 from lomo_ds.zero3.stores.device_store import DeviceStore
 from lomo_ds.zero3.stores.host_store import HostStore

@@ -1,4 +1,4 @@
-"""Shards that lie where they are computed with."""
+"""Store of shards on the compute device."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,23 +9,23 @@ from lomo_ds.zero3.shard import Shard
 
 
 class DeviceStore:
-    """Lends the shards themselves.
+    """Store whose shards are updated directly.
 
     Args:
-        shards: on the device that computes.
+        shards: on the compute device.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.values: list[Values] = [shard.values(number) for number, shard in enumerate(shards)]
 
-    def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
-        """See ``Store.offer_gathered_weight``; the shard is at hand anyway."""
+    def offer_gathered_weight(self, index: int, weight: Tensor) -> None:
+        """Do nothing: the shards are on the device already."""
 
     def open_for_update(
         self, indices: Sequence[int], gradients: Sequence[Tensor]
     ) -> Iterator[tuple[list[Values], list[Tensor]]]:
-        """See ``Store.open_for_update``."""
+        """Implement ``Store.open_for_update``."""
         yield [self.values[index] for index in indices], list(gradients)
 
     def flush(self) -> None:
-        """See ``Store.flush``."""
+        """Implement ``Store.flush``."""

@@ -1,4 +1,4 @@
-"""Shards in host memory: updated on the device in the copy that backward has gathered, and sent home from there."""
+"""Store of shards in host memory: updated in the copy that backward has gathered on the device, then copied back."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,11 +11,11 @@ from lomo_ds.numerics.flat import GPU_PIECE_NUMEL
 from lomo_ds.numerics.int8 import Values
 from lomo_ds.zero3.shard import Shard
 
-Piece = tuple[int, int]  # index of a shard, and number of its piece
+Piece = tuple[int, int]  # index of a shard, and number of a piece in it
 
 
 class HostStore:
-    """Lends this rank's part of a gathered copy where one was noted, else a copy of the shard, a piece at a time.
+    """Store that updates this rank's part of an offered gathered copy, or else a device copy of the shard, in pieces.
 
     Args:
         shards: in host memory; if it is pinned, copies overlap with computation.
@@ -32,19 +32,19 @@ class HostStore:
         self.prefetcher: Prefetcher[Piece] = Prefetcher(self.transfer, lambda piece: self.pieces[piece[0]][piece[1]])
         self.gathered: dict[int, Tensor] = {}
 
-    def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
-        """See ``Store.offer_gathered_weight``."""
+    def offer_gathered_weight(self, index: int, weight: Tensor) -> None:
+        """Implement ``Store.offer_gathered_weight``."""
         shard = self.shards[index]
-        if self.gathered_is_lossy or shard.data.dtype != whole.dtype or whole.numel() != shard.shape.numel():
+        if self.gathered_is_lossy or shard.data.dtype != weight.dtype or weight.numel() != shard.shape.numel():
             return
-        part = whole.detach().reshape(-1)[shard.start : shard.stop]
-        # a view would keep all of it
-        self.gathered[index] = part if part.numel() == whole.numel() else part.clone()
+        part = weight.detach().reshape(-1)[shard.start : shard.stop]
+        # clone, since a view would keep the full copy alive
+        self.gathered[index] = part if part.numel() == weight.numel() else part.clone()
 
     def open_for_update(
         self, indices: Sequence[int], gradients: Sequence[Tensor]
     ) -> Iterator[tuple[list[Values], list[Tensor]]]:
-        """See ``Store.open_for_update``."""
+        """Implement ``Store.open_for_update``."""
         fetched: list[tuple[Piece, Tensor]] = []
         for index, gradient in zip(indices, gradients, strict=True):
             if index in self.gathered:
@@ -62,12 +62,12 @@ class HostStore:
             self.transfer.offload(copy, self.pieces[index][number])
 
     def flush(self) -> None:
-        """See ``Store.flush``."""
+        """Implement ``Store.flush``."""
         self.gathered.clear()
         self.prefetcher.flush()
         self.transfer.flush()
 
 
 def _pieces_of(shard: Shard) -> Sequence[Tensor]:
-    """A shard in parts of bounded length; eight-bit weights in one, half as long."""
+    """Return a shard in pieces of bounded length; eight-bit weights are a single piece."""
     return [shard.storage] if shard.data.dtype == torch.int8 else shard.data.split(GPU_PIECE_NUMEL)

@@ -1,4 +1,4 @@
-"""Shards in a file on NVMe: updated on the device in the copy that backward has gathered, and written from there."""
+"""Store of shards on NVMe: updated in the copy that backward has gathered on the device, then written to the file."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,38 +11,38 @@ from lomo_ds.zero3.stores.host_store import HostStore
 
 
 class NvmeStore(HostStore):
-    """Does so for the shards that lie in a file; the others, which are small, are in host memory.
+    """``HostStore`` whose large shards are in a swap file; small shards remain in host memory.
 
-    The host waits here: for a read, and for a write where more are under way than there are buffers.
+    The host waits for reads, and for a write if all buffers are in use.
 
     Args:
-        device: the one that computes.
+        device: the compute device.
         gathered_is_lossy: see ``HostStore``.
     """
 
     def __init__(self, shards: Sequence[Shard], device: torch.device, gathered_is_lossy: bool = False) -> None:
         super().__init__(shards, device, gathered_is_lossy)
-        self.places = [shard.slot for shard in shards]
+        self.slots = [shard.slot for shard in shards]
         self.device = device
 
     def open_for_update(
         self, indices: Sequence[int], gradients: Sequence[Tensor]
     ) -> Iterator[tuple[list[Values], list[Tensor]]]:
-        """See ``Store.open_for_update``."""
+        """Implement ``Store.open_for_update``."""
         pairs = list(zip(indices, gradients, strict=True))
-        in_memory = [(index, gradient) for index, gradient in pairs if self.places[index] is None]
+        in_memory = [(index, gradient) for index, gradient in pairs if self.slots[index] is None]
         yield from super().open_for_update([index for index, _ in in_memory], [gradient for _, gradient in in_memory])
         for index, gradient in pairs:
-            place = self.places[index]
-            if place is not None:
+            slot = self.slots[index]
+            if slot is not None:
                 part = self.gathered.pop(index, None)
                 if part is None:
-                    part = place.read(gradient.numel(), self.device)
+                    part = slot.read(gradient.numel(), self.device)
                 yield [part], [gradient]
-                place.write(part)
+                slot.write(part)
 
     def flush(self) -> None:
-        """See ``Store.flush``: what is not written yet is held on the device."""
+        """Implement ``Store.flush``: wait for the pending writes, which keep device memory alive."""
         super().flush()
-        for space in {place.space for place in self.places if place is not None}:
+        for space in {slot.space for slot in self.slots if slot is not None}:
             space.finish()

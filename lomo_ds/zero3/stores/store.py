@@ -1,4 +1,4 @@
-"""The protocol of a store: where this rank's shards are kept, and how they come to be updated."""
+"""Protocol of stores, which hold this rank's shards and give access to them for updates."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -9,32 +9,32 @@ from lomo_ds.numerics.int8 import Values
 
 
 class Store(Protocol):
-    """Keeps the shards of the parameters that train, by their index in the model's order.
+    """Holds the shards of the trainable parameters, by their index in model order.
 
-    It knows where the bytes are and in what form; not when a shard is updated, nor how.
+    A store knows where the bytes are and in what format. It does not know when or how a shard is updated.
     """
 
-    def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
-        """A gathered copy of a parameter is on the device, and its shard is lent before the pass is over.
+    def offer_gathered_weight(self, index: int, weight: Tensor) -> None:
+        """Offer a gathered copy of a parameter on the device, whose shard is updated later in the same pass.
 
         Args:
-            whole: it may be freed or clobbered, but not used again in this pass.
+            weight: the caller may free or overwrite it, but must not use it again in this pass.
         """
         ...
 
     def open_for_update(
         self, indices: Sequence[int], gradients: Sequence[Tensor]
     ) -> Iterator[tuple[list[Values], list[Tensor]]]:
-        """Shards, or parts of them, to be changed in place, with their part of ``gradients``.
+        """Yield shards, or pieces of them, to be updated in place, with the matching pieces of ``gradients``.
 
-        What is lent is on the device that computes; it is kept when the next one is asked for. The host waits for
-        no more than a drive.
+        The yielded values are on the compute device; the store commits them when the next item is requested. The host
+        waits only for reads and writes of a drive.
 
         Args:
-            gradients: each as long as its shard, on the device that computes.
+            gradients: each as long as its shard, on the compute device.
         """
         ...
 
     def flush(self) -> None:
-        """A pass has ended: let go of device memory that is held for copies under way or noted in vain."""
+        """End a pass: release device memory held for pending copies and for unused gathered copies."""
         ...
