@@ -56,7 +56,7 @@ def layer_is_gathered(params: dict[str, Any], zero: dict[str, Any]) -> None:
     for name, parameter in zip(names, parameters, strict=True):  # one at a time, exactly
         with zero3.gathered([parameter]):
             whole[name] = parameter.detach().clone()
-    with counting(dist, "all_gather_into_tensor") as collectives, counting(int8, "read") as decodes:
+    with counting(dist, "all_gather_into_tensor") as collectives, counting(int8, "dequantize") as decodes:
         handle = parameters[0].all_gather_coalesced(parameters)
         for _ in parameters:  # as DeepSpeed does
             handle.wait()
@@ -117,7 +117,7 @@ def an_arrival_that_fails() -> None:
     engine = wired_engine({"weights": "int8"})
     parameters: list[Any] = list(engine.module.model.layers[0].parameters())
     handle = parameters[0].all_gather_coalesced(parameters)
-    with mock.patch.object(int8, "read", side_effect=MemoryError), pytest.raises(MemoryError):
+    with mock.patch.object(int8, "dequantize", side_effect=MemoryError), pytest.raises(MemoryError):
         handle.wait()
     parameters = [parameter for parameter in parameters if parameter.ds_status.name == "NOT_AVAILABLE"]
     assert len(parameters) >= MATRICES_OF_A_LAYER
