@@ -1,1 +1,1 @@
-"""Inputs of every kind that a user gives, drawn at random: a few in ``make test``, minutes of them in ``make fuzz``."""
+"""Fuzz tests with random user inputs of every kind: a few in ``make test``, minutes of them in ``make fuzz``."""

@@ -1,8 +1,8 @@
-"""Draw inputs of every kind until minutes are over, and count them: ``make fuzz``, or ``python -m tests.fuzz``.
+"""Fuzzing with inputs of every kind for some minutes: ``make fuzz``, or ``python -m tests.fuzz``.
 
-A fault is an exception that is no refusal, a refusal of more than one line, a step or a logit other than the
-reference's, or no end within ``test_inputs.SECONDS``. The smallest input that shows it is printed, and the exit status
-is 1. The seed of a run, which is printed too, gives the same inputs again.
+A fault is an exception other than a ``LomoError``, an error message of more than one line, a step or logit that differs
+from the reference, or a run of more than ``test_inputs.SECONDS``. The smallest input that shows the fault is printed,
+and the exit status is 1. The seed of a run is printed, and reproduces its inputs.
 """
 
 import argparse
@@ -27,26 +27,26 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import UnsatisfiedAssumption
 
 from tests.fuzz.kinds import KINDS, Kind
-from tests.fuzz.test_inputs import SECONDS, in_time
+from tests.fuzz.test_inputs import SECONDS, time_limit
 from tests.ranks import GroupOf, groups
 
 
 @dataclass
 class Counts:
-    """Of one kind: how many inputs were drawn, and what became of them."""
+    """Numbers of inputs of one kind, by their results."""
 
     tried: int = 0
     refused: int = 0
     done: int = 0
     faults: int = 0
 
-    def words(self) -> str:
-        """For a line of the log."""
+    def summary(self) -> str:
+        """Return the counts as text for a line of the log."""
         return ", ".join(f"{count} {name}" for name, count in vars(self).items())
 
 
 def main() -> int:
-    """The exit status: 1 if there was any fault."""
+    """Run the fuzz tests and return the exit status, which is 1 if there was a fault."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Draw inputs of every kind, and count.")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=None, help="of an earlier run, whose inputs are drawn again")
@@ -57,19 +57,19 @@ def main() -> int:
     counts = {kind.name: Counts() for kind in kinds}
     print(f"seed {first_seed}: make fuzz SEED={first_seed} draws the same inputs", flush=True)
     end = time.monotonic() + 60 * options.minutes
-    with unseen_stderr(), groups(hung=SECONDS / 2) as ranks, tempfile.TemporaryDirectory() as folder:
+    with suppressed_stderr(), groups(hung=SECONDS / 2) as ranks, tempfile.TemporaryDirectory() as folder:
         for kind, turn_seed in turns(kinds, first_seed, end):
             take_turn(kind, turn_seed, counts[kind.name], ranks, Path(folder))
-            print(f"{kind.name:20} {counts[kind.name].words()}", flush=True)
+            print(f"{kind.name:20} {counts[kind.name].summary()}", flush=True)
     print(table(kinds, counts))
     return int(any(of_kind.faults for of_kind in counts.values()))
 
 
 @contextmanager
-def unseen_stderr() -> Iterator[None]:
-    """Leave out the progress bars and warnings of libraries, here and on the ranks, of which there are thousands."""
-    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+def suppressed_stderr() -> Iterator[None]:
+    """Suppress the progress bars and warnings of libraries, in this process and on the ranks."""
+    before, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
@@ -77,7 +77,7 @@ def unseen_stderr() -> Iterator[None]:
 
 
 def turns(kinds: list[Kind], first_seed: int, end: float) -> Iterator[tuple[Kind, int]]:
-    """Each kind in turn, and a seed for the turn, until the time is over."""
+    """Yield each kind in turn with a seed, until the time is over."""
     for number in count():
         for kind in kinds:
             if number and time.monotonic() > end:
@@ -86,8 +86,8 @@ def turns(kinds: list[Kind], first_seed: int, end: float) -> Iterator[tuple[Kind
 
 
 def take_turn(kind: Kind, turn_seed: int, counts: Counts, ranks: GroupOf, folder: Path) -> None:
-    """Draw the inputs of a turn into ``counts``; print a fault, with the smallest input that shows it."""
-    is_searching = True  # and not yet making an input smaller
+    """Test the inputs of one turn, update ``counts``, and print a fault with the smallest input that shows it."""
+    is_searching = True  # False while hypothesis shrinks a failing input
 
     @seed(turn_seed)
     @settings(
@@ -102,9 +102,9 @@ def take_turn(kind: Kind, turn_seed: int, counts: Counts, ranks: GroupOf, folder
     def draw(drawn: Any) -> None:
         nonlocal is_searching
         try:
-            with in_time():
+            with time_limit():
                 is_done = kind.check(ranks, folder, drawn)
-        except UnsatisfiedAssumption:  # there is nothing to compare with
+        except UnsatisfiedAssumption:  # the input cannot be compared with a reference
             raise
         except BaseException:
             counts.tried += is_searching
@@ -116,7 +116,7 @@ def take_turn(kind: Kind, turn_seed: int, counts: Counts, ranks: GroupOf, folder
 
     try:
         draw()
-    except (Exception, Failed) as fault:  # Failed: of a group of ranks
+    except (Exception, Failed) as fault:  # pytest's Failed is raised by groups of ranks
         counts.faults += 1
         print(
             f"FAULT in {kind.name}, drawn by SEED={turn_seed}:",
@@ -126,9 +126,9 @@ def take_turn(kind: Kind, turn_seed: int, counts: Counts, ranks: GroupOf, folder
 
 
 def table(kinds: list[Kind], counts: dict[str, Counts]) -> str:
-    """The counts of each kind, and their sums, in Markdown."""
+    """Return a Markdown table with the counts of each kind and their sums."""
     head = [
-        "| inputs | tried | refused in a sentence | trained or read as the reference | faults |",
+        "| inputs | tried | rejected with an error message | equal to the reference | faults |",
         "|---|---:|---:|---:|---:|",
     ]
     rows = [(f"{kind.name} ({kind.done})", counts[kind.name]) for kind in kinds]

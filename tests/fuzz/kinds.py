@@ -1,4 +1,4 @@
-"""Each kind of input: how one is drawn, and what holds for it."""
+"""All kinds of inputs: how to draw one, and how to check it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ class Kind:
     """A kind of input.
 
     Attributes:
-        name: as the table has it.
-        inputs: draws one.
-        check: given groups of ranks, an empty folder and an input, does the work that a user would ask for. Returns
-            whether it was done, and not refused in one sentence; raises whatever is a fault.
-        done: what is done.
-        turn: inputs of one turn, which take a few seconds.
+        name: the name in the table of results.
+        inputs: the strategy that draws an input.
+        check: called with groups of ranks, an empty folder and an input; does what a user would do with the input.
+            Returns True if that succeeded and False if there was a one-line error message; raises for a fault.
+        done: the name of a success in the table of results.
+        turn: the number of inputs of one turn, which take a few seconds.
     """
 
     name: str
@@ -66,8 +66,8 @@ KINDS = [
     Kind(
         "fields of ds_config",
         st.tuples(
-            st.builds(test_inputs.replaced, st.sampled_from(test_inputs.SHIPPED), test_inputs.replacements),
-            test_inputs.agreeing_and_not,
+            st.builds(test_inputs.replace_fields, st.sampled_from(test_inputs.SHIPPED), test_inputs.replacements),
+            test_inputs.argument_lists,
         ),
         lambda ranks, folder, drawn: test_inputs.check_ds_config(*drawn),
         turn=200,

@@ -1,4 +1,4 @@
-"""Any model folder: the logits of plain transformers, bit for bit, or one sentence."""
+"""Fuzz test of model folders: logits are bit-equal to those of transformers, or there is a one-line error message."""
 
 import json
 import tempfile
@@ -24,7 +24,7 @@ from transformers import (
 
 from lomo_ds.errors import LomoError
 from lomo_ds.models import load_config, load_model
-from tests.fuzz.test_inputs import is_one_sentence
+from tests.fuzz.test_inputs import is_one_line
 from tests.ranks import GroupOf
 
 DS_CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -51,7 +51,7 @@ FIELDS = [
     "quantization_config", "auto_map", "transformers_version", "is_decoder", "pruned_heads", "id2label",
     "num_labels", "output_hidden_states", "return_dict", "text_config", "_name_or_path",
 ]  # fmt: skip
-# small: what is accepted is also built
+# small numbers, because accepted configurations are built
 numbers = (
     st.none() | st.booleans() | st.integers(-2, 64) | st.sampled_from([0.5, 1e-6, 1e4, float("nan"), float("inf")])
 )
@@ -83,7 +83,7 @@ folders = st.tuples(st.sampled_from(list(MAKE)), st.booleans(), settings_changes
 
 
 def changed(tensors: dict[str, Tensor], changes: list[Any]) -> dict[str, Tensor]:
-    """``tensors`` after each of ``changes``, which is a way, a number of a tensor, a prefix and a type."""
+    """Apply ``changes``, each of which is a way, the number of a tensor, a prefix and a dtype, to ``tensors``."""
     for way, number, prefix, dtype in changes:
         if not tensors:
             return tensors
@@ -132,31 +132,31 @@ def logits_of(model: PreTrainedModel) -> Tensor:
 
 
 def plain_logits(folder: str) -> Tensor | None:
-    """Of plain transformers; None where it fails, or draws weights at random that it does not find."""
+    """Return the logits of transformers; None if it fails or initializes missing weights randomly."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         return None if report["missing_keys"] or report["mismatched_keys"] else logits_of(model)
-    except Exception:  # whatever transformers and safetensors raise
+    except Exception:  # any error of transformers and safetensors
         return None
 
 
-def load_as_plainly(*folder_of: Any) -> str | None:
-    """The logits of a folder, compared with those of plain transformers; or the refusal."""
+def load_and_compare(*spec: Any) -> str | None:
+    """Compare the logits of a folder with those of transformers; return the error message if it is rejected."""
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), *folder_of)
+        write(Path(folder), *spec)
         try:
             model = load_model(folder, load_config(folder), DS_CONFIG, torch.float32)
         except LomoError as refusal:
             return str(refusal)
-        wanted = plain_logits(folder)
-    if wanted is not None:
+        expected = plain_logits(folder)
+    if expected is not None:
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            torch.testing.assert_close(logits_of(model), wanted, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=0, equal_nan=True)
     return None
 
 
-def check_folder(ranks: GroupOf, folder_of: tuple[Any, ...]) -> bool:
-    """Whether the folder loaded, as with plain transformers; otherwise it was refused in one sentence."""
-    [refusal] = ranks(1).run(load_as_plainly, *folder_of)
-    assert refusal is None or is_one_sentence(refusal), refusal
+def check_folder(ranks: GroupOf, spec: tuple[Any, ...]) -> bool:
+    """Return whether the folder loads like in transformers, and check that otherwise the error message is one line."""
+    [refusal] = ranks(1).run(load_and_compare, *spec)
+    assert refusal is None or is_one_line(refusal), refusal
     return refusal is None

@@ -1,4 +1,4 @@
-"""Whatever stands in a config or in a text file: correct work, or one sentence; never a traceback, never a hang."""
+"""Fuzz tests of configs and text files: they work, or there is a one-line error message, never a traceback or hang."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ from lomo_ds.errors import ConfigError, DataError, LomoError
 from lomo_ds.models import load_tokenizer
 from tests.data.tokenizers import Letters
 
-SECONDS = 60  # more than any test here may take: what is not done by then hangs
+SECONDS = 60  # a test that takes longer is considered to hang
 SHIPPED = [
     json.loads(path.read_text()) for path in sorted((Path(__file__).parent.parent.parent / "ds_configs").iterdir())
 ]
@@ -41,18 +41,18 @@ ARGUMENTS = [field.name for field in dataclasses.fields(TrainArguments)]
 
 
 def fuzz(examples: int) -> settings:
-    """The same ``examples`` at every run."""
+    """Return hypothesis settings with ``examples`` examples that are the same in every run."""
     return settings(max_examples=examples, deadline=None, derandomize=True)
 
 
 @contextmanager
-def in_time() -> Iterator[None]:
-    """Fails what takes longer than ``SECONDS``."""
+def time_limit() -> Iterator[None]:
+    """Raise TimeoutError if the body takes longer than ``SECONDS``."""
 
-    def too_late(*_: Any) -> None:
-        raise TimeoutError(f"still at work after {SECONDS} seconds")
+    def on_timeout(*_: Any) -> None:
+        raise TimeoutError(f"still running after {SECONDS} seconds")
 
-    before = signal.signal(signal.SIGALRM, too_late)
+    before = signal.signal(signal.SIGALRM, on_timeout)
     signal.alarm(SECONDS)
     try:
         yield
@@ -62,8 +62,8 @@ def in_time() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def never_a_hang() -> Iterator[None]:
-    with in_time():
+def limit_time() -> Iterator[None]:
+    with time_limit():
         yield
 
 
@@ -73,26 +73,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def refused_in_one_sentence(kind: type[LomoError]) -> Iterator[None]:
-    """Lets a refusal pass that is one line; all that is raised beside it is a traceback, and fails the test."""
+def allow_one_line_error(kind: type[LomoError]) -> Iterator[None]:
+    """Suppress an error of ``kind`` whose message is one line; other errors propagate and fail the test."""
     refusal = None
     try:
         yield
     except kind as error:
         refusal = str(error)
-    assert refusal is None or is_one_sentence(refusal)
+    assert refusal is None or is_one_line(refusal)
 
 
-def is_one_sentence(message: str) -> bool:
+def is_one_line(message: str) -> bool:
     return bool(message.strip()) and len(message.splitlines()) == 1 and "Traceback" not in message
 
 
-# --- values of any type, under names that mean something and names that do not
+# --- values of any type, under valid and invalid names
 
 HUGE = [2**31, 2**63, 2**64, -(2**70), 10**400]
 WORDS = ["", "auto", "none", "null", "nvme", "lomo", "1", "1e-3", "nan", "true", "fp16", "WarmupLR", "LRScheduler",
          "cpu", "stash", "immediate", "two_pass", "a\nb", "\u2028", "\ud800", "\0", "Adam"]  # fmt: skip
-OF_EACH_TYPE = [
+VALUES_OF_EACH_TYPE = [
     None,
     True,
     0,
@@ -156,7 +156,7 @@ DEEPSPEED = [
 ]  # fmt: skip
 fields = st.sampled_from([*LOMO, *shared_fields()]) | st.sampled_from(DEEPSPEED) | st.sampled_from(ZERO) | names
 replacements = st.lists(st.tuples(fields, values), min_size=1, max_size=4)
-agreeing_and_not = st.sampled_from(
+argument_lists = st.sampled_from(
     [
         [],
         ["--learning_rate", "0.5", "--seed", "7"],
@@ -168,7 +168,7 @@ agreeing_and_not = st.sampled_from(
 )
 
 
-def replaced(config: dict[str, Any], changes: list[tuple[str, Any]]) -> dict[str, Any]:
+def replace_fields(config: dict[str, Any], changes: list[tuple[str, Any]]) -> dict[str, Any]:
     config = copy.deepcopy(config)
     for path, value in changes:
         *sections, last = path.split(".")
@@ -181,8 +181,8 @@ def replaced(config: dict[str, Any], changes: list[tuple[str, Any]]) -> dict[str
     return config
 
 
-def settled(config: dict[str, Any], argv: list[str]) -> tuple[DeepSpeedConfig, TrainArguments]:
-    """What ``train`` does with a ds_config before it loads a model."""
+def prepare(config: dict[str, Any], argv: list[str]) -> tuple[DeepSpeedConfig, TrainArguments]:
+    """Prepare a ds_config like ``train`` does before it loads a model."""
     arguments, given_names = parse_arguments([*REQUIRED, *argv])
     config, arguments = reconcile(config, arguments, given_names, world_size=1)
     config = fill_scheduler(config, arguments, total_steps=10)
@@ -193,10 +193,10 @@ def settled(config: dict[str, Any], argv: list[str]) -> tuple[DeepSpeedConfig, T
 
 
 def check_ds_config(config: dict[str, Any], argv: list[str]) -> bool:
-    """Whether it is settled, to the same thing on both sides, and not refused."""
-    before, is_settled = repr(config), False
-    with refused_in_one_sentence(ConfigError):
-        parsed, arguments = settled(config, argv)
+    """Return whether the config is accepted, and check that the config and the arguments agree."""
+    before, is_accepted = repr(config), False
+    with allow_one_line_error(ConfigError):
+        parsed, arguments = prepare(config, argv)
         assert parsed.zero_optimization_stage == 3
         assert parsed.train_batch_size == (
             arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
@@ -204,13 +204,13 @@ def check_ds_config(config: dict[str, Any], argv: list[str]) -> bool:
         assert parsed.gradient_clipping == arguments.max_grad_norm
         assert (parsed.bfloat16_config.enabled, parsed.float16_config.enabled) == (arguments.bf16, arguments.fp16)
         for name in shared_fields().values():
-            assert_of_its_type(arguments, name)
-        is_settled = True
-    assert repr(config) == before, "the caller's own is untouched"
-    return is_settled
+            assert_right_type(arguments, name)
+        is_accepted = True
+    assert repr(config) == before, "the caller's config is unchanged"
+    return is_accepted
 
 
-def assert_of_its_type(arguments: TrainArguments, name: str) -> None:
+def assert_right_type(arguments: TrainArguments, name: str) -> None:
     kind, value = typing.get_type_hints(TrainArguments)[name], getattr(arguments, name)
     if typing.get_origin(kind) is typing.Literal:
         assert value in typing.get_args(kind)
@@ -222,15 +222,15 @@ def assert_of_its_type(arguments: TrainArguments, name: str) -> None:
 
 
 @fuzz(150)
-@given(st.sampled_from(SHIPPED), replacements, agreeing_and_not)
+@given(st.sampled_from(SHIPPED), replacements, argument_lists)
 def test_ds_config_of_any_values(config: dict[str, Any], changes: list[tuple[str, Any]], argv: list[str]) -> None:
-    check_ds_config(replaced(config, changes), argv)
+    check_ds_config(replace_fields(config, changes), argv)
 
 
 @pytest.mark.parametrize("path", dict.fromkeys([*LOMO, *shared_fields(), *DEEPSPEED, *ZERO]))
-def test_each_field_of_a_ds_config_by_itself(path: str) -> None:
-    for value in OF_EACH_TYPE:
-        check_ds_config(replaced(SHIPPED[-1], [(path, value)]), [])
+def test_each_single_field_of_a_ds_config(path: str) -> None:
+    for value in VALUES_OF_EACH_TYPE:
+        check_ds_config(replace_fields(SHIPPED[-1], [(path, value)]), [])
 
 
 @pytest.mark.parametrize(
@@ -253,22 +253,22 @@ def test_each_field_of_a_ds_config_by_itself(path: str) -> None:
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_what_would_fail_once_the_model_is_loaded_is_refused_before(path: str, value: Any) -> None:
+def test_errors_are_raised_before_the_model_is_loaded(path: str, value: Any) -> None:
     with pytest.raises(ConfigError) as refusal:
-        settled(replaced(SHIPPED[-1], [(path, value)]), [])
-    assert is_one_sentence(str(refusal.value))
+        prepare(replace_fields(SHIPPED[-1], [(path, value)]), [])
+    assert is_one_line(str(refusal.value))
 
 
 def check_ds_config_file(folder: Path, content: bytes) -> bool:
     file = folder / "ds_config.json"
     file.write_bytes(content)
-    with refused_in_one_sentence(ConfigError):
+    with allow_one_line_error(ConfigError):
         return check_ds_config(read_ds_config(str(file)), [])
     return False
 
 
 jsonish = st.text(alphabet='{}[]:,"\\\n ue019.-+ntrfalsNI', max_size=30)
-spoilt = st.builds(  # a config with some bytes of it replaced
+corrupted = st.builds(  # a config with some bytes replaced
     lambda config, at, bytes_: json.dumps(config).encode()[:at] + bytes_ + json.dumps(config).encode()[at + 1 :],
     st.sampled_from(SHIPPED),
     st.integers(0, 300),
@@ -276,7 +276,9 @@ spoilt = st.builds(  # a config with some bytes of it replaced
 )
 
 
-config_files = st.binary(max_size=40) | (st.text() | jsonish).map(lambda text: text.encode(errors="replace")) | spoilt
+config_files = (
+    st.binary(max_size=40) | (st.text() | jsonish).map(lambda text: text.encode(errors="replace")) | corrupted
+)
 
 
 @fuzz(150)
@@ -287,14 +289,14 @@ def test_ds_config_files_of_any_bytes(folder: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("depth", [10, 100, 400, 900, 100_000])
 @pytest.mark.parametrize(("left", "right"), ["[]", ('{"a": ', "}")])
-def test_ds_config_files_nested_deep(folder: Path, depth: int, left: str, right: str) -> None:
+def test_deeply_nested_ds_config_files(folder: Path, depth: int, left: str, right: str) -> None:
     nested = left * depth + "1" + right * depth
     check_ds_config_file(folder, b'{"zero_optimization": {"stage": 3}, "unknown": %b}' % nested.encode())
     check_ds_config_file(folder, left.encode() * depth)
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("content", "message"),
     [
         ('\ufeff{"zero_optimization": {"stage": 3}, "bf16": {"enabled": true}, "optimizer": {"type": "LOMO"}}', None),
         ('{"bf16": {"enabled": true, "enabled": false}}', r"Duplicate keys in DeepSpeed config: \['enabled'\]"),
@@ -304,17 +306,17 @@ def test_ds_config_files_nested_deep(folder: Path, depth: int, left: str, right:
          '{"stage": 3}}', "another value in checkpoint of its config"),
     ],
 )  # fmt: skip
-def test_what_a_ds_config_file_can_hold(folder: Path, content: str, sentence: str | None) -> None:
+def test_contents_of_a_ds_config_file(folder: Path, content: str, message: str | None) -> None:
     (folder / "ds_config.json").write_text(content)
-    with pytest.raises(ConfigError, match=sentence) if sentence else nullcontext():
-        settled(read_ds_config(str(folder / "ds_config.json")), [])
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        prepare(read_ds_config(str(folder / "ds_config.json")), [])
 
 
 # --- YAML and the command line
 
 
 def check_arguments(argv: list[str]) -> TrainArguments | None:
-    with refused_in_one_sentence(ConfigError):
+    with allow_one_line_error(ConfigError):
         arguments, given_names = parse_arguments(argv)
         assert given_names <= set(ARGUMENTS)
         return arguments
@@ -385,7 +387,7 @@ LAUGHS = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in ran
     ],
     ids=lambda text: repr(text[:30]),
 )
-def test_yaml_that_bites(folder: Path, text: str) -> None:
+def test_tricky_yaml(folder: Path, text: str) -> None:
     for content in (text.encode(), text.encode("utf-16"), b"\xef\xbb\xbf" + text.encode(), text.encode() + b"\xff"):
         check_yaml(folder, content)
 
@@ -393,7 +395,7 @@ def test_yaml_that_bites(folder: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "word", ["yes", "007", "0x10", "1_000", "12:30", "2024-01-01", "1e3", "on", ".5", "=", "null "]
 )
-def test_a_name_in_yaml_is_the_word_that_stands_there(folder: Path, word: str) -> None:
+def test_a_name_in_yaml_is_read_literally(folder: Path, word: str) -> None:
     arguments = check_yaml(folder, f"validation_file: {word}x\ntokenizer_name: {word.strip()}\n".encode())
     assert arguments
     assert arguments.tokenizer_name == (None if word.strip() == "null" else word)
@@ -426,7 +428,7 @@ def check_dumped(folder: Path, arguments: TrainArguments) -> bool:
 
 @fuzz(150)
 @given(arguments=accepted)
-def test_any_arguments_that_are_dumped_read_back(folder: Path, arguments: TrainArguments) -> None:
+def test_dumped_arguments_are_read_back(folder: Path, arguments: TrainArguments) -> None:
     check_dumped(folder, arguments)
 
 
@@ -451,7 +453,7 @@ def test_command_lines_of_any_words(argv: list[str]) -> None:
 
 
 def reference_rows(content: bytes) -> tuple[list[str], int | None]:
-    """The documents of a .jsonl, read naively, and the number of the first row that is none."""
+    """Return the documents of a .jsonl file, read naively, and the number of the first invalid row."""
     documents = []
     for number, line in enumerate(content.removeprefix("\ufeff".encode()).split(b"\n"), start=1):
         try:
@@ -463,17 +465,17 @@ def reference_rows(content: bytes) -> tuple[list[str], int | None]:
     return [document for document in documents if document.strip()], None
 
 
-def check_text_file(file: Path, wanted: list[str], bad_line: int | None = None) -> bool:
-    """Whether it is read: exactly the documents that are wanted and their tokens. Or what is wrong, and where."""
+def check_text_file(file: Path, expected: list[str], bad_line: int | None = None) -> bool:
+    """Return whether the file is read, and check its documents and tokens, or else the error message."""
     try:
-        assert list(read_documents(file)) == wanted
-        assert tokens_of(file, Letters()) == [token for text in wanted for token in [0, *map(ord, text), 1]]
+        assert list(read_documents(file)) == expected
+        assert tokens_of(file, Letters()) == [token for text in expected for token in [0, *map(ord, text), 1]]
         refusal = ""
     except DataError as error:
         refusal = str(error)
-        assert is_one_sentence(refusal)
+        assert is_one_line(refusal)
         assert str(file) in refusal
-    assert bool(refusal) == (wanted == [])
+    assert bool(refusal) == (expected == [])
     assert bad_line is None or re.search(rf"line {bad_line}\b", refusal)
     return not refusal
 
@@ -496,7 +498,7 @@ line_ends = st.sampled_from([b"\n", b"\r\n", b"\n\n"])
 
 @fuzz(150)
 @given(documents=st.lists(nasty_text), ascii_=st.booleans(), end=line_ends, mark=st.sampled_from(["", "\ufeff"]))
-def test_documents_written_as_json_come_back(
+def test_documents_written_as_json_are_read_back(
     folder: Path, documents: list[str], ascii_: bool, end: bytes, mark: str
 ) -> None:
     file = folder / "documents.jsonl"
@@ -571,7 +573,7 @@ def test_huge_and_deep_rows(folder: Path, row: str, text: str | None) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_what_is_no_file_of_text(tmp_path: Path, suffix: str) -> None:
+def test_paths_that_are_not_text_files(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"folder{suffix}").mkdir()
     (tmp_path / f"empty{suffix}").touch()
     (tmp_path / f"loop{suffix}").symlink_to(f"loop{suffix}")
@@ -582,7 +584,7 @@ def test_what_is_no_file_of_text(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     "name", ["x" * 251, "\N{GRINNING FACE}" * 62, "caf\udce9", "a b\tc"], ids=["long", "bytes", "latin", "blanks"]
 )
-def test_any_name_that_a_file_can_have(tmp_path: Path, name: str) -> None:
+def test_any_file_name(tmp_path: Path, name: str) -> None:
     (tmp_path / f"{name}.txt").write_text("text")
     check_text_file(tmp_path / f"{name}.txt", ["text"])
 
@@ -600,7 +602,7 @@ def test_any_name_that_a_file_can_have(tmp_path: Path, name: str) -> None:
         "x" * MEGABYTE,
     ],
 )
-def test_the_tokenizer_of_a_model_reads_what_nobody_writes(demo: Path, tmp_path: Path, document: str) -> None:
+def test_a_model_tokenizer_round_trips_unusual_text(demo: Path, tmp_path: Path, document: str) -> None:
     tokenizer = load_tokenizer(str(demo / "model"))
     file = tmp_path / "nasty.jsonl"
     file.write_text(json.dumps({"text": document}))
@@ -609,10 +611,10 @@ def test_the_tokenizer_of_a_model_reads_what_nobody_writes(demo: Path, tmp_path:
     assert tokenizer.decode(ids) == document
 
 
-def test_a_tokenizer_that_fails_is_told_with_its_file(tmp_path: Path) -> None:
+def test_the_error_of_a_failing_tokenizer_names_the_file(tmp_path: Path) -> None:
     class Failing(Letters):
         def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-            raise Exception("no unknown\ntoken")  # as tokenizers do it
+            raise Exception("no unknown\ntoken")  # like the tokenizers library does
 
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match=r"fails at document 1 of .*a\.txt: no unknown token$"):

@@ -1,4 +1,4 @@
-"""A few inputs of the kinds that no other test draws, the same at every run; ``make fuzz`` draws thousands."""
+"""Fuzz tests of a few inputs of kinds that no other test draws; ``make fuzz`` draws thousands."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tests.fuzz.trained_configs import check_config, configs
 from tests.ranks import GroupOf
 
 
-def test_any_config_trains_as_plain_pytorch_or_is_refused(ranks: GroupOf) -> None:
+def test_any_config_trains_like_pytorch_or_is_rejected(ranks: GroupOf) -> None:
     @fuzz(20)
     @given(configs)
     def check(config: dict[str, Any]) -> None:
@@ -24,11 +24,11 @@ def test_any_config_trains_as_plain_pytorch_or_is_refused(ranks: GroupOf) -> Non
     check()
 
 
-def test_any_model_folder_loads_as_in_transformers_or_is_refused(ranks: GroupOf) -> None:
+def test_any_model_folder_loads_like_transformers_or_is_rejected(ranks: GroupOf) -> None:
     @fuzz(30)
     @given(folders)
-    def check(folder_of: tuple[Any, ...]) -> None:
-        check_folder(ranks, folder_of)
+    def check(spec: tuple[Any, ...]) -> None:
+        check_folder(ranks, spec)
 
     check()
 
@@ -38,7 +38,7 @@ def fails_from_seven(ranks: GroupOf, folder: Path, number: int) -> bool:
     return number % 2 == 1
 
 
-def test_a_fault_is_counted_and_its_smallest_input_printed(
+def test_a_fault_is_counted_and_its_smallest_input_is_printed(
     ranks: GroupOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     counts = Counts()

@@ -1,4 +1,4 @@
-"""Any DeepSpeed config through ``lomo_ds.initialize``: one step of plain PyTorch's, or one sentence."""
+"""Fuzz test of DeepSpeed configs: a step equals one of plain PyTorch, or there is a one-line error message."""
 
 import math
 from typing import Any
@@ -12,14 +12,14 @@ import lomo_ds
 from lomo_ds.errors import LomoError
 from tests.config.test_ds_fields import ds_config, fields, zero_fields
 from tests.engines import weights_of
-from tests.fuzz.test_inputs import is_one_sentence, replaced, replacements
+from tests.fuzz.test_inputs import is_one_line, replace_fields, replacements
 from tests.ranks import GroupOf
 from tests.reference import PlainSGD, even_batch, part, tiny_model
 
-LARGEST = 10.0  # a learning rate or a decay above this overflows, and nothing is left to compare
-MOST_MICRO_BATCHES = 16  # a step of more takes too long
-UNCOMPARED = "there is nothing to compare with"
-HALF_TOLERANCE = 0.1  # of a step in bf16 or fp16 from one in fp32
+LARGEST = 10.0  # a higher learning rate or weight decay overflows, so results cannot be compared
+MOST_MICRO_BATCHES = 16  # a step with more micro-batches takes too long
+UNCOMPARED = "there is no reference to compare with"
+HALF_TOLERANCE = 0.1  # tolerance of a step in bf16 or fp16 compared with fp32
 
 usual_params = st.fixed_dictionaries(
     {"lr": st.floats(0, 1)},
@@ -40,19 +40,19 @@ usual_configs = st.builds(
     fields | st.just({}),
     zero_fields | st.just({"stage": 3}),
 )
-configs = st.builds(replaced, usual_configs, st.just([]) | replacements)
+configs = st.builds(replace_fields, usual_configs, st.just([]) | replacements)
 
 
 def check_config(ranks: GroupOf, config: dict[str, Any]) -> bool:
-    """Whether ``config`` trained, as plain PyTorch does; otherwise it was refused in one sentence."""
-    [refusal] = ranks(1).run(train_as_plainly, config)
+    """Return whether ``config`` trains like plain PyTorch, and check that otherwise the error message is one line."""
+    [refusal] = ranks(1).run(train_and_compare, config)
     assume(refusal != UNCOMPARED)
-    assert refusal is None or is_one_sentence(refusal), refusal
+    assert refusal is None or is_one_line(refusal), refusal
     return refusal is None
 
 
-def train_as_plainly(config: dict[str, Any]) -> str | None:
-    """A step on this one rank, compared with plain PyTorch's; or the refusal."""
+def train_and_compare(config: dict[str, Any]) -> str | None:
+    """Compare a step on one rank with plain PyTorch; return the error message if the config is rejected."""
     try:
         engine = lomo_ds.initialize(model=tiny_model(), config=config)[0]
     except LomoError as refusal:
@@ -72,7 +72,7 @@ def train_as_plainly(config: dict[str, Any]) -> str | None:
 
 
 def compare(weights: dict[str, Tensor], batch: dict[str, Tensor], config: dict[str, Any], lr: float) -> str | None:
-    """Hold ``weights`` against a step of plain PyTorch, closely unless they or what computes them is in 16 bits."""
+    """Compare ``weights`` with a step of plain PyTorch, with a high tolerance if weights or autocast are in 16 bits."""
     params = config["optimizer"]["params"]
     decay = float(params.get("weight_decay", 0.0))
     if lr > LARGEST or decay > LARGEST:
@@ -87,8 +87,8 @@ def compare(weights: dict[str, Tensor], batch: dict[str, Tensor], config: dict[s
         global_norm=config.get("gradient_clipping") or None,
     ).step(batch)
     single = all(weight.dtype == torch.float32 for weight in weights.values()) and "torch_autocast" not in config
-    for name, wanted in plain.named_parameters():
-        difference = float((weights[name].float() - wanted.detach()).abs().max())
+    for name, expected in plain.named_parameters():
+        difference = float((weights[name].float() - expected.detach()).abs().max())
         assert math.isfinite(difference), f"{name} is not finite"
         assert difference < (1e-5 if single else HALF_TOLERANCE), f"{name} differs by {difference}"
     return None
