@@ -83,7 +83,7 @@ class TrainingSteps:
 
     @property
     def is_past_end(self) -> bool:
-        """Whether more sequences are done than training needs."""
+        """Return whether more sequences are done than training needs."""
         done = self.position.epoch * len(self.blocks) + self.position.consumed
         return self.total_sequences is not None and done > self.total_sequences
 
