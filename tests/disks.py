@@ -1,4 +1,4 @@
-"""File systems small enough to be filled up."""
+"""File systems that are small enough to fill up."""
 
 import contextlib
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 @contextlib.contextmanager
 def mounted(folder: Path, megabytes: int) -> Iterator[Path]:
-    """A file system of its own on ``folder``; the test skips where that takes rights that it has not."""
+    """Mount a separate file system on ``folder``; skip the test without the rights to do so."""
     folder.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)]
     if subprocess.run(command, capture_output=True).returncode != 0:

@@ -26,7 +26,7 @@ def make_engine(
     lr_scheduler: Any = None,
     **sections: Any,
 ) -> lomo_ds.LomoEngine:
-    """An engine over ``model``; ``sections`` are further sections of the ds_config, or other ones."""
+    """Build an engine for ``model``; ``sections`` extend or replace sections of the ds_config."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
@@ -38,7 +38,7 @@ def make_engine(
 
 
 def weights_of(engine: lomo_ds.LomoEngine) -> dict[str, Tensor]:
-    """A copy of every whole parameter."""
+    """Return a copy of every full parameter."""
     weights = {}
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
@@ -54,16 +54,16 @@ def largest_difference(weights: dict[str, Tensor], reference: Module) -> float:
 
 
 def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Bit for bit."""
+    """Return whether all weights are equal bit for bit."""
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def my_part(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's part of a batch of all ranks."""
+    """Return this rank's part of a batch of all ranks."""
     return part(batch, dist.get_rank(), dist.get_world_size())
 
 
 def my_chunk(whole: Tensor) -> Tensor:
-    """This rank's part as torch.chunk cuts it, which gives fewer parts where there are too few elements."""
+    """Return this rank's part as in torch.chunk, which gives fewer parts if there are too few elements."""
     chunks = whole.flatten().chunk(dist.get_world_size())
     return chunks[dist.get_rank()] if dist.get_rank() < len(chunks) else whole.flatten()[:0]

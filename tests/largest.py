@@ -1,4 +1,4 @@
-"""What PyTorch makes while something runs."""
+"""Measurement of the largest tensor that PyTorch creates."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest tensor has that any operation returns, in forward and in backward."""
+    """Records the elements of the largest tensor that any operation returns, in forward and in backward."""
 
     def __init__(self) -> None:
         super().__init__()

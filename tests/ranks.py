@@ -48,7 +48,7 @@ class Ranks:
         return all(process.is_alive() for process in self.processes)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``function(*arguments)`` returned on each rank; its failure on any rank fails the test."""
+        """Return the result of ``function(*arguments)`` on each rank; a failure on any rank fails the test."""
         for connection in self.connections:
             connection.send((function, arguments))
         results = [None] * self.world_size

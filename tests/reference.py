@@ -1,4 +1,4 @@
-"""What lomo_ds is held against: plain PyTorch, one process, the whole batch, no DeepSpeed."""
+"""Reference implementation for tests: plain PyTorch, one process, the full batch, no DeepSpeed."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ VOCABULARY = 61
 
 
 class OddForCausalLM(LlamaForCausalLM):
-    """A LLaMA with what breaks sharding: sizes that do not divide, tiny, frozen and unused parameters."""
+    """LLaMA with hard cases for sharding: sizes that do not divide evenly, tiny, frozen and unused parameters."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -46,7 +46,7 @@ def tiny_model(tied: bool = False, dropout: float = 0.0, seed: int = 0) -> OddFo
 
 
 def whole_batch(step: int, rows: int, length: int = 12) -> dict[str, Tensor]:
-    """``rows`` sequences, each with another number of labels that count; one row has none."""
+    """Return ``rows`` sequences with different numbers of valid labels; one row has none."""
     generator = torch.Generator().manual_seed(1000 + step)
     input_ids = torch.randint(VOCABULARY, (rows, length), generator=generator)
     labels = input_ids.clone()
@@ -57,18 +57,18 @@ def whole_batch(step: int, rows: int, length: int = 12) -> dict[str, Tensor]:
 
 
 def even_batch(step: int, rows: int) -> dict[str, Tensor]:
-    """As many labels in every row, so that the mean of rank means is the mean."""
+    """Return rows with equally many labels, so that the mean over ranks equals the mean over the batch."""
     batch = whole_batch(step, rows)
     return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
 
 
 def part(batch: dict[str, Tensor], index: int, parts: int) -> dict[str, Tensor]:
-    """Part ``index`` of a batch cut into ``parts``."""
+    """Return part ``index`` of a batch that is divided into ``parts``."""
     return {name: value.chunk(parts)[index] for name, value in batch.items()}
 
 
 class PlainSGD:
-    """torch.optim.SGD with the clips of lomo_ds, each written down independently."""
+    """torch.optim.SGD with independent implementations of the clipping methods of lomo_ds."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class PlainSGD:
         self.lr, self.weight_decay = lr, weight_decay
 
     def step(self, batch: dict[str, Tensor]) -> tuple[float, float]:
-        """One step; the loss, and the gradient norm before clipping."""
+        """Run one step; return the loss and the gradient norm before clipping."""
         self.optimizer.zero_grad()
         loss = self.model(**batch).loss
         loss.backward()

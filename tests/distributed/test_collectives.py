@@ -1,4 +1,4 @@
-"""The collectives, and failing together."""
+"""Tests of the collectives, of errors on some ranks, and of the process group."""
 
 import os
 from collections import Counter
@@ -29,7 +29,7 @@ def sum_and_least() -> tuple[float, float]:
     ).item()
 
 
-def test_agree_and_all_reduce_min(ranks: GroupOf) -> None:
+def test_all_reduce_sum_and_min(ranks: GroupOf) -> None:
     assert ranks(3).run(sum_and_least) == [(6.0, 1.0)] * 3
 
 
@@ -45,13 +45,13 @@ def fail_on(failing: list[int]) -> str:
         return f"{type(error).__name__} {error} {error.only_on_this_rank}"
 
 
-def test_together_one_rank_speaks(ranks: GroupOf) -> None:
+def test_one_rank_reports_an_error(ranks: GroupOf) -> None:
     assert ranks(3).run(fail_on, []) == ["0", "1", "2"]
     silent = "PeerError rank 1 knows False"
     assert ranks(3).run(fail_on, [1, 2]) == [silent, "ConfigError rank 1 knows True", silent]
 
 
-def test_slurm_variables_become_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_slurm_variables_are_translated_for_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     for name, value in {
         "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "gpu[03-04]",
         "SLURM_JOB_ID": "123456",
@@ -126,7 +126,7 @@ def test_one_rank_calls_no_collective(ranks: GroupOf, tmp_path: Path) -> None:
     assert ranks(1).run(collectives_of_one_rank, str(tmp_path), {}) == [Counter()]
 
 
-def test_one_rank_calls_those_that_compare_deepspeeds_traces(ranks: GroupOf, tmp_path: Path) -> None:
+def test_one_rank_calls_the_collectives_that_compare_deepspeeds_traces(ranks: GroupOf, tmp_path: Path) -> None:
     """Where parameters are offloaded, the order of modules is traced in two forwards and compared with rank 0's."""
     offload = {"offload_param": {"device": "cpu"}}
     assert ranks(1).run(collectives_of_one_rank, str(tmp_path), offload) == [Counter({"broadcast_": 8})]

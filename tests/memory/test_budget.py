@@ -1,4 +1,4 @@
-"""How much memory is free."""
+"""Tests of the measurement of free memory."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ import torch
 from lomo_ds.memory import budget
 
 
-def test_free_on_cuda_is_what_the_driver_has_left_and_torch_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_cuda_memory_includes_what_torch_has_reserved_but_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def crashes() -> int:
         raise ValueError("invalid literal for int() with base 10: 'GPU-3a0c'")
 
@@ -23,7 +23,7 @@ def test_free_on_cuda_is_what_the_driver_has_left_and_torch_does_not_use(monkeyp
     assert budget.free_bytes() == (150, 1000)
 
 
-def test_free_elsewhere_is_what_deepspeed_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_of_other_devices_is_deepspeeds_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     fake = SimpleNamespace(device_name=lambda: "cpu", available_memory=lambda: 123)
     monkeypatch.setattr(budget, "get_accelerator", lambda: fake)

@@ -1,4 +1,4 @@
-"""Copies between a device and its pinned memory: who waits for what, and that nothing is read too early or too late."""
+"""Tests of copies between host and device: each waits for the right earlier copies."""
 
 import random
 from typing import Any
@@ -44,7 +44,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> FakeModule:
         ([20, 101, 20, 20, 20, 101], [0, 1, 2, 3, 4]),
     ],
 )
-def test_a_backward_waits_only_to_bound_what_is_in_flight(
+def test_backward_waits_only_to_bound_the_bytes_in_flight(
     streams: FakeModule, numels: list[int], waited_for: list[int]
 ) -> None:
     """Under ``immediate`` with parameters in host memory: from gathered copies, by the whole way of a gradient."""
@@ -66,7 +66,7 @@ def test_a_backward_waits_only_to_bound_what_is_in_flight(
     assert all(shard.data.eq(0.5).all() for shard in store.shards)
 
 
-def test_nothing_to_fetch_asks_nothing_of_any_stream(streams: FakeModule) -> None:
+def test_an_empty_fetch_uses_no_stream(streams: FakeModule) -> None:
     transfer = HostTransfer(CPU)
     transfer.offload(torch.ones(2), torch.zeros(2))
     before = len(streams.waits)
@@ -74,7 +74,7 @@ def test_nothing_to_fetch_asks_nothing_of_any_stream(streams: FakeModule) -> Non
     assert len(streams.waits) == before
 
 
-def test_a_fetch_waits_for_the_last_offload_into_the_same_memory_alone(streams: FakeModule) -> None:
+def test_a_fetch_waits_only_for_the_last_offload_into_the_same_memory(streams: FakeModule) -> None:
     transfer = HostTransfer(CPU)
     host = torch.zeros(4)
     for host_tensor in (host, host, torch.zeros(4)):
@@ -88,7 +88,7 @@ def test_a_fetch_waits_for_the_last_offload_into_the_same_memory_alone(streams: 
         assert arrived not in copied
 
 
-def test_the_next_tensor_is_under_way_while_one_is_used(streams: FakeModule) -> None:
+def test_the_next_tensor_is_in_flight_while_one_is_used(streams: FakeModule) -> None:
     transfer = HostTransfer(CPU)
     started = 0
 
@@ -102,7 +102,7 @@ def test_the_next_tensor_is_under_way_while_one_is_used(streams: FakeModule) -> 
 
 
 @pytest.mark.parametrize("seed", range(15))
-def test_what_is_fetched_is_what_was_offloaded_in_whatever_order_streams_run(
+def test_a_fetch_returns_what_was_offloaded_for_any_order_of_streams(
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 160)

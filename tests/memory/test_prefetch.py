@@ -1,4 +1,4 @@
-"""Host tensors that are fetched before they are asked for: begun in time, and the same bits in whatever order."""
+"""Tests of prefetching: copies start early, and the results have the same bits for any order of streams."""
 
 import random
 from typing import Any
@@ -50,7 +50,7 @@ def bring(schedule: Any, start: int = 0) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_a_stash_in_host_memory_adds_up_the_same_bits(
+def test_a_stash_in_host_memory_accumulates_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
 ) -> None:
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 160)
@@ -68,7 +68,9 @@ def test_a_stash_in_host_memory_adds_up_the_same_bits(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_it_does_in_whatever_order_streams_run(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_a_stash_in_host_memory_accumulates_the_same_bits_for_any_order_of_streams(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     expected = schedule_of(Stash, None)
     bring(expected[0])
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 160)
@@ -85,8 +87,8 @@ def test_it_does_in_whatever_order_streams_run(monkeypatch: pytest.MonkeyPatch, 
     assert all(torch.equal(one, other) for one, other in zip(in_host[1], expected[1], strict=True))
 
 
-class Noted(HostTransfer):
-    """Notes when copies begin, by the number of their host tensor."""
+class RecordingTransfer(HostTransfer):
+    """Records when copies start, by the number of their host tensor."""
 
     def __init__(self, numbers: dict[int, int]) -> None:
         super().__init__(CPU)
@@ -106,21 +108,21 @@ class Noted(HostTransfer):
 AHEAD = ["fetch 0", "fetch 1", "fetch 2", "offload 0", "fetch 3", "offload 1", "offload 2", "offload 3"]
 
 
-def test_the_second_micro_batch_fetches_sums_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_micro_batch_prefetches_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 200)
     targets = [Target(25, 0, {"lr": 0.5, "weight_decay": 0.0}) for _ in range(4)]
     stash = HostStash(targets, DeviceStore([]), Sgd(), Clipping(), CPU)
     for index in range(4):
         stash.receive([index], [torch.ones(25)])
     stash.flush()
-    transfer = Noted({buffer.data_ptr(): index for index, buffer in stash.buffers.items()})
+    transfer = RecordingTransfer({buffer.data_ptr(): index for index, buffer in stash.buffers.items()})
     stash.transfer = stash.prefetcher.transfer = transfer
     for index in range(4):
         stash.receive([index], [torch.ones(25)])
     assert transfer.log == AHEAD
 
 
-def test_eight_bit_weights_are_fetched_ahead_as_they_were_in_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eight_bit_weights_are_prefetched_in_the_order_of_the_previous_step(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = [torch.zeros(int8.quantized_bytes(int8.BLOCK), dtype=torch.int8) for _ in range(4)]
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 2 * kept[0].nbytes)
     group: Any = None
@@ -128,8 +130,8 @@ def test_eight_bit_weights_are_fetched_ahead_as_they_were_in_the_step_before(mon
     shards = [Shard("", int8.view_blocks(buffer, int8.BLOCK).codes, 0, shape, group, buffer) for buffer in kept]
     store = HostStore(shards, CPU)
 
-    def lend_each() -> list[str]:
-        transfer = Noted({buffer.data_ptr(): index for index, buffer in enumerate(kept)})
+    def update_each() -> list[str]:
+        transfer = RecordingTransfer({buffer.data_ptr(): index for index, buffer in enumerate(kept)})
         store.transfer = store.prefetcher.transfer = transfer
         for index in range(4):
             for (values,), _ in store.open_for_update([index], [torch.zeros(int8.BLOCK)]):
@@ -138,13 +140,13 @@ def test_eight_bit_weights_are_fetched_ahead_as_they_were_in_the_step_before(mon
         store.flush()
         return transfer.log
 
-    assert lend_each() == [f"{action} {index}" for index in range(4) for action in ("fetch", "offload")]
-    assert lend_each() == AHEAD
+    assert update_each() == [f"{action} {index}" for index in range(4) for action in ("fetch", "offload")]
+    assert update_each() == AHEAD
     assert [shard.data.unique().tolist() for shard in shards] == [[0], [2], [4], [6]]
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_what_was_fetched_in_vain_is_dropped_unread_and_unharmed(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_unused_prefetches_are_dropped_without_corrupting_memory(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     chance = random.Random(seed)
     hosts = [torch.full((8,), float(number)) for number in range(6)]
     taken: list[tuple[int, Tensor]] = []

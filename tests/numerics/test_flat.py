@@ -1,4 +1,4 @@
-"""Rounding and norms against independent arithmetic."""
+"""Tests of rounding and norms against independent arithmetic."""
 
 import bisect
 import functools

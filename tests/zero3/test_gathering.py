@@ -1,4 +1,4 @@
-"""How parameters come to the modules: whole all the time, gathered for a module, or for a layer."""
+"""Tests of gathering: resident parameters, and gathers for a module or for a layer."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def test_a_layer_takes_one_collective(ranks: GroupOf) -> None:
 
 
 class Copies(TorchDispatchMode):
-    """Counts what copies or joins tensors."""
+    """Counts operations that copy or concatenate tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,11 +99,11 @@ def test_persistent_parameters_are_refreshed_in_one_collective(ranks: GroupOf) -
     ("asked", "free_bytes", "chosen"),
     [("auto", 10**9, "layer"), ("auto", 10_000, "module"), ("module", 10**9, "module"), ("layer", 0, "layer")],
 )
-def test_auto_is_layer_where_two_layers_fit(asked: str, free_bytes: int, chosen: str) -> None:
+def test_auto_is_layer_if_two_layers_fit(asked: str, free_bytes: int, chosen: str) -> None:
     assert choose_granularity(asked, tiny_model(), free_bytes) == chosen
 
 
-def test_containers_are_no_layers() -> None:
+def test_containers_are_not_layers() -> None:
     pairs = torch.nn.ModuleList([torch.nn.ModuleList([torch.nn.Linear(2, 2)]) for _ in range(2)])
     assert choose_granularity("auto", torch.nn.ModuleDict({"layers": pairs}), 10**9) == "module"
 

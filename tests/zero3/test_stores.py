@@ -1,4 +1,4 @@
-"""Shards that are kept elsewhere: what crosses the link to them, and what is lent in their place."""
+"""Tests of stores: the bytes that cross the link to the host, and the values that are opened for update."""
 
 import itertools
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def test_an_update_in_backward_reads_nothing_back(
     assert ranks(world_size).run(bytes_carried, schedule, granularity) == [(up, 1.0)] * world_size
 
 
-def test_a_shard_is_lent_from_the_gathered_copy_or_from_its_home() -> None:
+def test_a_shard_is_updated_in_the_gathered_copy_or_in_a_fetched_one() -> None:
     homes = [torch.arange(10.0), torch.arange(10.0)]
     group: Any = None
     store = HostStore([Shard("", home, 10, torch.Size([5, 6]), group, home) for home in homes], CPU)
@@ -105,7 +105,7 @@ def test_tensors_share_slabs_and_never_overlap() -> None:
 
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 2**29), min_size=1, max_size=200))
-def test_slabs_are_powers_of_two_and_hold_what_is_placed_in_them(sizes: list[int]) -> None:
+def test_slabs_are_powers_of_two_and_large_enough(sizes: list[int]) -> None:
     slabs = Slabs(sum(sizes))
     places = [slabs.place(size) for size in sizes]
     assert all(size == 1 << (size.bit_length() - 1) for size in slabs.sizes)
@@ -149,7 +149,7 @@ class Available:
     available = 100_000
 
 
-def test_host_memory_is_a_budget(ranks: GroupOf) -> None:
+def test_pinned_host_memory_is_limited(ranks: GroupOf) -> None:
     for told in ranks(1).run(refused_before_anything_is_allocated, "auto"):
         assert "offload_param.device cpu needs 0.2 MiB of pinned host memory a rank, and of 0.1 MiB" in told
         assert "weights int8 need about half of it" in told
@@ -158,5 +158,5 @@ def test_host_memory_is_a_budget(ranks: GroupOf) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["immediate", "stash"])
-def test_host_memory_changes_no_bit(ranks: GroupOf, schedule: str) -> None:
+def test_host_memory_gives_the_same_bits(ranks: GroupOf, schedule: str) -> None:
     ranks(1).run(same_from_host_memory, 32, 3, schedule)

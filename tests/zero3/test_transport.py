@@ -1,4 +1,4 @@
-"""Gathers that are not DeepSpeed's: one collective for all that is asked for at once, one decode for each matrix."""
+"""Tests of gathers through a wire format: one collective for each request, one dequantization for each matrix."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ MATRICES_OF_A_LAYER = 7
 
 @contextmanager
 def counting(owner: Any, name: str) -> Iterator[list[int]]:
-    """Counts the calls of a function while it is entered."""
+    """Count the calls of a function within the context."""
     calls: list[int] = []
     original = getattr(owner, name)
 
@@ -82,13 +82,13 @@ def layer_is_gathered(params: dict[str, Any], zero: dict[str, Any]) -> None:
     ],
     ids=["int8", "int8-host", "host"],
 )
-def test_a_layer_takes_one_collective_and_a_decode_for_each_matrix(
+def test_a_layer_takes_one_collective_and_one_dequantization_for_each_matrix(
     ranks: GroupOf, world_size: int, params: dict[str, Any], zero: dict[str, Any]
 ) -> None:
     ranks(world_size).run(layer_is_gathered, params, zero)
 
 
-def test_a_layer_that_is_quantized_to_travel_takes_one_collective(ranks: GroupOf) -> None:
+def test_a_layer_that_is_quantized_for_the_gather_takes_one_collective(ranks: GroupOf) -> None:
     ranks(2).run(layer_is_gathered, {}, {"zero_quantized_weights": True})
 
 
@@ -103,17 +103,17 @@ def collectives_of_a_step(params: dict[str, Any]) -> tuple[int, int]:
     return len(collectives), len(arrivals)
 
 
-def test_a_step_takes_a_collective_each_time_that_parameters_are_asked_for(ranks: GroupOf) -> None:
+def test_a_step_takes_one_collective_for_each_request(ranks: GroupOf) -> None:
     for collectives, asked in ranks(2).run(collectives_of_a_step, {"weights": "int8"}):
         assert 0 < collectives == asked < 2 * 2 * MATRICES_OF_A_LAYER
 
 
-def test_shards_in_a_buffer_are_aligned_and_one_alone_has_no_padding() -> None:
+def test_shards_in_a_buffer_are_aligned_and_a_single_one_has_no_padding() -> None:
     assert transport.aligned_layout([10, 32, 1]) == ([slice(0, 10), slice(16, 48), slice(48, 49)], 64)
     assert transport.aligned_layout([10]) == ([slice(0, 10)], 10)
 
 
-def an_arrival_that_fails() -> None:
+def a_gather_that_fails() -> None:
     engine = wired_engine({"weights": "int8"})
     parameters: list[Any] = list(engine.module.model.layers[0].parameters())
     handle = parameters[0].all_gather_coalesced(parameters)
@@ -125,8 +125,8 @@ def an_arrival_that_fails() -> None:
     assert all(parameter.ds_status.name == "AVAILABLE" for parameter in parameters)
 
 
-def test_what_did_not_arrive_can_be_asked_for_again(ranks: GroupOf) -> None:
-    ranks(2).run(an_arrival_that_fails)
+def test_parameters_of_a_failed_gather_can_be_gathered_again(ranks: GroupOf) -> None:
+    ranks(2).run(a_gather_that_fails)
 
 
 class FakeEvent:
@@ -139,7 +139,7 @@ class FakeEvent:
         self.waited_for = True
 
 
-def test_what_is_asked_for_ahead_is_bounded_by_elements_not_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookahead_is_bounded_by_elements_not_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[FakeEvent] = []
     stream = SimpleNamespace(record_event=lambda: events.append(FakeEvent()) or events[-1])  # type: ignore[func-returns-value]
     fake = SimpleNamespace(is_synchronized_device=lambda: False, current_stream=lambda: stream)
@@ -182,7 +182,7 @@ def asked_for_ahead(params: dict[str, Any], zero: dict[str, Any]) -> tuple[int, 
     ],
     ids=["DeepSpeed's gathers", "over a wire", "DeepSpeed's, overlapping", "over a wire, overlapping", "offload"],
 )
-def test_elements_bound_what_is_fetched_in_a_stream_of_its_own_where_deepspeed_counts_events(
+def test_elements_bound_the_lookahead_of_a_separate_stream_in_place_of_deepspeeds_events(
     ranks: GroupOf, params: dict[str, Any], zero: dict[str, Any], bounded: bool
 ) -> None:
     for asked, most_events in ranks(2).run(asked_for_ahead, params, zero):
@@ -191,7 +191,7 @@ def test_elements_bound_what_is_fetched_in_a_stream_of_its_own_where_deepspeed_c
 
 
 @pytest.mark.parametrize("numel", [1, 3])
-def test_what_is_cut_from_between_others_is_a_tensor_of_its_own(numel: int) -> None:
+def test_a_parameter_cut_from_a_shared_buffer_is_a_separate_tensor(numel: int) -> None:
     buffer = torch.arange(2 * 8.0).view(2, 8)  # a row for each rank
     whole = PlainWireFormat(torch.device("cpu")).unpack(buffer[:, 2 : 2 + numel], numel, torch.float32)
     assert whole.tolist() == [*range(2, 2 + numel), *range(10, 10 + numel)]

@@ -1,1 +1,1 @@
-"""Tests of lomo_ds/rules."""
+"""Tests of lomo_ds/numerics/int8."""
