@@ -2,9 +2,9 @@
 
     python benchmarks/causes.py
 
-The toy has sixteen narrow layers, so that what a step costs beside arithmetic shows most. While rank 0 steps, a thread
-looks every millisecond at what it is running; the innermost file that one of the causes owns tells the cause. A plain
-PyTorch step of the same model, gradients dropped, stands beside them.
+The toy model has sixteen narrow layers, so that overhead beside arithmetic is as visible as possible. While rank 0
+steps, a thread samples its stack every millisecond; the innermost file that belongs to a cause determines the cause. A
+plain PyTorch step of the same model, which drops its gradients, is measured for comparison.
 """
 
 import sys
@@ -22,7 +22,7 @@ from benchmarks.lib import methods, result_files
 from benchmarks.lib.workers import RankState, Workers
 from benchmarks.lib.workload import TOY, Workload
 
-# the innermost frame whose file holds one of the words names the cause; the first that fits
+# parts of file names by cause; the innermost frame that matches counts, and the first cause that matches it
 CAUSES = {
     "collectives": ("/torch/distributed/", "/deepspeed/comm/"),
     "linear layers": ("/lomo_ds/zero3/linear.py",),
@@ -35,43 +35,43 @@ OTHER = "other"
 COLORS = dict(
     zip([*CAUSES, OTHER], ("#c0392b", "#1b7f79", "#d9b44a", "#e08e45", "#5b7f95", "#9fb8c4", "#d7dee1"), strict=True)
 )
-EVERY = 0.001  # seconds between two looks
+INTERVAL = 0.001  # seconds between two samples
 WARM_UP = 4
 CASES = [(1, "plain", ""), (1, "stash+clip", ""), (2, "stash+clip", "module"), (2, "stash+clip", "layer")]
 
 Row = dict[str, Any]
 
 
-class Watch:
-    """Looks at what the main thread runs, while it is entered.
+class StackSampler:
+    """Samples the stack of the main thread while it is entered.
 
     Attributes:
-        seen: how often each cause was.
+        samples: number of samples by cause.
     """
 
     def __init__(self) -> None:
-        self.seen: Counter[str] = Counter()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, args=(threading.get_ident(),), daemon=True)
+        self.samples: Counter[str] = Counter()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample, args=(threading.get_ident(),), daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "StackSampler":
         self._interval = sys.getswitchinterval()
-        sys.setswitchinterval(EVERY / 2)  # the interpreter would let the main thread run longer than that
+        sys.setswitchinterval(INTERVAL / 2)  # by default the main thread would run for longer than the interval
         self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
         sys.setswitchinterval(self._interval)
 
-    def _look(self, watched: int) -> None:
-        while not self._over.wait(EVERY):
-            self.seen[cause_of(sys._current_frames()[watched])] += 1
+    def _sample(self, thread: int) -> None:
+        while not self._stopped.wait(INTERVAL):
+            self.samples[cause_of(sys._current_frames()[thread])] += 1
 
 
 def cause_of(frame: FrameType | None) -> str:
-    """The cause that owns the innermost frame that any of them owns."""
+    """Return the cause of the innermost frame that belongs to one."""
     while frame is not None:
         for cause, words in CAUSES.items():
             if any(word in frame.f_code.co_filename for word in words):
@@ -81,7 +81,7 @@ def cause_of(frame: FrameType | None) -> str:
 
 
 def measure(state: RankState, method: str, work: Workload, steps: int) -> Row:
-    """On a rank: seconds of a step, unwatched, and the share of each cause."""
+    """Measure the seconds of a step without sampling, then the share of each cause, on a rank."""
     built = methods.build(method, work)
     for _ in range(WARM_UP):
         built.step()
@@ -90,46 +90,46 @@ def measure(state: RankState, method: str, work: Workload, steps: int) -> Row:
         start = time.perf_counter()
         built.step()
         seconds.append(time.perf_counter() - start)
-    with Watch() as watch:
+    with StackSampler() as sampler:
         for _ in range(steps):
             built.step()
-    total = watch.seen.total()
+    total = sampler.samples.total()
     return {
         "seconds": sorted(seconds)[steps // 2],
         "looks": total,
-        "shares": {cause: watch.seen[cause] / total for cause in [*CAUSES, OTHER]},
+        "shares": {cause: sampler.samples[cause] / total for cause in [*CAUSES, OTHER]},
     }
 
 
 def run(steps: int) -> list[Row]:
-    """Every case, in processes of its own."""
+    """Measure every case in its own processes."""
     rows = []
-    for ranks, method, granularity in tqdm(CASES, desc="watching", unit="case"):
+    for ranks, method, granularity in tqdm(CASES, desc="sampling", unit="case"):
         lomo = {"gather_granularity": granularity} if granularity else {}
         with Workers(ranks, "cpu") as workers:
-            found = workers.call(measure, method, Workload(TOY, sequence=16, batch=2, lomo=lomo), steps)[0]
+            measured = workers.call(measure, method, Workload(TOY, sequence=16, batch=2, lomo=lomo), steps)[0]
         label = f"{method}, {ranks} rank{'s' if ranks > 1 else ''}{', by ' + granularity if granularity else ''}"
-        rows.append({"label": label, "ranks": ranks, "method": method, "granularity": granularity, **found})
+        rows.append({"label": label, "ranks": ranks, "method": method, "granularity": granularity, **measured})
     return rows
 
 
 def markdown(rows: list[Row]) -> str:
-    """Milliseconds of a step by cause."""
+    """Format the milliseconds of a step by cause as Markdown."""
     shown = [
         [row["label"], f"**{1e3 * row['seconds']:.1f}**"]
         + [f"{1e3 * row['seconds'] * share:.1f}" for share in row["shares"].values()]
         for row in rows
     ]
     return (
-        "# Where the time of a step goes\n\n16 layers of hidden size 64, 32 tokens a rank, fp32; milliseconds of a "
-        "step (median), and of it what rank 0 was running, as looked at every millisecond. Linear layers "
-        "that keep no weight hold their matrix products too; collectives hold the wait for other ranks, and for the "
-        "cores they share.\n\n" + result_files.table(["", "step", *CAUSES, OTHER], shown)
+        "# Where the time of a step goes\n\n16 layers of hidden size 64, 32 tokens per rank, fp32; milliseconds of a "
+        "step (median), divided by what rank 0 was running, sampled every millisecond. Linear layers that do not save "
+        "their weight include their matrix products; collectives include the wait for other ranks and for shared "
+        "cores.\n\n" + result_files.table(["", "step", *CAUSES, OTHER], shown)
     )
 
 
 def draw(rows: list[Row]) -> Any:
-    """A bar for each case, cut by cause."""
+    """Draw a bar for each case, divided by cause."""
     figure, axes = result_files.pyplot().subplots(figsize=(9, 0.7 * len(rows) + 1.8), layout="constrained")
     left = [0.0] * len(rows)
     for cause in [*CAUSES, OTHER]:
@@ -144,9 +144,11 @@ def draw(rows: list[Row]) -> Any:
 
 
 def main() -> None:
-    """Run the benchmark of the command line."""
+    """Run the benchmark and write its results."""
     parser = result_files.build_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=40, help="watched, and as many timed; 40 by default")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="number of sampled steps and of timed steps; 40 by default"
+    )
     args = parser.parse_args()
     result_files.require("matplotlib")
     rows = run(args.steps)

@@ -1,11 +1,10 @@
-"""Kill training at random moments, start it again, and see whether it ends as if nothing had happened.
+"""Kills training at random moments, resumes it, and compares the final weights with those of an undisturbed run.
 
     python benchmarks/faults.py --trials 50
 
-Each trial kills one rank or all of them with SIGKILL, at a moment drawn from the whole run, three in ten of them within
-a save, and then starts the job again with --resume_from_checkpoint auto. It counts how often the final weights are
-those of a run that was left alone, bit for bit, and how long the ranks that were spared took to notice. On CPU ranks,
-everywhere.
+Each trial kills one rank or all ranks with SIGKILL at a random moment of the run, in 30 % of the trials within a save,
+and then starts the job again with --resume_from_checkpoint auto. The benchmark counts how often the final weights are
+bit-identical to those of an undisturbed run, and how long the surviving ranks took to end. It runs on CPU ranks.
 """
 
 import json
@@ -30,7 +29,7 @@ from benchmarks.lib import result_files
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2
-SHARE_IN_A_SAVE = 0.3  # of the trials: moments drawn from all of a run seldom meet one
+SHARE_IN_A_SAVE = 0.3  # share of trials; a random moment is rarely within a save
 RESTART = ["--resume_from_checkpoint=auto"]
 
 
@@ -39,7 +38,7 @@ class Job:
 
     Args:
         argv: arguments of launch/train.py.
-        log: what all ranks print, stderr included.
+        log: file for the output of all ranks, stderr included.
     """
 
     def __init__(self, argv: list[str], world_size: int, log: Path) -> None:
@@ -58,21 +57,21 @@ class Job:
             process.start()
 
     def signal(self, number: signal.Signals, ranks: list[int]) -> None:
-        """Send a signal to some of the ranks."""
+        """Send a signal to ranks."""
         for rank in ranks:
             pid = self.processes[rank].pid
             assert pid is not None
             os.kill(pid, number)
 
     def wait(self, timeout: float = 300.0) -> list[int | None]:
-        """Exit status of each rank, negative for a signal; None for one that has not ended in ``timeout`` seconds."""
+        """Return the exit status of each rank, negative for a signal; None if it runs for more than ``timeout`` s."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self.processes]
 
     def end(self) -> None:
-        """Kill what is left."""
+        """Kill the ranks that still run."""
         for process in self.processes:
             process.kill()
             process.join()
@@ -89,7 +88,7 @@ def _run_rank(argv: list[str], rank: int, world_size: int, port: int, log: str) 
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell would ignore it
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -99,7 +98,7 @@ def _run_rank(argv: list[str], rank: int, world_size: int, port: int, log: str) 
 
 
 def training_arguments(demo: Path, output_dir: Path, steps: int, precision: str = "bf16") -> list[str]:
-    """A run with a checkpoint every other step; in bf16 rounding draws random numbers too."""
+    """Return arguments of a run with a checkpoint every other step; in bf16, rounding draws random numbers too."""
     arguments: dict[str, Any] = {
         "model_name_or_path": demo / "model",
         "train_file": demo / "train.txt",
@@ -118,7 +117,7 @@ def training_arguments(demo: Path, output_dir: Path, steps: int, precision: str 
 
 
 def demo_with_dropout(folder: Path) -> Path:
-    """What ``make train`` trains on, with dropout."""
+    """Make the model and data of ``make train``, with dropout."""
     from lomo_ds.models.demo import make_demo
 
     make_demo(folder)
@@ -128,18 +127,18 @@ def demo_with_dropout(folder: Path) -> Path:
 
 
 def weights_of(output_dir: Path) -> bytes:
-    """The exported weights, as they lie on disk."""
+    """Return the bytes of the exported weights."""
     return (output_dir / "model.safetensors").read_bytes()
 
 
 def kill_and_resume(
     argv: list[str], output_dir: Path, moment: float, victims: list[int], in_a_save: bool
 ) -> dict[str, Any]:
-    """One trial; what became of it.
+    """Run one trial and return its result.
 
     Args:
         moment: seconds after the start at which ``victims`` are killed.
-        in_a_save: wait for the next save to have begun.
+        in_a_save: wait until the next save has begun.
     """
     job = Job(argv, RANKS, output_dir.with_suffix(".first.log"))
     job.processes[0].join(moment)
@@ -151,9 +150,9 @@ def kill_and_resume(
     first = job.wait(timeout=30.0)
     noticed = time.monotonic() - killed
     job.end()
-    again = Job([*argv, *RESTART], RANKS, output_dir.with_suffix(".second.log"))
-    second = again.wait()
-    again.end()
+    resumed = Job([*argv, *RESTART], RANKS, output_dir.with_suffix(".second.log"))
+    second = resumed.wait()
+    resumed.end()
     return {
         "victims": victims,
         "moment": round(moment, 2),
@@ -167,40 +166,40 @@ def kill_and_resume(
 
 
 def last_step(output_dir: Path) -> int:
-    """The last step in metrics.jsonl; 0 if none was logged."""
+    """Return the last step in metrics.jsonl; 0 if none was logged."""
     lines = (output_dir / "metrics.jsonl").read_text().splitlines() if (output_dir / "metrics.jsonl").exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
 
 
 def run_trials(trials: int, steps: int, seed: int, folder: Path) -> dict[str, Any]:
-    """All trials beside one run that is left alone."""
+    """Run an undisturbed run and all trials."""
     demo = demo_with_dropout(folder / "demo")
-    alone = folder / "alone"
+    undisturbed = folder / "undisturbed"
     Job(training_arguments(demo, folder / "warm", 1), RANKS, folder / "warm.log").wait()  # the first start is slower
     start = time.monotonic()
-    reference = Job(training_arguments(demo, alone, steps), RANKS, folder / "alone.log")
+    reference = Job(training_arguments(demo, undisturbed, steps), RANKS, folder / "undisturbed.log")
     if reference.wait() != [0] * RANKS:
-        sys.exit(f"the run that is left alone failed:\n{reference.log.read_text()}")
+        sys.exit(f"the undisturbed run failed:\n{reference.log.read_text()}")
     duration = time.monotonic() - start
-    expected = weights_of(alone)
-    chance = random.Random(seed)
-    found = []
+    expected = weights_of(undisturbed)
+    rng = random.Random(seed)
+    trial_results = []
     for trial in tqdm(range(trials), desc="killing", unit=" trials"):
         output_dir = folder / f"trial{trial}"
-        victims = chance.choice([[rank] for rank in range(RANKS)] + [list(range(RANKS))])
-        moment = chance.uniform(0.0, duration)
-        in_a_save = chance.random() < SHARE_IN_A_SAVE
+        victims = rng.choice([[rank] for rank in range(RANKS)] + [list(range(RANKS))])
+        moment = rng.uniform(0.0, duration)
+        in_a_save = rng.random() < SHARE_IN_A_SAVE
         result = kill_and_resume(training_arguments(demo, output_dir, steps), output_dir, moment, victims, in_a_save)
         exported = output_dir / "model.safetensors"
         result["identical"] = exported.exists() and weights_of(output_dir) == expected
-        found.append(result)
+        trial_results.append(result)
         if result["identical"]:
             shutil.rmtree(output_dir)
-    return {"duration": duration, "steps": steps, "trials": found}
+    return {"duration": duration, "steps": steps, "trials": trial_results}
 
 
 def summarize(results: dict[str, Any]) -> dict[str, Any]:
-    """The figures that count."""
+    """Summarize the trials."""
     trials = results["trials"]
     met = [t for t in trials if len(t["victims"]) < RANKS and t["steps_done"] and -signal.SIGKILL in t["exit_statuses"]]
     ended = [t["spared_ended_after"] for t in met]
@@ -217,34 +216,34 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The summary as Markdown."""
+    """Format the summary as Markdown."""
     rows = [[name, str(value)] for name, value in summary.items()]
     return (
         f"# Killed at {summary['trials']} random moments\n\n"
-        f"{RANKS} ranks, SIGKILL to one of them or to all, then once more with --resume_from_checkpoint auto: the "
-        f"final weights are those of a run that was left alone, bit for bit, in **{summary['identical']} of "
+        f"{RANKS} ranks, SIGKILL to one or all of them, then resumed with --resume_from_checkpoint auto: the "
+        f"final weights are bit-identical to those of an undisturbed run in **{summary['identical']} of "
         f"{summary['trials']}**.\n\n{result_files.table(['', ''], rows)}\n"
-        "A rank that is killed before the ranks have met is noticed by the launcher alone, and there was none here.\n"
+        "Only a launcher notices a rank that is killed before the process group exists, and the trials have none.\n"
     )
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """When who was killed, and what came of it."""
+    """Draw the moments and victims of all trials, and their outcomes."""
     pyplot = result_files.pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 3.4), layout="constrained")
     rows = {str([rank]): rank for rank in range(RANKS)} | {str(list(range(RANKS))): RANKS}
-    for identical, color, told in ((True, "#1b7f79", "bit-identical"), (False, "#c0392b", "not identical")):
+    for identical, color, label in ((True, "#1b7f79", "bit-identical"), (False, "#c0392b", "not identical")):
         for in_save, size, where in ((False, 40, ""), (True, 110, ", killed within a save")):
             chosen = [t for t in results["trials"] if t["identical"] == identical and t["in_save"] == in_save]
             if chosen:
                 places = [t["moment"] for t in chosen], [rows[str(t["victims"])] for t in chosen]
-                axes.scatter(*places, s=size, color=color, alpha=0.7, label=told + where)
+                axes.scatter(*places, s=size, color=color, alpha=0.7, label=label + where)
     axes.set_yticks(list(rows.values()), [*(f"rank {rank}" for rank in range(RANKS)), "all ranks"])
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel(f"killed so many seconds after the start of a run of {results['duration']:.0f} s")
+    axes.set_xlabel(f"time of the kill in seconds after the start, of a run of {results['duration']:.0f} s")
     summary = results["summary"]
     axes.set_title(
-        f"{summary['identical']} of {summary['trials']} killed runs end with the weights of a run left alone",
+        f"{summary['identical']} of {summary['trials']} killed runs end with the weights of an undisturbed run",
         loc="left",
         fontweight="bold",
     )
@@ -254,13 +253,13 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Run the trials, and write what they gave."""
+    """Run the benchmark and write its results."""
     parser = result_files.build_parser(__doc__)
     parser.add_argument("--trials", type=int, default=50, help="runs that are killed; 50 by default")
     parser.add_argument(
-        "--steps", type=int, default=24, help="of each run, with a checkpoint every other; 24 by default"
+        "--steps", type=int, default=24, help="steps of each run, with a checkpoint every other step; 24 by default"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments and victims")
     args = parser.parse_args()
     result_files.require("matplotlib")
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -269,7 +268,7 @@ def main() -> None:
     results |= {"environment": result_files.environment(), "summary": summarize(results)}
     result_files.write_results(args.output_dir, "faults", results, describe(results["summary"]), draw(results))
     if results["summary"]["identical"] < args.trials:
-        sys.exit("some runs did not end as the one that was left alone")
+        sys.exit("some runs did not end with the weights of the undisturbed run")
 
 
 if __name__ == "__main__":

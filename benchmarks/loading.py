@@ -1,24 +1,23 @@
-"""Load one checkpoint on several ranks, with lomo_ds and with transformers' own ZeRO-3 from_pretrained.
+"""Compares loading a checkpoint on several ranks with lomo_ds and with transformers' ZeRO-3 from_pretrained.
 
     python benchmarks/loading.py
 
-It writes a random LLaMA of --gigabytes (bf16, safetensors, several parts) and loads it with both, in turn. Every load
-happens in fresh processes, one per rank, that have imported everything and have loaded a tiny model in the same way
-before; the files are dropped from the page cache just before it. Of each rank it reports, as the median of
---repetitions:
+It writes a random LLaMA of --gigabytes (bf16, safetensors, several files) and loads it with both in turn. Every load
+runs in fresh processes, one per rank, after their imports and after a warm-up load of a tiny model. The files are
+dropped from the page cache before each load. Results for each rank, as the median of --repetitions:
 
-- bytes read: how far read_bytes of /proc/self/io went. The kernel counts there what it fetches from the disk for this
-  process, so read calls, page faults in mapped files and read-ahead alike, in whole pages; a page that another rank has
-  fetched already costs nothing. Where a file system does not go to a disk (tmpfs), nothing is reported.
-- peak host memory: VmHWM of /proc/self/status, reset at the start, less VmRSS at the start. It is exact, and takes in
-  pages of mapped files, which the kernel may drop whenever it wants to: the peaks of anonymous memory (RssAnon) and of
-  mapped pages (RssFile), by samples every few milliseconds, tell how much of it these are.
-- peak device memory: by torch's allocator, less what was allocated at the start. There is a GPU for every rank, or none
-  is used.
-- seconds, from a barrier to this rank's own end.
+- bytes read: the increase of read_bytes in /proc/self/io. The kernel counts whole pages that it fetches from the disk
+  for this process, by read calls, by page faults in mapped files and by read-ahead. A page that another rank has
+  fetched before is not counted. Nothing is reported for file systems without a disk (tmpfs).
+- peak host memory: VmHWM of /proc/self/status, reset at the start, minus VmRSS at the start. It is exact, and includes
+  pages of mapped files, which the kernel may drop at any time. The peaks of anonymous memory (RssAnon) and of mapped
+  pages (RssFile), sampled every few milliseconds, show how much of it these are.
+- peak device memory: of torch's allocator, minus the bytes allocated at the start. GPUs are used only if there is one
+  for every rank.
+- seconds, from a barrier to the end of this rank's load.
 
-Afterwards the shards of both are compared by their checksums. What lomo_ds promises, in host memory as on the device:
-at most a rank's own shards and twice the largest tensor.
+Afterwards the shards of both are compared by checksums. lomo_ds guarantees an upper bound in host memory and in device
+memory: a rank's own shards plus twice the largest tensor.
 """
 
 import ctypes
@@ -42,32 +41,33 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.lib import result_files
+from lomo_ds.numerics.flat import ceil_div
 
-# Whatever imports deepspeed is imported where it is used: deepspeed chooses its accelerator then.
+# Modules that import deepspeed are imported where they are used: deepspeed chooses its accelerator at import.
 
 GB = 1e9
 DTYPE = torch.bfloat16
 DS_CONFIG = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
-OURS, THEIRS = "lomo_ds", "transformers"
-SHAPES = {8.0: "7b", 0.5: "1b", 0.0: "40m"}  # presets, by the gigabytes that they are fit for; the layers are counted
-COLORS = {OURS: "#1b7f79", THEIRS: "#e08e45"}
+LOMO_DS, TRANSFORMERS = "lomo_ds", "transformers"
+SHAPES = {8.0: "7b", 0.5: "1b", 0.0: "40m"}  # presets by minimum gigabytes; the number of layers is adapted
+COLORS = {LOMO_DS: "#1b7f79", TRANSFORMERS: "#e08e45"}
 PARTS = 5  # files of the checkpoint
 SAMPLE_SECONDS = 0.005
 PRELOAD = ["lomo_ds.models", "accelerate", "transformers.integrations.deepspeed", "transformers.models.llama"]
 COUNTED_BY = "read_bytes of /proc/self/io"
 
-Row = dict[str, Any]  # what one rank's load took
+Row = dict[str, Any]  # results of one rank
 
 
 def write_checkpoint(folder: Path, config: Any, parts: int) -> int:
-    """Write a random LLaMA, one part of it in memory at a time; returns the bytes of its tensors."""
+    """Write a random LLaMA file by file, and return the bytes of its tensors."""
     from lomo_ds.models import Export, meta_model
     from lomo_ds.models.random_weights import random_piece
 
     model = meta_model(config, DTYPE)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     total = DTYPE.itemsize * sum(shape.numel() for shape in shapes.values())
-    export = Export(folder, model, f"{-(-total // (parts * 10**6))}MB")
+    export = Export(folder, model, f"{ceil_div(total, parts * 10**6)}MB")
     export.start()
     bar = tqdm(desc=f"writing {folder.name}", total=total, unit="B", unit_scale=True)
     for file, names in export.files.items():
@@ -80,11 +80,11 @@ def write_checkpoint(folder: Path, config: Any, parts: int) -> int:
 
 
 def llama_config(gigabytes: float) -> Any:
-    """A LLaMA of about this many gigabytes in ``DTYPE``."""
+    """Return the configuration of a LLaMA of about this many gigabytes in ``DTYPE``."""
     from lomo_ds.models.presets import preset_config
 
     preset = next(name for least, name in SHAPES.items() if gigabytes >= least)
-    vocabulary = {"vocab_size": 4000} if preset == "40m" else {}  # or most of the model would be its embeddings
+    vocabulary = {"vocab_size": 4000} if preset == "40m" else {}  # otherwise embeddings would be most of the model
     one, two = (_numel(preset_config(preset, num_hidden_layers=layers, **vocabulary)) for layers in (1, 2))
     layers = max(1, 1 + round((gigabytes * GB / DTYPE.itemsize - one) / (two - one)))
     return preset_config(preset, num_hidden_layers=layers, **vocabulary)
@@ -97,35 +97,35 @@ def _numel(config: Any) -> int:
 
 
 def load(method: str, folder: Path) -> Any:
-    """The model in ``folder``, its parameters split over the ranks."""
-    if method == OURS:
+    """Load the model in ``folder``, partitioned over the ranks."""
+    if method == LOMO_DS:
         from lomo_ds.models import load_config, load_model
 
         return load_model(str(folder), load_config(str(folder)), DS_CONFIG, DTYPE)
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
-    alive = HfDeepSpeedConfig(DS_CONFIG)  # transformers looks whether there is one
+    hf_config = HfDeepSpeedConfig(DS_CONFIG)  # must be alive during the load: transformers looks for it
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE)
-    del alive
+    del hf_config
     return model
 
 
 def memory(process: int | str = "self") -> dict[str, int]:
-    """Bytes of a process in memory: now (VmRSS; of it RssAnon, RssFile), and the most since the last reset (VmHWM)."""
+    """Return the resident bytes of a process: now (VmRSS, with RssAnon and RssFile), and at the peak (VmHWM)."""
     lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return {name: 1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM", "RssAnon", "RssFile")}
 
 
 def bytes_read() -> int:
-    """What the kernel has fetched from disks for this process."""
+    """Return the bytes that the kernel has fetched from disks for this process."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
     return int(fields["read_bytes"])
 
 
 def measure(method: str, folder: Path) -> tuple[Row, Any]:
-    """Load the model, and what that took on this rank."""
+    """Load the model, and return the results of this rank and the shards."""
     from lomo_ds import zero3
 
     on_gpu = torch.cuda.is_available() and os.environ["DS_ACCELERATOR"] == "cuda"
@@ -134,7 +134,7 @@ def measure(method: str, folder: Path) -> tuple[Row, Any]:
     device_start = torch.cuda.memory_allocated() if on_gpu else 0
     torch.distributed.barrier()
     start, read_start, host_start = time.perf_counter(), bytes_read(), memory()["VmRSS"]
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
     model = load(method, folder)
     if on_gpu:
         torch.cuda.synchronize()
@@ -152,14 +152,14 @@ def measure(method: str, folder: Path) -> tuple[Row, Any]:
 
 
 def checksums(shards: Any) -> dict[str, str]:
-    """Of each parameter's shard, by its name."""
+    """Return the checksum of each parameter's shard by name."""
     return {shard.name: hashlib.sha256(shard.data.cpu().view(torch.uint8).numpy().data).hexdigest() for shard in shards}
 
 
 def _rank_process(
     connection: Connection, method: str, folder: Path, warm_up: Path, rank: int, ranks: int, port: int
 ) -> None:
-    """One rank: get ready, say so, wait for the word, load, and send what it took and then the checksums."""
+    """Run one rank: prepare, report, load on request, then send the results and the checksums."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -169,7 +169,7 @@ def _rank_process(
         "MASTER_PORT": str(port),
     }
     try:
-        _get_ready(method, warm_up, ranks)
+        _start_rank(method, warm_up, ranks)
         connection.send(memory())
         connection.recv()
         row, shards = measure(method, folder)
@@ -180,7 +180,7 @@ def _rank_process(
         connection.send(traceback.format_exc())
 
 
-def _get_ready(method: str, warm_up: Path, ranks: int) -> None:
+def _start_rank(method: str, warm_up: Path, ranks: int) -> None:
     import logging
     import warnings
 
@@ -189,28 +189,28 @@ def _get_ready(method: str, warm_up: Path, ranks: int) -> None:
     from lomo_ds.distributed.process_group import start_process_group
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # deepspeed prints into the progress bar
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # deepspeed's output would disturb the progress bar
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
     transformers_logging.disable_progress_bar()
     start_process_group()
     load(method, warm_up)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or the load would begin in memory that the warm-up has left
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the load would reuse freed memory of the warm-up
 
 
 def load_on_ranks(method: str, folder: Path, warm_up: Path, ranks: int) -> tuple[list[Row], list[dict[str, str]]]:
-    """One load in fresh processes: what it took on each rank, and the checksums of each rank's shards."""
+    """Load once in fresh processes; return the results and the checksums of all ranks."""
     context: Any = multiprocessing.get_context("spawn" if os.environ["DS_ACCELERATOR"] == "cuda" else "forkserver")
     port = _free_port()
     connections, processes = [], []
     for rank in range(ranks):
-        ours, theirs = context.Pipe()
-        arguments = (theirs, method, folder, warm_up, rank, ranks, port)
+        parent_end, child_end = context.Pipe()
+        arguments = (child_end, method, folder, warm_up, rank, ranks, port)
         processes.append(context.Process(target=_rank_process, args=arguments, daemon=True))
-        connections.append(ours)
+        connections.append(parent_end)
         processes[rank].start()
-        theirs.close()
+        child_end.close()
     try:
         starts = [_receive(connection) for connection in connections]
         drop_from_page_cache(folder)
@@ -233,14 +233,14 @@ def load_on_ranks(method: str, folder: Path, warm_up: Path, ranks: int) -> tuple
 
 
 def _sample_until_answered(connections: list[Connection], processes: list[Any]) -> list[dict[str, int]]:
-    """The largest of each figure of ``memory`` of each process, until all have something to say."""
+    """Sample ``memory`` of each process until all have answered, and return the maximum of each figure."""
     peaks = [memory(process.pid) for process in processes]
     while len(wait(connections, timeout=SAMPLE_SECONDS)) < len(connections):
         if not all(process.is_alive() for process in processes):
             break
         for peak, process in zip(peaks, processes, strict=True):
             peak |= {name: max(peak[name], value) for name, value in memory(process.pid).items()}
-        time.sleep(SAMPLE_SECONDS)  # as wait returns at once where one rank is done
+        time.sleep(SAMPLE_SECONDS)  # wait returns at once when one rank has answered
     return peaks
 
 
@@ -261,15 +261,15 @@ def _free_port() -> int:
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """Let the next read of the files in ``folder`` go to the disk."""
+    """Drop the files in ``folder`` from the page cache, so that the next read goes to the disk."""
     for file in folder.iterdir():
         with file.open("rb") as opened:
-            os.fsync(opened.fileno())  # what is not written back yet would stay
+            os.fsync(opened.fileno())  # dirty pages would stay in the cache
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def reads_are_counted(folder: Path) -> bool:
-    """Whether ``drop_from_page_cache`` and ``bytes_read`` work for files in ``folder``, tried on them."""
+    """Return whether ``drop_from_page_cache`` and ``bytes_read`` work for the files in ``folder``."""
     drop_from_page_cache(folder)
     before = bytes_read()
     size = sum(len(file.read_bytes()) for file in folder.iterdir())
@@ -277,7 +277,7 @@ def reads_are_counted(folder: Path) -> bool:
 
 
 def medians(loads: list[list[Row]], counted: bool) -> list[Row]:
-    """One row for each rank: the median of its loads, but within the bound only if every one was."""
+    """Return a row for each rank: medians of its loads, and whether every load was within the bound."""
     rows = []
     for of_rank in zip(*loads, strict=True):
         row = dict(of_rank[0])
@@ -298,7 +298,7 @@ def compare(
     """Write the checkpoint into ``folder``, load it with both in turn, and return all that is reported.
 
     Args:
-        write: is called with the results so far after each of the repetitions.
+        write: callback that receives the results so far after each repetition.
     """
     from transformers import LlamaConfig
 
@@ -308,7 +308,7 @@ def compare(
     total = write_checkpoint(checkpoint, config, PARTS)
     write_checkpoint(warm_up, tiny, 1)
     counted = reads_are_counted(warm_up)
-    loads: dict[str, list[list[Row]]] = {OURS: [], THEIRS: []}
+    loads: dict[str, list[list[Row]]] = {LOMO_DS: [], TRANSFORMERS: []}
     sums = []
     results: dict[str, Any] = {
         "environment": result_files.environment("accelerate"),
@@ -317,35 +317,35 @@ def compare(
         "bytes_read_counted_by": COUNTED_BY if counted else None,
         "loads": loads,
     }
-    for method in tqdm([OURS, THEIRS] * repetitions, desc="loading", unit=" loads"):
+    for method in tqdm([LOMO_DS, TRANSFORMERS] * repetitions, desc="loading", unit=" loads"):
         rows, of_ranks = load_on_ranks(method, checkpoint, warm_up, ranks)
         loads[method].append(rows)
         sums.append(of_ranks)
-        if method == OURS:
+        if method == LOMO_DS:
             continue
         reported = {method: medians(of_method, counted) for method, of_method in loads.items()}
         results["checkpoint"] = {
             "bytes": total,
             "files": len(list(checkpoint.glob("*.safetensors"))),
-            "largest_tensor_bytes": reported[OURS][0]["largest_tensor_bytes"],
+            "largest_tensor_bytes": reported[LOMO_DS][0]["largest_tensor_bytes"],
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
         }
-        results["repetitions"] = len(loads[THEIRS])
+        results["repetitions"] = len(loads[TRANSFORMERS])
         results["bound_holds"] = {name: all(row["within_bound"] for row in rows) for name, rows in reported.items()}
         results["same_shards"] = all(of_ranks == sums[0] for of_ranks in sums)
-        results["rows"] = [*reported[OURS], *reported[THEIRS]]
+        results["rows"] = [*reported[LOMO_DS], *reported[TRANSFORMERS]]
         write(results)
     return results
 
 
 def rows_of(method: str, results: dict[str, Any]) -> list[Row]:
-    """What one of the two took, rank by rank."""
+    """Return the rows of one method."""
     return [row for row in results["rows"] if row["method"] == method]
 
 
 def describe(results: dict[str, Any]) -> str:
-    """The results in Markdown."""
+    """Format the results as Markdown."""
     columns = {
         "GB read": "bytes_read",
         "own shards GB": "shard_bytes",
@@ -368,40 +368,42 @@ def describe(results: dict[str, Any]) -> str:
         f"A random LLaMA of {checkpoint['layers']} layers in {checkpoint['files']} safetensors files, bf16, dropped "
         f"from the page cache before each load. Figures are medians of {results['repetitions']} loads, each in fresh "
         "processes.\n\n"
-        + "".join(f"- {sentence}\n" for sentence in findings(results))
+        + "".join(f"- {finding}\n" for finding in findings(results))
         + "\n"
-        + result_files.table(["method", "rank", *columns, "within it", "seconds"], lines)
-        + "\nA GB is 10^9 bytes. Peaks are above the start of the load, and the peak of host memory counts anonymous "
-        "memory and the pages of mapped files, of which the kernel may drop the latter whenever it wants to; these two "
-        "have a peak of their own each, which need not fall together.\n"
+        + result_files.table(["method", "rank", *columns, "within bound", "seconds"], lines)
+        + "\nA GB is 10^9 bytes. Peaks are relative to the start of the load. The peak of host memory includes "
+        "anonymous memory and pages of mapped files, which the kernel may drop at any time; these two may reach their "
+        "peaks at different times.\n"
     )
 
 
 def findings(results: dict[str, Any]) -> list[str]:
-    """What the figures say, in sentences."""
+    """Describe the results."""
     largest = _gb(results["checkpoint"]["largest_tensor_bytes"])
-    found = []
+    lines = []
     for method, holds in results["bound_holds"].items():
         rows = [row for load in results["loads"][method] for row in load]
         most = max(max(row["peak_host_bytes"], row["peak_device_bytes"] or 0) / row["bound_bytes"] for row in rows)
         verdict = "holds" if holds else "does not hold"
-        found.append(
+        lines.append(
             f"The bound, a rank's own shards and twice the largest tensor ({largest} GB), **{verdict}** for {method}: "
             f"the highest peak of any load is {most:.0%} of it."
         )
     if results["bytes_read_counted_by"] is None:
-        found.append("Bytes read are not reported: the kernel counts none for files on this file system.")
+        lines.append("Bytes read are not reported: the kernel counts none for files on this file system.")
     else:
-        most = max(row["bytes_read"] / row["shard_bytes"] for row in rows_of(OURS, results))
-        read = {method: sum(row["bytes_read"] for row in rows_of(method, results)) for method in (OURS, THEIRS)}
-        found.append(
-            f"With {OURS} no rank reads more than {most:.1%} of the bytes of its own shards. All ranks together read "
-            f"{_gb(read[OURS])} GB with {OURS} and {_gb(read[THEIRS])} GB with {THEIRS}, counted by "
-            f"{results['bytes_read_counted_by']}."
+        most = max(row["bytes_read"] / row["shard_bytes"] for row in rows_of(LOMO_DS, results))
+        read = {
+            method: sum(row["bytes_read"] for row in rows_of(method, results)) for method in (LOMO_DS, TRANSFORMERS)
+        }
+        lines.append(
+            f"With {LOMO_DS} no rank reads more than {most:.1%} of the bytes of its own shards. All ranks together "
+            f"read {_gb(read[LOMO_DS])} GB with {LOMO_DS} and {_gb(read[TRANSFORMERS])} GB with {TRANSFORMERS}, "
+            f"counted by {results['bytes_read_counted_by']}."
         )
     same = "the same" if results["same_shards"] else "**not the same**"
-    found.append(f"The shards of all loads are {same}, by a checksum of each parameter's on each rank.")
-    return found
+    lines.append(f"The shards of all loads are {same}, according to a checksum of each parameter on each rank.")
+    return lines
 
 
 def _gb(count: float | None) -> str:
@@ -409,7 +411,7 @@ def _gb(count: float | None) -> str:
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """Bars for each rank: what is read, and the peaks of memory with their bound."""
+    """Draw bars for each rank: bytes read, and memory peaks with their bound."""
     panels = {
         "bytes_read": ("Read from disk by each rank", "shard_bytes", "a rank's own shards"),
         "peak_host_bytes": (
@@ -461,7 +463,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def _draw_bars(axes: Any, name: str, method: str, side: int, results: dict[str, Any]) -> None:
-    """One method's bars; of host memory, the part that anonymous memory never reached is drawn lighter."""
+    """Draw one method's bars; the part of host memory above the peak of anonymous memory is lighter."""
     rows = rows_of(method, results)
     places = [row["rank"] + (side - 0.5) * 0.4 for row in rows]
     heights = [(row[name] or 0) / GB for row in rows]
@@ -469,19 +471,21 @@ def _draw_bars(axes: Any, name: str, method: str, side: int, results: dict[str, 
     solid = [min(row["peak_anonymous_bytes"], row[name]) / GB if split else (row[name] or 0) / GB for row in rows]
     bars = axes.bar(places, heights, 0.37, color=COLORS[method], alpha=0.4 if split else 1.0)
     axes.bar(places, solid, 0.37, color=COLORS[method], label=method)
-    if split and method == THEIRS:
+    if split and method == TRANSFORMERS:
         axes.bar(places[0], 0, 0.37, color=COLORS[method], alpha=0.4, label="pages of mapped files")
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
     axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=3, bbox=box, zorder=4)
 
 
 def main() -> None:
-    """Compare, and write what it gave."""
+    """Run the benchmark and write its results."""
     parser = result_files.build_parser(__doc__)
     parser.add_argument("--ranks", type=int, default=4, help="processes that load; 4 by default")
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint; 2 by default")
-    parser.add_argument("--repetitions", type=int, default=3, help="loads with each of the two; 3 by default")
-    parser.add_argument("--folder", type=Path, help="on the disk to read from; the system's temporary one by default")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint; 2 by default")
+    parser.add_argument("--repetitions", type=int, default=3, help="loads with each method; 3 by default")
+    parser.add_argument(
+        "--folder", type=Path, help="folder on the disk to read from; the system's temporary folder by default"
+    )
     args = parser.parse_args()
     result_files.require("accelerate", "matplotlib")
     gpu_each = torch.cuda.device_count() >= args.ranks

@@ -1,4 +1,4 @@
-"""What the loss of a long batch takes, from the last hidden states to their gradient: memory, time and exactness.
+"""Memory, time and accuracy of the loss of a long batch, from the last hidden states to their gradient.
 
     python benchmarks/logits.py
 
@@ -6,19 +6,19 @@ Forward and backward of lm_head and cross-entropy alone, in bf16, on one GPU or 
 
 - whole logits: torch's linear layer and transformers' ForCausalLMLoss;
 - lomo_ds: its tiles, with --tile_mib of fp32 logits in each;
-- DeepSpeed: its TiledFusedLogitsLoss, in as many shards as it takes for the same;
-- Liger: its fused linear cross-entropy, with the weight's gradient summed in bf16, and in fp32, where liger_kernel is
+- DeepSpeed: its TiledFusedLogitsLoss, in shards of the same size;
+- Liger: its fused linear cross-entropy, with the weight's gradient summed in bf16 and in fp32, if liger_kernel is
   installed and there is a GPU.
 
-Of each, for each number of --tokens:
+Results for each method and each number of --tokens:
 
 - peak memory above the start, the two gradients included: by torch's allocator. On the CPU it is the running sum of the
   allocations and frees that torch's profiler has recorded.
-- seconds, the median of --repetitions, in which the methods take turns; on the CPU those of one thread, which other
-  processes do not lengthen.
-- errors of the gradients of the hidden states and of the weight, relative to those in fp32 from the same bf16 values.
-- the same of the weight, where the loss is halved before backward, as an engine weighs micro-batches and scales losses.
-- how often a hook on the weight sees a gradient, and how often that is before backward has begun.
+- seconds, the median of --repetitions, in which the methods take turns; on the CPU, the processor time of one
+  thread, which does not depend on other processes.
+- errors of the gradients of the hidden states and of the weight, relative to fp32 gradients of the same bf16 values.
+- the error of the weight's gradient if the loss is halved before backward, like an engine that scales losses.
+- how often a gradient hook on the weight is called, and how often that is before backward has begun.
 """
 
 import importlib.util
@@ -40,25 +40,25 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.lib import result_files
 
-# Whatever imports deepspeed is imported where it is used: deepspeed chooses its accelerator then.
+# Modules that import deepspeed are imported where they are used: deepspeed chooses its accelerator at import.
 
-WHOLE, OURS, DEEPSPEED, LIGER, LIGER_FP32 = "whole logits", "lomo_ds", "DeepSpeed", "Liger", "Liger, fp32 sum"
-COLORS = {WHOLE: "#777777", OURS: "#1b7f79", DEEPSPEED: "#e08e45", LIGER: "#7a5195", LIGER_FP32: "#b79ad0"}
+WHOLE, LOMO_DS, DEEPSPEED, LIGER, LIGER_FP32 = "whole logits", "lomo_ds", "DeepSpeed", "Liger", "Liger, fp32 sum"
+COLORS = {WHOLE: "#777777", LOMO_DS: "#1b7f79", DEEPSPEED: "#e08e45", LIGER: "#7a5195", LIGER_FP32: "#b79ad0"}
 MIB = 2**20
 DTYPE = torch.bfloat16
-SHARE = 0.5  # what the loss is multiplied by, the second time
+SHARE = 0.5  # factor of the loss in the second measurement
 
 Row = dict[str, Any]
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, weight and labels: the mean
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # mean loss of hidden states, weight and labels
 
 
 class Batch:
-    """Hidden states, a weight and labels that they half predict, on one device.
+    """Hidden states, a weight, and labels that these predict in part, on one device.
 
     Attributes:
         hidden: (tokens, hidden size).
         weight: (vocabulary, hidden size).
-        labels: (tokens,); every eighth does not count.
+        labels: (tokens,); every eighth is ignored.
     """
 
     def __init__(self, tokens: int, vocabulary: int, hidden_size: int, device: str) -> None:
@@ -72,7 +72,7 @@ class Batch:
         self.weight = Parameter(weight.to(DTYPE))
 
     def truth(self, tile_bytes: int) -> tuple[Tensor, Tensor]:
-        """The gradients of the mean loss in fp32, by autograd on a few tokens at a time."""
+        """Compute the gradients of the mean loss in fp32, by autograd on a few tokens at a time."""
         weight = self.weight.detach().float().requires_grad_()
         counted = (self.labels != -100).sum()
         gradients = []
@@ -91,7 +91,7 @@ class Batch:
 
 
 def methods(tile_bytes: int, on_gpu: bool) -> dict[str, Loss]:
-    """What is compared, by its name."""
+    """Return the methods to compare, by name."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     from lomo_ds.models.tiled_loss import tiled_cross_entropy
@@ -113,21 +113,21 @@ def methods(tile_bytes: int, on_gpu: bool) -> dict[str, Loss]:
 
         shards = math.ceil(4 * len(hidden) * len(weight) / tile_bytes)
         arguments = (loss, None, hidden[None], labels[None], None, shards, [weight], "sum")
-        found: Tensor = TiledFusedLogitsLoss.apply(*arguments)
-        return found
+        mean: Tensor = TiledFusedLogitsLoss.apply(*arguments)
+        return mean
 
     def liger(sum_dtype: torch.dtype | None) -> Loss:
         fused = importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
         return lambda hidden, weight, labels: fused(hidden, weight, labels, accum_dtype=sum_dtype)
 
-    found: dict[str, Loss] = {WHOLE: whole, OURS: ours, DEEPSPEED: deepspeed}
+    losses: dict[str, Loss] = {WHOLE: whole, LOMO_DS: ours, DEEPSPEED: deepspeed}
     if on_gpu and importlib.util.find_spec("liger_kernel"):
-        found |= {LIGER: liger(None), LIGER_FP32: liger(torch.float32)}
-    return found
+        losses |= {LIGER: liger(None), LIGER_FP32: liger(torch.float32)}
+    return losses
 
 
 def peak_bytes(step: Callable[[], Any], on_gpu: bool) -> int:
-    """The most memory that tensors take at once in ``step``, above its start."""
+    """Measure the peak bytes of tensors in ``step``, above the bytes at its start."""
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -147,7 +147,7 @@ def peak_bytes(step: Callable[[], Any], on_gpu: bool) -> int:
 
 
 def seconds(step: Callable[[], Any], on_gpu: bool) -> float:
-    """How long ``step`` takes."""
+    """Measure the seconds of ``step``."""
     if not on_gpu:
         start = time.process_time()
         step()
@@ -160,7 +160,7 @@ def seconds(step: Callable[[], Any], on_gpu: bool) -> float:
 
 
 def measure(loss: Loss, batch: Batch, truth: tuple[Tensor, Tensor], on_gpu: bool) -> Row:
-    """Everything but time of one method on one batch."""
+    """Measure everything except time of one method on one batch."""
 
     def step(share: float = 1.0) -> None:
         (loss(batch.hidden, batch.weight, batch.labels) * share).backward()
@@ -170,15 +170,15 @@ def measure(loss: Loss, batch: Batch, truth: tuple[Tensor, Tensor], on_gpu: bool
     row["error_of_hidden"] = _error(batch.hidden.grad, truth[0])
     row["error_of_weight"] = _error(batch.weight.grad, truth[1])
     batch.forget()
-    seen: list[bool] = []  # by the hook: whether backward had begun
+    hook_calls: list[bool] = []  # for each call of the hook, whether backward had begun
     begun = False
-    hook = batch.weight.register_post_accumulate_grad_hook(lambda _: seen.append(begun))
-    found = loss(batch.hidden, batch.weight, batch.labels) * SHARE
+    hook = batch.weight.register_post_accumulate_grad_hook(lambda _: hook_calls.append(begun))
+    scaled_loss = loss(batch.hidden, batch.weight, batch.labels) * SHARE
     begun = True
-    found.backward()
+    scaled_loss.backward()
     hook.remove()
     row["error_of_weight_at_half"] = _error(batch.weight.grad, truth[1] * SHARE)
-    row |= {"hook_calls": len(seen), "hook_calls_in_forward": seen.count(False)}
+    row |= {"hook_calls": len(hook_calls), "hook_calls_in_forward": hook_calls.count(False)}
     batch.forget()
     return row
 
@@ -196,7 +196,7 @@ def compare(
     repetitions: int,
     write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Measure every method at every size, and return all that is reported; ``write`` is given it after each size."""
+    """Measure every method at every size, and return the results; ``write`` is called with them after each size."""
     on_gpu = torch.cuda.is_available() and os.environ["DS_ACCELERATOR"] == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = False  # the truth is fp32
     if not on_gpu:
@@ -230,7 +230,7 @@ def _compare_on(
     on_gpu: bool,
     done: Callable[[], Any],
 ) -> list[Row]:
-    """A row for each method on one batch; the methods take turns in being timed."""
+    """Return a row for each method on one batch; the methods take turns while they are timed."""
     truth = batch.truth(tile_mib * MIB)
     rows: dict[str, Row] = {}
     for method, loss in compared.items():
@@ -254,12 +254,12 @@ def _step(loss: Loss, batch: Batch) -> None:
 
 
 def _outcome_of(loss: Loss, batch: Batch, truth: tuple[Tensor, Tensor], on_gpu: bool) -> Row:
-    """``measure``, or ``outcome`` and nothing in place of its figures, where memory runs out or a method fails."""
+    """Return the row of ``measure``; if memory runs out or the method fails, ``outcome`` and figures that are None."""
     try:
         return {"outcome": "measured", **measure(loss, batch, truth, on_gpu)}
     except torch.OutOfMemoryError:
         outcome = "does not fit"
-    except Exception as error:  # of whatever kind the methods of others raise: the others are measured still
+    except Exception as error:  # third-party methods may raise anything; the other methods are still measured
         outcome = f"failed: {(str(error).strip().splitlines() or [repr(error)])[0]}"
     batch.forget()
     figures = ("peak_bytes", "error_of_hidden", "error_of_weight", "error_of_weight_at_half", "hook_calls",
@@ -268,9 +268,9 @@ def _outcome_of(loss: Loss, batch: Batch, truth: tuple[Tensor, Tensor], on_gpu: 
 
 
 def describe(results: dict[str, Any]) -> str:
-    """The results in Markdown."""
+    """Format the results as Markdown."""
     header = ["method", "tokens", "peak MiB", "ms", "error of hidden", "of weight", "of weight, loss x 0.5",
-              "hook sees weight's gradient", "of these in forward"]  # fmt: skip
+              "hook calls on the weight", "of these in forward"]  # fmt: skip
     lines = []
     for row in results["rows"]:
         line = [row["method"], str(row["tokens"])]
@@ -289,39 +289,39 @@ def describe(results: dict[str, Any]) -> str:
         f"tiles of {results['tile_mib']} MiB of fp32 logits. Peaks are above the start and hold the gradients, "
         f"{gradients * (results['vocabulary'] + most):.0f} MiB for {most} tokens. Times are medians of "
         f"{results['repetitions']}. Errors are relative to the gradients in fp32.\n\n"
-        + "".join(f"- {sentence}\n" for sentence in findings(results))
+        + "".join(f"- {finding}\n" for finding in findings(results))
         + "\n"
         + result_files.table(header, lines)
     )
 
 
 def findings(results: dict[str, Any]) -> list[str]:
-    """What the figures say of the largest batch, in sentences."""
+    """Describe the results of the largest batch."""
     most = max(row["tokens"] for row in results["rows"])
     rows = {row["method"]: row for row in results["rows"] if row["tokens"] == most}
-    ours = rows.pop(OURS)
-    if ours["peak_bytes"] is None:
-        return [f"At {most} tokens {OURS}: {ours['outcome']}."]
-    found = []
+    lomo_ds = rows.pop(LOMO_DS)
+    if lomo_ds["peak_bytes"] is None:
+        return [f"At {most} tokens {LOMO_DS}: {lomo_ds['outcome']}."]
+    lines = []
     for method, row in rows.items():
         if row["peak_bytes"] is None:
-            found.append(f"At {most} tokens {method}: {row['outcome']}.")
+            lines.append(f"At {most} tokens {method}: {row['outcome']}.")
             continue
-        found.append(
-            f"At {most} tokens {OURS} takes {ours['peak_bytes'] / row['peak_bytes']:.2f} of the memory and "
-            f"{ours['seconds'] / row['seconds']:.2f} of the time of {method}, and the error of its weight's gradient "
-            f"is {ours['error_of_weight'] / row['error_of_weight']:.2f} of that one's."
+        lines.append(
+            f"At {most} tokens {LOMO_DS} takes {lomo_ds['peak_bytes'] / row['peak_bytes']:.2f} of the memory and "
+            f"{lomo_ds['seconds'] / row['seconds']:.2f} of the time of {method}, and the error of its weight's "
+            f"gradient is {lomo_ds['error_of_weight'] / row['error_of_weight']:.2f} of its error."
         )
         if row["error_of_weight_at_half"] > 0.1:
-            found.append(
-                f"{method} leaves what the loss is multiplied by out of the weight's gradient: at 0.5 it is off by "
+            lines.append(
+                f"{method} ignores the factor of the loss in the weight's gradient: at 0.5 the error is "
                 f"{row['error_of_weight_at_half']:.0%}."
             )
-    return found
+    return lines
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """Peak memory and time over the number of tokens."""
+    """Draw peak memory and time over the number of tokens."""
     figure, all_axes = result_files.pyplot().subplots(1, 2, figsize=(11.6, 5.0), layout="constrained")
     panels = (("peak_bytes", MIB, "Peak memory above the start, MiB"), ("seconds", 1e-3, "Forward and backward, ms"))
     for axes, (name, unit, title) in zip(all_axes, panels, strict=True):
@@ -330,7 +330,7 @@ def draw(results: dict[str, Any]) -> Any:
             if rows:
                 axes.plot(
                     [row["tokens"] for row in rows], [row[name] / unit for row in rows],
-                    color=color, marker="o", linewidth=2.5 if method == OURS else 1.6, label=method,
+                    color=color, marker="o", linewidth=2.5 if method == LOMO_DS else 1.6, label=method,
                 )  # fmt: skip
         axes.set_title(title, fontsize=11, loc="left")
         axes.set_xlabel("tokens")
@@ -349,7 +349,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Compare, and write what it gave."""
+    """Run the benchmark and write its results."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"
     parser = result_files.build_parser(__doc__)
@@ -357,7 +357,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000 if on_gpu else 8000, help="rows of lm_head")
     parser.add_argument("--hidden_size", type=int, default=4096 if on_gpu else 128, help="columns of lm_head")
     parser.add_argument("--tile_mib", type=int, default=64 if on_gpu else 4, help="MiB of fp32 logits in a tile")
-    parser.add_argument("--repetitions", type=int, default=10 if on_gpu else 2, help="of each figure's time")
+    parser.add_argument("--repetitions", type=int, default=10 if on_gpu else 2, help="number of timed repetitions")
     args = parser.parse_args()
     result_files.require("matplotlib")
 

@@ -1,19 +1,19 @@
-"""Models larger than the GPU: parameters in host memory, one GPU of 24 GiB, and how much of the link to it is used.
+"""Training models larger than GPU memory: parameters in host memory, one GPU of 24 GiB, and the use of its link.
 
     python benchmarks/offload.py                                    # 13B and 30B on a GPU capped at 24 GiB
     python benchmarks/offload.py --models 7b --batches 1 4          # what fits into 64 GB of host memory
 
-All parameters live in pinned host memory (offload_param). A step brings them up twice, for forward and for backward,
-and takes the updated ones down beside the second time: the same bytes, however many tokens it has. Reported are
+All parameters are in pinned host memory (offload_param). A step copies them to the GPU twice, for forward and for
+backward, and copies the updated ones back during backward. The bytes do not depend on the number of tokens. Results:
 
-- tokens a second, and the seconds of a step (the median)
-- the peak of what torch's allocator holds on the GPU, which may take no more than the cap, and pinned host memory
-- GB a step up and down the link, counted
-- the share of the link: the bytes a second that go up in a step, over those of pinned copies that do nothing else
-- what the plan says of 30B and 65B on one card of 24 GB behind a link of 24 GB/s (launch/plan.py)
+- tokens per second, and the seconds of a step (the median)
+- the peak of torch's allocator on the GPU, which is limited to the cap, and pinned host memory
+- counted GB per step to the GPU (up) and from the GPU (down)
+- the share of the link: the rate of copies to the GPU in a step, divided by the rate of pinned copies alone
+- the plan for 30B and 65B on one GPU of 24 GB with a link of 24 GB/s (launch/plan.py)
 
-On a machine without CUDA the same is run with a small model on the CPU, where host memory is the only one: that shows
-that it runs and what it moves, and its times mean nothing.
+On a machine without CUDA a small model runs on the CPU, where host memory is the only memory. That shows that the code
+runs and what it copies; its times mean nothing.
 """
 
 import argparse
@@ -40,15 +40,15 @@ from benchmarks.memory import STAYS_GATHERED
 GIB, GB = 2.0**30, 1e9
 GPU_MODELS, CPU_MODELS = ["13b", "30b"], ["40m"]
 GPU_BATCHES, CPU_BATCHES = [1, 2, 4, 8, 16], [1, 4]
-ASKED_SHARE = 0.80
+TARGET_SHARE = 0.80
 OFFLOAD: dict[str, Any] = {"offload_param": {"device": "cpu", "pin_memory": True}}
-# tokens a second of all GPUs together, eight RTX 3090 or four: arXiv 2306.09782, Table 2
+# tokens per second of all GPUs together, eight RTX 3090 or four: arXiv 2306.09782, Table 2
 PAPER = {"30b": ("4 GPUs", 46.4), "65b": ("8 GPUs", 39.4)}
-# of a small model as of a large one, nothing stays gathered from forward to backward
-NOTHING_STAYS = {name: value for name, value in LARGE.items() if "prefetch" not in name}
-PLANNED_LINK = 24e9  # bytes a second: PCIe 4.0 x16, as it is reached
+# makes a small model gather its parameters again in backward, like a large one
+GATHER_AGAIN = {name: value for name, value in LARGE.items() if "prefetch" not in name}
+PLANNED_LINK = 24e9  # bytes per second that PCIe 4.0 x16 reaches
 PLANNED_BATCHES = [1, 4, 16]
-TRACED = 2  # steps in which DeepSpeed still finds out what a model does
+TRACED = 2  # steps in which DeepSpeed traces the model
 COLORS = {"up": "#1b7f79", "plan": "#e08e45"}
 
 Row = dict[str, Any]
@@ -60,8 +60,8 @@ class Traffic:
     def __init__(self) -> None:
         self.up = self.down = 0
 
-    def watch(self) -> None:
-        """From now on, in this process."""
+    def start(self) -> None:
+        """Start counting in this process."""
         from lomo_ds.memory.host_memory import Fetch, HostTransfer
         from lomo_ds.zero3.wire import PlainWireFormat
 
@@ -84,13 +84,13 @@ class Traffic:
 
 
 def limit(state: RankState, cap_gib: float) -> None:
-    """On a rank: let the allocator have no more of a GPU than the cap."""
+    """Limit the allocator to the cap, on a rank."""
     if torch.cuda.is_initialized():
         limit_allocator(cap_gib)
 
 
 def measure_link(state: RankState) -> dict[str, float]:
-    """On a rank: bytes a second of pinned copies up, down, and of each while the other goes on too."""
+    """Measure bytes per second of pinned copies up, down, and in both directions at once, on a rank."""
     from deepspeed.accelerator import get_accelerator
 
     device = torch.device(get_accelerator().current_device_name())
@@ -125,19 +125,19 @@ def measure_link(state: RankState) -> dict[str, float]:
 
 
 def build(state: RankState, method: str, work: Workload) -> dict[str, Any]:
-    """On a rank: make the model in host memory; what it takes there."""
+    """Build the model in host memory and return its bytes there, on a rank."""
     from lomo_ds import zero3
     from lomo_ds.memory.host_memory import storage_bytes
 
     state["traffic"] = Traffic()
-    state["traffic"].watch()
+    state["traffic"].start()
     state["built"] = methods.build(method, work)
     shards = zero3.shards(state["built"].model)
     return {"parameters": storage_bytes(shard.data for shard in shards)}
 
 
 def measure(state: RankState, work: Workload, steps: int) -> Row:
-    """On a rank: what steps with this batch take."""
+    """Measure steps with the batch of a workload, on a rank."""
     from deepspeed.accelerator import get_accelerator
 
     from lomo_ds.memory.host_memory import storage_bytes
@@ -170,7 +170,7 @@ def measure(state: RankState, work: Workload, steps: int) -> Row:
 
 
 def measure_all(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Every row that was asked for; ``write`` is called with the results so far after each."""
+    """Measure every requested row; ``write`` is called with the results so far after each."""
     rows: list[Row] = []
     results = {
         "environment": result_files.environment(),
@@ -193,22 +193,22 @@ def measure_all(args: argparse.Namespace, write: Callable[[dict[str, Any]], None
 def measure_batches(
     args: argparse.Namespace, model: str, method: str, report: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each batch; what a batch cannot, a larger one cannot either."""
+    """Yield a row for each batch size in ascending order, until one fails."""
     work = replace(options.build_workload(args, model, True), zero=OFFLOAD | args.zero)
     if parameter_count(work) < STAYS_GATHERED:
-        work = replace(work, zero=NOTHING_STAYS | work.zero)
+        work = replace(work, zero=GATHER_AGAIN | work.zero)
     row: Row = {"model": model, "method": method, "workload": methods.workload_as_dict(work)}
     with Workers(1, args.device) as workers:
         try:
-            report(f"making {model}, {method}")
+            report(f"building {model}, {method}")
             workers.call(limit, args.cap)
             row["link"] = workers.call(measure_link)[0]
             row["host"] = workers.call(build, method, work, timeout=args.timeout)[0]
             for batch in args.batches:
                 report(f"{model}, {method}, batch {batch}")
-                found = workers.call(measure, replace(work, batch=batch), args.steps, timeout=args.timeout)[0]
+                measured = workers.call(measure, replace(work, batch=batch), args.steps, timeout=args.timeout)[0]
                 kernels = workers.call(kernels_in_use, methods.uses_int8(method))[0]
-                yield row | {"outcome": "measured", "batch": batch, "kernels": kernels, **found}
+                yield row | {"outcome": "measured", "batch": batch, "kernels": kernels, **measured}
         except DoesNotFit:
             yield row | {"outcome": "does not fit"}
         except WorkerError as error:
@@ -216,18 +216,18 @@ def measure_batches(
 
 
 def kernels_in_use(state: RankState, int8: bool) -> dict[str, str]:
-    """On a rank: which Triton kernels its method trains with; see ``kernel_states``."""
+    """Return the states of the Triton kernels that the method uses, on a rank; see ``kernel_states``."""
     return kernel_states(state["built"].device, int8)
 
 
 def plans() -> list[Row]:
-    """On paper: one card, every parameter in host memory."""
+    """Plan the paper's models on one GPU with all parameters in host memory."""
     from lomo_ds.planner import Machine, PlannedModel, Settings, plan_run
 
     rows: list[Row] = []
     machine = Machine(pcie=PLANNED_LINK, host_memory=256 * 2**30)
     for model in PAPER:
-        planned = PlannedModel.load(model)
+        planned_model = PlannedModel.load(model)
         for batch in PLANNED_BATCHES:
             run = Settings(
                 batch=batch,
@@ -237,28 +237,28 @@ def plans() -> list[Row]:
                 offload_param="cpu",
             )
             for settings in (run, run.but(weights="int8")):
-                found = plan_run(planned, settings, machine)
+                plan = plan_run(planned_model, settings, machine)
                 rows.append(
                     {
                         "model": model,
                         "weights": settings.weights,
                         "tokens": run.tokens,
-                        "tokens_per_second": found.tokens_per_second,
-                        "bound": found.time.bottleneck_name,
-                        "gpu": found.gpu_bytes,
-                        "fits": found.fits,
-                        "host": found.host_bytes,
+                        "tokens_per_second": plan.tokens_per_second,
+                        "bound": plan.time.bottleneck_name,
+                        "gpu": plan.gpu_bytes,
+                        "fits": plan.fits,
+                        "host": plan.host_bytes,
                     }
                 )
     return rows
 
 
 def describe_plans(rows: list[Row]) -> str:
-    """Their table."""
+    """Format the plans as a Markdown table."""
     header = [
         "by plan",
         "weights",
-        "tokens a step",
+        "tokens per step",
         "tokens/s",
         "bound by",
         "GiB on the GPU",
@@ -279,29 +279,38 @@ def describe_plans(rows: list[Row]) -> str:
         for row in rows
     ]
     return (
-        f"\nOne card of 24 GB by plan, with a link of {PLANNED_LINK / GB:.0f} GB/s, 256 GB of host memory and half of "
-        "71 TFLOP/s; `immediate`, unclipped, activations computed again from checkpoints in host memory:\n\n"
+        f"\nPlans for one GPU of 24 GB, with a link of {PLANNED_LINK / GB:.0f} GB/s, 256 GB of host memory and half of "
+        "71 TFLOP/s; `immediate` without clipping, activations recomputed from checkpoints in host memory:\n\n"
         + result_files.table(header, lines)
     )
 
 
 def share_of_link(row: Row) -> float:
-    """Of what the link could bring up in the time of a step."""
+    """Return the share of the link's rate that copies to the GPU reach in a step."""
     return row["up"] / row["seconds"] / row["link"]["up"]
 
 
 def tokens_per_second(row: Row) -> float:
-    """Of the one GPU."""
+    """Return the tokens per second of the GPU."""
     return row["batch"] * row["workload"]["sequence"] / row["seconds"]
 
 
 def describe(results: dict[str, Any]) -> str:
-    """The rows in Markdown."""
+    """Format the rows as Markdown."""
     on_gpu = results["device"] == "cuda"
-    header = ["", "tokens/s", "s a step", "GB up", "GB down", "share of the link", "peak GiB on the GPU", "GiB pinned"]
+    header = [
+        "",
+        "tokens/s",
+        "s per step",
+        "GB up",
+        "GB down",
+        "share of the link",
+        "peak GiB on the GPU",
+        "GiB pinned",
+    ]
     lines = [cells(row, on_gpu) for row in results["rows"]]
-    what = f"One GPU capped at {results['cap']:g} GiB" if on_gpu else "**No GPU: times and shares mean nothing.** CPU"
-    text = f"# Parameters in host memory\n\n{what}, all parameters in host memory.\n\n" + result_files.table(
+    setup = f"One GPU capped at {results['cap']:g} GiB" if on_gpu else "**No GPU: times and shares mean nothing.** CPU"
+    text = f"# Parameters in host memory\n\n{setup}, all parameters in host memory.\n\n" + result_files.table(
         header, lines
     )
     measured = [row for row in results["rows"] if row["outcome"] == "measured"]
@@ -309,11 +318,11 @@ def describe(results: dict[str, Any]) -> str:
         link = measured[-1]["link"]
         text += (
             f"\nThe link: {link['up'] / GB:.1f} GB/s up, {link['down'] / GB:.1f} down, {link['each of both'] / GB:.1f} "
-            f"each way when both go on. Asked: at least {ASKED_SHARE:.2f} of it.\n"
+            f"in each direction when both are busy. Target: at least {TARGET_SHARE:.2f} of it.\n"
         )
     for model, (gpus, rate) in PAPER.items():
         if any(row["model"] == model for row in results["rows"]):
-            text += f"\nThe paper's {model} on {gpus}: {rate:.0f} tokens/s in all, 1024 a GPU and step.\n"
+            text += f"\nThe paper's {model} on {gpus}: {rate:.0f} tokens/s in total, 1024 tokens per GPU and step.\n"
     text += "".join(f"\n**{name(row)}: {remark}**\n" for row in measured for remark in fallbacks(row["kernels"]))
     text += describe_plans(results["plans"])
     broken = [row for row in results["rows"] if row["outcome"] not in ("measured", "does not fit")]
@@ -321,13 +330,13 @@ def describe(results: dict[str, Any]) -> str:
 
 
 def name(row: Row) -> str:
-    """The first cell of a row."""
+    """Return the first cell of a row."""
     batch = f", {row['batch']} x {row['workload']['sequence']}" if "batch" in row else ""
     return f"{row['model']}, {row['method']}{batch}"
 
 
 def cells(row: Row, on_gpu: bool) -> list[str]:
-    """A row of the table."""
+    """Return the cells of a row."""
     if row["outcome"] != "measured":
         return [name(row), "**does not fit**" if row["outcome"] == "does not fit" else "**failed**", *[""] * 6]
     pinned = row["host"]["parameters"] + row["stash"]
@@ -345,7 +354,7 @@ def cells(row: Row, on_gpu: bool) -> list[str]:
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """Tokens a second over tokens a step, a line for each model and method."""
+    """Draw tokens per second over tokens per step, a line for each model and method."""
     figure, axes = result_files.pyplot().subplots(figsize=(7.5, 4.5), layout="constrained")
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in results["rows"]:
@@ -358,12 +367,12 @@ def draw(results: dict[str, Any]) -> Any:
         if any(row["model"] == model for row in results["rows"]):
             axes.axhline(rate, linestyle=":", color="#555555")
             axes.annotate(f"the paper's {model}, {gpus}", (0.02, rate), xycoords=("axes fraction", "data"), va="bottom")
-    axes.set_xlabel("tokens in a step")
-    axes.set_ylabel("tokens a second")
+    axes.set_xlabel("tokens per step")
+    axes.set_ylabel("tokens per second")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    nothing = "" if results["device"] == "cuda" else " (on a CPU: times mean nothing)"
-    axes.set_title(f"Parameters in host memory, one GPU{nothing}", loc="left", fontweight="bold")
+    remark = "" if results["device"] == "cuda" else " (on a CPU: times mean nothing)"
+    axes.set_title(f"Parameters in host memory, one GPU{remark}", loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     if lines:
         axes.legend(frameon=False)
@@ -371,18 +380,18 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Measure, and write what it gave."""
+    """Run the benchmark and write its results."""
     parser = result_files.build_parser(__doc__)
     options.add_workload(parser, models=None, sequence=1024, batch=1)
     parser.add_argument("--models", nargs="+", help="presets; 13b 30b on a GPU, 40m on the CPU by default")
     parser.add_argument("--batches", type=int, nargs="+", help="rows in a step; 1 2 4 8 16 on a GPU by default")
     parser.add_argument("--methods", nargs="+", default=["immediate"], help=options.methods_help(["immediate"]))
     parser.add_argument("--cap", type=float, default=24.0, help="GiB of the GPU that may be used; 24 by default")
-    parser.add_argument("--steps", type=int, default=3, help="that are timed for each row; 3 by default")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each row; 3 by default")
     parser.add_argument(
-        "--zero", type=options.json_object, default={}, metavar="JSON", help="more of zero_optimization"
+        "--zero", type=options.json_object, default={}, metavar="JSON", help="further fields of zero_optimization"
     )
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one call may take; 900 by default")
+    parser.add_argument("--timeout", type=float, default=900.0, help="time limit of a call in seconds; 900 by default")
     args = parser.parse_args()
     result_files.require("matplotlib")
     options.resolve(args, parser, 1)
@@ -391,7 +400,7 @@ def main() -> None:
     args.models = args.models or (GPU_MODELS if on_gpu else CPU_MODELS)
     args.batches = sorted(args.batches or (GPU_BATCHES if on_gpu else CPU_BATCHES))
     if not on_gpu:
-        print("benchmarks/offload.py: there is no CUDA GPU here; this runs, but its times mean nothing")
+        print("benchmarks/offload.py: no CUDA GPU found; times mean nothing")
 
     def write(results: dict[str, Any]) -> None:
         result_files.write_results(args.output_dir, "offload", results, describe(results), show=False)

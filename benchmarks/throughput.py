@@ -1,21 +1,21 @@
-"""Tokens per GPU and second, peak memory and share of the device's arithmetic: the LOMO paper's Table 2, and peers.
+"""Tokens per GPU and second, peak memory and share of peak FLOP/s: the LOMO paper's Table 2, with other methods.
 
     python benchmarks/throughput.py                                       # small, on CPU ranks
     python benchmarks/throughput.py --rows 7b:1 --sequence 1024 --checkpointing    # the paper's, on a GPU
 
-A row is a model and a number of ranks. Every method of a row has processes of its own, all of a row are alive at once,
-and they take turns: one steps while the others wait. Rounds of turns go on for --seconds. Reported are the median over
-the rounds, and for each ratio the median, lowest and highest of the ratios within a round, so that what slows the
-machine down for a while slows down both sides. The first steps, which DeepSpeed traces, are not timed.
+A row is a model and a number of ranks. Every method of a row has its own processes. All methods of a row are alive at
+once and take turns: one steps while the others wait. Rounds of turns go on for --seconds. The result is the median over
+the rounds. Ratios are taken within a round, so that a slow machine affects both sides; their median, lowest and highest
+values are reported. The first steps, which DeepSpeed traces, are not timed.
 
-The share of the device's arithmetic counts 6 operations for each weight that a token is multiplied with and 12 x layers
-x hidden size x sequence for attention; what is computed again, it does not count. The device's peak is the maker's
-figure for half precision on known GPUs, and else what a large matrix multiplication attains; CPU ranks share the
-machine's. Memory is the allocator's peak on a GPU. On the CPU it is all tensors alive at once, followed in a step that
-is not timed; see benchmarks/memory.py.
+The share of peak FLOP/s counts 6 operations for each weight that a token is multiplied with and 12 x layers x hidden
+size x sequence for attention, without recomputation. The device's peak is the maker's figure for half precision on
+known GPUs, and otherwise the rate of a large matrix multiplication; CPU ranks share that of the machine. Memory is the
+allocator's peak on a GPU. On the CPU it is the peak of all live tensors, tracked in a step that is not timed; see
+benchmarks/memory.py.
 
 lomo-optim comes with the extra `bench`; for torchtune: pip install --no-deps torchtune==0.6.1 (its optimizer in
-backward needs nothing but torch; the rest of it would bring twenty packages along).
+backward needs only torch; the rest of torchtune needs twenty more packages).
 """
 
 import argparse
@@ -34,13 +34,14 @@ from benchmarks.lib.contest import Contest, Entrant, ratios, synchronize
 from benchmarks.lib.kernels import fallbacks
 from benchmarks.lib.workers import DOES_NOT_FIT, RankState, Workers
 from benchmarks.lib.workload import DTYPES, flops_per_token
+from lomo_ds.numerics.flat import ceil_div
 
 METHODS = ["immediate", "stash+clip"]
-# what says something on one rank, and on several
+# default methods to compare with, on one rank and on several
 PEERS_ALONE = ["plain", "lomo-optim", "torchtune", "lomo-optim+clip"]
 PEERS = ["two_pass+clip", "deepspeed-sgd+clip"]
 ROWS = ["toy:1", "40m:1", "40m:2"]
-# the most that a step is to take in units of another method's, by device: on one rank, and on several
+# upper limits of step time ratios, by device and by whether there are several ranks
 GOALS = {
     ("cpu", False): {
         ("immediate", "plain"): 1.10,
@@ -56,7 +57,7 @@ GOALS = {
     },
     ("cuda", True): {},
 }
-# dense half precision with fp32 accumulation, TFLOP/s, from the makers' data sheets; the first that fits a name
+# dense half precision with fp32 accumulation, TFLOP/s, from the makers' data sheets; the first match counts
 PEAK_TFLOPS = {
     "H200": 989.4,
     "H100 PCIe": 756.0,
@@ -75,8 +76,8 @@ COLORS = {OURS: "#1b7f79", DEEPSPEED: "#8e6c8a", ALONE: "#e08e45"}
 Row = dict[str, Any]
 
 
-def attainable(state: RankState, precision: str) -> float:
-    """On a rank: operations per second of a large matrix multiplication."""
+def matmul_flops(state: RankState, precision: str) -> float:
+    """Measure the operations per second of a large matrix multiplication, on a rank."""
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator().current_device_name()
@@ -93,12 +94,12 @@ def attainable(state: RankState, precision: str) -> float:
 
 
 def known_gpu(name: str) -> str | None:
-    """The one of ``PEAK_TFLOPS`` that a GPU of this name is."""
+    """Return the entry of ``PEAK_TFLOPS`` that matches the name of a GPU."""
     return next((known for known in PEAK_TFLOPS if all(word in name for word in known.split())), None)
 
 
 def peak_flops(device: str, precision: str, given_tflops: float | None) -> tuple[float, str]:
-    """Operations per second that a device can do, and where that figure comes from."""
+    """Return the peak operations per second of a device, and the source of the figure."""
     if given_tflops is not None:
         return given_tflops * 1e12, "as given"
     if device == "cuda" and precision != "fp32":
@@ -106,7 +107,7 @@ def peak_flops(device: str, precision: str, given_tflops: float | None) -> tuple
         if known is not None:
             return PEAK_TFLOPS[known] * 1e12, f"the maker's figure for {known}"
     with Workers(1, device) as workers:
-        return workers.call(attainable, precision)[0], "attained by a matrix multiplication on the idle machine"
+        return workers.call(matmul_flops, precision)[0], "attained by a matrix multiplication on the idle machine"
 
 
 def compare(
@@ -118,14 +119,14 @@ def compare(
     timeout: float,
     report: Callable[[str], None],
 ) -> Row:
-    """One contest with its ratios; all that a rank can compute in a second is ``flops``."""
+    """Compare the methods of one row; ``flops`` is the peak of a rank in operations per second."""
     reasons = {entrant.label: methods.unavailability(entrant.method, ranks) for entrant in entrants}
-    able = [entrant for entrant in entrants if reasons[entrant.label] is None]
+    available = [entrant for entrant in entrants if reasons[entrant.label] is None]
     deadline = time.monotonic() + timeout
-    with Contest(able, ranks, device, report) as contest:
+    with Contest(available, ranks, device, report) as contest:
         contest.build(deadline)
         rows = contest.compare(seconds, deadline)
-    add_share_of_peak(rows, able, flops)
+    add_share_of_peak(rows, available, flops)
     return {
         "model": entrants[0].work.model,
         "ranks": ranks,
@@ -137,14 +138,14 @@ def compare(
 
 
 def add_share_of_peak(rows: list[Row], entrants: list[Entrant], flops: float) -> None:
-    """Add to each measured row the share that its arithmetic is of ``flops``, operations a second."""
+    """Add to each measured row its share of ``flops``, the peak operations per second."""
     for row, entrant in zip(rows, entrants, strict=True):
         if row["outcome"] == "measured":
             row["share_of_peak"] = row["tokens_per_second"] * flops_per_token(entrant.work) / flops
 
 
 def compare_all(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Every row that was asked for; ``write`` is called with the results so far after each."""
+    """Measure every requested row; ``write`` is called with the results so far after each."""
     flops, origin = peak_flops(args.device, args.precision, args.peak_tflops)
     results: dict[str, Any] = {
         "environment": result_files.environment(*installed_peers()),
@@ -168,12 +169,12 @@ def compare_all(args: argparse.Namespace, write: Callable[[dict[str, Any]], None
 
 
 def installed_peers() -> list[str]:
-    """Packages beside lomo_ds whose versions count."""
+    """Return the installed packages of other methods, whose versions are recorded."""
     return [name for name in methods.INSTALL if methods.unavailability(name, 1) is None]
 
 
 def describe(results: dict[str, Any]) -> str:
-    """Table 2 and the ratios in Markdown."""
+    """Format the table and the ratios as Markdown."""
     unit, divisor = ("GiB", 2**30) if results["device"] == "cuda" else ("MiB", 2**20)
     lines = [
         [row["label"], group["model"], str(group["ranks"]), *_figures(row, divisor)]
@@ -181,10 +182,10 @@ def describe(results: dict[str, Any]) -> str:
         for row in group["rows"]
     ]
     work = results["groups"][0]["workload"]
-    recomputes = ", activations computed again in backward" if work["checkpointing"] else ""
+    recomputes = ", activations recomputed in backward" if work["checkpointing"] else ""
     text = (
         "# Throughput of a training step\n\n"
-        f"Sequence {work['sequence']}, batch {work['batch']} a rank, {work['precision']}{recomputes}. The device's "
+        f"Sequence {work['sequence']}, batch {work['batch']} per rank, {work['precision']}{recomputes}. The device's "
         f"peak is {results['peak_flops'] / 1e12:.3g} TFLOP/s, {results['peak_flops_from']}.\n\n"
         + result_files.table(
             ["method", "model", "ranks", "tokens per rank and second", f"peak memory {unit}", "share of peak FLOP/s"],
@@ -217,14 +218,14 @@ def _ratio_table(group: Row) -> str:
         memory = "" if ratio["memory"] is None else f"{ratio['memory']:.2f}"
         spread = f"**{ratio['median']:.2f}** ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
         lines.append([f"{ratio['ours']} / {ratio['other']}", spread, verdict, memory])
-    return result_files.table(["ratio", "time of a step (in single rounds)", "at most", "peak memory"], lines)
+    return result_files.table(["ratio", "step time (range over rounds)", "at most", "peak memory"], lines)
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """For each row a panel with a bar for each method, with the range over rounds."""
+    """Draw a panel for each row, with a bar for each method and its range over rounds."""
     groups = results["groups"]
     across = min(2, len(groups))
-    down = -(-len(groups) // across)
+    down = ceil_div(len(groups), across)
     tallest = max(len(group["rows"]) for group in groups)
     figure, panels = result_files.pyplot().subplots(
         down, across, figsize=(6.4 * across, (1.3 + 0.36 * tallest) * down), layout="constrained", squeeze=False
@@ -268,7 +269,7 @@ def _color(method: str) -> str:
 
 
 def row_of(text: str) -> tuple[str, int]:
-    """``MODEL:RANKS`` of the command line."""
+    """Parse ``MODEL:RANKS`` from the command line."""
     model, _, ranks = text.partition(":")
     if not ranks.isdigit() or int(ranks) < 1:
         raise argparse.ArgumentTypeError(f"a row is MODEL:RANKS, for example 40m:2, got {text!r}")
@@ -276,14 +277,14 @@ def row_of(text: str) -> tuple[str, int]:
 
 
 def main() -> None:
-    """Compare, and write what it gave."""
+    """Run the benchmark and write its results."""
     parser = result_files.build_parser(__doc__)
     parser.add_argument(
         "--rows", nargs="+", type=row_of, default=[row_of(text) for text in ROWS], metavar="MODEL:RANKS",
         help=f"presets of lomo_ds.models, toy or tiny, and numbers of ranks; {' '.join(ROWS)} by default",
     )  # fmt: skip
     options.add_workload(parser, models=None, sequence=128, batch=2)
-    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument(
         "--methods", nargs="+", default=METHODS, metavar="METHOD",
         help=f"methods that the others are compared with, {options.methods_help(METHODS)}",
@@ -292,9 +293,9 @@ def main() -> None:
         "--vs", nargs="*", metavar="METHOD",
         help=f"methods to run beside them; {' '.join(PEERS_ALONE)} on one rank, {' '.join(PEERS)} on several",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=6.0, help="that the rounds of a row may take; 6 by default")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a row may take; 600 by default")
-    parser.add_argument("--peak_tflops", type=float, help="of the device, where its maker's figure is not known")
+    parser.add_argument("--seconds", type=float, default=6.0, help="duration of the rounds of a row; 6 by default")
+    parser.add_argument("--timeout", type=float, default=600.0, help="time limit of a row in seconds; 600 by default")
+    parser.add_argument("--peak_tflops", type=float, help="peak of the device, if its maker's figure is not known")
     args = parser.parse_args()
     result_files.require("matplotlib")
     options.resolve(args, parser, max(ranks for _, ranks in args.rows))

@@ -1,16 +1,16 @@
 """Bytes that a step moves between ranks, by collective: lomo_ds, DeepSpeed's ZeRO-3, and the published LOMO.
 
-Counted are the arguments of every collective of one step on real ranks: the whole of what is gathered or scattered,
-and twice the whole of what is all-reduced, as an all-reduce is a reduce-scatter and a gather. A ring moves
-(ranks - 1) / ranks of that over each link. The unit is P, the bytes of all parameters as they are kept.
+The benchmark counts the arguments of every collective of one step on real ranks: the full tensor that is gathered or
+scattered, and twice the full tensor that is all-reduced, because an all-reduce is a reduce-scatter and an all-gather. A
+ring moves (ranks - 1) / ranks of that over each link. The unit is P, the bytes of all parameters as stored.
 
-Weights that travel in eight bits (+qgather, zero_quantized_weights; +int8, which are kept so too) halve the gathers.
-DeepSpeed keeps what forward has gathered for backward as long as the model has less than a billion parameters; so each
-method is counted as in a large model (nothing is kept), and as it runs on this small one.
+Weights that are gathered in int8 (+qgather, zero_quantized_weights; +int8, which also stores them in int8) halve the
+gathers. DeepSpeed keeps the parameters that forward has gathered for backward if the model has less than a billion
+parameters. So each method is counted both as in a large model (nothing is kept) and as it runs on this small one.
 
-The published LOMO (arXiv 2306.09782) fails on current DeepSpeed, so what it moves is not counted but reckoned from its
-code: a pass gathers every parameter in forward and once more in backward, and all-reduces every gradient; with exact
-clipping there are two passes.
+The published LOMO (arXiv 2306.09782) fails on current DeepSpeed, so its traffic is derived from its code: a pass
+gathers every parameter in forward and again in backward, and all-reduces every gradient; exact clipping takes two
+passes.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from benchmarks.lib.workers import RankState, Workers
 from benchmarks.lib.workload import LARGE, Workload
 
 METHODS = ["immediate", "stash+clip", "two_pass+clip", "immediate+qgather", "immediate+int8", "deepspeed-sgd+clip"]
-TRACED = 3  # steps in which DeepSpeed still finds out what a model does
+TRACED = 3  # steps in which DeepSpeed traces the model
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "other")
 COLORS = dict(zip(KINDS, ("#1b7f79", "#e08e45", "#c0392b", "#b9c4c9"), strict=True))
 PUBLISHED = "published LOMO"
@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Counts the bytes of every collective while it is entered.
+    """Counts the bytes of every collective while the mode is active.
 
     Attributes:
         moved: bytes by kind of collective.
@@ -60,18 +60,18 @@ class TrafficCounter(TorchDispatchMode):
 
 
 def kind_of(operation: str) -> str:
-    """The kind of a collective, by the name of torch's operator."""
+    """Return the kind of a collective from the name of torch's operator."""
     plain = operation.replace("_", "")
     return next((kind for kind in KINDS if kind.replace("-", "") in plain), "other")
 
 
 def count(state: RankState, method: str, work: Workload) -> dict[str, float]:
-    """On a rank: bytes by kind of collective in a step, in units of P."""
+    """Count the bytes of a step by kind of collective, in units of P, on a rank."""
     from lomo_ds import zero3
 
     built = methods.build(method, work)
-    whole = [zero3.full_shape(parameter).numel() for parameter in built.model.parameters()]
-    parameters = sum(whole) * work.dtype.itemsize
+    numels = [zero3.full_shape(parameter).numel() for parameter in built.model.parameters()]
+    parameters = sum(numels) * work.dtype.itemsize
     for _ in range(TRACED):
         built.step()
     with TrafficCounter() as traffic:
@@ -80,22 +80,22 @@ def count(state: RankState, method: str, work: Workload) -> dict[str, float]:
 
 
 def published(clips: bool) -> dict[str, float]:
-    """What a step of the published code moves, in units of P."""
+    """Return the bytes that a step of the published code moves, in units of P."""
     passes = 2 if clips else 1
     gathers, all_reduces = 2 * passes, passes
     return {"all-gather": 1.0 * gathers, "reduce-scatter": 0.0, "all-reduce": 2.0 * all_reduces, "other": 0.0}
 
 
 def count_all(args: Any, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Every row; ``write`` is called with the results so far after each."""
-    as_it_is = options.build_workload(args, args.model, args.checkpointing)
+    """Count every row; ``write`` is called with the results so far after each."""
+    unchanged = options.build_workload(args, args.model, args.checkpointing)
     rows: list[Row] = []
     results = {
         "environment": result_files.environment(),
         "device": args.device,
         "ranks": args.simulate_world or args.ranks,
         "simulated": args.simulate_world is not None,
-        "workload": methods.workload_as_dict(as_it_is),
+        "workload": methods.workload_as_dict(unchanged),
         "rows": rows,
     }
     for clips in (False, True):
@@ -104,44 +104,44 @@ def count_all(args: Any, write: Callable[[dict[str, Any]], None]) -> dict[str, A
         rows.append({"method": name, "large": True, "moved": moved, "total": sum(moved.values())})
     for method in tqdm(args.methods, desc="counting", unit=" methods"):
         for large in (True, False):
-            work = dataclasses.replace(as_it_is, zero=LARGE) if large else as_it_is
+            work = dataclasses.replace(unchanged, zero=LARGE) if large else unchanged
             with Workers(1 if args.simulate_world else args.ranks, args.device, args.simulate_world) as workers:
                 of_ranks = workers.call(count, method, work)
-            most = max(of_ranks, key=lambda moved: sum(moved.values()))
-            rows.append({"method": method, "large": large, "moved": most, "total": sum(most.values())})
+            highest = max(of_ranks, key=lambda moved: sum(moved.values()))
+            rows.append({"method": method, "large": large, "moved": highest, "total": sum(highest.values())})
             write(results)
     return results
 
 
 def describe(results: dict[str, Any]) -> str:
-    """The rows in Markdown."""
+    """Format the rows as Markdown."""
     work = results["workload"]
     lines = [
-        [row["method"], treated(row), *(f"{row['moved'][kind]:.2f}" for kind in KINDS), f"**{row['total']:.2f}**"]
+        [row["method"], counted_as(row), *(f"{row['moved'][kind]:.2f}" for kind in KINDS), f"**{row['total']:.2f}**"]
         for row in results["rows"]
     ]
-    recomputes = ", activations computed again in backward" if work["checkpointing"] else ""
+    recomputes = ", activations recomputed in backward" if work["checkpointing"] else ""
     return (
         "# Bytes between ranks in a step\n\n"
         f"{work['model']}, {results['ranks']} ranks, {work['precision']}{recomputes}. "
-        "In units of P, the bytes of all parameters: the whole of what is gathered or scattered, twice the whole of "
-        "what is all-reduced.\n\n"
-        + result_files.table(["method", "counted as", *KINDS, "**all**"], lines)
-        + "\nAs a large model: nothing that forward has gathered is kept for backward, which is what DeepSpeed does "
-        "beyond a billion parameters. The published scheme is reckoned from its code: with clipping two passes, each "
-        "with a gather in forward, one in backward and an all-reduce of the gradients.\n"
+        "In units of P, the bytes of all parameters: the full tensors that are gathered or scattered, twice the full "
+        "tensors that are all-reduced.\n\n"
+        + result_files.table(["method", "counted as", *KINDS, "**total**"], lines)
+        + "\nAs a large model: backward gathers all parameters again, as DeepSpeed does with more than a billion "
+        "parameters. The traffic of the published scheme is derived from its code: with clipping two passes, each with "
+        "a gather in forward, a gather in backward and an all-reduce of the gradients.\n"
     )
 
 
-def treated(row: Row) -> str:
-    """Whether a method was counted as in a large model."""
+def counted_as(row: Row) -> str:
+    """Describe how a row was counted."""
     if row["method"].startswith(PUBLISHED):
-        return "reckoned"
-    return "a large model" if row["large"] else "it runs here"
+        return "derived from code"
+    return "a large model" if row["large"] else "this model"
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """A bar for each method as in a large model, cut into collectives."""
+    """Draw a bar for each method as in a large model, divided by collective."""
     rows = [row for row in results["rows"] if row["large"]]
     figure, axes = result_files.pyplot().subplots(figsize=(9, 1.6 + 0.45 * len(rows)), layout="constrained")
     places = list(range(len(rows), 0, -1))
@@ -156,7 +156,7 @@ def draw(results: dict[str, Any]) -> Any:
         axes.annotate(f" {end:.2f} P", (end, place), va="center", fontsize=9, fontweight="bold")
     axes.set_yticks(places, [row["method"] for row in rows])
     axes.set_xlim(0, 1.12 * max(left))
-    axes.set_xlabel("bytes a step moves, in units of all parameters' bytes P (a model too large to stay gathered)")
+    axes.set_xlabel("bytes moved by a step, in units of all parameters' bytes P (a model too large to stay gathered)")
     axes.set_title("Traffic between ranks in one training step", loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
@@ -164,21 +164,21 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Count, and write what it gave."""
+    """Run the benchmark and write its results."""
     parser = result_files.build_parser(__doc__)
     options.add_workload(parser, models=None, sequence=32, batch=1)
     parser.set_defaults(precision="bf16")
     parser.add_argument("--model", default="toy", help="a preset of lomo_ds.models, toy or tiny; toy by default")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=options.methods_help(METHODS))
     parser.add_argument("--ranks", type=int, default=2, help="2 by default")
-    parser.add_argument("--simulate_world", type=int, help="count on rank 0 of so many, in one process")
-    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
+    parser.add_argument("--simulate_world", type=int, help="simulate rank 0 of this world size in one process instead")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     args = parser.parse_args()
     result_files.require("matplotlib")
     options.resolve(args, parser, 1 if args.simulate_world else args.ranks)
     for method in args.methods:
         if reason := methods.unavailability(method, ranks=2):
-            parser.error(f"{method} moves nothing between ranks: {reason}")
+            parser.error(f"{method} cannot run on several ranks: {reason}")
 
     def write(results: dict[str, Any]) -> None:
         result_files.write_results(args.output_dir, "traffic", results, describe(results), show=False)

@@ -1,18 +1,18 @@
-"""Update one shard with the SGD rule, and copy as many bytes: how much of a copy's bandwidth does the update reach?
+"""Compares the bandwidth of the SGD update of a shard with that of a plain copy of the same number of bytes.
 
     python benchmarks/update.py
 
-An update reads a shard and its gradient and writes the shard, so no update is faster than a plain copy that moves as
-many bytes. Of each kind of shard (fp32; bf16 rounded to nearest; bf16 and fp16 rounded stochastically; eight-bit
-weights, whose gradients are bf16), each size and each way to compute it, this reports
+An update reads a shard and its gradient and writes the shard, so no update is faster than a plain copy of the same
+number of bytes. For each kind of shard (fp32; bf16 rounded to nearest; bf16 and fp16 rounded stochastically; int8
+weights, whose gradients are bf16), each size and each implementation, the benchmark reports
 
-- the update's bytes a second: what it must read and write, over the median of its times
-- its share of the copy's: the median, and the quartiles, of copy and update timed one after the other
+- the update's bytes per second: the bytes that it must read and write, divided by its median time
+- its share of the copy's bandwidth: median and quartiles, with copy and update timed one after the other
 
-The ways are lomo_ds's update in PyTorch's own operations (eager), lomo_ds's update by its Triton kernel (triton), and
-the same arithmetic given to torch.compile (compiled), which draws its noise from torch's global generator. fp32 has no
-kernel: it is one operation of PyTorch's for all shards. On a GPU times are those of events, each after writing over the
-cache; sizes are those of matrices of LLaMA. On a CPU small sizes stay in its cache, for a copy as for an update.
+The implementations are lomo_ds's update in PyTorch operations (eager), lomo_ds's update by its Triton kernel (triton),
+and the same arithmetic compiled by torch.compile (compiled), which draws its noise from torch's global generator. fp32
+has no kernel: one PyTorch operation updates all shards. On a GPU, times are measured with events after overwriting the
+cache, and sizes are those of LLaMA's matrices. On a CPU, small sizes stay in the cache, for the copy and the update.
 """
 
 import importlib.util
@@ -45,8 +45,8 @@ EAGER, TRITON, COMPILED = "eager", "triton", "compiled"
 COLORS = {EAGER: "#e08e45", TRITON: "#1b7f79", COMPILED: "#7a6fb0"}
 GPU_ELEMENTS = [4096 * 4096, 11008 * 4096, 32000 * 4096]
 CPU_ELEMENTS = [2**20]
-GPU_CACHE_BYTES = 2**28  # more than any GPU has
-WARM_UP = 2  # rounds that compile and are not counted
+GPU_CACHE_BYTES = 2**28  # larger than the cache of any GPU
+WARM_UP = 2  # rounds that are not counted, for compilation
 
 Update = Callable[[Any, Tensor], None]  # writes a shard from its gradient
 Row = dict[str, Any]
@@ -54,7 +54,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Kind:
-    """Of a shard: its dtype, and how it is rounded. Gradients of eight-bit weights are bf16."""
+    """The dtype of a shard and its rounding. Gradients of int8 weights are bf16."""
 
     name: str
     dtype: torch.dtype
@@ -62,16 +62,16 @@ class Kind:
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """Of the gradient that a shard is updated from."""
+        """Data type of the gradient that updates a shard."""
         return torch.bfloat16 if self.dtype == torch.int8 else self.dtype
 
     def shard(self, elements: int, device: torch.device) -> Values:
-        """A shard of random values."""
+        """Return a shard of random values."""
         values = torch.randn(elements, device=device).to(self.gradient_dtype)
         return int8.view_blocks(int8.quantize_flat(values), elements) if self.dtype == torch.int8 else values
 
     def bytes_moved(self, elements: int) -> int:
-        """By an update, and so by the copy it is compared with: shard and gradient are read, the shard is written."""
+        """Return the bytes that an update moves: it reads the shard and the gradient, and writes the shard."""
         shard = int8.quantized_bytes(elements) if self.dtype == torch.int8 else elements * self.dtype.itemsize
         return 2 * shard + elements * self.gradient_dtype.itemsize
 
@@ -87,7 +87,7 @@ KINDS = [
 
 
 def ways_here(device: torch.device) -> list[str]:
-    """The ways to compute an update that this machine has."""
+    """Return the implementations that are available on this machine."""
     has_triton = importlib.util.find_spec("triton") is not None
     if device.type == "cuda":
         return [EAGER, TRITON, COMPILED] if has_triton else [EAGER]
@@ -95,22 +95,22 @@ def ways_here(device: torch.device) -> list[str]:
 
 
 def ways_by_default(device: torch.device) -> list[str]:
-    """The ways that are compared unasked: on a CPU, which compiles for longer than all the rest takes, eager alone."""
+    """Return the implementations compared by default; on a CPU only eager, because compilation takes too long."""
     return ways_here(device) if device.type == "cuda" else [EAGER]
 
 
 def ways_of(kind: Kind, ways: list[str]) -> list[str]:
-    """Those of ``ways`` that there are for shards of this kind."""
-    lacking = {torch.float32: TRITON, torch.int8: COMPILED}
-    return [way for way in ways if way != lacking.get(kind.dtype)]
+    """Return the implementations among ``ways`` that exist for shards of this kind."""
+    missing = {torch.float32: TRITON, torch.int8: COMPILED}
+    return [way for way in ways if way != missing.get(kind.dtype)]
 
 
 def update_of(way: str, kind: Kind, device: torch.device) -> Update:
-    """One of the ways, for shards of this kind."""
+    """Return an implementation of the update for shards of this kind."""
     generator = torch.Generator(device).manual_seed(0) if kind.stochastic else None
     if way == COMPILED:
         return _compiled(kind)
-    if way == TRITON:  # by the rule, as in training
+    if way == TRITON:  # through the rule, as in training
         rule = Sgd(generator)
         return lambda shard, gradient: rule.update([shard], [gradient], 1.0, LR, (1 - DECAY) / LR)
     if kind.dtype == torch.float32:
@@ -120,14 +120,14 @@ def update_of(way: str, kind: Kind, device: torch.device) -> Update:
         return lambda shard, gradient: eager.update_(shard.codes, shard.scales, gradient, LR, DECAY, noise)
 
     def update(shard: Tensor, gradient: Tensor) -> None:
-        for part, of_gradient in pieces([shard], [gradient]):
-            update_half(part, of_gradient, LR, DECAY, generator)
+        for part, gradient_part in pieces([shard], [gradient]):
+            update_half(part, gradient_part, LR, DECAY, generator)
 
     return update
 
 
 def _compiled(kind: Kind) -> Update:
-    """The arithmetic of an update of whole tensors, for torch.compile to make one pass of."""
+    """Compile the update of a whole tensor into one pass with torch.compile."""
     dropped_bits = 16 if kind.dtype == torch.bfloat16 else 13
 
     def update(shard: Tensor, gradient: Tensor) -> None:
@@ -146,7 +146,7 @@ def _compiled(kind: Kind) -> Update:
 
 
 class Clock:
-    """Seconds that work takes on a device, from a cache that holds nothing of it where that is a GPU."""
+    """Measures the seconds of work on a device; on a GPU, with a cold cache."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -159,7 +159,7 @@ class Clock:
             work()
             return time.perf_counter() - start
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        self.cache.zero_()  # long enough for the host to be ahead of the device when the first event comes
+        self.cache.zero_()  # takes long enough for the host to run ahead of the device
         events[0].record()
         work()
         events[1].record()
@@ -168,10 +168,12 @@ class Clock:
 
 
 def measure(kind: Kind, elements: int, updates: dict[str, Update], device: torch.device, repetitions: int) -> list[Row]:
-    """Time the copy and then every update, in turn, ``repetitions`` times: a row for each way."""
+    """Time the copy and then every update, ``repetitions`` times, and return a row for each implementation."""
     shard = kind.shard(elements, device)
     gradient = torch.randn(elements, device=device).to(kind.gradient_dtype)
-    source = torch.zeros(kind.bytes_moved(elements) // 2, dtype=torch.int8, device=device)  # read, and written once
+    source = torch.zeros(
+        kind.bytes_moved(elements) // 2, dtype=torch.int8, device=device
+    )  # each byte is read and written once
     target = torch.zeros_like(source)
     clock = Clock(device)
     copies: list[float] = []
@@ -229,7 +231,7 @@ def compare(
 
 
 def describe(results: dict[str, Any]) -> str:
-    """The results in Markdown."""
+    """Format the results as Markdown."""
     lines = []
     for row in results["rows"]:
         low, high = row["share_quartiles"]
@@ -247,9 +249,10 @@ def describe(results: dict[str, Any]) -> str:
         )
     on = "the GPU" if results["device"] == "cuda" else f"the CPU, {results['threads']} thread"
     return (
-        f"# The update against a copy of as many bytes, on {on}\n\n"
-        f"Figures are medians of {results['repetitions']} rounds; each times the copy and then each way to update.\n\n"
-        + "".join(f"- {sentence}\n" for sentence in findings(results))
+        f"# The update compared with a copy of the same bytes, on {on}\n\n"
+        f"Figures are medians of {results['repetitions']} rounds. "
+        "Each round times the copy and then each implementation of the update.\n\n"
+        + "".join(f"- {finding}\n" for finding in findings(results))
         + "\n"
         + result_files.table(["shard", "elements", "way", "ms", "GB/s", "copy GB/s", "of the copy", "quartiles"], lines)
         + "\nA GB is 10^9 bytes. An update reads a shard and its gradient and writes the shard.\n"
@@ -257,24 +260,24 @@ def describe(results: dict[str, Any]) -> str:
 
 
 def findings(results: dict[str, Any]) -> list[str]:
-    """The fastest way for each kind of shard, at the largest size, in sentences."""
+    """Describe the fastest implementation for each kind of shard at the largest size."""
     largest = max(row["elements"] for row in results["rows"])
-    found = [f"**{remark}**" for remark in fallbacks(results.get("kernels", {}))]
+    lines = [f"**{remark}**" for remark in fallbacks(results.get("kernels", {}))]
     for kind in KINDS:
         rows = [row for row in results["rows"] if row["kind"] == kind.name and row["elements"] == largest]
         if not rows:
             continue
         best = max(rows, key=lambda row: row["share_of_copy"])
-        others = [f"{row['way']} {row['share_of_copy']:.0%}" for row in rows if row is not best]
-        found.append(
+        slower = [f"{row['way']} {row['share_of_copy']:.0%}" for row in rows if row is not best]
+        lines.append(
             f"{kind.name}: {best['way']} reaches **{best['share_of_copy']:.0%}** of a copy's bandwidth at "
-            f"{largest:,} elements" + (f" ({', '.join(others)})." if others else ".")
+            f"{largest:,} elements" + (f" ({', '.join(slower)})." if slower else ".")
         )
-    return found
+    return lines
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """A panel for each size: bars of the share of the copy, by kind of shard and way."""
+    """Draw a panel for each size: bars of the share of the copy's bandwidth, by kind of shard and implementation."""
     sizes = sorted({row["elements"] for row in results["rows"]})
     ways = [way for way in COLORS if any(row["way"] == way for row in results["rows"])]
     figure, all_axes = result_files.pyplot().subplots(
@@ -283,7 +286,7 @@ def draw(results: dict[str, Any]) -> Any:
     for axes, elements in zip(all_axes[0], sizes, strict=True):
         for side, way in enumerate(ways):
             _draw_bars(axes, way, side - (len(ways) - 1) / 2, 0.8 / len(ways), elements, results)
-        axes.axhline(1.0, color="#222222", linestyle="--", linewidth=1.3, label="a copy of as many bytes", zorder=0)
+        axes.axhline(1.0, color="#222222", linestyle="--", linewidth=1.3, label="a copy of the same bytes", zorder=0)
         axes.set_title(f"{elements:,} elements", fontsize=11, loc="left")
         axes.set_xticks(range(len(KINDS)), [kind.name.replace(" ", "\n") for kind in KINDS])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -293,7 +296,7 @@ def draw(results: dict[str, Any]) -> Any:
     figure.legend(
         *all_axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ways) + 1, frameon=False
     )
-    figure.suptitle("The update of a shard: its bandwidth, of a copy's", fontsize=13, fontweight="bold")
+    figure.suptitle("Bandwidth of the update of a shard, as a share of a copy's", fontsize=13, fontweight="bold")
     return figure
 
 
@@ -319,13 +322,17 @@ def _draw_bars(axes: Any, way: str, side: float, width: float, elements: int, re
 
 
 def main() -> None:
-    """Measure, and write what it gave."""
+    """Run the benchmark and write its results."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)  # on shared cores two would time their waiting for each other
+    torch.set_num_threads(1)  # with several threads on shared cores, times would include waiting
     default = GPU_ELEMENTS if device.type == "cuda" else CPU_ELEMENTS
     parser = result_files.build_parser(__doc__)
     parser.add_argument(
-        "--elements", type=int, nargs="+", default=default, help=f"of a shard; here {default} by default"
+        "--elements",
+        type=int,
+        nargs="+",
+        default=default,
+        help=f"sizes of a shard; {default} by default on this machine",
     )
     parser.add_argument("--repetitions", type=int, default=10, help="rounds; 10 by default")
     parser.add_argument(
@@ -333,7 +340,7 @@ def main() -> None:
         nargs="+",
         choices=ways_here(device),
         default=ways_by_default(device),
-        help="all that are here on a GPU, eager on a CPU, by default",
+        help="by default all on a GPU, eager on a CPU",
     )
     args = parser.parse_args()
     result_files.require("matplotlib")
