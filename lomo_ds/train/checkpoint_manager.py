@@ -1,4 +1,4 @@
-"""Which checkpoints a run writes and keeps, which is its best, and when one that cannot be written ends it."""
+"""The checkpoints of a run: when they are written and deleted, which is the best, and when a failed save is fatal."""
 
 import dataclasses
 import logging
@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import deepspeed.comm as dist
+import torch.distributed as dist
 
 from lomo_ds.checkpoint import checkpoint_name, rotate
 from lomo_ds.config.arguments import TrainArguments
@@ -20,48 +20,48 @@ from lomo_ds.train.progress import Progress
 logger = logging.getLogger(__name__)
 
 
-class Keeper(Protocol):
-    """What the training loop asks for where a run may have to be gone on with."""
+class RunCheckpoints(Protocol):
+    """The checkpoints of a run, as the training loop uses them; every rank calls each method."""
 
     def save(self, step: int, position: Position, data: dict[str, Any], last: bool = False) -> None:
-        """Write the checkpoint after ``step``; see ``CheckpointKeeper.save``."""
+        """Write the checkpoint after ``step``; see ``CheckpointManager.save``."""
 
-    def settle(self) -> None:
-        """Wait for what is being written in the background."""
+    def wait(self) -> None:
+        """Wait for a checkpoint that is being written in the background."""
 
     def load_best(self, step: int) -> str | None:
-        """Put the weights of the best checkpoint in the place of those after ``step``; what to tell, if it did."""
+        """Load the best checkpoint unless it is the one after ``step``; return a message for the user if it did."""
 
-    def way_on(self) -> str:
-        """How a run that was stopped goes on, in words."""
+    def resume_hint(self) -> str:
+        """Return how the user resumes a run that was stopped."""
 
 
 class NoCheckpoints:
-    """The keeper of a run that is there for comparison: stopped, it starts anew."""
+    """A run with a baseline optimizer: it saves nothing, and starts from the beginning after a stop."""
 
     def __init__(self, optim: str) -> None:
         self.optim = optim
 
     def save(self, step: int, position: Position, data: dict[str, Any], last: bool = False) -> None:
-        """Nothing."""
+        """Do nothing."""
 
-    def settle(self) -> None:
-        """Nothing: nothing is being written."""
+    def wait(self) -> None:
+        """Do nothing."""
 
     def load_best(self, step: int) -> None:
-        """None: there is no other than the last."""
+        """Do nothing: the last weights are the only ones."""
 
-    def way_on(self) -> str:
-        """That it does not."""
+    def resume_hint(self) -> str:
+        """Implement ``RunCheckpoints.resume_hint``."""
         return f"nothing was saved, as --optim {self.optim} keeps no checkpoints; start again, or use --optim lomo"
 
 
-class CheckpointKeeper:
-    """Saves the state of a run in its output_dir; every rank calls it.
+class CheckpointManager:
+    """Saves, rotates and selects the checkpoints of a run in its output folder; every rank calls each method.
 
     Args:
-        progress: of the run; what becomes of its checkpoints is noted there.
-        add_files: writes what a checkpoint holds beside the engine's state into the folder it is given.
+        progress: of the run; records which checkpoints were saved and which is the best.
+        add_files: writes into a checkpoint's folder what it holds beside the engine's state.
     """
 
     def __init__(
@@ -72,20 +72,20 @@ class CheckpointKeeper:
         self.progress = progress
         self.add_files = add_files
         self.output_dir = Path(arguments.output_dir)
-        self.saver = engine.saver  # made now: where its ranks cannot meet, a run should not find out at its first save
-        self.pending: Progress | None = None  # what is being written
+        self.saver = engine.saver  # created now, so that a process group that cannot form fails before training
+        self.pending: Progress | None = None  # of the checkpoint being written
 
     def save(self, step: int, position: Position, data: dict[str, Any], last: bool = False) -> None:
         """Write the checkpoint after ``step``, with --async_save in the background.
 
         Args:
-            data: by which the training text is known again.
-            last: the run ends with it.
+            data: identifies the training text when the run is resumed.
+            last: whether the run ends with it.
 
         Raises:
-            CheckpointError: it cannot be written, and it is the last one, or none was ever written.
+            CheckpointError: it cannot be written, and it is the last or the first one of the run.
         """
-        self.settle()  # before the state is taken: what became of the last save is part of it
+        self.wait()  # first, because the outcome of the last save is part of the state
         state = self._state(step, position)
         self.pending = state
         in_background = self.arguments.async_save and not last
@@ -99,9 +99,9 @@ class CheckpointKeeper:
                 in_background=in_background,
             )
         except CheckpointError as error:
-            self._note_failure(error, last)
+            self._record_failure(error, last)
         if not in_background:
-            self.settle()
+            self.wait()
 
     def _state(self, step: int, position: Position) -> Progress:
         state = dataclasses.replace(
@@ -112,18 +112,18 @@ class CheckpointKeeper:
             state.best, state.best_step = loss, step
         return state
 
-    def settle(self) -> None:
-        """Wait for what is being written in the background, and note how it went.
+    def wait(self) -> None:
+        """Wait for a checkpoint that is being written in the background, and record the outcome.
 
         Raises:
-            CheckpointError: it could not be written, and none ever was.
+            CheckpointError: it could not be written, and no earlier one is intact.
         """
         if self.pending is None:
             return
         try:
             self.saver.wait()
         except CheckpointError as error:
-            self._note_failure(error, last=False)
+            self._record_failure(error, last=False)
             return
         done, self.pending = self.pending, None
         self.progress.saved_step = done.saved_step
@@ -137,13 +137,13 @@ class CheckpointKeeper:
         self.engine.load_checkpoint(self.output_dir, checkpoint_name(best), load_module_only=True)
         return f"best model: {checkpoint_name(best)}, held-out loss {self.progress.best:.4f}"
 
-    def way_on(self) -> str:
-        """Where the last checkpoint is, and how to go on from it."""
+    def resume_hint(self) -> str:
+        """Return where the last checkpoint is, and how to resume from it."""
         saved = self.progress.saved_step
         where = "nothing was to be saved" if saved is None else f"{self.output_dir / checkpoint_name(saved)} is saved"
         return f"{where}; go on with --resume_from_checkpoint auto"
 
-    def _note_failure(self, error: CheckpointError, last: bool) -> None:
+    def _record_failure(self, error: CheckpointError, last: bool) -> None:
         self.pending = None
         self.progress.failed_saves += 1
         if last or self.progress.saved_step is None:

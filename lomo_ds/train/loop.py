@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import deepspeed.comm as dist
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ from lomo_ds.data import PackedBlocks, TrainingSteps, evaluation_batches
 from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.engine.protocol import TrainingEngine
 from lomo_ds.models import save_pretrained
-from lomo_ds.train.checkpoint_manager import Keeper
+from lomo_ds.train.checkpoint_manager import RunCheckpoints
 from lomo_ds.train.evaluate import continue_text, evaluate_loss
 from lomo_ds.train.metrics import Monitor
 from lomo_ds.train.progress import Progress, mark_finished
@@ -28,13 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Runs what is left of a training job; stopped and resumed, it does what it would have done without.
+    """Runs the remaining steps of a training job; a stop and a resume change nothing in what it computes.
 
     Args:
         progress: of the run so far.
-        stop: once asked for, the step under way is the last.
-        keeper: of the run's checkpoints.
-        run_id: what tells this run from others, see ``mark_finished``.
+        stop: once requested, the current step is the last.
+        run_id: identifies this run, see ``mark_finished``.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Trainer:
         monitor: Monitor,
         progress: Progress,
         stop: StopRequest,
-        keeper: Keeper,
+        checkpoints: RunCheckpoints,
         run_id: dict[str, Any],
     ) -> None:
         self.arguments = arguments
@@ -59,7 +58,7 @@ class Trainer:
         self.progress = progress
         self.stop = stop
         self.run_id = run_id
-        self.keeper = keeper
+        self.checkpoints = checkpoints
         self.output_dir = Path(arguments.output_dir)
         self.is_main = dist.get_rank() == 0
         self.bar = tqdm(
@@ -68,37 +67,37 @@ class Trainer:
         self.clock, self.counted = time.perf_counter(), steps.tokens  # at the last log line
 
     def run(self) -> None:
-        """Train, evaluate before, on the way and after, export, and say where everything is."""
-        with self.bar:  # whatever ends the run begins on a line of its own
+        """Train, with evaluations before, during and after training; export the model, and print where it is."""
+        with self.bar:  # whatever is printed next starts on a new line
             self._run()
 
     def _run(self) -> None:
-        self._say(self._describe())
+        self._print(self._describe())
         if self.steps.step == 0:
             evaluation = self._evaluate()
             if evaluation is None:
-                return self._say_stopped()
+                return self._print_stopped()
             self.progress.before, self.progress.sample_before = evaluation, self._sample()
             if evaluation:
                 self.monitor.log(0, evaluation)
         else:
-            self._say(f"resumed: {self.steps.step} steps of {self.steps.total} were done")
+            self._print(f"resumed: {self.steps.step} steps of {self.steps.total} were done")
         finished = self._train()
-        self.keeper.settle()
+        self.checkpoints.wait()
         if not finished:
-            return self._say_stopped()
+            return self._print_stopped()
         sample_after = self._sample()
-        if best := self.keeper.load_best(self.steps.step):
-            self._say(best)
+        if best := self.checkpoints.load_best(self.steps.step):
+            self._print(best)
         save_pretrained(self.engine.module, self.tokenizer, self.output_dir)
         if self.is_main:
             self._mark_finished()
         self.bar.close()
-        self._say_results(sample_after)
+        self._print_results(sample_after)
         return None
 
     def _train(self) -> bool:
-        """The steps that are left; False if a signal has ended them early."""
+        """Take the remaining steps; return False if a signal ended them early."""
         if self.progress.unlogged is not None and not self._end_step(self.progress.unlogged):
             return False
         if self._stop_requested():
@@ -116,13 +115,13 @@ class Trainer:
         return True
 
     def _end_step(self, record: dict[str, float]) -> bool:
-        """Evaluate, log and save, as far as they are due; False if this was the last step for a signal's sake."""
+        """Evaluate, log and save where that is due; return False if a signal makes this the last step."""
         stopping = self._stop_requested()
         if self._is_due(self.arguments.eval_steps):
             evaluation = None if stopping else self._evaluate()
             if evaluation is None:
                 self.progress.unlogged = record
-                self.keeper.save(self.steps.step, self.steps.position, self.steps.data, last=True)
+                self.checkpoints.save(self.steps.step, self.steps.position, self.steps.data, last=True)
                 return False
             self.progress.evaluation, self.progress.evaluated_step = evaluation, self.steps.step
             record |= evaluation
@@ -131,16 +130,16 @@ class Trainer:
             self.monitor.log(self.steps.step, record)
             self.clock, self.counted = time.perf_counter(), self.steps.tokens
         if stopping or (self.arguments.save_steps and self._is_due(self.arguments.save_steps)):
-            self.keeper.save(self.steps.step, self.steps.position, self.steps.data, last=stopping)
+            self.checkpoints.save(self.steps.step, self.steps.position, self.steps.data, last=stopping)
         return not stopping
 
     def _is_due(self, every: int | None) -> bool:
         return self.steps.step == self.steps.total or bool(every and self.steps.step % every == 0)
 
     def _stop_requested(self) -> bool:
-        """Whether any rank has received a signal; all ranks ask at the same time."""
-        asked = torch.tensor(float(self.stop.name is not None), device=self.engine.device)
-        return bool(all_reduce_sum(asked, self.engine.seq_data_parallel_group).item())
+        """Return whether any rank has received a signal; every rank calls it."""
+        requested = torch.tensor(float(self.stop.name is not None), device=self.engine.device)
+        return bool(all_reduce_sum(requested, self.engine.seq_data_parallel_group).item())
 
     def _mark_finished(self) -> None:
         try:
@@ -173,7 +172,7 @@ class Trainer:
         )
 
     def _evaluate(self) -> dict[str, float] | None:
-        """The held-out loss, if there is a held-out text; None if a signal has cut the evaluation short."""
+        """Return the held-out loss, empty without a validation text; None if a signal interrupted the evaluation."""
         if self.validation is None:
             return {}
         batches = evaluation_batches(
@@ -199,26 +198,27 @@ class Trainer:
             f"steps: {self.steps.total} ({self.steps.per_epoch} per epoch of {len(blocks)} sequences)"
         )
 
-    def _say_stopped(self) -> None:
+    def _print_stopped(self) -> None:
         self.bar.close()
         who = self.stop.name or "a signal to another rank"
-        self._say(f"stopped by {who} after step {self.steps.step}: {self.keeper.way_on()}")
+        self._print(f"stopped by {who} after step {self.steps.step}: {self.checkpoints.resume_hint()}")
 
-    def _say_results(self, sample_after: str | None) -> None:
+    def _print_results(self, sample_after: str | None) -> None:
         before, output_dir = self.progress.before, self.output_dir
         after = self.progress.evaluation
         if before and after:
-            self._say(
+            self._print(
                 f"held-out loss: {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after (nats per token)"
             )
         if sample_after is not None:
-            before_it = f"before: {self.progress.sample_before!r}\n" if self.progress.sample_before is not None else ""
-            self._say(f"{before_it}after:  {sample_after!r}")
-        self._say(
+            sample_before = self.progress.sample_before
+            first_line = "" if sample_before is None else f"before: {sample_before!r}\n"
+            self._print(f"{first_line}after:  {sample_after!r}")
+        self._print(
             f"model, tokenizer and config.yaml: {output_dir}\nmetrics: {output_dir / 'metrics.jsonl'}\n"
             f"TensorBoard: tensorboard --logdir {output_dir / 'runs'}"
         )
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self.is_main:
             self.bar.write(text)

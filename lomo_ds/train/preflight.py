@@ -1,4 +1,4 @@
-"""What a training job may expect of memory and speed before it starts, and what to do where that was not enough."""
+"""The plan of a training job: logged before it starts, and the advice where memory runs out."""
 
 import contextlib
 import dataclasses
@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import deepspeed.comm as dist
 import torch
+import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from lomo_ds.config.arguments import TrainArguments
@@ -17,47 +17,45 @@ from lomo_ds.planner import Plan, PlannedModel, advise, check_host_memory, detec
 
 logger = logging.getLogger(__name__)
 
-LESS = 0.9  # of what a plan had found room for, where there was none
+# Where a run that should have fit did not, the advice assumes this share of the memory that the plan needed
+ASSUMED_SHARE = 0.9
 
 
-class Outlook:
-    """The plan of a training job, made when it is asked for.
+class MemoryPreflight:
+    """Checks a job's plan before training, and explains with it where memory runs out.
 
     Args:
         config: of the model.
-        ds_config: filled.
-        length: tokens of a row.
+        ds_config: with nothing left to fill in.
+        arguments: as resolved, their sequence length included.
     """
 
-    def __init__(
-        self, config: PretrainedConfig, ds_config: dict[str, Any], arguments: TrainArguments, length: int
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, ds_config: dict[str, Any], arguments: TrainArguments) -> None:
         self.config = config
         self.ds_config = ds_config
         self.arguments = arguments
-        self.length = length
 
-    def say(self) -> None:
-        """Tell the plan's verdict, on rank 0; a run does not fail for want of a plan.
+    def log(self) -> None:
+        """Log the plan on rank 0; a job trains without one if the planner fails.
 
         Raises:
-            ConfigError: it would pin more host memory than there is; none has been pinned yet.
+            ConfigError: the job would pin more host memory than there is; it has not pinned any yet.
         """
         if dist.get_rank() != 0:
             return
         try:
             model = self._model()
-            found = self.plan(model)
-            advice = None if found.fits_host else advise(found, model)
+            plan = self._plan(model)
+            advice = None if plan.fits_host else advise(plan, model)
         except Exception as error:
             logger.info("plan: none could be made (%s)", error)
             return
-        check_host_memory(found, str(advice) if advice else None)
-        logger.info("plan: %s", found)
+        check_host_memory(plan, str(advice) if advice else None)
+        logger.info("plan: %s", plan)
 
     @contextlib.contextmanager
-    def advising(self) -> Iterator[None]:
-        """Where memory runs out within, say what would fit.
+    def explain_out_of_memory(self) -> Iterator[None]:
+        """Turn an out-of-memory error of the body into one that says what would fit.
 
         Raises:
             DoesNotFitError: in the place of ``torch.OutOfMemoryError``.
@@ -65,37 +63,34 @@ class Outlook:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            told = str(error).partition(". ")[0]
-            raise DoesNotFitError(f"rank {dist.get_rank()} has no GPU memory left: {told}; {self.advice()}") from error
+            reason = str(error).partition(". ")[0]
+            message = f"rank {dist.get_rank()} has no GPU memory left: {reason}; {self._advice()}"
+            raise DoesNotFitError(message) from error
 
-    def advice(self) -> str:
-        """What to do about too little memory, in words."""
+    def _advice(self) -> str:
         try:
             model = self._model()
-            found = self.plan(model)
-            known = ""
-            if found.fits:
-                known = f"{found} were expected, so see whether something else takes memory there; or "
-                less = dataclasses.replace(found.machine, gpu_memory=int(LESS * found.gpu_bytes))
-                found = plan_run(model, found.settings, less)
-            advice = advise(found, model)
+            plan = self._plan(model)
+            expectation = ""
+            if plan.fits:
+                expectation = f"{plan} were expected, so see whether something else takes memory there; or "
+                smaller = dataclasses.replace(plan.machine, gpu_memory=int(ASSUMED_SHARE * plan.gpu_bytes))
+                plan = plan_run(model, plan.settings, smaller)
+            advice = advise(plan, model)
         except LomoError as error:
             return str(error)
-        return f"{known}{advice}" if advice else f"{known}use more GPUs, or larger ones"
+        return f"{expectation}{advice}" if advice else f"{expectation}use more GPUs, or larger ones"
 
-    def plan(self, model: PlannedModel) -> Plan:
-        """The plan of the job on the machine it runs on."""
-        arguments = self.arguments
-        world_size = dist.get_world_size()
-        local_ranks = ranks_on_host()
+    def _plan(self, model: PlannedModel) -> Plan:
+        world_size, local_ranks = dist.get_world_size(), ranks_on_host()
         settings = settings_of(
             self.ds_config,
             gpus=world_size,
             hosts=max(1, world_size // local_ranks),
-            sequence=self.length,
-            gradient_checkpointing=arguments.gradient_checkpointing,
-            tiled_logits=arguments.tiled_logits,
-            activation_offload=arguments.activation_offload,
+            sequence=self.arguments.max_seq_length,
+            gradient_checkpointing=self.arguments.gradient_checkpointing,
+            tiled_logits=self.arguments.tiled_logits,
+            activation_offload=self.arguments.activation_offload,
         )
         return plan_run(model, settings, detect_machine(local_ranks))
 

@@ -30,7 +30,7 @@ from transformers import (
 
 from lomo_ds.errors import ModelError
 from lomo_ds.models import can_tile_logits, load_config, load_model, save_pretrained, tile_logits
-from lomo_ds.train import job
+from lomo_ds.train import assembly
 from tests.engines import WHOLE_THRESHOLD, largest_difference, make_engine, my_part, weights_of
 from tests.largest import Largest
 from tests.launching import demo_arguments, run_main
@@ -337,7 +337,7 @@ def test_unsupported_tiling_has_an_error_message(ranks: GroupOf, demo: Path, gpt
 
 def count_tiled(argv: list[str]) -> tuple[int, int]:
     """Return the exit status of a job, and the number of models whose logits it tiled."""
-    with mock.patch.object(job, "tile_logits") as tiled:
+    with mock.patch.object(assembly, "tile_logits") as tiled:
         return run_main(argv)[0], tiled.call_count
 
 

@@ -1,0 +1,159 @@
+"""The inputs of a training job: configuration, model folder, tokenizer and texts, read before anything is built."""
+
+import dataclasses
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from lomo_ds.config.arguments import TrainArguments
+from lomo_ds.config.ds_config import resolve_config
+from lomo_ds.data import (
+    PackedBlocks,
+    check_prompt,
+    check_token_ids,
+    highest_id,
+    tokenize_file,
+    warn_about_unknown_tokens,
+)
+from lomo_ds.distributed.collectives import raise_on_all_ranks
+from lomo_ds.distributed.process_group import is_local_main_process
+from lomo_ds.errors import ConfigError, DataError
+from lomo_ds.models import (
+    add_special_tokens,
+    find_model,
+    load_config,
+    load_tokenizer,
+    scale_rope,
+    sequence_length,
+    set_vocab_size,
+    verify_export,
+)
+from lomo_ds.numerics.precision import FastPrecision
+from lomo_ds.train.output_folder import alone_in, refuse_input_files, refuse_what_is_read, refuse_what_others_wrote
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a training job reads before it looks for a checkpoint.
+
+    Attributes:
+        arguments: as resolved, their sequence length included.
+        ds_config: reconciled with the arguments; what depends on the number of steps is still ``auto``.
+        model_name: the model's folder, or the name of a preset.
+        config: of the model to be trained, whose embeddings may have more rows than are stored.
+        stored_rows: rows of the stored embeddings.
+    """
+
+    arguments: TrainArguments
+    ds_config: dict[str, Any]
+    model_name: str
+    config: PretrainedConfig
+    stored_rows: int
+    tokenizer: PreTrainedTokenizerBase
+    training: PackedBlocks
+    validation: PackedBlocks | None
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder that the job writes."""
+        return Path(self.arguments.output_dir)
+
+
+def read_inputs(arguments: TrainArguments, given: frozenset[str], fast: FastPrecision, lock: ExitStack) -> Inputs:
+    """Read the inputs on all ranks; the first rank of each host downloads the model and tokenizes the texts.
+
+    Args:
+        given: the arguments that were given, as opposed to left at their default.
+        lock: keeps other jobs out of the output folder until it is closed.
+
+    Raises:
+        LomoError: an input is missing, damaged or contradicts another one; the other ranks raise ``PeerError``.
+    """
+    is_first = is_local_main_process()
+    inputs = raise_on_all_ranks(lambda: _read(arguments, given, fast, lock, download=True) if is_first else None)
+    return raise_on_all_ranks(lambda: inputs or _read(arguments, given, fast, lock, download=False))
+
+
+def _read(
+    arguments: TrainArguments, given: frozenset[str], fast: FastPrecision, lock: ExitStack, download: bool
+) -> Inputs:
+    ds_config, arguments, from_hardware = resolve_config(arguments, given, dist.get_world_size(), fast.precision)
+    if from_hardware:
+        logger.info("precision auto: %s, for %s", arguments.precision, fast.reason)
+    name = find_model(arguments.model_name_or_path, download, arguments.trust_remote_code)
+    verify_export(name, dist.get_rank(), dist.get_world_size(), weights=False)
+    output_dir = Path(arguments.output_dir)
+    _claim_folder(output_dir, name, arguments)
+    if dist.get_rank() == 0:
+        lock.enter_context(alone_in(output_dir))
+    config, stored_rows, tokenizer = _load_vocabulary(name, arguments)
+    arguments = dataclasses.replace(arguments, max_seq_length=sequence_length(config, arguments.max_seq_length))
+    texts = [Path(file) for file in (arguments.train_file, arguments.validation_file) if file]
+    training, *validation = [_load_blocks(text, tokenizer, config.vocab_size, arguments) for text in texts]
+    return Inputs(
+        arguments, ds_config, name, config, stored_rows, tokenizer, training, validation[0] if validation else None
+    )
+
+
+def _claim_folder(output_dir: Path, model: str, arguments: TrainArguments) -> None:
+    """Create the output folder, unless something in it would be lost."""
+    refuse_what_is_read(output_dir, [model, *([arguments.tokenizer_name] if arguments.tokenizer_name else [])])
+    refuse_what_others_wrote(output_dir)
+    refuse_input_files(arguments)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {output_dir} cannot be made: {error.strerror}") from None
+
+
+def _load_vocabulary(name: str, arguments: TrainArguments) -> tuple[PretrainedConfig, int, PreTrainedTokenizerBase]:
+    """Load the model's configuration and tokenizer, and make room for new tokens where that was asked for.
+
+    Returns:
+        The configuration of the model to be trained, the rows of the stored embeddings, and the tokenizer.
+    """
+    config = load_config(name, arguments.trust_remote_code)
+    if arguments.rope_scaling is not None:
+        scale_rope(config, arguments.rope_scaling, arguments.max_seq_length)
+    tokenizer = load_tokenizer(arguments.tokenizer_name or name, arguments.trust_remote_code)
+    add_special_tokens(tokenizer, arguments.pad_token, arguments.special_tokens)
+    stored_rows, highest = config.vocab_size, highest_id(tokenizer)
+    if arguments.resize_embeddings and highest >= stored_rows:
+        set_vocab_size(config, highest + 1)
+        logger.info("the embeddings are extended from %d to %d rows for new tokens", stored_rows, config.vocab_size)
+    if _has_new_padding(tokenizer, arguments, stored_rows, config.vocab_size):
+        config.pad_token_id = tokenizer.pad_token_id
+    if highest >= config.vocab_size:
+        logger.info(
+            "the tokenizer has tokens up to number %d, and the model's embedding rows up to %d; a text with a token "
+            "beyond them will be refused", highest, config.vocab_size - 1,
+        )  # fmt: skip
+    if arguments.sample_prompt is not None:
+        check_prompt(arguments.sample_prompt, tokenizer, config.vocab_size)
+    return config, stored_rows, tokenizer
+
+
+def _has_new_padding(
+    tokenizer: PreTrainedTokenizerBase, arguments: TrainArguments, stored_rows: int, rows: int
+) -> bool:
+    """Return whether the padding token was requested, or had no embedding row before, and has one now."""
+    pad = tokenizer.pad_token_id
+    return pad is not None and pad < rows and (arguments.pad_token is not None or pad >= stored_rows)
+
+
+def _load_blocks(file: Path, tokenizer: PreTrainedTokenizerBase, rows: int, arguments: TrainArguments) -> PackedBlocks:
+    """Tokenize a text, or map the tokens of an earlier time, and pack them into training sequences."""
+    tokens = tokenize_file(file, tokenizer, Path(arguments.output_dir) / "cache")
+    if len(tokens) < 2:
+        raise DataError(f"{file} gives {len(tokens)} token; there is nothing to predict in fewer than 2")
+    check_token_ids(tokens, file, tokenizer, rows)
+    warn_about_unknown_tokens(tokens, file, tokenizer)
+    assert arguments.max_seq_length is not None
+    return PackedBlocks(tokens, arguments.max_seq_length)

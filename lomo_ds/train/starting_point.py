@@ -1,0 +1,177 @@
+"""Where a training job starts: at the first step, at a checkpoint, or not at all because the run has ended."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lomo_ds import zero3
+from lomo_ds.checkpoint import (
+    Checkpoint,
+    describe_tensors,
+    is_run_folder,
+    open_checkpoint,
+    open_newest,
+    remove_unfinished,
+)
+from lomo_ds.config.arguments import TrainArguments
+from lomo_ds.config.ds_config import complete_config
+from lomo_ds.data import TrainingSteps
+from lomo_ds.distributed.collectives import raise_on_all_ranks
+from lomo_ds.engine.ds_parse import parse_ds_config
+from lomo_ds.errors import CheckpointError
+from lomo_ds.models import meta_model, saved_tensors
+from lomo_ds.numerics.precision import DTYPES
+from lomo_ds.train.inputs import Inputs
+from lomo_ds.train.output_folder import checkpoints_of_another_run, refuse_another_run, refuse_what_is_read
+from lomo_ds.train.preflight import MemoryPreflight
+from lomo_ds.train.progress import Progress
+from lomo_ds.train.resume import log_changes, refuse_another_function, refuse_what_stays, resume_from
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """The state that a training job starts from, with every setting resolved.
+
+    Attributes:
+        checkpoint: verified; None to start at the first step.
+        obsolete: checkpoints of another run, to be deleted when training begins.
+        ds_config: with nothing left to fill in.
+    """
+
+    checkpoint: Checkpoint | None
+    obsolete: list[Path]
+    progress: Progress
+    steps: TrainingSteps
+    ds_config: dict[str, Any]
+    preflight: MemoryPreflight
+
+
+def all_steps(inputs: Inputs) -> TrainingSteps:
+    """Return the steps of the whole run, from the first."""
+    return _steps(inputs, Progress())
+
+
+def find_starting_point(inputs: Inputs) -> StartingPoint:
+    """Find and verify the checkpoint to resume from, if any, and check that the run can continue from it.
+
+    Raises:
+        LomoError: the checkpoint is missing or damaged, or the arguments contradict it or the output folder; the other
+            ranks raise ``PeerError``.
+    """
+    folder, is_run, tensors = raise_on_all_ranks(lambda: _requested_checkpoint(inputs))
+    checkpoint = None
+    if folder is not None:
+        open_it = open_newest if is_run else open_checkpoint
+        checkpoint = open_it(folder, tensors, check=lambda path, record: _check_same_run(inputs, path, record))
+    return raise_on_all_ranks(lambda: _start_at(checkpoint, inputs))
+
+
+def _requested_checkpoint(inputs: Inputs) -> tuple[Path | None, bool, dict[str, list[Any]]]:
+    """Return the folder to resume from, whether it is a run rather than a checkpoint, and the tensors it must hold."""
+    tensors = describe_tensors(_stored_tensors(inputs))
+    if dist.get_rank() == 0:
+        remove_unfinished(inputs.output_dir)
+    folder = resume_from(inputs.arguments)
+    is_run = folder is not None and (folder == inputs.output_dir or is_run_folder(folder))
+    return folder, is_run, tensors
+
+
+def _stored_tensors(inputs: Inputs) -> dict[str, Tensor]:
+    """Return the tensors of the model that a checkpoint of this run holds, on the meta device."""
+    arguments = inputs.arguments
+    model = meta_model(inputs.config, DTYPES[arguments.precision], arguments.trust_remote_code)
+    tensors = saved_tensors(model)
+    if arguments.weights != "int8":
+        return tensors
+    return zero3.stored_tensors(tensors, zero3.quantized_names(model), dist.get_world_size())
+
+
+def _check_same_run(inputs: Inputs, folder: Path, record: dict[str, Any]) -> None:
+    """Raise if the checkpoint was saved with other arguments, another model or another text."""
+    refuse_what_stays(folder, inputs.arguments)
+    refuse_another_function(folder, inputs.config)
+    saved, data = record["client_state"].get("data"), all_steps(inputs).data
+    if saved != data:
+        raise CheckpointError(
+            f"{folder} was saved while training on {saved}, and --train_file, --max_seq_length and --seed give "
+            f"{data}; resume with the same text, length and seed, or give another --output_dir"
+        )
+
+
+def _start_at(checkpoint: Checkpoint | None, inputs: Inputs) -> StartingPoint:
+    arguments, output_dir = inputs.arguments, inputs.output_dir
+    folder = checkpoint.folder if checkpoint else None
+    if folder is not None and folder.resolve().parent != output_dir.resolve():
+        refuse_what_is_read(output_dir, [folder])
+    # while resuming in place, newer checkpoints than the one opened were damaged, and are not another run's
+    in_place = resume_from(arguments) == output_dir
+    obsolete = [] if in_place else checkpoints_of_another_run(output_dir, folder)
+    refuse_another_run(arguments, folder, obsolete)
+    progress = _progress(checkpoint, inputs)
+    steps = _steps(inputs, progress)
+    _check_steps_left(steps, arguments)
+    ds_config = complete_config(
+        _with_saved_choices(inputs.ds_config, checkpoint), arguments, steps.total, inputs.config, dist.get_world_size()
+    )
+    parse_ds_config(ds_config)
+    preflight = MemoryPreflight(inputs.config, ds_config, arguments)
+    preflight.log()
+    if checkpoint and dist.get_rank() == 0:
+        log_changes(checkpoint, arguments, ds_config)
+    return StartingPoint(checkpoint, obsolete, progress, steps, ds_config, preflight)
+
+
+def _progress(checkpoint: Checkpoint | None, inputs: Inputs) -> Progress:
+    """Return the progress of the run in ``checkpoint``."""
+    held_out = None if inputs.validation is None else inputs.validation.digest()
+    prompt = inputs.arguments.sample_prompt
+    if checkpoint is None:
+        return Progress(held_out=held_out, prompt=prompt)
+    in_place = checkpoint.folder.resolve().parent == inputs.output_dir.resolve()
+    return Progress.resumed(checkpoint.record["client_state"]["progress"], held_out, prompt, in_place)
+
+
+def _steps(inputs: Inputs, progress: Progress) -> TrainingSteps:
+    """Return the steps that are left of the run after ``progress``."""
+    arguments = inputs.arguments
+    return TrainingSteps(
+        inputs.training,
+        arguments.per_device_train_batch_size,
+        arguments.gradient_accumulation_steps,
+        dist.get_rank(),
+        dist.get_world_size(),
+        arguments.seed,
+        arguments.num_train_epochs,
+        arguments.max_steps,
+        progress.position,
+        progress.step,
+    )
+
+
+def _check_steps_left(steps: TrainingSteps, arguments: TrainArguments) -> None:
+    if steps.step > steps.total:
+        raise CheckpointError(
+            f"the checkpoint to resume from is {steps.step} steps old, and the run is to have {steps.total}; give at "
+            f"least --max_steps {steps.step}, or resume from an older one"
+        )
+    if arguments.max_steps <= 0 and steps.is_past_end:
+        raise CheckpointError(
+            f"the checkpoint to resume from has seen the text {steps.epochs:g} times, and the run is to see it "
+            f"{arguments.num_train_epochs:g} times; give a larger --num_train_epochs, or resume from an older one"
+        )
+
+
+def _with_saved_choices(ds_config: dict[str, Any], checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Let ``auto`` mean what it meant in the checkpoint: another schedule is as exact, but rounds differently."""
+    if checkpoint is None or checkpoint.record["world_size"] != dist.get_world_size():
+        return ds_config
+    config = copy.deepcopy(ds_config)
+    params = config["optimizer"].setdefault("params", {})
+    for name, value in checkpoint.record["schedule"].items():
+        if params.get(name, "auto") == "auto":
+            params[name] = value
+    return config
