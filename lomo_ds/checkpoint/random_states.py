@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+
+from lomo_ds.distributed.device import get_device_rng_state, set_device_rng_state
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,12 @@ class RandomStates:
     @classmethod
     def capture(cls) -> "RandomStates":
         """Return the current states."""
-        return cls(torch.get_rng_state(), get_accelerator().get_rng_state())
+        return cls(torch.get_rng_state(), get_device_rng_state())
 
     def restore(self) -> None:
         """Set the generators to these states."""
         torch.set_rng_state(self.host)
-        get_accelerator().set_rng_state(self.device)
+        set_device_rng_state(self.device)
 
 
 def all_random_states() -> dict[str, Tensor]:

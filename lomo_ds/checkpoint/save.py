@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from torch.distributed import ProcessGroup
 
@@ -20,6 +19,7 @@ from lomo_ds.checkpoint.manifest import compute_entries, write_manifest
 from lomo_ds.checkpoint.state import FORMAT, Snapshot, rank_state_file
 from lomo_ds.checkpoint.weights import save_weights, weight_files_of_rank
 from lomo_ds.distributed.collectives import gather_objects, raise_on_all_ranks
+from lomo_ds.distributed.device import device_index, set_device
 from lomo_ds.errors import CheckpointError
 
 Result = TypeVar("Result")
@@ -36,12 +36,11 @@ class Saver:
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
         self.rank = torch.distributed.get_rank(group)
-        accelerator = get_accelerator()
         self.executor = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="checkpoint",
-            initializer=accelerator.set_device,  # the current device is per thread, and device 0 by default
-            initargs=(accelerator.current_device(),),
+            initializer=set_device,  # the current device is per thread, and device 0 by default
+            initargs=(device_index(),),
         )
         self.pending: Future[None] | None = None
         self._destroy_group = weakref.finalize(self, _destroy_group, group)

@@ -5,19 +5,14 @@ DeepSpeed's parsed config and the dict it was parsed from are both read later; a
 
 import copy
 import logging
-import types
 from collections.abc import Iterator
-from typing import Any, Union, get_args, get_origin
-
-from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+from typing import Any
 
 from lomo_ds.config.lomo_config import LomoParameters, lomo_parameters
 from lomo_ds.config.sections import require_sections, section_of
 from lomo_ds.distributed.process_group import is_main_process
 from lomo_ds.errors import ConfigError, did_you_mean, one_line
+from lomo_ds.zero3.ds_schema import REMOVED_FIELDS, SECTION_MODELS, ZERO_ALIASES, types_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +31,13 @@ KNOWN: dict[str, Any] = {
     "activation_checkpointing", "aio", "autotuning", "checkpoint", "comet", "comms_logger", "compile", "csv_monitor",
     "data_efficiency", "data_types", "datastates_ckpt", "expert_parallel", "flops_profiler", "hybrid_engine",
     "pipeline", "tensor_parallel", "tensorboard", "timers", "wandb", "weight_quantization",
-    *_REMOVED_TOP_LEVEL_CONFIG_KEYS,
+    *REMOVED_FIELDS,
 ))  # fmt: skip
 OF_SECTION = {"optimizer": ("type", "params", "legacy_fusion"), "scheduler": ("type", "params")}
-MODELS = {
-    "zero_optimization": DeepSpeedZeroConfig,
-    "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
-    "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
-    "bf16": DeepSpeedBF16Config,
-    "fp16": DeepSpeedFP16Config,
-}
 RENAMED = {
     "": {"bfloat16": "bf16"},
     "zero_optimization": {
-        **{name: field.alias for name, field in DeepSpeedZeroConfig.model_fields.items() if field.alias},
+        **ZERO_ALIASES,
         "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
     },
 }
@@ -79,7 +67,7 @@ def normalized(ds_config: dict[str, Any]) -> dict[str, Any]:
         if zero.get(old):
             raise ConfigError(f"zero_optimization.{old} is an old name; write {new} in zero_optimization")
     _drop_unknown(config)
-    for path in ("", *MODELS):
+    for path in ("", *SECTION_MODELS):
         section = section_of(config, path)
         for name, value in section.items():
             section[name] = _of_its_kind(value, f"{path}.{name}".removeprefix("."))
@@ -111,22 +99,12 @@ def settle(ds_config: dict[str, Any], world_size: int | None = None) -> dict[str
 
 
 def kind_of(path: str) -> Any:
-    """The type of the field at ``path``, None where DeepSpeed alone knows it."""
+    """Return the type of the field at ``path``; None where only DeepSpeed knows it."""
     section, _, name = path.rpartition(".")
     if not section:
         return KNOWN.get(name)
-    if section not in MODELS:
-        return None
-    fields = MODELS[section].model_fields
-    field = next((field for key, field in fields.items() if name in (key, field.alias)), None)
-    kinds = _alternatives(field.annotation) if field else []
+    kinds = types_of(section, name)
     return kinds[0] if len(kinds) == 1 and kinds[0] in KINDS else None
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    """The types that an annotation allows beside None."""
-    is_union = get_origin(annotation) in (Union, types.UnionType)
-    return [kind for kind in (get_args(annotation) if is_union else (annotation,)) if kind is not type(None)]
 
 
 def _of_its_kind(value: Any, path: str) -> Any:

@@ -30,6 +30,11 @@ def all_reduce_min(values: Tensor, group: ProcessGroup) -> Tensor:
     return values
 
 
+def start_reduce_scatter(shards: Tensor, full: Tensor, group: ProcessGroup) -> Any:
+    """Start to sum ``full`` over all ranks, of which each receives its part in ``shards``; return the handle."""
+    return dist.reduce_scatter_tensor(shards, full, group=group, async_op=True)
+
+
 def raise_on_all_ranks(action: Callable[[], Result], group: ProcessGroup | None = None) -> Result:
     """Run ``action`` on every rank; if it fails on any rank, raise on all: only the lowest failing rank reports.
 

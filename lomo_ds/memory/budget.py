@@ -1,9 +1,8 @@
 """Measurement of free memory, and the limit on pinned host memory."""
 
 import psutil
-import torch
-from deepspeed.accelerator import get_accelerator
 
+from lomo_ds.distributed.device import free_device_bytes
 from lomo_ds.distributed.process_group import ranks_on_host
 from lomo_ds.errors import ConfigError
 
@@ -13,19 +12,7 @@ HOST_SHARE = 0.8
 
 def free_bytes() -> tuple[int, int]:
     """Return the free bytes of this rank's device, and the free bytes of host memory per rank on this host."""
-    return _free_device_bytes(), psutil.virtual_memory().available // ranks_on_host()
-
-
-def _free_device_bytes() -> int:
-    """Return the bytes that the driver reports as free plus those that torch has reserved but does not use.
-
-    On CUDA, DeepSpeed's figure omits the latter, and fails if CUDA_VISIBLE_DEVICES holds UUIDs or MIG names.
-    """
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cuda":
-        return int(accelerator.available_memory())
-    free, _ = torch.cuda.mem_get_info()
-    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return free_device_bytes(), psutil.virtual_memory().available // ranks_on_host()
 
 
 def check_host_memory(need: int, free: int, what: str, remedy: str) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import transformers
-from deepspeed.accelerator import get_accelerator
 from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lomo_ds import zero3
+from lomo_ds.distributed.device import compute_device
 from lomo_ds.errors import ModelError
 from lomo_ds.models.conversion import find_sources, find_text_sources
 from lomo_ds.models.embeddings import NewRows, config_before_resize, extend_embeddings
@@ -144,7 +144,7 @@ def _fill(
 ) -> PreTrainedModel:
     for shard in zero3.partition(model, ds_config, dtype, free_host_bytes):
         fill(shard)
-    device = get_accelerator().current_device_name()
+    device = compute_device()
     for buffer in model.buffers():  # the engine moves the buffers only of models that it partitions itself
         buffer.data = buffer.data.to(device)
     return model.train()

@@ -6,8 +6,8 @@ from typing import Literal
 
 import psutil
 import torch
-from deepspeed.accelerator import get_accelerator
 
+from lomo_ds.distributed.device import compute_device
 from lomo_ds.errors import ConfigError
 
 CONTEXT_BYTES = 768 * 2**20  # GPU memory of CUDA and its libraries' kernels, beside tensors
@@ -67,7 +67,7 @@ def detect_machine(ranks_on_host: int) -> Machine:
         ranks_on_host: number of ranks on this host. Without GPUs they share its memory.
     """
     host_memory = psutil.virtual_memory().total
-    if get_accelerator().device_name() != "cuda":
+    if compute_device().type != "cuda":
         return Machine(host_memory // ranks_on_host, host_memory, nvme=NVME, device="cpu")
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     per_cycle = FLOPS_PER_CYCLE.get((gpu.major, gpu.minor), CONSUMER_FLOPS_PER_CYCLE)

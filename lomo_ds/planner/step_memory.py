@@ -3,8 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
-
+from lomo_ds import zero3
 from lomo_ds.memory.host_memory import IN_FLIGHT_BYTES, Slabs
 from lomo_ds.planner.gathered_params import GatheredParams, NoGathering, SimulatedCoordinator
 from lomo_ds.planner.live_gradients import DeepSpeedGradients, LiveGradients, LomoGradients
@@ -166,10 +165,10 @@ class _PeakTracker:
 
     def _nvme_buffer_bytes(self) -> int:
         """Return the bytes of DeepSpeed's default buffers between NVMe and GPU; torch pins powers of two."""
-        defaults, itemsize = DeepSpeedZeroOffloadParamConfig(), self.settings.dtype.itemsize
+        (buffer_count, buffer_size), itemsize = zero3.default_buffers(), self.settings.dtype.itemsize
         largest = max(self.settings.shard_numel(numel) for numel in self.trace.numels)
-        size = min(defaults.buffer_size, largest) * itemsize
-        return defaults.buffer_count * (1 << (size - 1).bit_length())
+        size = min(buffer_size, largest) * itemsize
+        return buffer_count * (1 << (size - 1).bit_length())
 
     def _pinned_shard_bytes(self) -> int:
         sizes = [self.settings.stored_bytes(self.settings.shard_numel(numel)) for numel in self.trace.numels]

@@ -11,7 +11,6 @@ If a model has many identical decoder layers, only a few of them are run; see ``
 from collections.abc import Callable
 
 import torch
-from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor
 from torch.nn import ModuleList
 from transformers import PretrainedConfig, PreTrainedModel
@@ -110,7 +109,7 @@ def _linear(settings: Settings) -> Callable[..., Tensor]:
     """Return the function that linear layers call."""
     if settings.resident:
         return torch.nn.functional.linear
-    return zero3.linear if settings.optimizer == "lomo" else zero3_linear_wrap
+    return zero3.linear if settings.optimizer == "lomo" else zero3.deepspeed_linear
 
 
 def _step(model: PreTrainedModel, settings: Settings, recorder: TraceRecorder) -> None:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed.comm as dist
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lomo_ds.distributed.collectives import start_reduce_scatter
 from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.update.buckets import Buckets
 
@@ -53,7 +53,7 @@ class Reduction:
         self.group = group
         self.dtype = dtype
         self.on_reduced = on_reduced
-        self.world_size = dist.get_world_size(group)
+        self.world_size = torch.distributed.get_world_size(group)
         self.buckets: Buckets[tuple[int, Tensor]] = Buckets(
             max(numels), self.world_size, self._launch, self._limit_in_flight
         )
@@ -92,7 +92,7 @@ class Reduction:
 
     def _reduce_scatter(self, indices: tuple[int, ...], full: Tensor) -> None:
         shards = torch.empty(full.numel() // self.world_size, dtype=full.dtype, device=full.device)
-        work = dist.reduce_scatter_tensor(shards, full, group=self.group, async_op=True)
+        work = start_reduce_scatter(shards, full, self.group)
         self.in_flight.append(_PendingReduceScatter(indices, shards, full, work))
         self.in_flight_numel += full.numel()
 

@@ -6,10 +6,10 @@ or eight-bit weights if the DeepSpeed config says ``weights: int8``; in memory o
 changes the model and makes earlier gathered copies stale, so ``Gathering.refresh`` ends every step.
 """
 
-from lomo_ds.zero3.linear import install_memory_efficient_linear, linear
+from lomo_ds.zero3.linear import deepspeed_linear, install_memory_efficient_linear, linear
 from lomo_ds.zero3.lookahead import LookaheadLimit
 from lomo_ds.zero3.nvme import SwapSlot
-from lomo_ds.zero3.nvme_settings import validate_nvme
+from lomo_ds.zero3.nvme_settings import default_buffers, validate_nvme
 from lomo_ds.zero3.persistent import PersistentCopies
 from lomo_ds.zero3.shard import SCALES, Shard, dequantize_parameter, full_shape, quantized_names, shards, stored_tensors
 from lomo_ds.zero3.split import (
@@ -38,6 +38,8 @@ __all__ = [
     "SwapSlot",
     "WireFormat",
     "aligned_layout",
+    "deepspeed_linear",
+    "default_buffers",
     "dequantize_parameter",
     "full_shape",
     "gathered",

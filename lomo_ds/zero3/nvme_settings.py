@@ -43,6 +43,12 @@ class NvmeSettings:
         return ceil_div(nbytes, PAGE_BYTES) * PAGE_BYTES
 
 
+def default_buffers() -> tuple[int, int]:
+    """Return DeepSpeed's default number of buffers between NVMe and GPU, and their size in elements."""
+    defaults = DeepSpeedZeroOffloadParamConfig()
+    return defaults.buffer_count, defaults.buffer_size
+
+
 def nvme_settings(ds_config: dict[str, Any], itemsize: int) -> NvmeSettings:
     """Return the settings of a ``ds_config`` with ``offload_param.device`` nvme.
 
