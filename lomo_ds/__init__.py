@@ -3,15 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lomo_ds.engine.lomo import LomoEngine, initialize
+    from lomo_ds.engine.initialize import initialize
+    from lomo_ds.engine.lomo import LomoEngine
 
 __all__ = ["LomoEngine", "initialize"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the engine when it is asked for: a program that handles signals must do so before torch is imported."""
+    """Import the engine on first use, because a program that handles signals must do so before torch is imported."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lomo_ds.engine import lomo
+    from lomo_ds.engine import initialize, lomo
 
-    return getattr(lomo, name)
+    return lomo.LomoEngine if name == "LomoEngine" else initialize.initialize

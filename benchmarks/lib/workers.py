@@ -27,7 +27,7 @@ TIMEOUT = 600.0  # limit of a call, seconds
 GRACE = 5.0  # seconds that the other ranks have to answer after one has failed
 DOES_NOT_FIT = "does not fit"  # outcome of a row that ran out of memory
 OUT_OF_HOST_MEMORY = "can't allocate memory"  # in the error message of torch's CPU allocator
-PRELOAD = ["benchmarks.lib.methods", "lomo_ds.engine.lomo", "lomo_ds.models", "transformers.models.llama"]
+PRELOAD = ["benchmarks.lib.methods", "lomo_ds.engine.initialize", "lomo_ds.models", "transformers.models.llama"]
 
 
 class WorkerError(Exception):

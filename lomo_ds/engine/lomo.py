@@ -5,124 +5,37 @@ complete optimizer step under any update schedule.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import deepspeed.comm as dist
 import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.nn import Module
-from torch.utils.data import Dataset
 
 from lomo_ds.checkpoint import Checkpoint, Saver, checkpoint_name, open_checkpoint, read_latest
 from lomo_ds.checkpoint.random_states import RandomStates
-from lomo_ds.config.ds_fields import settle
 from lomo_ds.config.lomo_config import read_lomo_config
-from lomo_ds.config.validation import unused_fields, validate_ds_config
 from lomo_ds.distributed.collectives import all_reduce_sum, gather_objects
-from lomo_ds.distributed.process_group import TIMEOUT, start_process_group
-from lomo_ds.engine.batches import Batch
+from lomo_ds.distributed.process_group import TIMEOUT
+from lomo_ds.engine.base import TokenAveragingEngine
 from lomo_ds.engine.build import build_optimizer
 from lomo_ds.engine.client_arguments import (
     needs_metric,
-    validate_built_scheduler,
-    validate_model_parameters,
-    validate_scheduler_factory,
-    validate_training_data,
 )
-from lomo_ds.engine.ds_parse import parse_ds_config
 from lomo_ds.engine.engine_state import advance_scheduler, capture_engine, restore_engine, restore_weights
-from lomo_ds.engine.items import LabelObserver
 from lomo_ds.engine.loss import as_scalar
-from lomo_ds.engine.lr_schedulers import build_scheduler
 from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.engine.step_batch import StepBatch
-from lomo_ds.errors import CheckpointError, ConfigError, one_line
+from lomo_ds.errors import CheckpointError, ConfigError
 from lomo_ds.update.schedules import Schedule
 from lomo_ds.zero3.parameter_access import ParameterAccess
 
 logger = logging.getLogger(__name__)
 
 
-def initialize(
-    args: Any = None,
-    model: Module | None = None,
-    optimizer: None = None,
-    model_parameters: Iterable[Any] | None = None,
-    training_data: Dataset[Any] | None = None,
-    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
-    distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
-    mpu: None = None,
-    dist_init_required: bool | None = None,
-    collate_fn: Callable[..., Any] | None = None,
-    config: str | dict[str, Any] | None = None,
-    mesh_param: None = None,
-    config_params: str | dict[str, Any] | None = None,
-) -> tuple["LomoEngine", LomoOptimizer, Any, Any]:
-    """Build a LOMO engine; takes the arguments of ``deepspeed.initialize`` and returns the same four values.
-
-    Args:
-        model: the model to train. Its parameters are partitioned over the ranks here, unless ``deepspeed.zero.Init``
-            has already partitioned them.
-        optimizer, mpu, mesh_param: must be None. ``config`` selects LOMO, and all ranks are data-parallel.
-        model_parameters: the parameters to train, as tensors or as param groups with their own ``lr`` and
-            ``weight_decay``; None trains all parameters.
-        lr_scheduler: a function that builds a scheduler for the optimizer passed to it. An existing scheduler is
-            refused because it is bound to another optimizer.
-        config: a DeepSpeed config (path or dict) with ``"optimizer": {"type": "LOMO", ...}`` and ZeRO stage 3; see
-            ``LomoConfig`` for the optimizer's parameters.
-
-    Returns:
-        (engine, optimizer, training dataloader or None, learning-rate scheduler or None)
-
-    Raises:
-        ConfigError: an argument or a setting is invalid or not supported.
-    """
-    shutdown_init_context()
-    try:
-        for name, value in (("optimizer", optimizer), ("mpu", mpu), ("mesh_param", mesh_param)):
-            if value is not None:
-                raise ConfigError(
-                    f"lomo_ds.initialize takes no {name}, got {type(value).__name__}; name LOMO in the DeepSpeed "
-                    "config, and leave every rank data-parallel"
-                )
-        if model is None:
-            raise ConfigError("lomo_ds.initialize needs a model, got None")
-        model_parameters = validate_model_parameters(model, model_parameters)
-        validate_scheduler_factory(lr_scheduler)
-        validate_training_data(training_data, collate_fn)
-        ds_config = settle(_load_config(args, config, config_params))
-        validate_ds_config(ds_config)
-        _join_process_group(distributed_port, dist_init_required)
-        ds_config = settle(ds_config, dist.get_world_size())
-        validate_ds_config(ds_config)  # again, because the world size may determine the accumulation steps
-        if dist.get_rank() == 0 and (idle := unused_fields(ds_config)):
-            logger.info("LOMO ignores these fields of the DeepSpeed config: %s", ", ".join(idle))
-        engine = LomoEngine(
-            args=args,
-            model=model,
-            model_parameters=model_parameters,
-            training_data=training_data,
-            lr_scheduler=lr_scheduler,
-            dist_init_required=dist_init_required,
-            collate_fn=collate_fn,
-            config=ds_config,
-            config_class=parse_ds_config(ds_config),
-        )
-    finally:
-        restore_init_context()
-    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
-
-
-class LomoEngine(DeepSpeedEngine):
+class LomoEngine(TokenAveragingEngine):
     """A ``DeepSpeedEngine`` with ZeRO-3 that updates parameters in backward and never keeps full gradients.
 
     A full gradient is reduced to this rank's shard and freed while backward continues.
@@ -141,48 +54,6 @@ class LomoEngine(DeepSpeedEngine):
         """Active update schedule."""
         return self.optimizer.schedule
 
-    def train_batch(self, batch: Batch | Sequence[Batch], num_items: int | Sequence[int] | None = None) -> Tensor:
-        """Run one complete optimizer step under any schedule.
-
-        The result equals the step of plain PyTorch on the batches of all ranks together.
-
-        Args:
-            batch: the keyword arguments of the model's forward, or a list of such dicts, one per micro-batch of this
-                rank. The number of labelled tokens (labels other than -100) may differ between ranks and
-                micro-batches. The number of micro-batches must be the same on every rank.
-            num_items: the number of items that the loss of each micro-batch is averaged over; None counts them, see
-                ``items``.
-
-        Returns:
-            The model's loss averaged over the labelled tokens of all ranks and micro-batches; 0-dim, float32. It is
-            not finite if the step was skipped because of a non-finite loss.
-
-        Raises:
-            ConfigError: the schedule does not keep gradients and there are several micro-batches; a step that began
-                with ``engine.backward`` is unfinished; the batch has no argument names; the model returns no loss; or
-                the weights of the micro-batch losses are unknown.
-            PeerError: the model returns no loss on another rank.
-        """
-        step_batch = StepBatch(batch, num_items, self._label_observer, self.device, self._data_parallel_group)
-        self._validate_train_batch(len(step_batch))
-        self._in_train_batch = True
-        try:
-            if self.schedule.passes == 2:
-                self._backward_twice(step_batch)
-            else:
-                self._backward_all(step_batch)
-            self.set_gradient_accumulation_boundary(True)
-            self.step()
-        except BaseException:
-            self.optimizer.abort_step()
-            raise
-        finally:
-            self._in_train_batch = False
-            self._is_gradient_accumulation_boundary = None
-        # step() has counted one micro-step, but this was a complete optimizer step
-        self.micro_steps += self.gradient_accumulation_steps() - 1
-        return torch.tensor(self.optimizer.loss, dtype=torch.float32, device=self.device)
-
     def _validate_train_batch(self, micro_batches: int) -> None:
         self._validate_scheduler_metric(None)
         if micro_batches > 1 and not self.schedule.keeps_gradients:
@@ -196,10 +67,29 @@ class LomoEngine(DeepSpeedEngine):
                 f"{self.optimizer.backward_passes} time(s) since the last step; call engine.step() first"
             )
 
+    def _take_step(self, step_batch: StepBatch) -> float:
+        self._in_train_batch = True
+        try:
+            if self.schedule.passes == 2:
+                self._backward_twice(step_batch)
+            else:
+                self._measure(step_batch)
+            self._finish_step()
+        finally:
+            self._in_train_batch = False
+        return self.optimizer.loss
+
+    def _abort_step(self) -> None:
+        self.optimizer.abort_step()
+
+    @property
+    def _skip_reason(self) -> str | None:
+        return self.optimizer.last_skip_reason
+
     def _backward_twice(self, step_batch: StepBatch) -> None:
         """Measure the gradients; then, unless the step must be skipped, compute them again and update."""
         random_states = RandomStates.capture()
-        self._backward_all(step_batch)
+        self._measure(step_batch)
         if self.optimizer.skip_reason is None:
             coefficients = self.optimizer.reduce_norms_and_loss()
             if self.optimizer.skip_reason is None:
@@ -207,20 +97,13 @@ class LomoEngine(DeepSpeedEngine):
                 random_states.restore()  # so that the second pass draws the same dropout masks
                 self._backward_all(step_batch)
 
-    def _backward_all(self, step_batch: StepBatch) -> None:
-        """Run forward and backward for each micro-batch, with its loss weighted by its share of the step's labels."""
-        is_first_pass = step_batch.share is None
-        for position in range(len(step_batch)):
-            loss = step_batch.forward(self, position)
-            if step_batch.skip_reason is not None:
-                return self.optimizer.skip_step(step_batch.skip_reason, step_batch.counts_as_overflow)
-            weight = step_batch.weight(position)
-            if is_first_pass:
-                self.optimizer.add_loss(loss.detach().double() * weight)
-            self.set_gradient_accumulation_boundary(position == len(step_batch) - 1)
-            # gradients are averaged over the ranks, so multiply by the world size to sum the weighted losses
-            self.backward(loss * (weight * dist.get_world_size(self._data_parallel_group)), scale_wrt_gas=False)
-        return None
+    def _measure(self, step_batch: StepBatch) -> None:
+        """Run the backward pass that the step's loss is known from."""
+        local_loss = self._backward_all(step_batch)
+        if step_batch.skip_reason is not None:
+            self.optimizer.skip_step(step_batch.skip_reason, step_batch.counts_as_overflow)
+        else:
+            self.optimizer.add_loss(local_loss)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Run ``DeepSpeedEngine.backward``; gradients are averaged over the ranks, as in DeepSpeed.
@@ -249,14 +132,8 @@ class LomoEngine(DeepSpeedEngine):
         Raises:
             ConfigError: the learning-rate scheduler needs a metric and ``lr_kwargs`` has none.
         """
-        skipped = self.skipped_steps
         self._validate_scheduler_metric(lr_kwargs)
         super().step(lr_kwargs)
-        if self.skipped_steps > skipped and self.global_rank == 0:
-            logger.warning(
-                "step %d skipped, no weight was changed: %s (%d skipped so far, next loss scale %g)",
-                self.global_steps, self.optimizer.last_skip_reason, self.skipped_steps, self.cur_scale,
-            )  # fmt: skip
 
     def save_checkpoint(
         self,
@@ -360,7 +237,6 @@ class LomoEngine(DeepSpeedEngine):
     def destroy(self) -> None:
         """Remove every hook from the model, and close the checkpoint saver."""
         super().destroy()
-        self._label_observer.remove()
         self._parameter_access.remove()
         if "saver" in vars(self):
             self.saver.close()
@@ -411,25 +287,11 @@ class LomoEngine(DeepSpeedEngine):
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
         return optimizer_name.lower() == "lomo"
 
-    def _scheduler_from_config(self, optimizer: LomoOptimizer) -> Any:
-        name = self.scheduler_name()
-        return name and build_scheduler(name, self.scheduler_params(), optimizer.optimizer)
-
-    def _configure_lr_scheduler(self) -> None:
-        super()._configure_lr_scheduler()
-        if self.client_lr_scheduler is not None:
-            validate_built_scheduler(self.lr_scheduler, (self.basic_optimizer, self.optimizer))
-
     def _configure_optimizer(self, client_optimizer: None, model_parameters: list[Any]) -> None:
         lomo = read_lomo_config(self.config)
         self.basic_optimizer = ParameterGroups(model_parameters, lomo.lr, lomo.weight_decay)
         self.optimizer = build_optimizer(self, self.basic_optimizer, lomo)
-        self._label_observer = LabelObserver(self.module)
         self._parameter_access = ParameterAccess(self.module)
-
-    @property
-    def _data_parallel_group(self) -> ProcessGroup:
-        return self.seq_data_parallel_group
 
 
 def _validate_full_loading(load_module_strict: bool, custom_load_fn: None) -> None:
@@ -443,31 +305,3 @@ def _validate_full_loading(load_module_strict: bool, custom_load_fn: None) -> No
             "custom_load_fn is not supported, because no rank ever holds a full state_dict; export the checkpoint, "
             "change the exported model, and start from it"
         )
-
-
-def _join_process_group(distributed_port: int, dist_init_required: bool | None) -> None:
-    if dist_init_required is not False and not torch.distributed.is_initialized():
-        start_process_group()  # works without a launcher; DeepSpeed's own initialization would look for MPI
-    dist.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        distributed_port=distributed_port,
-        dist_init_required=dist_init_required,
-    )
-
-
-def _load_config(args: Any, config: Any, config_params: Any) -> dict[str, Any]:
-    sources = [c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None]
-    if len(sources) != 1:
-        raise ConfigError(f"give one DeepSpeed config, as config= or in args.deepspeed_config, got {len(sources)}")
-    source = sources[0]
-    if isinstance(source, dict):
-        return source
-    try:
-        loaded = load_ds_config(source)
-    except Exception as error:  # JSON readers and decoders raise many types
-        raise ConfigError(f"the DeepSpeed config {one_line(source)} cannot be read: {one_line(error)}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"the DeepSpeed config {one_line(source)} must hold a JSON object, got {type(loaded).__name__}"
-        )
-    return loaded

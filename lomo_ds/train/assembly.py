@@ -14,7 +14,7 @@ from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.config.ds_config import warmup_steps
 from lomo_ds.distributed.collectives import gather_objects, raise_on_all_ranks
 from lomo_ds.engine.baseline import initialize_baseline
-from lomo_ds.engine.lomo import initialize
+from lomo_ds.engine.initialize import initialize
 from lomo_ds.engine.protocol import TrainingEngine
 from lomo_ds.memory.budget import free_bytes
 from lomo_ds.models import (

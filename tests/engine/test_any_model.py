@@ -247,7 +247,7 @@ def refused_by_backward(fault: str) -> str:
     [
         ("output", "got a CausalLMOutput; pass its .loss"),
         ("rows", "shape [2]; reduce it to its mean"),
-        ("detached", "depends on no parameter"),
+        ("detached", "depends on no trainable parameter"),
         ("none", "returned no loss"),
     ],
 )

@@ -279,7 +279,7 @@ def refusal(sections: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        ({"zero": {"stage": 2}}, "ZeRO stage 3, step_loss zero_optimization.stage 2; set it to 3"),
+        ({"zero": {"stage": 2}}, "ZeRO stage 3, got zero_optimization.stage 2; set it to 3"),
         ({"zero": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device nvme is not supported"),
         (
             {"zero": {"offload_param": {"device": "nvme"}}},
@@ -295,7 +295,7 @@ def test_unsupported_settings_are_refused(ranks: GroupOf, sections: dict[str, An
 
 
 def empty() -> None:
-    with pytest.raises(ConfigError, match="at least one micro-batch, step_loss an empty list"):
+    with pytest.raises(ConfigError, match="at least one micro-batch, got an empty list"):
         make_baseline(tiny_model(), "sgd").train_batch([])
 
 
