@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -17,6 +18,10 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 import lomo_ds
 from lomo_ds.zero3.parameter_access import ParameterAccess
+
+# Private attributes that classes of lomo_ds set themselves, and one of Python
+OWN = {"_counts_as_overflow", "_has_loss", "_in_train_batch", "_is_decided", "_loss_sum", "_parameter_access"}
+OF_PYTHON = {"_exit"}
 
 
 def methods_of(owner: type) -> dict[str, ast.FunctionDef]:
@@ -66,6 +71,52 @@ def test_method(owner: type, name: str, parameters: list[str]) -> None:
 def test_arguments(call: Any, expected: set[str]) -> None:
     missing = expected - set(inspect.signature(call).parameters)
     assert not missing, f"DeepSpeed's {call.__qualname__} no longer takes {missing}"
+
+
+# Every attribute of DeepSpeed's own that lomo_ds reads, sets or replaces, by the module that defines it
+ATTRIBUTES = {
+    "deepspeed.runtime.engine": [
+        "_config", "_global_grad_norm", "_is_gradient_accumulation_boundary", "_step_applied", "basic_optimizer",
+        "client_lr_scheduler", "global_samples", "global_steps", "lr_scheduler", "micro_steps",
+        "seq_data_parallel_group", "skipped_steps",
+    ],
+    "deepspeed.runtime.base_optimizer": [
+        "custom_loss_scaler", "dynamic_loss_scale", "external_loss_scale", "loss_scaler", "torch_autocast_gradscaler",
+    ],
+    "deepspeed.runtime.fp16.loss_scaler": ["cur_hysteresis", "cur_iter", "cur_scale", "last_overflow_iter"],
+    "deepspeed.runtime.lr_schedules": ["_last_lr", "last_batch_iteration"],
+    "deepspeed.runtime.zero.partition_parameters": [
+        "_convert_to_deepspeed_param", "all_gather", "all_gather_coalesced", "ds_id", "ds_numel", "ds_process_group",
+        "ds_shape", "ds_status", "ds_tensor", "final_location", "nvme_swapper", "partition",
+    ],
+    "deepspeed.runtime.zero.parameter_offload": [
+        "ds_inflight_param_registry", "get_param_coordinator", "persistent_parameters",
+    ],
+    "deepspeed.runtime.zero.partitioned_param_coordinator": ["_invalidate_trace", "__max_ongoing_fetch_events"],
+    "deepspeed.runtime.swap_tensor.partitioned_param_swapper": ["remove_partition_and_release_buffers", "swap_in"],
+    "deepspeed.utils.tensor_fragment": ["_z3_optimizer"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in ATTRIBUTES.items() for name in names])
+def test_attribute(module: str, name: str) -> None:
+    source = inspect.getsource(importlib.import_module(module))
+    assert re.search(rf"\b{name}\b", source), f"{module} no longer has {name}, which lomo_ds uses"
+
+
+def test_every_attribute_of_deepspeeds_own_is_named_here() -> None:
+    """Those of its parameters begin with ``ds_``; of private ones, those that no class of lomo_ds sets itself."""
+    package = Path(lomo_ds.__file__).parent
+    nodes = [
+        node
+        for folder in ("zero3", "engine", "distributed")
+        for path in (package / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute) and node.attr not in defined}
+    of_deepspeed = {name for name in used if name.startswith("ds_") or re.match("_[a-z]", name)} - OWN - OF_PYTHON
+    assert of_deepspeed <= {name for names in ATTRIBUTES.values() for name in names}
 
 
 def test_the_epilogue_is_called_by_name() -> None:
