@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from transformers import LlamaConfig, get_scheduler
 
 from lomo_ds.checkpoint import Checkpoint, is_run_folder, open_checkpoint
 from lomo_ds.config.arguments import TrainArguments
+from lomo_ds.config.parameter import base_type
 from lomo_ds.engine.engine_state import capture_engine
 from lomo_ds.engine.lomo import LomoEngine
 from lomo_ds.errors import CheckpointError, LomoError
@@ -36,8 +37,8 @@ GroupOf = Callable[..., Ranks]
 ROOT = Path(__file__).parent.parent.parent
 BASE = TrainArguments(model_name_or_path="m", train_file="t.txt", output_dir="out")
 ARGUMENTS = [field.name for field in dataclasses.fields(TrainArguments)]
-# another value than the default, where that cannot be derived from it; and what an argument needs beside it
-OTHER = {"optim": "adamw", "lr_scheduler_type": "cosine", "weights": "int8", "warmup_ratio": 0.5, "max_seq_length": 8}
+# a valid value that is not the default, where its type does not give one; and arguments that an argument needs
+OTHER = {"warmup_ratio": 0.5, "max_seq_length": 8}
 NEEDED: dict[str, dict[str, Any]] = {
     "activation_offload": {"gradient_checkpointing": True},
     "load_best_model_at_end": {"validation_file": "v.txt", "save_steps": 2, "eval_steps": 2},
@@ -45,13 +46,18 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 
 def other_value(name: str) -> Any:
-    """A value of an argument that is not its default."""
-    value = getattr(BASE, name)
+    """Return a valid value of an argument that is not its default."""
+    value, hint = getattr(BASE, name), get_type_hints(TrainArguments)[name]
     if name in OTHER:
         return OTHER[name]
-    if isinstance(value, bool) or value is None:
-        return value is False or {"tiled_logits": True}.get(name, 7 if "steps" in name or "limit" in name else "x")
-    return value + 1 if isinstance(value, int | float) else f"{value}x"
+    choices = [choice for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices:
+        return next(choice for choice in choices if choice != value)
+    if base_type(hint) is bool:
+        return not value
+    if base_type(hint) is str:
+        return f"{value or ''}x"
+    return 7 if value is None else value + 1
 
 
 def saved(folder: Path, arguments: TrainArguments = BASE, ds_config: dict[str, Any] | None = None) -> Checkpoint:
@@ -119,13 +125,13 @@ def test_nothing_changed_is_not_spoken_of(tmp_path: Path, caplog: pytest.LogCapt
 def test_fields_of_the_deepspeed_config_are_named_by_their_paths(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    was = {"optimizer": {"params": {"lr": 1, "clip_group_norm": 2.0}}, "scheduler": {"type": "WarmupLR"}}
-    now = {"optimizer": {"params": {"lr": 2, "clip_group_norm": 3.0}}, "fp16": {"loss_scale_window": 9}}
+    was = {"optimizer": {"params": {"lr": 1, "own": 2.0}}, "scheduler": {"type": "WarmupLR"}}
+    now = {"optimizer": {"params": {"lr": 2, "own": 3.0}}, "fp16": {"loss_scale_window": 9}}
     with caplog.at_level(logging.INFO, "lomo_ds"):
         log_changes(saved(tmp_path, ds_config=was), BASE, now)
     assert caplog.messages == [
         f"changed since {tmp_path.name} was saved: fp16.loss_scale_window None -> 9, "
-        "optimizer.params.clip_group_norm 2.0 -> 3.0, scheduler.type WarmupLR -> None"
+        "optimizer.params.own 2.0 -> 3.0, scheduler.type WarmupLR -> None"
     ], "lr is --learning_rate"
 
 
