@@ -92,9 +92,9 @@ def _run_rank(argv: list[str], rank: int, world_size: int, port: int, log: str) 
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    from lomo_ds.train.cli import leave
+    from lomo_ds.train.cli import exit_now
 
-    leave(runpy.run_path(str(ROOT / "launch/train.py"))["main"](argv))
+    exit_now(runpy.run_path(str(ROOT / "launch/train.py"))["main"](argv))
 
 
 def training_arguments(demo: Path, output_dir: Path, steps: int, precision: str = "bf16") -> list[str]:

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lomo_ds.train.cli import run_alone
+from lomo_ds.train.cli import run_in_one_process
 from lomo_ds.train.export_checkpoint import export_checkpoint
 
 
@@ -19,10 +19,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max_shard_size", default="5GB", help="of one output file (default %(default)s)")
     parser.add_argument("--model_name_or_path", help="configuration and tokenizer, where the checkpoint has none")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
-    given = parser.parse_args(argv)
-    return run_alone(
+    args = parser.parse_args(argv)
+    return run_in_one_process(
         lambda: export_checkpoint(
-            given.checkpoint, given.output_dir, given.max_shard_size, given.model_name_or_path, given.trust_remote_code
+            args.checkpoint, args.output_dir, args.max_shard_size, args.model_name_or_path, args.trust_remote_code
         )
     )
 

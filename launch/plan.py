@@ -7,7 +7,7 @@ python launch/plan.py --num_gpus 8 --gpu_memory 24GB --host_memory 256GB --pcie 
 import sys
 
 from lomo_ds.planner.command import main
-from lomo_ds.train.cli import run_alone
+from lomo_ds.train.cli import run_in_one_process
 
 if __name__ == "__main__":
-    sys.exit(run_alone(lambda: main(sys.argv[1:])))
+    sys.exit(run_in_one_process(lambda: main(sys.argv[1:])))

@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     with StopRequest() as stop:  # before the imports, which take longer than some schedulers wait
         from lomo_ds.config.arguments import help_text, parse_arguments
         from lomo_ds.distributed.process_group import is_main_process
-        from lomo_ds.train.cli import run_on_all_ranks, traceback_shown
+        from lomo_ds.train.cli import run_on_all_ranks, show_traceback
         from lomo_ds.train.job import train
 
         if "--help" in argv or "-h" in argv:
@@ -22,15 +22,15 @@ def main(argv: list[str]) -> int:
             return 0
 
         def run() -> None:
-            arguments, given = parse_arguments(argv)
-            with traceback_shown(arguments.debug):
-                train(arguments, given, stop)
+            arguments, explicit = parse_arguments(argv)
+            with show_traceback(arguments.debug):
+                train(arguments, explicit, stop)
 
         return run_on_all_ranks(run)
 
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    from lomo_ds.train.cli import leave
+    from lomo_ds.train.cli import exit_now
 
-    leave(status)
+    exit_now(status)

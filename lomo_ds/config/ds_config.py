@@ -46,12 +46,12 @@ def shared_fields(kind: type[TrainArguments] = TrainArguments) -> dict[str, str]
 
 
 def resolve_config(
-    arguments: Arguments, given: frozenset[str], world_size: int, fast: Precision
+    arguments: Arguments, explicit: frozenset[str], world_size: int, fast: Precision
 ) -> tuple[dict[str, Any], Arguments, bool]:
     """Read the DeepSpeed config that ``arguments`` name, and reconcile the two.
 
     Args:
-        given: the arguments that were given, as opposed to left at their default.
+        explicit: names of the arguments that the user set, rather than left at their default.
         fast: the precision that the device computes fast, see ``fast_precision``.
 
     Returns:
@@ -60,8 +60,8 @@ def resolve_config(
     Raises:
         ConfigError: see ``read_ds_config`` and ``reconcile``.
     """
-    ds_config, from_hardware = fill_precision(read_ds_config(arguments.deepspeed), given, fast)
-    return *reconcile(ds_config, arguments, given, world_size), from_hardware
+    ds_config, from_hardware = fill_precision(read_ds_config(arguments.deepspeed), explicit, fast)
+    return *reconcile(ds_config, arguments, explicit, world_size), from_hardware
 
 
 def complete_config(
@@ -115,13 +115,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def fill_precision(ds_config: dict[str, Any], given: frozenset[str], fast: Precision) -> tuple[dict[str, Any], bool]:
+def fill_precision(ds_config: dict[str, Any], explicit: frozenset[str], fast: Precision) -> tuple[dict[str, Any], bool]:
     """Let bf16 and fp16 that are ``auto`` ask for ``fast``, unless an argument or the other field decides.
 
     ``fast`` fp16 becomes fp32 where only bf16 is ``auto``.
 
     Args:
-        given: the arguments that were given, as opposed to left at their default.
+        explicit: names of the arguments that the user set, rather than left at their default.
         fast: the precision that the device computes fast, see ``fast_precision``.
 
     Returns:
@@ -130,7 +130,7 @@ def fill_precision(ds_config: dict[str, Any], given: frozenset[str], fast: Preci
     require_sections(ds_config)
     enabled = {name: value_at(ds_config, f"{name}.enabled") for name in ("bf16", "fp16")}
     autos = [name for name, value in enabled.items() if value == "auto"]
-    if not autos or any(name in given or value not in (None, False, "auto") for name, value in enabled.items()):
+    if not autos or any(name in explicit or value not in (None, False, "auto") for name, value in enabled.items()):
         return ds_config, False
     config = copy.deepcopy(ds_config)
     for name in autos:
@@ -139,17 +139,17 @@ def fill_precision(ds_config: dict[str, Any], given: frozenset[str], fast: Preci
 
 
 def reconcile(
-    ds_config: dict[str, Any], arguments: Arguments, given: frozenset[str], world_size: int
+    ds_config: dict[str, Any], arguments: Arguments, explicit: frozenset[str], world_size: int
 ) -> tuple[dict[str, Any], Arguments]:
     """Let a DeepSpeed config and the arguments agree: ``auto`` takes the argument, and a default the config's value.
 
     An absent field counts as ``auto``, and so does an absent optimizer, which is then LOMO.
 
     Args:
-        given: the arguments that were given, as opposed to left at their default.
+        explicit: names of the arguments that the user set, rather than left at their default.
 
     Raises:
-        ConfigError: an argument that was given differs from the DeepSpeed config (every disagreement is listed), or a
+        ConfigError: an argument that the user set differs from the DeepSpeed config (the message lists every one), or a
             value of the DeepSpeed config is not of the argument's type.
     """
     require_sections(ds_config)
@@ -160,11 +160,11 @@ def reconcile(
     for path, name in shared_fields(type(arguments)).items():
         value = value_at(config, path)
         _validate_type(value, path, base_type(hints[name]))
-        if path == "gradient_clipping" and value in (None, "auto") and name not in given:
+        if path == "gradient_clipping" and value in (None, "auto") and name not in explicit:
             value = _default_clip(config, arguments, value)
         if value in (None, "auto"):
             _set(config, path, getattr(arguments, name))
-        elif name in given and value != getattr(arguments, name):
+        elif name in explicit and value != getattr(arguments, name):
             disagreements.append(f"{path} {json.dumps(value)} against --{name} {getattr(arguments, name)}")
         else:
             _set(config, path, value)
@@ -175,7 +175,7 @@ def reconcile(
             f"scheduler {kind} against --{name} {getattr(arguments, name)}"
             for name in ("lr_scheduler_type", "warmup_ratio")
             # a resolved config.yaml contains the defaults too, which do not contradict a scheduler
-            if name in given and getattr(arguments, name) != getattr(TrainArguments, name)
+            if name in explicit and getattr(arguments, name) != getattr(TrainArguments, name)
         ]
     if disagreements:
         raise ConfigError(
@@ -294,10 +294,10 @@ def _replace_optimizer(config: dict[str, Any], section: dict[str, Any], argument
 def _settle_train_batch_size(config: dict[str, Any], arguments: TrainArguments, world_size: int) -> None:
     micro, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     size = micro * accumulation * world_size
-    given = config.get("train_batch_size", "auto")
-    if given not in (None, "auto", size):
+    configured = config.get("train_batch_size", "auto")
+    if configured not in (None, "auto", size):
         raise ConfigError(
-            f"train_batch_size {json.dumps(given)} in the DeepSpeed config is not "
+            f"train_batch_size {json.dumps(configured)} in the DeepSpeed config is not "
             f"per_device_train_batch_size {micro} x "
             f'gradient_accumulation_steps {accumulation} x {world_size} GPUs = {size}; write "auto" or {size}'
         )

@@ -65,10 +65,10 @@ def main(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         print(help_text(PlanArguments, "plan.py"))
         return
-    arguments, given = parse(PlanArguments, argv)
+    arguments, explicit = parse(PlanArguments, argv)
     machine = arguments.machine
     model = PlannedModel.load(arguments.model_name_or_path, arguments.trust_remote_code)
-    settings = plan_settings(arguments, given, model, Settings)
+    settings = plan_settings(arguments, explicit, model, Settings)
     result = plan_run(model, settings, machine, by_name=arguments.moments)
     if arguments.moments:
         print(format_peak(result))
@@ -81,19 +81,19 @@ def main(argv: list[str]) -> None:
 
 
 def plan_settings(
-    arguments: PlanArguments, given: frozenset[str], model: PlannedModel, kind: type[Settings]
+    arguments: PlanArguments, explicit: frozenset[str], model: PlannedModel, kind: type[Settings]
 ) -> Settings:
     """Return the settings of the job that ``launch/train.py`` would start with the same arguments.
 
     Args:
-        given: the arguments that were given, as opposed to left at their default.
+        explicit: names of the arguments that the user set, rather than left at their default.
         kind: the class of the settings.
 
     Raises:
         ConfigError: the job would be refused.
     """
     gpus = arguments.num_gpus * arguments.num_nodes
-    ds_config, arguments, _ = resolve_config(arguments, given, gpus, "bf16")
+    ds_config, arguments, _ = resolve_config(arguments, explicit, gpus, "bf16")
     if arguments.rope_scaling is not None:
         scale_rope(model.config, arguments.rope_scaling, arguments.max_seq_length)
     return settings_as(

@@ -38,7 +38,7 @@ def build_model(inputs: Inputs, start: StartingPoint) -> PreTrainedModel:
     """Build the model, split over the ranks; its weights are loaded unless a checkpoint will replace them.
 
     Raises:
-        LomoError: the weights are missing or damaged, or memory is short; the other ranks raise ``PeerError``.
+        LomoError: the weights are missing or damaged, or memory runs out; the other ranks raise ``PeerError``.
     """
     torch.manual_seed(inputs.arguments.seed + dist.get_rank())
     free_host_bytes = min(gather_objects(free_bytes()[1]))  # before any rank allocates
@@ -54,7 +54,7 @@ def _build_model(inputs: Inputs, start: StartingPoint, free_host_bytes: int) -> 
         model.generation_config.pad_token_id = inputs.config.pad_token_id
     if arguments.tiled_logits or (arguments.tiled_logits is None and can_tile_logits(model)):
         tile_logits(model)
-        logger.info("the loss is computed a tile of logits at a time; --tiled_logits false computes them whole")
+        logger.info("the loss is computed one tile of logits at a time; --tiled_logits false computes all at once")
     if arguments.gradient_checkpointing:
         recompute_activations(model, arguments.activation_offload)
     return model
@@ -85,7 +85,7 @@ def build_engine(
     """Build the engine, in the state of the checkpoint to resume from, and the manager of the run's checkpoints.
 
     Args:
-        add_files: writes into a checkpoint's folder what it holds beside the engine's state.
+        add_files: writes further files into a checkpoint's folder.
     """
     arguments, ds_config = inputs.arguments, start.ds_config
     scheduler = None if "scheduler" in ds_config else _scheduler(arguments, start.steps.total)

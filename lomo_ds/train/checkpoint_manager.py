@@ -60,8 +60,8 @@ class CheckpointManager:
     """Saves, rotates and selects the checkpoints of a run in its output folder; every rank calls each method.
 
     Args:
-        progress: of the run; records which checkpoints were saved and which is the best.
-        add_files: writes into a checkpoint's folder what it holds beside the engine's state.
+        progress: progress of the run; records which checkpoints were saved and which is the best.
+        add_files: writes further files into a checkpoint's folder.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CheckpointManager:
 
         Args:
             data: identifies the training text when the run is resumed.
-            last: whether the run ends with it.
+            last: whether the run ends with this checkpoint.
 
         Raises:
             CheckpointError: it cannot be written, and it is the last or the first one of the run.
@@ -140,8 +140,8 @@ class CheckpointManager:
     def resume_hint(self) -> str:
         """Return where the last checkpoint is, and how to resume from it."""
         saved = self.progress.saved_step
-        where = "nothing was to be saved" if saved is None else f"{self.output_dir / checkpoint_name(saved)} is saved"
-        return f"{where}; go on with --resume_from_checkpoint auto"
+        where = "no checkpoint was saved" if saved is None else f"{self.output_dir / checkpoint_name(saved)} is saved"
+        return f"{where}; resume with --resume_from_checkpoint auto"
 
     def _record_failure(self, error: CheckpointError, last: bool) -> None:
         self.pending = None
@@ -150,7 +150,7 @@ class CheckpointManager:
             raise error
         if dist.get_rank() == 0:
             logger.warning(
-                "%s; training goes on, %s is whole (%d saves have failed so far)",
+                "%s; training continues, %s is intact (%d saves have failed so far)",
                 error, checkpoint_name(self.progress.saved_step), self.progress.failed_saves,
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What a model can do: its held-out loss over all ranks, and a text it continues."""
+"""Evaluation of a model: the held-out loss over all ranks, and the continuation of a prompt."""
 
 from collections.abc import Callable, Iterable
 
@@ -16,16 +16,17 @@ from lomo_ds.engine.step_batch import StepBatch
 def evaluate_loss(
     engine: TrainingEngine, batches: Iterable[dict[str, Tensor]], interrupted: Callable[[], bool] = lambda: False
 ) -> float | None:
-    """Mean loss in nats per token over every rank's labelled tokens; each rank brings equally many batches.
+    """Return the mean loss, in nats per token, over the labelled tokens of all ranks; None if interrupted.
 
     Args:
-        interrupted: asked before each batch, with the same answer on every rank; True ends it with None.
+        batches: equally many on each rank.
+        interrupted: called before each batch, with the same result on every rank; True stops the evaluation.
     """
     training = engine.module.training
     label_observer = LabelObserver(engine.module)
     engine.eval()
     try:
-        total = torch.zeros(1, dtype=torch.float64, device=engine.device)  # of losses times items
+        total = torch.zeros(1, dtype=torch.float64, device=engine.device)  # sum of loss x items
         counts: list[Count] = []
         for batch in batches:
             if interrupted():
@@ -39,13 +40,13 @@ def evaluate_loss(
         label_observer.remove()
         engine.train(training)
     sums = torch.tensor(count_sums(counts), dtype=torch.float64).to(engine.device)
-    summed, *sums_of_all = all_reduce_sum(torch.cat([total, sums]), engine.seq_data_parallel_group).tolist()
-    return summed / total_items(sums_of_all)
+    loss_sum, *count_totals = all_reduce_sum(torch.cat([total, sums]), engine.seq_data_parallel_group).tolist()
+    return loss_sum / total_items(count_totals)
 
 
 @torch.no_grad()
 def continue_text(engine: TrainingEngine, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
-    """``prompt`` and the model's greedy continuation of it; every rank takes part, with the same result."""
+    """Return ``prompt`` with the model's greedy continuation; every rank takes part and gets the same text."""
     training = engine.module.training
     engine.eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(engine.device)

@@ -34,7 +34,7 @@ from lomo_ds.models import (
     verify_export,
 )
 from lomo_ds.numerics.precision import FastPrecision
-from lomo_ds.train.output_folder import alone_in, refuse_input_files, refuse_what_is_read, refuse_what_others_wrote
+from lomo_ds.train.output_folder import check_foreign_files, check_input_files, check_input_overlap, lock_folder
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Inputs:
 
     Attributes:
         arguments: as resolved, their sequence length included.
-        ds_config: reconciled with the arguments; what depends on the number of steps is still ``auto``.
+        ds_config: reconciled with the arguments; fields that depend on the number of steps are still ``auto``.
         model_name: the model's folder, or the name of a preset.
         config: of the model to be trained, whose embeddings may have more rows than are stored.
         stored_rows: rows of the stored embeddings.
@@ -66,25 +66,25 @@ class Inputs:
         return Path(self.arguments.output_dir)
 
 
-def read_inputs(arguments: TrainArguments, given: frozenset[str], fast: FastPrecision, lock: ExitStack) -> Inputs:
+def read_inputs(arguments: TrainArguments, explicit: frozenset[str], fast: FastPrecision, lock: ExitStack) -> Inputs:
     """Read the inputs on all ranks; the first rank of each host downloads the model and tokenizes the texts.
 
     Args:
-        given: the arguments that were given, as opposed to left at their default.
-        lock: keeps other jobs out of the output folder until it is closed.
+        explicit: names of the arguments that the user set, rather than left at their default.
+        lock: holds the lock of the output folder until it is closed.
 
     Raises:
         LomoError: an input is missing, damaged or contradicts another one; the other ranks raise ``PeerError``.
     """
     is_first = is_local_main_process()
-    inputs = raise_on_all_ranks(lambda: _read(arguments, given, fast, lock, download=True) if is_first else None)
-    return raise_on_all_ranks(lambda: inputs or _read(arguments, given, fast, lock, download=False))
+    inputs = raise_on_all_ranks(lambda: _read(arguments, explicit, fast, lock, download=True) if is_first else None)
+    return raise_on_all_ranks(lambda: inputs or _read(arguments, explicit, fast, lock, download=False))
 
 
 def _read(
-    arguments: TrainArguments, given: frozenset[str], fast: FastPrecision, lock: ExitStack, download: bool
+    arguments: TrainArguments, explicit: frozenset[str], fast: FastPrecision, lock: ExitStack, download: bool
 ) -> Inputs:
-    ds_config, arguments, from_hardware = resolve_config(arguments, given, dist.get_world_size(), fast.precision)
+    ds_config, arguments, from_hardware = resolve_config(arguments, explicit, dist.get_world_size(), fast.precision)
     if from_hardware:
         logger.info("precision auto: %s, for %s", arguments.precision, fast.reason)
     name = find_model(arguments.model_name_or_path, download, arguments.trust_remote_code)
@@ -92,7 +92,7 @@ def _read(
     output_dir = Path(arguments.output_dir)
     _claim_folder(output_dir, name, arguments)
     if dist.get_rank() == 0:
-        lock.enter_context(alone_in(output_dir))
+        lock.enter_context(lock_folder(output_dir))
     config, stored_rows, tokenizer = _load_vocabulary(name, arguments)
     arguments = dataclasses.replace(arguments, max_seq_length=sequence_length(config, arguments.max_seq_length))
     texts = [Path(file) for file in (arguments.train_file, arguments.validation_file) if file]
@@ -103,14 +103,14 @@ def _read(
 
 
 def _claim_folder(output_dir: Path, model: str, arguments: TrainArguments) -> None:
-    """Create the output folder, unless something in it would be lost."""
-    refuse_what_is_read(output_dir, [model, *([arguments.tokenizer_name] if arguments.tokenizer_name else [])])
-    refuse_what_others_wrote(output_dir)
-    refuse_input_files(arguments)
+    """Create the output folder, after checking that the run overwrites no foreign files."""
+    check_input_overlap(output_dir, [model, *([arguments.tokenizer_name] if arguments.tokenizer_name else [])])
+    check_foreign_files(output_dir)
+    check_input_files(arguments)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output_dir {output_dir} cannot be made: {error.strerror}") from None
+        raise ConfigError(f"--output_dir {output_dir} cannot be created: {error.strerror}") from None
 
 
 def _load_vocabulary(name: str, arguments: TrainArguments) -> tuple[PretrainedConfig, int, PreTrainedTokenizerBase]:

@@ -1,4 +1,4 @@
-"""A training job in phases: join, read and check, build, loop, finish. All ranks agree at the end of each."""
+"""A training job in phases: join, read and check, build, loop, finish. All ranks agree on errors at the end of each."""
 
 import json
 import logging
@@ -27,21 +27,21 @@ from lomo_ds.train.starting_point import StartingPoint, all_steps, find_starting
 logger = logging.getLogger(__name__)
 
 
-def train(arguments: TrainArguments, given: frozenset[str], stop: StopRequest) -> None:
+def train(arguments: TrainArguments, explicit: frozenset[str], stop: StopRequest) -> None:
     """Start or resume a training job on all ranks; the process group must have been started.
 
     Args:
-        given: the arguments that were given, as opposed to left at their default.
-        stop: requests that the job ends after the current step.
+        explicit: names of the arguments that the user set, rather than left at their default.
+        stop: a request to end the job after the current step.
 
     Raises:
-        LomoError: on the rank that reports an error of the user; the others raise ``PeerError``.
+        LomoError: on the rank that reports a user error; the others raise ``PeerError``.
     """
     fast = common_precision(gather_objects(fast_precision(compute_device().type)))  # join
     with ExitStack() as lock:
-        inputs = read_inputs(arguments, given, fast, lock)  # read and check
+        inputs = read_inputs(arguments, explicit, fast, lock)  # read and check
         _warn_of_emulation(inputs.arguments)
-        if not _has_ended(inputs):
+        if not _is_already_finished(inputs):
             start = find_starting_point(inputs)
             _train_from(start, inputs, stop)
 
@@ -51,14 +51,14 @@ def _train_from(start: StartingPoint, inputs: Inputs, stop: StopRequest) -> None
     model = build_model(inputs, start)
 
     def add_files(folder: Path) -> None:
-        """Write what export and people need to understand a checkpoint without the rest of the run."""
+        """Write the settings that a checkpoint needs to be exported, or read by a person, on its own."""
         _write_settings(folder, inputs.arguments, start.ds_config)
         (folder / MODEL).mkdir()
         save_settings(model, inputs.tokenizer, folder / MODEL)
 
     engine, checkpoints = build_engine(model, inputs, start, add_files)
     with (
-        raise_on_all_ranks(lambda: _begin(start, inputs)) as monitor,
+        raise_on_all_ranks(lambda: _start_records(start, inputs)) as monitor,
         start.preflight.explain_out_of_memory(),
     ):
         Trainer(
@@ -77,25 +77,25 @@ def _train_from(start: StartingPoint, inputs: Inputs, stop: StopRequest) -> None
 
 
 def _warn_of_emulation(arguments: TrainArguments) -> None:
-    """Name the faster setting where half precision was requested and the processor has no instructions for it."""
+    """Warn, and name the faster setting, if half precision is requested and the processor emulates it."""
     if not is_fast(arguments.precision, compute_device().type):
         logger.warning(
-            "%s was asked for, but this processor has no %s instructions and emulates them, several times slower than "
+            "%s was requested, but this processor has no %s instructions and emulates them, several times slower than "
             "fp32; use --deepspeed zero3_auto (ds_configs/zero3_auto.json), which takes fp32 here",
             arguments.precision, arguments.precision,
         )  # fmt: skip
 
 
 def _run_id(inputs: Inputs) -> dict[str, Any]:
-    """Return what identifies a run in the file that marks it as finished."""
+    """Return the fields that identify the run in the file that marks it as finished."""
     steps, arguments = all_steps(inputs), inputs.arguments
     return {
         "steps": steps.total, "model": arguments.model_name_or_path, "data": steps.data, "optim": arguments.optim,
     }  # fmt: skip
 
 
-def _has_ended(inputs: Inputs) -> bool:
-    """Return whether this run ended before: a scheduler may start a job again after its last step."""
+def _is_already_finished(inputs: Inputs) -> bool:
+    """Return whether the run is finished; a scheduler may start a job again after its last step."""
     if inputs.arguments.resume_from_checkpoint != "auto":
         return False
     run_id = _run_id(inputs)
@@ -105,13 +105,13 @@ def _has_ended(inputs: Inputs) -> bool:
     return ended
 
 
-def _begin(start: StartingPoint, inputs: Inputs) -> Monitor:
-    """Record in the output folder which run is in it now, delete checkpoints of another run, and open the metrics."""
+def _start_records(start: StartingPoint, inputs: Inputs) -> Monitor:
+    """Write the run's settings, delete checkpoints of another run, and open the metrics."""
     output_dir, rank = inputs.output_dir, dist.get_rank()
     if rank == 0:
         (output_dir / FINISHED).unlink(missing_ok=True)
         for folder in start.obsolete:
-            logger.info("%s of another run is deleted, as --overwrite_output_dir asks", folder)
+            logger.info("deleting %s of another run, because of --overwrite_output_dir", folder)
             remove(folder)
         _write_settings(output_dir, inputs.arguments, start.ds_config)
     try:
@@ -121,7 +121,7 @@ def _begin(start: StartingPoint, inputs: Inputs) -> Monitor:
 
 
 def _write_settings(folder: Path, arguments: TrainArguments, ds_config: dict[str, Any]) -> None:
-    """Write the run's arguments and DeepSpeed config as resolved."""
+    """Write the run's resolved arguments and DeepSpeed config."""
     try:
         arguments.dump(folder / "config.yaml")
         (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2), encoding="utf-8")

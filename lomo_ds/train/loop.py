@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Runs the remaining steps of a training job; a stop and a resume change nothing in what it computes.
+    """Runs the remaining steps of a training job; stopping and resuming does not change the result.
 
     Args:
-        progress: of the run so far.
-        stop: once requested, the current step is the last.
+        progress: progress of the run so far.
+        stop: a request to end after the current step.
         run_id: identifies this run, see ``mark_finished``.
     """
 
@@ -64,11 +64,11 @@ class Trainer:
         self.bar = tqdm(
             total=steps.total, initial=steps.step, unit="step", disable=not self.is_main, dynamic_ncols=True
         )
-        self.clock, self.counted = time.perf_counter(), steps.tokens  # at the last log line
+        self.logged_time, self.logged_tokens = time.perf_counter(), steps.tokens  # at the last log line
 
     def run(self) -> None:
         """Train, with evaluations before, during and after training; export the model, and print where it is."""
-        with self.bar:  # whatever is printed next starts on a new line
+        with self.bar:  # closes the bar, so that later output starts on a new line
             self._run()
 
     def _run(self) -> None:
@@ -81,7 +81,7 @@ class Trainer:
             if evaluation:
                 self.monitor.log(0, evaluation)
         else:
-            self._print(f"resumed: {self.steps.step} steps of {self.steps.total} were done")
+            self._print(f"resumed after step {self.steps.step} of {self.steps.total}")
         finished = self._train()
         self.checkpoints.wait()
         if not finished:
@@ -109,13 +109,13 @@ class Trainer:
             record: dict[str, float] = {}
             if self._is_due(self.arguments.logging_steps):
                 record |= self._metrics(learning_rate)
-                self._show(record)
+                self._update_bar(record)
             if not self._end_step(record):
                 return False
         return True
 
     def _end_step(self, record: dict[str, float]) -> bool:
-        """Evaluate, log and save where that is due; return False if a signal makes this the last step."""
+        """Evaluate, log and save if due; return False if a signal makes this the last step."""
         stopping = self._stop_requested()
         if self._is_due(self.arguments.eval_steps):
             evaluation = None if stopping else self._evaluate()
@@ -128,7 +128,7 @@ class Trainer:
         self.progress.unlogged = None
         if record:
             self.monitor.log(self.steps.step, record)
-            self.clock, self.counted = time.perf_counter(), self.steps.tokens
+            self.logged_time, self.logged_tokens = time.perf_counter(), self.steps.tokens
         if stopping or (self.arguments.save_steps and self._is_due(self.arguments.save_steps)):
             self.checkpoints.save(self.steps.step, self.steps.position, self.steps.data, last=stopping)
         return not stopping
@@ -137,7 +137,7 @@ class Trainer:
         return self.steps.step == self.steps.total or bool(every and self.steps.step % every == 0)
 
     def _stop_requested(self) -> bool:
-        """Return whether any rank has received a signal; every rank calls it."""
+        """Return whether any rank has received a signal; all ranks must call this."""
         requested = torch.tensor(float(self.stop.name is not None), device=self.engine.device)
         return bool(all_reduce_sum(requested, self.engine.seq_data_parallel_group).item())
 
@@ -151,7 +151,7 @@ class Trainer:
         progress, norm = self.progress, self.engine.get_global_grad_norm()
         finite = [loss for loss in progress.losses if math.isfinite(loss)]
         progress.losses = []
-        tokens_per_second = (self.steps.tokens - self.counted) / (time.perf_counter() - self.clock)
+        tokens_per_second = (self.steps.tokens - self.logged_tokens) / (time.perf_counter() - self.logged_time)
         return {
             "epoch": self.steps.epochs,
             "loss": fmean(finite) if finite else math.nan,
@@ -165,7 +165,7 @@ class Trainer:
             "failed_saves": float(progress.failed_saves),
         }
 
-    def _show(self, metrics: dict[str, float]) -> None:
+    def _update_bar(self, metrics: dict[str, float]) -> None:
         self.bar.set_postfix_str(
             f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s, "
             f"lr {metrics['learning_rate']:.2g}, norm {metrics['grad_norm']:.2f}"
@@ -191,7 +191,7 @@ class Trainer:
         sequences = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         numel = sum(zero3.full_shape(parameter).numel() for parameter in self.engine.module.parameters())
         return (
-            f"model: {numel / 1e6:.2f}M parameters, all of them trained, on {gpus} ranks\n"
+            f"model: {numel / 1e6:.2f}M parameters, all trained, on {gpus} ranks\n"
             f"batch: {arguments.per_device_train_batch_size} sequences x {arguments.gradient_accumulation_steps} "
             f"accumulated = {sequences} per GPU, x {gpus} GPUs = {sequences * gpus} in total; "
             f"{sequences * gpus * blocks.length} tokens per step\n"
@@ -200,8 +200,8 @@ class Trainer:
 
     def _print_stopped(self) -> None:
         self.bar.close()
-        who = self.stop.name or "a signal to another rank"
-        self._print(f"stopped by {who} after step {self.steps.step}: {self.checkpoints.resume_hint()}")
+        cause = self.stop.name or "a signal to another rank"
+        self._print(f"stopped by {cause} after step {self.steps.step}: {self.checkpoints.resume_hint()}")
 
     def _print_results(self, sample_after: str | None) -> None:
         before, output_dir = self.progress.before, self.output_dir

@@ -1,4 +1,4 @@
-"""What a run reports while it runs: metrics.jsonl, TensorBoard events, and each GPU's memory, use and power."""
+"""Metrics of a run: metrics.jsonl, TensorBoard events, and the memory, utilisation and power of each GPU."""
 
 import contextlib
 import json
@@ -17,21 +17,21 @@ logger = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Writes one record per logged step; rank 0 the training metrics, every rank its own GPU's.
+    """Writes one record per logged step: training metrics on rank 0, GPU metrics on every rank.
 
-    Files in ``output_dir``: ``metrics.jsonl``, one object per record; ``runs/`` for TensorBoard, the GPUs of
-    further ranks below it as ``rank1``, ``rank2`` and so on.
+    Files in ``output_dir``: ``metrics.jsonl``, one object per record; ``runs/`` for TensorBoard, with
+    subfolders ``rank1``, ``rank2`` and so on for the GPUs of the other ranks.
 
     Args:
-        step: that the run goes on from; what was recorded behind it is done again, and dropped. 0 begins anew.
+        step: the step to resume after; later records are dropped, since these steps are repeated. 0 drops all.
     """
 
     def __init__(self, output_dir: Path, rank: int, step: int = 0) -> None:
-        self.gpu = _own_gpu()
+        self.gpu = _nvml_handle()
         runs = output_dir / "runs"
         self.writer = None
         if rank == 0 or self.gpu is not None:
-            first = step + 1 if step else 0  # from which on older events are hidden
+            first = step + 1 if step else 0  # TensorBoard hides older events from this step on
             self.writer = SummaryWriter(str(runs if rank == 0 else runs / f"rank{rank}"), purge_step=first)
         self.file = _open_records(output_dir / "metrics.jsonl", step) if rank == 0 else None
 
@@ -41,13 +41,13 @@ class Monitor:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for opened in (self.file, self.writer):
             if opened is not None:
-                with contextlib.suppress(OSError):  # what could not be written has been told
+                with contextlib.suppress(OSError):  # a failed write was logged before
                     opened.close()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record ``metrics`` of ``step``; on ranks other than 0 only this rank's GPU is recorded.
+        """Record ``metrics`` of ``step``; ranks other than 0 record only the metrics of their GPU.
 
-        A full disk costs the record, not the run.
+        A failed write, on a full disk for example, is logged and does not end the run.
         """
         try:
             self._write(step, metrics)
@@ -75,34 +75,34 @@ class Monitor:
         }
         metrics = {}
         for name, read in readings.items():
-            with contextlib.suppress(pynvml.NVMLError):  # a shared GPU tells less
+            with contextlib.suppress(pynvml.NVMLError):  # some readings are unavailable on a shared GPU
                 metrics[name] = float(read())
         return metrics
 
 
 def _open_records(path: Path, step: int) -> TextIO:
-    """``metrics.jsonl``, with the records up to ``step`` of a run that goes on from there."""
-    kept = [line for line in _lines(path) if _step_of(line) <= step] if step else []
+    """Open ``metrics.jsonl`` for appending, with only the records up to ``step`` kept."""
+    kept = [line for line in _read_lines(path) if _step_of(line) <= step] if step else []
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
     return path.open("a", encoding="utf-8")
 
 
-def _lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
 
 
 def _step_of(line: str) -> float:
-    """The step of a record; that of a line cut short by a killed process is behind every other."""
+    """Return the step of a record; infinity for a line that a killed process left incomplete."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 
 
-def _own_gpu() -> pynvml.c_nvmlDevice_t | None:
-    """NVML's handle of the GPU this rank computes on; by UUID, since NVML ignores CUDA_VISIBLE_DEVICES."""
+def _nvml_handle() -> pynvml.c_nvmlDevice_t | None:
+    """Return NVML's handle of this rank's GPU, found by UUID because NVML ignores CUDA_VISIBLE_DEVICES."""
     if not torch.cuda.is_available():
         return None
     try:

@@ -1,13 +1,13 @@
-"""Where a run and an export may write: nothing that is read is written into, and nothing of worth is overwritten.
+"""Rules for the output folder of a run or an export: inputs and the results of other runs are never overwritten.
 
-| the output folder | ``launch/train.py`` | ``launch/export.py`` |
+| output folder | ``launch/train.py`` | ``launch/export.py`` |
 |---|---|---|
-| is, lies in, or holds a folder that is read | refused | refused |
-| is not there, or is empty | written | written |
-| holds a model, checkpoint or record that lomo_ds has not written | refused | refused |
-| holds the model of another run | needs ``--overwrite_output_dir`` | refused |
-| holds checkpoints of another run | needs ``--overwrite_output_dir``, and deletes them when training begins | refused |
-| is being written by another job | refused | refused |
+| is an input folder, is inside one, or contains one | refused | refused |
+| does not exist, or is empty | accepted | accepted |
+| contains a model, checkpoint or record that lomo_ds has not written | refused | refused |
+| contains the model of another run | needs ``--overwrite_output_dir`` | refused |
+| contains checkpoints of another run | needs ``--overwrite_output_dir``, which deletes them at start | refused |
+| is in use by another job | refused | refused |
 """
 
 import fcntl
@@ -23,123 +23,132 @@ from lomo_ds.errors import CheckpointError, ConfigError
 from lomo_ds.models import SAVING
 from lomo_ds.train.progress import FINISHED
 
-RECORDS = ("config.yaml", "ds_config.json", "metrics.jsonl")  # what every run writes, by names that others use too
+RECORDS = (
+    "config.yaml",
+    "ds_config.json",
+    "metrics.jsonl",
+)  # every run writes these; others use these names too
 MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin")
 
 
-def refuse_what_is_read(output_dir: Path, read: Iterable[str | Path]) -> None:
-    """Check that ``output_dir`` neither is, nor lies in, nor holds any folder of ``read``; symbolic links are followed.
+def check_input_overlap(output_dir: Path, input_folders: Iterable[str | Path]) -> None:
+    """Check that ``output_dir`` is not an input folder, inside one, or a parent of one; symbolic links are followed.
+
+    Args:
+        input_folders: the folders that are read.
 
     Raises:
-        ConfigError: it does; both are named, and a folder that can be written.
+        ConfigError: the folders overlap; the message names both and suggests another folder.
     """
-    for folder in map(Path, read):
-        relation = _relation(output_dir.resolve(), _whole(folder.resolve()))
+    for folder in map(Path, input_folders):
+        relation = _relation(output_dir.resolve(), _enclosing_folder(folder.resolve()))
         if folder.is_dir() and relation is not None:
             raise ConfigError(
-                f"--output_dir {output_dir} {relation} {folder}, which is read, and nothing may be written there; "
-                f"give a folder apart from it, {_beside(folder)} say"
+                f"--output_dir {output_dir} {relation} the input folder {folder}, where nothing may be written; "
+                f"give a separate folder, for example {_unused_sibling(folder)}"
             )
 
 
-def refuse_what_others_wrote(output_dir: Path) -> None:
+def check_foreign_files(output_dir: Path) -> None:
     """Check that a run in ``output_dir`` overwrites nothing that lomo_ds has not written.
 
     Raises:
-        ConfigError: it would; the file or folder is named.
+        ConfigError: it would; the message names the file or folder.
     """
-    ours = _is_of_a_run(output_dir)
-    strange = [] if (output_dir / MANIFEST).exists() else [f for name in MODEL_FILES for f in output_dir.glob(name)]
-    strange += [output_dir / name for name in RECORDS if not ours and (output_dir / name).exists()]
-    strange += [
+    is_run_output = _is_run_output(output_dir)
+    foreign = [] if (output_dir / MANIFEST).exists() else [f for name in MODEL_FILES for f in output_dir.glob(name)]
+    foreign += [output_dir / name for name in RECORDS if not is_run_output and (output_dir / name).exists()]
+    foreign += [
         folder for folder in output_dir.glob("checkpoint-*")
         if step_of(folder) >= 0 and not is_checkpoint(folder) and any(folder.iterdir())
     ]  # fmt: skip
-    if strange:
+    if foreign:
         raise ConfigError(
-            f"--output_dir {output_dir} holds {strange[0].name}, which lomo_ds has not written and a run would "
-            f"overwrite; give another, {_beside(output_dir)} say"
+            f"--output_dir {output_dir} contains {foreign[0].name}, which lomo_ds has not written and a run would "
+            f"overwrite; give another folder, for example {_unused_sibling(output_dir)}"
         )
 
 
-def refuse_input_files(arguments: TrainArguments) -> None:
-    """Check that no text to train on is one of the files that a run writes.
+def check_input_files(arguments: TrainArguments) -> None:
+    """Check that no input text is one of the files that the run writes.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: the run would overwrite an input text.
     """
     written = {(Path(arguments.output_dir) / name).resolve() for name in (*RECORDS, FINISHED)}
     for name in ("train_file", "validation_file"):
         file = getattr(arguments, name)
         if file is not None and Path(file).resolve() in written:
             raise ConfigError(
-                f"--{name} {file} would be overwritten by this run, as --output_dir is its folder; give another "
+                f"--{name} {file} would be overwritten by this run, because it is in --output_dir; give another "
                 "--output_dir"
             )
 
 
-def refuse_another_run(arguments: TrainArguments, resumed: Path | None, others: list[Path]) -> None:
-    """Check that ``output_dir`` holds nothing of another run, unless --overwrite_output_dir gives it up.
+def check_other_run(arguments: TrainArguments, resumed: Path | None, other_checkpoints: list[Path]) -> None:
+    """Check that ``output_dir`` contains no results of another run, unless --overwrite_output_dir is set.
 
     Args:
-        resumed: the checkpoint that the run goes on from.
-        others: see ``checkpoints_of_another_run``.
+        resumed: the checkpoint that the run resumes from.
+        other_checkpoints: see ``checkpoints_of_other_run``.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: it contains a checkpoint or the model of another run.
     """
     output_dir = Path(arguments.output_dir)
     if arguments.overwrite_output_dir:
         return
-    if others:
+    if other_checkpoints:
         raise ConfigError(
-            f"--output_dir {output_dir} holds {others[-1].name} of another run; go on from it with "
-            "--resume_from_checkpoint auto, give another --output_dir, or give it up with --overwrite_output_dir"
+            f"--output_dir {output_dir} contains {other_checkpoints[-1].name} of another run; resume from it "
+            "with --resume_from_checkpoint auto, give another --output_dir, or replace it with --overwrite_output_dir"
         )
-    goes_on = resumed is not None and resumed.resolve().parent == output_dir.resolve()
-    if not goes_on and ((output_dir / MANIFEST).exists() or (output_dir / FINISHED).exists()):
+    in_place = resumed is not None and resumed.resolve().parent == output_dir.resolve()
+    if not in_place and ((output_dir / MANIFEST).exists() or (output_dir / FINISHED).exists()):
         raise ConfigError(
-            f"--output_dir {output_dir} holds the model of another run; give another, {_beside(output_dir)} say, or "
-            "let this run replace it with --overwrite_output_dir"
+            f"--output_dir {output_dir} contains the model of another run; give another folder, for example "
+            f"{_unused_sibling(output_dir)}, or let this run replace it with --overwrite_output_dir"
         )
 
 
-def checkpoints_of_another_run(output_dir: Path, resumed: Path | None) -> list[Path]:
-    """Those that a later ``auto`` would mistake for this run's: all, but ``resumed`` and those before it."""
-    goes_on = resumed is not None and resumed.resolve().parent == output_dir.resolve()
-    up_to = step_of(resumed) if resumed is not None and goes_on else -1
-    return [folder for folder in list_checkpoints(output_dir) if step_of(folder) > up_to]
+def checkpoints_of_other_run(output_dir: Path, resumed: Path | None) -> list[Path]:
+    """Return the checkpoints that ``auto`` would later mistake for this run's: all after ``resumed``."""
+    in_place = resumed is not None and resumed.resolve().parent == output_dir.resolve()
+    last_step = step_of(resumed) if resumed is not None and in_place else -1
+    return [folder for folder in list_checkpoints(output_dir) if step_of(folder) > last_step]
 
 
-def refuse_full_folder(folder: Path) -> None:
-    """Check that an export to ``folder`` finds it empty, but for what one cut short has left.
+def check_empty_folder(folder: Path) -> None:
+    """Check that ``folder`` is new or empty, apart from the leftovers of an interrupted export.
 
     Raises:
-        CheckpointError: it is a file, or holds something.
+        CheckpointError: it is a file, or contains something else.
     """
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"--output_dir {folder} is a file; give a new folder, {_beside(folder)} say")
-    held = [file.name for file in sorted(folder.iterdir()) if file.name != SAVING] if folder.is_dir() else []
-    if held:
         raise CheckpointError(
-            f"--output_dir {folder} holds {held[0]}, and an export needs a folder that is new or empty; give another, "
-            f"{_beside(folder)} say"
+            f"--output_dir {folder} is a file; give a new folder, for example {_unused_sibling(folder)}"
+        )
+    contents = [file.name for file in sorted(folder.iterdir()) if file.name != SAVING] if folder.is_dir() else []
+    if contents:
+        raise CheckpointError(
+            f"--output_dir {folder} contains {contents[0]}, but an export needs a new or empty folder; give another, "
+            f"for example {_unused_sibling(folder)}"
         )
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other jobs out of ``folder`` as long as this one runs; a job that is killed keeps nobody out.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock ``folder`` against other jobs while the context is open; the lock of a killed job is released.
 
-    The folder itself is locked, so that no file is left behind. A file system that locks no folders (NFS, some parallel
-    ones), or not between hosts, keeps nobody out.
+    The lock is on the folder itself, so no lock file is left behind. It has no effect on a file system that does not
+    lock folders, or does not lock them across hosts (NFS, some parallel file systems).
 
     Raises:
-        ConfigError: another job writes there.
+        ConfigError: another job holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # of a file system that locks no folders
+        with suppress(OSError):  # raised by file systems that do not lock folders
             _lock(descriptor, folder)
         yield
     finally:
@@ -151,33 +160,35 @@ def _lock(descriptor: int, folder: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(
-            f"--output_dir {folder} is being written by another job; wait for it, or give another folder"
+            f"--output_dir {folder} is in use by another job; wait for it to end, or give another folder"
         ) from None
 
 
-def _relation(one: Path, other: Path) -> str | None:
-    """How ``one`` would disturb ``other``, both resolved; None if it would not."""
-    if one == other:
+def _relation(folder: Path, input_folder: Path) -> str | None:
+    """Return how ``folder`` overlaps ``input_folder``, both resolved, as a verb; None if it does not."""
+    if folder == input_folder:
         return "is"
-    if other in one.parents:
-        return "lies in"
-    return "holds" if one in other.parents else None
+    if input_folder in folder.parents:
+        return "is inside"
+    return "contains" if folder in input_folder.parents else None
 
 
-def _whole(folder: Path) -> Path:
-    """The folder that belongs together with ``folder``: of a snapshot in the hub's cache, the model's in the cache."""
+def _enclosing_folder(folder: Path) -> Path:
+    """Return the folder that must stay intact with ``folder``: for a snapshot in the hub's cache, that of its model."""
     return folder.parent.parent if folder.parent.name == "snapshots" else folder
 
 
-def _beside(folder: Path) -> Path:
-    """A folder of no use yet, on the same disk."""
-    whole = _whole(folder.resolve())
-    number = next(number for number in range(2, 10**6) if not whole.with_name(f"{whole.name}-{number}").exists())
-    return whole.with_name(f"{whole.name}-{number}")
+def _unused_sibling(folder: Path) -> Path:
+    """Return the path of a new folder beside ``folder``, with a number appended to its name."""
+    enclosing = _enclosing_folder(folder.resolve())
+    number = next(
+        number for number in range(2, 10**6) if not enclosing.with_name(f"{enclosing.name}-{number}").exists()
+    )
+    return enclosing.with_name(f"{enclosing.name}-{number}")
 
 
-def _is_of_a_run(folder: Path) -> bool:
-    """Whether a run of lomo_ds has written the records in ``folder``."""
+def _is_run_output(folder: Path) -> bool:
+    """Return whether a run of lomo_ds has written the records in ``folder``."""
     try:
         with (folder / "config.yaml").open(encoding="utf-8") as file:
             if file.readline().rstrip("\n") == HEADER:

@@ -1,4 +1,4 @@
-"""The plan of a training job: logged before it starts, and the advice where memory runs out."""
+"""Memory plan of a training job, logged before it starts, and advice if memory runs out."""
 
 import contextlib
 import dataclasses
@@ -17,17 +17,17 @@ from lomo_ds.planner import Plan, PlannedModel, advise, check_host_memory, detec
 
 logger = logging.getLogger(__name__)
 
-# Where a run that should have fit did not, the advice assumes this share of the memory that the plan needed
+# If a run does not fit although the plan does, the advice assumes this share of the planned memory
 ASSUMED_SHARE = 0.9
 
 
 class MemoryPreflight:
-    """Checks a job's plan before training, and explains with it where memory runs out.
+    """Checks a job's plan before training, and explains out-of-memory errors with it.
 
     Args:
-        config: of the model.
-        ds_config: with nothing left to fill in.
-        arguments: as resolved, their sequence length included.
+        config: configuration of the model.
+        ds_config: complete, without ``auto``.
+        arguments: resolved, including the sequence length.
     """
 
     def __init__(self, config: PretrainedConfig, ds_config: dict[str, Any], arguments: TrainArguments) -> None:
@@ -39,7 +39,7 @@ class MemoryPreflight:
         """Log the plan on rank 0; a job trains without one if the planner fails.
 
         Raises:
-            ConfigError: the job would pin more host memory than there is; it has not pinned any yet.
+            ConfigError: the job would pin more host memory than is available; none is pinned yet.
         """
         if dist.get_rank() != 0:
             return
@@ -48,17 +48,17 @@ class MemoryPreflight:
             plan = self._plan(model)
             advice = None if plan.fits_host else advise(plan, model)
         except Exception as error:
-            logger.info("plan: none could be made (%s)", error)
+            logger.info("plan: not available (%s)", error)
             return
         check_host_memory(plan, str(advice) if advice else None)
         logger.info("plan: %s", plan)
 
     @contextlib.contextmanager
     def explain_out_of_memory(self) -> Iterator[None]:
-        """Turn an out-of-memory error of the body into one that says what would fit.
+        """Replace an out-of-memory error of the body by one that advises what would fit.
 
         Raises:
-            DoesNotFitError: in the place of ``torch.OutOfMemoryError``.
+            DoesNotFitError: the body raised ``torch.OutOfMemoryError``.
         """
         try:
             yield
@@ -73,7 +73,7 @@ class MemoryPreflight:
             plan = self._plan(model)
             expectation = ""
             if plan.fits:
-                expectation = f"{plan} were expected, so see whether something else takes memory there; or "
+                expectation = f"{plan} were expected, so check whether another process uses memory there; or "
                 smaller = dataclasses.replace(plan.machine, gpu_memory=int(ASSUMED_SHARE * plan.gpu_bytes))
                 plan = plan_run(model, plan.settings, smaller)
             advice = advise(plan, model)

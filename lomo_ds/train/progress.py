@@ -1,4 +1,4 @@
-"""How far a training job has come: what it goes on from, and whether it has ended."""
+"""Progress of a training job: the state of the loop that checkpoints contain, and the mark of a finished run."""
 
 import json
 from dataclasses import dataclass, field
@@ -12,32 +12,32 @@ FINISHED = "finished.json"
 
 @dataclass
 class Progress:
-    """What the loop itself must remember when it is stopped and goes on, as JSON."""
+    """State of the training loop that a resumed run needs; stored as JSON."""
 
     step: int = 0
     epoch: int = 0
-    consumed: int = 0  # sequences of the epoch under way
-    losses: list[float] = field(default_factory=list)  # since the last log line
-    unlogged: dict[str, float] | None = None  # of a step whose evaluation was cut short
-    before: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step
-    evaluation: dict[str, float] = field(default_factory=dict)  # the last one
-    evaluated_step: int | None = None  # after which it was made
+    consumed: int = 0  # sequences of the current epoch
+    losses: list[float] = field(default_factory=list)  # of the steps since the last log line
+    unlogged: dict[str, float] | None = None  # metrics of a step whose evaluation was interrupted
+    before: dict[str, float] = field(default_factory=dict)  # evaluation before the first step
+    evaluation: dict[str, float] = field(default_factory=dict)  # last evaluation
+    evaluated_step: int | None = None  # step of the last evaluation
     sample_before: str | None = None
-    held_out: str | None = None  # digest of the text that evaluations are made on
-    prompt: str | None = None  # of the samples
-    best: float | None = None  # the lowest held-out loss of a saved checkpoint
+    held_out: str | None = None  # digest of the validation text
+    prompt: str | None = None  # of the text samples
+    best: float | None = None  # lowest held-out loss of a saved checkpoint
     best_step: int | None = None
-    saved_step: int | None = None  # of the last checkpoint that is whole
+    saved_step: int | None = None  # of the last complete checkpoint
     failed_saves: int = 0
 
     @classmethod
-    def resumed(cls, saved: dict[str, Any], held_out: str | None, prompt: str | None, in_place: bool) -> "Progress":
-        """How far a run had come, without what is no longer to be compared.
+    def restored(cls, saved: dict[str, Any], held_out: str | None, prompt: str | None, in_place: bool) -> "Progress":
+        """Return the progress of a checkpoint, without losses and samples that are no longer comparable.
 
         Args:
-            saved: of a checkpoint; one of before ``held_out`` and ``prompt`` were kept is taken to have had the same.
-            held_out, prompt: of now; figures of another text, and samples of another prompt, are dropped.
-            in_place: the run goes on in its folder; in another there is none of its checkpoints.
+            saved: the fields in the checkpoint; older ones without ``held_out`` and ``prompt`` count as unchanged.
+            held_out, prompt: the current ones; losses of another text and samples of another prompt are dropped.
+            in_place: whether the run resumes in its own folder; another folder has none of its checkpoints.
         """
         progress = cls(**{"held_out": held_out, "prompt": prompt} | saved)
         if progress.held_out != held_out:
@@ -51,21 +51,21 @@ class Progress:
 
     @property
     def position(self) -> Position:
-        """Where the data goes on."""
+        """Position in the training data."""
         return Position(self.epoch, self.consumed)
 
 
 def mark_finished(output_dir: Path, run: dict[str, Any]) -> None:
-    """Note that a run has ended, and its model is whole.
+    """Record that a run is finished and its model is complete.
 
     Args:
-        run: what tells it from other runs, as JSON.
+        run: fields that identify the run, stored as JSON.
     """
     (output_dir / FINISHED).write_text(json.dumps(run) + "\n", encoding="utf-8")
 
 
 def is_finished(output_dir: Path, run: dict[str, Any]) -> bool:
-    """Whether this very run has ended here."""
+    """Return whether this run is recorded as finished in ``output_dir``."""
     try:
         return json.loads((output_dir / FINISHED).read_text(encoding="utf-8")) == run
     except (OSError, ValueError):

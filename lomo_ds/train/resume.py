@@ -1,6 +1,6 @@
-"""What may change between a checkpoint and the run that goes on from it: each argument, config field and the model.
+"""Rules for what may change on resume: each argument, each field of the DeepSpeed config, and the model.
 
-``docs/resume.md`` has the rule as a table.
+``docs/resume.md`` contains the rules of the arguments as a table.
 """
 
 import json
@@ -19,147 +19,150 @@ from lomo_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-Rule = Literal["changes", "stays", "moves", "apart"]
-MEANINGS: dict[Rule, str] = {
-    "changes": "takes effect from the first step",
-    "stays": "refused",
-    "moves": "accepted where it holds the same, else refused",
-    "apart": "of this start alone, not compared",
+Rule = Literal["free", "fixed", "movable", "ignored"]
+RULE_MEANINGS: dict[Rule, str] = {
+    "free": "takes effect from the first step",
+    "fixed": "refused",
+    "movable": "accepted if the content is the same, otherwise refused",
+    "ignored": "applies to this start only, not compared",
 }
-RULES: dict[str, Rule] = {  # of the arguments; what is not here "changes"
-    "model_name_or_path": "moves",
-    "train_file": "moves",
-    "tokenizer_name": "moves",
-    "output_dir": "apart",
-    "overwrite_output_dir": "apart",
-    "resume_from_checkpoint": "apart",
-    "local_rank": "apart",
-    "pad_token": "stays",
-    "new_special_tokens": "stays",
-    "resize_embeddings": "stays",
-    "max_seq_length": "stays",
-    "rope_scaling": "stays",
-    "seed": "stays",
-    "optim": "stays",
-    "bf16": "stays",
-    "fp16": "stays",
-    "weights": "stays",
+RULES: dict[str, Rule] = {  # by argument; all others are "free"
+    "model_name_or_path": "movable",
+    "train_file": "movable",
+    "tokenizer_name": "movable",
+    "output_dir": "ignored",
+    "overwrite_output_dir": "ignored",
+    "resume_from_checkpoint": "ignored",
+    "local_rank": "ignored",
+    "pad_token": "fixed",
+    "new_special_tokens": "fixed",
+    "resize_embeddings": "fixed",
+    "max_seq_length": "fixed",
+    "rope_scaling": "fixed",
+    "seed": "fixed",
+    "optim": "fixed",
+    "bf16": "fixed",
+    "fp16": "fixed",
+    "weights": "fixed",
 }
-NEWEST = ("latest", "last", "true", "yes", "1")  # Hugging Face's Trainer takes True for it
-NOTHING = ("", "none", "false", "no", "0")
-# of a model's config.json, what does not decide the function that is trained
-NO_FUNCTION = {
+NEWEST_WORDS = ("latest", "last", "true", "yes", "1")  # Hugging Face's Trainer accepts True
+NONE_WORDS = ("", "none", "false", "no", "0")
+# Fields of a model's config.json that do not change the function that the model computes
+NON_FUNCTIONAL_FIELDS = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict",
     "output_attentions", "output_hidden_states", "bos_token_id", "eos_token_id", "id2label", "label2id",
 }  # fmt: skip
 
 
-def rule_of(argument: str) -> Rule:
-    """What becomes of an argument that differs when a run is resumed."""
-    return RULES.get(argument, "changes")
+def resume_rule(argument: str) -> Rule:
+    """Return the rule for an argument whose value has changed since the checkpoint was saved."""
+    return RULES.get(argument, "free")
 
 
-def resume_from(arguments: TrainArguments) -> Path | None:
-    """The folder of a checkpoint, or of a run whose newest is meant; None to begin anew.
+def requested_checkpoint(arguments: TrainArguments) -> Path | None:
+    """Return the folder that --resume_from_checkpoint names: a checkpoint, or a run whose newest one is loaded.
+
+    Returns:
+        The folder; None to start at the first step.
 
     Raises:
-        CheckpointError: the run's own newest must be there, and ``output_dir`` holds none.
+        CheckpointError: a checkpoint in ``output_dir`` is required, and there is none.
     """
-    asked, output_dir = arguments.resume_from_checkpoint, Path(arguments.output_dir)
-    word = "" if asked is None else asked.lower()
-    if word in NOTHING:
+    requested, output_dir = arguments.resume_from_checkpoint, Path(arguments.output_dir)
+    word = "" if requested is None else requested.lower()
+    if word in NONE_WORDS:
         return None
     if word == "auto":
         return output_dir
-    if word not in NEWEST:
-        folder = Path(str(asked))
+    if word not in NEWEST_WORDS:
+        folder = Path(str(requested))
         return output_dir if folder.resolve() == output_dir.resolve() else folder
     if not list_checkpoints(output_dir):
         raise CheckpointError(
-            f"--resume_from_checkpoint {asked} goes on from the newest checkpoint in --output_dir {output_dir}, which "
-            "holds none; give the folder of one, or auto, which begins anew then"
+            f"--resume_from_checkpoint {requested} resumes from the newest checkpoint in --output_dir {output_dir}, "
+            "but there is none; give the folder of a checkpoint, or use auto to start from the beginning"
         )
     return output_dir
 
 
-def refuse_what_stays(found: Path, arguments: TrainArguments) -> None:
-    """Check the arguments that must be those of the checkpoint in the folder ``found``.
+def check_fixed_arguments(folder: Path, arguments: TrainArguments) -> None:
+    """Check that the fixed arguments have the values that the checkpoint in ``folder`` was saved with.
 
     Raises:
-        CheckpointError: some differ; each is named, with both values.
+        CheckpointError: an argument differs; the message names each, with both values.
     """
-    saved = _saved_arguments(found)
-    differ = [
-        f"--{name} {now} against {before} then" for name, (before, now) in _differences(saved, vars(arguments)).items()
-        if rule_of(name) == "stays"
+    saved = _saved_arguments(folder)
+    changes = [
+        f"--{name} {now} (saved: {before})" for name, (before, now) in _differences(saved, vars(arguments)).items()
+        if resume_rule(name) == "fixed"
     ]  # fmt: skip
-    if differ:
+    if changes:
         raise CheckpointError(
-            f"{found} was saved with other arguments, which a run keeps to its end: {'; '.join(differ)}; give those of "
-            "then, or another --output_dir without --resume_from_checkpoint"
+            f"{folder} was saved with other arguments, which must not change on resume: {'; '.join(changes)}; give the "
+            "saved values, or another --output_dir without --resume_from_checkpoint"
         )
 
 
-def refuse_another_function(found: Path, config: PretrainedConfig) -> None:
-    """Check that the checkpoint in the folder ``found`` is of a model that computes what ``config`` describes.
+def check_same_model_function(folder: Path, config: PretrainedConfig) -> None:
+    """Check that the model of the checkpoint in ``folder`` computes the same function as ``config`` describes.
 
     Raises:
-        CheckpointError: it is not; the fields that differ are named, with both values.
+        CheckpointError: a field differs; the message names each, with both values.
     """
-    saved = _json(found / MODEL / "config.json")
+    saved = _read_json(folder / MODEL / "config.json")
     if not saved:
         return
     now, before = config.to_dict(), type(config).from_dict(saved).to_dict()
-    if saved.get("model_type") != now.get("model_type"):  # each class of configuration writes its own
+    if saved.get("model_type") != now.get("model_type"):  # to_dict writes the model_type of the class
         before["model_type"] = saved.get("model_type")
-    differ = [
-        f"{name} {json.dumps(value, default=str)} against {json.dumps(before.get(name), default=str)} then"
+    changes = [
+        f"{name} {json.dumps(value, default=str)} (saved: {json.dumps(before.get(name), default=str)})"
         for name, value in now.items()
-        if value != before.get(name) and name not in NO_FUNCTION and not name.endswith(("dropout", "pdrop"))
+        if value != before.get(name) and name not in NON_FUNCTIONAL_FIELDS and not name.endswith(("dropout", "pdrop"))
     ]
-    if differ:
+    if changes:
         raise CheckpointError(
-            f"{found} is of a model with another config.json: {'; '.join(differ)}; resume with the model it was saved "
-            "with, or give another --output_dir"
+            f"{folder} was saved from a model with another config.json: {'; '.join(changes)}; resume with the same "
+            "model, or give another --output_dir"
         )
 
 
-def log_changes(found: Checkpoint, arguments: TrainArguments, ds_config: dict[str, Any]) -> None:
-    """Say in a line which arguments and fields of the DeepSpeed config are no longer those of the checkpoint."""
+def log_changes(checkpoint: Checkpoint, arguments: TrainArguments, ds_config: dict[str, Any]) -> None:
+    """Log in one line the arguments and fields of the DeepSpeed config that differ from those of the checkpoint."""
     changed = {
-        f"--{name}": pair for name, pair in _differences(_saved_arguments(found.folder), vars(arguments)).items()
-        if rule_of(name) in ("changes", "moves")
+        f"--{name}": pair for name, pair in _differences(_saved_arguments(checkpoint.folder), vars(arguments)).items()
+        if resume_rule(name) in ("free", "movable")
     }  # fmt: skip
-    before, now = _flat(_json(found.folder / "ds_config.json")), _flat(ds_config)
+    before, now = _flatten(_read_json(checkpoint.folder / "ds_config.json")), _flatten(ds_config)
     if before:
-        spoken_of = {*shared_fields(), "train_batch_size"}
+        shared = {*shared_fields(), "train_batch_size"}
         pairs = {name: (before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys())}
-        changed |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in spoken_of}
+        changed |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in shared}
     if changed:
-        logger.info("changed since %s was saved: %s", found.folder.name, _joined(changed))
+        logger.info("changed since %s was saved: %s", checkpoint.folder.name, _format_changes(changed))
 
 
 def log_nothing_to_do(output_dir: Path, arguments: TrainArguments, steps: int) -> None:
-    """Say that the run of ``steps`` steps has ended in ``output_dir``, and which arguments it had otherwise."""
-    logger.info("nothing to do: the run of %d steps has ended, and its model is in %s", steps, output_dir)
-    other = {
+    """Log that the run of ``steps`` steps in ``output_dir`` is finished, and warn of arguments that have changed."""
+    logger.info("nothing to do: the run of %d steps is finished, and its model is in %s", steps, output_dir)
+    changes = {
         f"--{name}": pair for name, pair in _differences(_saved_arguments(output_dir), vars(arguments)).items()
-        if rule_of(name) != "apart"
+        if resume_rule(name) != "ignored"
     }  # fmt: skip
-    if other:
+    if changes:
         logger.warning(
-            "that run had other arguments, and these have no effect: %s; to train with them, give another "
+            "that run had other arguments, so these have no effect: %s; to train with them, give another "
             "--output_dir, or --overwrite_output_dir without --resume_from_checkpoint",
-            _joined(other),
+            _format_changes(changes),
         )
 
 
-def _joined(changes: dict[str, tuple[Any, Any]]) -> str:
+def _format_changes(changes: dict[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changes.items())
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Both values of what is not as it was saved; an argument that was not known then is as its default."""
+    """Return both values of each argument that has changed; an argument that was not saved had its default."""
     default = {field.name: field.default for field in fields(TrainArguments)}
     if not saved:
         return {}
@@ -168,9 +171,9 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 
 
 def _saved_arguments(folder: Path) -> dict[str, Any]:
-    """The arguments that a checkpoint or run was saved with; none where launch/train.py's config.yaml is not there.
+    """Return the arguments that a checkpoint or run was saved with; empty if there is no readable config.yaml.
 
-    In a run's own folder a person may have edited it into no YAML, or into another kind.
+    A user may have edited the config.yaml of a run's folder into invalid YAML, or into something else than a mapping.
     """
     try:
         saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -179,21 +182,21 @@ def _saved_arguments(folder: Path) -> dict[str, Any]:
     return saved if isinstance(saved, dict) else {}
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _flat(section: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Fields of a config by their paths, ``optimizer.params.lr`` for example."""
+def _flatten(section: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return the fields of a config by path, ``optimizer.params.lr`` for example."""
     flat: dict[str, Any] = {}
     for name, value in section.items():
-        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
+        flat |= _flatten(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
     return flat
 
 
-def table() -> str:
-    """The rules as the table in ``docs/resume.md``."""
+def rules_table() -> str:
+    """Return the rules as the table in ``docs/resume.md``."""
     return "\n".join(
         ["| argument | with another value |", "|---|---|"]
-        + [f"| `--{field.name}` | {MEANINGS[rule_of(field.name)]} |" for field in fields(TrainArguments)]
+        + [f"| `--{field.name}` | {RULE_MEANINGS[resume_rule(field.name)]} |" for field in fields(TrainArguments)]
     )

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: a request to finish the step under way, save and leave."""
+"""SIGTERM and SIGUSR1 as a request to finish the current step, save a checkpoint and exit."""
 
 import os
 import signal
@@ -8,46 +8,47 @@ import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-ECHO = 1.0  # seconds: a scheduler signals every process of a job, and a launcher among them passes it on
+ECHO = 1.0  # seconds: a process may get a signal twice, from the scheduler and from the launcher that forwards it
 
 
 class StopRequest:
-    """Notes the first of ``SIGNALS``; the second ends this process at once, wherever it is.
+    """Records the first of ``SIGNALS``; the second one ends this process at once, whatever it is doing.
 
-    Use it as a context manager: outside, the signals do what they did before. Python runs a handler between two of
-    its own instructions, which a hung collective never reaches; a thread hears of every signal without that.
+    Use it as a context manager; on exit the previous handlers are restored. Python runs a signal handler only between
+    two bytecode instructions, which a hung collective never reaches. A thread that reads the wakeup file descriptor
+    receives every signal nevertheless.
 
     Attributes:
-        name: of the signal that came; None if none did.
+        name: the first signal that was received, ``SIGTERM`` for example; None before.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
 
     def __enter__(self) -> "StopRequest":
-        self.heard, self.told = socket.socketpair()
-        self.told.setblocking(False)
-        self.wakeup_before = signal.set_wakeup_fd(self.told.fileno(), warn_on_full_buffer=False)
-        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self.receiver, self.sender = socket.socketpair()
+        self.sender.setblocking(False)
+        self.previous_wakeup_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
+        self.previous_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         self.thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self.thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self.wakeup_before)
-        self.told.close()
+        signal.set_wakeup_fd(self.previous_wakeup_fd)
+        self.sender.close()
         self.thread.join()
-        self.heard.close()
+        self.receiver.close()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.name is None:
             self.name = signal.Signals(number).name
 
     def _listen(self) -> None:
         first: float | None = None
-        while number := self.heard.recv(1):
+        while number := self.receiver.recv(1):
             if number[0] not in SIGNALS:
                 continue
             if first is None:

@@ -1,4 +1,4 @@
-"""Where a training job starts: at the first step, at a checkpoint, or not at all because the run has ended."""
+"""Starting point of a training job: the first step or a checkpoint, checked against the arguments."""
 
 import copy
 from dataclasses import dataclass
@@ -26,20 +26,20 @@ from lomo_ds.errors import CheckpointError
 from lomo_ds.models import meta_model, saved_tensors
 from lomo_ds.numerics.precision import DTYPES
 from lomo_ds.train.inputs import Inputs
-from lomo_ds.train.output_folder import checkpoints_of_another_run, refuse_another_run, refuse_what_is_read
+from lomo_ds.train.output_folder import check_input_overlap, check_other_run, checkpoints_of_other_run
 from lomo_ds.train.preflight import MemoryPreflight
 from lomo_ds.train.progress import Progress
-from lomo_ds.train.resume import log_changes, refuse_another_function, refuse_what_stays, resume_from
+from lomo_ds.train.resume import check_fixed_arguments, check_same_model_function, log_changes, requested_checkpoint
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """The state that a training job starts from, with every setting resolved.
+    """State that a training job starts from, with all settings resolved.
 
     Attributes:
-        checkpoint: verified; None to start at the first step.
+        checkpoint: the verified checkpoint; None to start at the first step.
         obsolete: checkpoints of another run, to be deleted when training begins.
-        ds_config: with nothing left to fill in.
+        ds_config: complete, without ``auto``.
     """
 
     checkpoint: Checkpoint | None
@@ -51,7 +51,7 @@ class StartingPoint:
 
 
 def all_steps(inputs: Inputs) -> TrainingSteps:
-    """Return the steps of the whole run, from the first."""
+    """Return all steps of the run."""
     return _steps(inputs, Progress())
 
 
@@ -62,20 +62,20 @@ def find_starting_point(inputs: Inputs) -> StartingPoint:
         LomoError: the checkpoint is missing or damaged, or the arguments contradict it or the output folder; the other
             ranks raise ``PeerError``.
     """
-    folder, is_run, tensors = raise_on_all_ranks(lambda: _requested_checkpoint(inputs))
+    folder, is_run, tensors = raise_on_all_ranks(lambda: _find_checkpoint_folder(inputs))
     checkpoint = None
     if folder is not None:
-        open_it = open_newest if is_run else open_checkpoint
-        checkpoint = open_it(folder, tensors, check=lambda path, record: _check_same_run(inputs, path, record))
+        open_function = open_newest if is_run else open_checkpoint
+        checkpoint = open_function(folder, tensors, check=lambda path, record: _check_same_run(inputs, path, record))
     return raise_on_all_ranks(lambda: _start_at(checkpoint, inputs))
 
 
-def _requested_checkpoint(inputs: Inputs) -> tuple[Path | None, bool, dict[str, list[Any]]]:
+def _find_checkpoint_folder(inputs: Inputs) -> tuple[Path | None, bool, dict[str, list[Any]]]:
     """Return the folder to resume from, whether it is a run rather than a checkpoint, and the tensors it must hold."""
     tensors = describe_tensors(_stored_tensors(inputs))
     if dist.get_rank() == 0:
         remove_unfinished(inputs.output_dir)
-    folder = resume_from(inputs.arguments)
+    folder = requested_checkpoint(inputs.arguments)
     is_run = folder is not None and (folder == inputs.output_dir or is_run_folder(folder))
     return folder, is_run, tensors
 
@@ -91,13 +91,13 @@ def _stored_tensors(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _check_same_run(inputs: Inputs, folder: Path, record: dict[str, Any]) -> None:
-    """Raise if the checkpoint was saved with other arguments, another model or another text."""
-    refuse_what_stays(folder, inputs.arguments)
-    refuse_another_function(folder, inputs.config)
+    """Raise if the checkpoint was saved with other fixed arguments, another model or another text."""
+    check_fixed_arguments(folder, inputs.arguments)
+    check_same_model_function(folder, inputs.config)
     saved, data = record["client_state"].get("data"), all_steps(inputs).data
     if saved != data:
         raise CheckpointError(
-            f"{folder} was saved while training on {saved}, and --train_file, --max_seq_length and --seed give "
+            f"{folder} was saved while training on {saved}, but --train_file, --max_seq_length and --seed give "
             f"{data}; resume with the same text, length and seed, or give another --output_dir"
         )
 
@@ -106,11 +106,11 @@ def _start_at(checkpoint: Checkpoint | None, inputs: Inputs) -> StartingPoint:
     arguments, output_dir = inputs.arguments, inputs.output_dir
     folder = checkpoint.folder if checkpoint else None
     if folder is not None and folder.resolve().parent != output_dir.resolve():
-        refuse_what_is_read(output_dir, [folder])
-    # while resuming in place, newer checkpoints than the one opened were damaged, and are not another run's
-    in_place = resume_from(arguments) == output_dir
-    obsolete = [] if in_place else checkpoints_of_another_run(output_dir, folder)
-    refuse_another_run(arguments, folder, obsolete)
+        check_input_overlap(output_dir, [folder])
+    # When resuming in place, checkpoints newer than the opened one are damaged, not another run's.
+    in_place = requested_checkpoint(arguments) == output_dir
+    obsolete = [] if in_place else checkpoints_of_other_run(output_dir, folder)
+    check_other_run(arguments, folder, obsolete)
     progress = _progress(checkpoint, inputs)
     steps = _steps(inputs, progress)
     _check_steps_left(steps, arguments)
@@ -132,11 +132,11 @@ def _progress(checkpoint: Checkpoint | None, inputs: Inputs) -> Progress:
     if checkpoint is None:
         return Progress(held_out=held_out, prompt=prompt)
     in_place = checkpoint.folder.resolve().parent == inputs.output_dir.resolve()
-    return Progress.resumed(checkpoint.record["client_state"]["progress"], held_out, prompt, in_place)
+    return Progress.restored(checkpoint.record["client_state"]["progress"], held_out, prompt, in_place)
 
 
 def _steps(inputs: Inputs, progress: Progress) -> TrainingSteps:
-    """Return the steps that are left of the run after ``progress``."""
+    """Return the remaining steps of the run after ``progress``."""
     arguments = inputs.arguments
     return TrainingSteps(
         inputs.training,
@@ -155,18 +155,18 @@ def _steps(inputs: Inputs, progress: Progress) -> TrainingSteps:
 def _check_steps_left(steps: TrainingSteps, arguments: TrainArguments) -> None:
     if steps.step > steps.total:
         raise CheckpointError(
-            f"the checkpoint to resume from is {steps.step} steps old, and the run is to have {steps.total}; give at "
-            f"least --max_steps {steps.step}, or resume from an older one"
+            f"the checkpoint to resume from was saved after step {steps.step}, but the run has {steps.total} steps; "
+            f"give at least --max_steps {steps.step}, or resume from an older checkpoint"
         )
     if arguments.max_steps <= 0 and steps.is_past_end:
         raise CheckpointError(
-            f"the checkpoint to resume from has seen the text {steps.epochs:g} times, and the run is to see it "
-            f"{arguments.num_train_epochs:g} times; give a larger --num_train_epochs, or resume from an older one"
+            f"the checkpoint to resume from has trained for {steps.epochs:g} epochs, but the run has "
+            f"{arguments.num_train_epochs:g}; give a larger --num_train_epochs, or resume from an older checkpoint"
         )
 
 
 def _with_saved_choices(ds_config: dict[str, Any], checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """Let ``auto`` mean what it meant in the checkpoint: another schedule is as exact, but rounds differently."""
+    """Replace ``auto`` by the values chosen in the checkpoint, since another schedule rounds differently."""
     if checkpoint is None or checkpoint.record["world_size"] != dist.get_world_size():
         return ds_config
     config = copy.deepcopy(ds_config)

@@ -19,24 +19,24 @@ def yaml_file(folder: Path, text: str) -> str:
 
 def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     config = yaml_file(tmp_path, "learning_rate: 1e-2\nmax_steps: 7\nbf16: true\nvalidation_file: null\n")
-    arguments, given = parse_arguments(["--config", config, *REQUIRED, "--max_steps=9"])
+    arguments, explicit = parse_arguments(["--config", config, *REQUIRED, "--max_steps=9"])
     assert (arguments.learning_rate, arguments.max_steps, arguments.bf16) == (0.01, 9, True)
     assert (arguments.seed, arguments.validation_file) == (42, None)
-    assert given == {"learning_rate", "max_steps", "bf16", "model_name_or_path", "train_file", "output_dir"}
+    assert explicit == {"learning_rate", "max_steps", "bf16", "model_name_or_path", "train_file", "output_dir"}
 
 
 @pytest.mark.parametrize(("optim", "learning_rate"), [("lomo", 0.03), ("adamw", 5e-5), ("sgd", 0.03)])
 def test_each_optimizer_has_its_own_learning_rate(tmp_path: Path, optim: str, learning_rate: float) -> None:
-    arguments, given = parse_arguments([*REQUIRED, "--optim", optim])
+    arguments, explicit = parse_arguments([*REQUIRED, "--optim", optim])
     assert arguments.learning_rate == learning_rate
-    assert "learning_rate" not in given
+    assert "learning_rate" not in explicit
     arguments.dump(tmp_path / "config.yaml")
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["learning_rate"] == learning_rate
     assert parse_arguments([*REQUIRED, "--optim", optim, "--learning_rate", "1"])[0].learning_rate == 1
 
 
 def test_what_is_dumped_reads_back(tmp_path: Path) -> None:
-    """But for the leave to overwrite, which is given once."""
+    """All but --overwrite_output_dir, which applies to one start only."""
     arguments, _ = parse_arguments([*REQUIRED, "--gradient_checkpointing", "--lr_scheduler_type", "cosine"])
     dataclasses.replace(arguments, overwrite_output_dir=True).dump(tmp_path / "config.yaml")
     assert parse_arguments(["--config", str(tmp_path / "config.yaml")])[0] == arguments

@@ -314,7 +314,7 @@ def test_a_job_has_equal_losses_and_resumes_from_checkpoints_without_tiling(
     checkpoint = tmp_path / "tiled/checkpoint-2"
     more |= {"tiled_logits": "false", "resume_from_checkpoint": checkpoint}
     said, resumed = run_job(ranks(2), demo, tmp_path / "resumed", **more)
-    assert "resumed: 2 steps of 4" in said
+    assert "resumed after step 2 of 4" in said
     assert_same_losses(resumed, plain[-len(resumed) :])
 
 

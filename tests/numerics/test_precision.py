@@ -103,7 +103,7 @@ def emulating(arguments: list[str]) -> tuple[int, list[str]]:
     ("config", "line"),
     [
         ("zero3_auto.json", "precision auto: fp32, for this processor has no bf16 instructions"),
-        ("zero3_bf16.json", "bf16 was asked for, but this processor has no bf16 instructions .*zero3_auto.json"),
+        ("zero3_bf16.json", "bf16 was requested, but this processor has no bf16 instructions .*zero3_auto.json"),
     ],
 )
 def test_a_run_says_once_which_precision_it_takes_or_should(

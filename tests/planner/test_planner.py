@@ -479,7 +479,7 @@ def test_an_out_of_memory_error_says_which_settings_fit(ranks: GroupOf, demo: Pa
     assert error.count("error:") == 1
     assert "Traceback" not in error
     assert "rank 0 has no GPU memory left: CUDA out of memory; " in error
-    assert "see whether something else takes memory there; or it fits with " in error, "a tiny model on a large host"
+    assert "check whether another process uses memory there; or it fits with " in error, "a tiny model on a large host"
     assert "error: rank 1 has no GPU memory left" in other_error, "rank 1 is not aborted while it waits for rank 0"
 
 

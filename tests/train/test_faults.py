@@ -49,7 +49,7 @@ def wait_for_step(job: Job, out: Path, step: int) -> None:
 def resumed(dropout: Path, tmp_path: Path) -> bytes:
     again = Job([*training_arguments(dropout, tmp_path / "out", STEPS, "fp32"), *RESTART], 3, tmp_path / "second.log")
     assert again.wait() == [0, 0, 0], again.log.read_text()
-    assert "resumed: " in again.log.read_text()
+    assert "resumed after step " in again.log.read_text()
     return weights_of(tmp_path / "out")
 
 
@@ -86,7 +86,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all_well(
     assert job.wait(timeout=30.0) == [0, 0, 0]
     said = job.log.read_text()
     assert "stopped by a signal to another rank after step " in said
-    assert "is saved; go on with --resume_from_checkpoint auto" in said
+    assert "is saved; resume with --resume_from_checkpoint auto" in said
     assert resumed(dropout, tmp_path) == left_alone
 
 

@@ -175,9 +175,9 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"deepspeed": "{broken}/nowhere.json"}, "nowhere.json cannot be read"),
         (
             {"model_name_or_path": "{broken}/small", "output_dir": "{broken}/small/out"},
-            "small/out lies in .*small, which is read, and nothing may be written there; give .*small-2 say",
+            "small/out is inside the input folder .*small, where nothing may be written; give .*small-2",
         ),
-        ({"output_dir": "{broken}/file/below"}, "--output_dir .* cannot be made: Not a directory"),
+        ({"output_dir": "{broken}/file/below"}, "--output_dir .* cannot be created: Not a directory"),
     ],
 )
 def test_says_no_in_one_sentence(

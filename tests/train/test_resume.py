@@ -130,10 +130,10 @@ def test_stopped_twice_by_signals_and_resumed(
     argv = [*arguments(dropout, tmp_path / "stopped", **more), "--resume_from_checkpoint=auto"]
     said = run(ranks(2), argv, {(1, 5): "SIGUSR1"})
     assert "after step 5: " in said
-    assert "checkpoint-5 is saved; go on with --resume_from_checkpoint auto" in said
+    assert "checkpoint-5 is saved; resume with --resume_from_checkpoint auto" in said
     assert not (tmp_path / "stopped/model.safetensors").exists()
     assert "stopped by SIGTERM after step 9" in run(ranks(2), argv, {(0, 4): "SIGTERM"})
-    assert "resumed: 9 steps of " in run(ranks(2), argv)
+    assert "resumed after step 9 of " in run(ranks(2), argv)
     assert_same(tmp_path / "whole", tmp_path / "stopped")
     scales = {record["loss_scale"] for record in records(tmp_path / "whole")[1:] if "loss_scale" in record}
     assert (len(scales) > 2) == (precision == "fp16")
@@ -148,7 +148,7 @@ def test_killed_between_checkpoints_what_follows_is_done_again(ranks: GroupOf, d
     with (tmp_path / "killed/metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
     (tmp_path / "killed/checkpoint-6.partial").mkdir()
-    assert "resumed: 4 steps of 8" in run(ranks(2), [*argv, "--resume_from_checkpoint=auto"])
+    assert "resumed after step 4 of 8" in run(ranks(2), [*argv, "--resume_from_checkpoint=auto"])
     assert_same(tmp_path / "whole", tmp_path / "killed")
     assert [folder.name for folder in list_checkpoints(tmp_path / "killed")] == ["checkpoint-4", "checkpoint-8"]
     assert not list((tmp_path / "killed").glob("*.partial"))
@@ -235,7 +235,7 @@ def refused(ranks: Ranks, argv: list[str]) -> str:
 
 def test_an_output_dir_with_checkpoints_is_not_begun_anew(ranks: GroupOf, dropout: Path, two_saved: Path) -> None:
     said = refused(ranks(2), arguments(dropout, two_saved, max_steps=4))
-    assert "holds checkpoint-4 of another run; go on from it with --resume_from_checkpoint auto" in said
+    assert "contains checkpoint-4 of another run; resume from it with --resume_from_checkpoint auto" in said
 
 
 def test_a_finished_run_is_not_run_again(ranks: GroupOf, dropout: Path, two_saved: Path) -> None:
@@ -263,11 +263,11 @@ def test_a_run_that_is_given_up_leaves_no_checkpoint_behind(
     shutil.copytree(two_saved, copy := tmp_path / "copy")
     argv = arguments(dropout, copy, max_steps=1, save_steps=1, learning_rate=0.1)
     said = logged(ranks(2), [*argv, "--overwrite_output_dir"])
-    assert "checkpoint-4 of another run is deleted" in said
+    assert "checkpoint-4 of another run, because of --overwrite_output_dir" in said
     assert [folder.name for folder in list_checkpoints(copy)] == ["checkpoint-1"]
     assert [record["step"] for record in records(copy)] == [0, 1]
     shutil.rmtree(copy / "checkpoint-1")
-    assert "holds the model of another run; give another, " in refused(ranks(2), argv)
+    assert "contains the model of another run; give another folder, " in refused(ranks(2), argv)
 
 
 def test_damaged_checkpoints_are_passed_over(ranks: GroupOf, dropout: Path, two_saved: Path, tmp_path: Path) -> None:
@@ -276,10 +276,10 @@ def test_damaged_checkpoints_are_passed_over(ranks: GroupOf, dropout: Path, two_
     (copy / "checkpoint-4/state.json").write_text("{}")
     argv = arguments(dropout, copy, max_steps=4)
     assert "state.json is damaged" in refused(ranks(2), [*argv, f"--resume_from_checkpoint={copy}/checkpoint-4"])
-    assert "holds checkpoint-4 of another run" in (
+    assert "contains checkpoint-4 of another run" in (
         refused(ranks(2), [*argv, f"--resume_from_checkpoint={copy}/checkpoint-2"])
     )
-    assert "resumed: 2 steps of 4" in run(ranks(2), [*argv, "--resume_from_checkpoint=auto"])
+    assert "resumed after step 2 of 4" in run(ranks(2), [*argv, "--resume_from_checkpoint=auto"])
     for folder in list_checkpoints(copy):
         (folder / "state.json").unlink()
     (copy / "finished.json").unlink()
@@ -293,14 +293,14 @@ def test_another_text_or_order_is_refused(ranks: GroupOf, dropout: Path, two_sav
     assert "resume with the same text, length and seed" in said
     assert "there is no checkpoint" in refused(ranks(2), [*argv, "--resume_from_checkpoint=nowhere"])
     argv = [*arguments(dropout, two_saved, seed=43), f"--resume_from_checkpoint={two_saved}/checkpoint-4"]
-    assert "--seed 43 against 42 then" in refused(ranks(2), argv)
+    assert "--seed 43 (saved: 42)" in refused(ranks(2), argv)
     argv = [*arguments(dropout, two_saved, max_steps=3), "--resume_from_checkpoint=auto"]
     assert "give at least --max_steps 4" in refused(ranks(2), argv)
 
 
 def test_a_run_goes_on_in_another_folder(ranks: GroupOf, dropout: Path, two_saved: Path, tmp_path: Path) -> None:
     argv = [*arguments(dropout, tmp_path, max_steps=4), f"--resume_from_checkpoint={two_saved}/checkpoint-2/"]
-    assert "resumed: 2 steps of 4" in run(ranks(2), argv)
+    assert "resumed after step 2 of 4" in run(ranks(2), argv)
     one, other = (load_file(folder / "model.safetensors") for folder in (two_saved, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -380,7 +380,9 @@ def test_a_full_disk_while_training_and_at_its_end(ranks: GroupOf, dropout: Path
     assert [folder.name for folder in list_checkpoints(small_disk)] == ["checkpoint-2"]
     open_in_one_process(small_disk / "checkpoint-2")
     (small_disk / "filler").unlink()
-    assert "resumed: 2 steps of 6" in run(ranks(2), [*argv, "--resume_from_checkpoint=auto", "--save_total_limit=1"])
+    assert "resumed after step 2 of 6" in run(
+        ranks(2), [*argv, "--resume_from_checkpoint=auto", "--save_total_limit=1"]
+    )
 
 
 # launch/export.py
@@ -401,8 +403,8 @@ def test_export_says_no(two_saved: Path, tmp_path: Path) -> None:
     assert "there is no checkpoint" in export(tmp_path / "nowhere", tmp_path / "out")
     shutil.copytree(two_saved / "checkpoint-4", copy := tmp_path / "copy")
     assert '--max_shard_size must be a size such as "5GB"' in export(copy, tmp_path / "out", "--max_shard_size=big")
-    assert "holds cache, and an export needs a folder that is new or empty" in export(two_saved, two_saved)
-    assert f"--output_dir {copy}/model/new lies in {copy}, which is read" in export(copy, copy / "model/new")
+    assert "contains cache, but an export needs a new or empty folder" in export(two_saved, two_saved)
+    assert f"--output_dir {copy}/model/new is inside the input folder {copy}" in export(copy, copy / "model/new")
     weights = next((copy / "weights").iterdir())
     weights.write_bytes(weights.read_bytes()[:-8] + b"12345678")
     assert f"{weights.name} is damaged" in export(copy, tmp_path / "out")

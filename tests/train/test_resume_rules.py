@@ -1,4 +1,4 @@
-"""What a resume may change: each argument, field and scheduler takes effect from the first step, or is refused."""
+"""Rules of a resume: a changed argument, field or scheduler takes effect from the first step, or is an error."""
 
 import dataclasses
 import json
@@ -21,13 +21,13 @@ from lomo_ds.errors import CheckpointError, LomoError
 from lomo_ds.train.progress import Progress
 from lomo_ds.train.resume import (
     RULES,
+    check_fixed_arguments,
+    check_same_model_function,
     log_changes,
     log_nothing_to_do,
-    refuse_another_function,
-    refuse_what_stays,
-    resume_from,
-    rule_of,
-    table,
+    requested_checkpoint,
+    resume_rule,
+    rules_table,
 )
 from tests.engines import identical, make_engine, weights_of
 from tests.ranks import Ranks
@@ -61,7 +61,7 @@ def other_value(name: str) -> Any:
 
 
 def saved(folder: Path, arguments: TrainArguments = BASE, ds_config: dict[str, Any] | None = None) -> Checkpoint:
-    """A checkpoint of launch/train.py, as far as resume reads it."""
+    """Write the files of a checkpoint that the rules read."""
     arguments.dump(folder / "config.yaml")
     (folder / "ds_config.json").write_text(json.dumps(ds_config or {}))
     return Checkpoint(folder, {})
@@ -70,65 +70,63 @@ def saved(folder: Path, arguments: TrainArguments = BASE, ds_config: dict[str, A
 # arguments
 
 
-def test_the_docs_hold_the_rule_for_every_argument() -> None:
+def test_the_docs_contain_the_rule_for_every_argument() -> None:
     assert set(RULES) <= set(ARGUMENTS)
-    assert table() in (ROOT / "docs/resume.md").read_text()
+    assert rules_table() in (ROOT / "docs/resume.md").read_text()
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_another_value_is_logged_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+def test_a_changed_argument_is_logged_or_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     before, now = getattr(BASE, name), other_value(name)
     assert before != now
     base = dataclasses.replace(BASE, **NEEDED.get(name, {}))
     changed = dataclasses.replace(base, **{name: now})
-    if rule_of(name) == "stays":
-        with pytest.raises(CheckpointError, match=f"--{name} {now} against {before} then"):
-            refuse_what_stays(saved(tmp_path, base).folder, changed)
+    if resume_rule(name) == "fixed":
+        with pytest.raises(CheckpointError, match=rf"--{name} {now} \(saved: {before}\)"):
+            check_fixed_arguments(saved(tmp_path, base).folder, changed)
         return
-    refuse_what_stays(saved(tmp_path, base).folder, changed)
+    check_fixed_arguments(saved(tmp_path, base).folder, changed)
     with caplog.at_level(logging.INFO, "lomo_ds"):
         log_changes(saved(tmp_path, base), changed, {})
-    assert (f"--{name} {before} -> {now}" in caplog.text) == (rule_of(name) != "apart")
+    assert (f"--{name} {before} -> {now}" in caplog.text) == (resume_rule(name) != "ignored")
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_a_run_that_has_ended_names_the_arguments_it_did_not_have(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
+def test_a_finished_run_warns_of_changed_arguments(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     before, now = getattr(BASE, name), other_value(name)
     base = dataclasses.replace(BASE, **NEEDED.get(name, {}))
     log_nothing_to_do(saved(tmp_path, base).folder, dataclasses.replace(base, **{name: now}), 3)
-    assert (f"these have no effect: --{name} {before} -> {now}; to train" in caplog.text) == (rule_of(name) != "apart")
+    assert (f"these have no effect: --{name} {before} -> {now}; to train" in caplog.text) == (
+        resume_rule(name) != "ignored"
+    )
 
 
 @pytest.mark.parametrize("content", [b"seed: [", b"- seed", b"\xff", b""])
-def test_a_run_that_has_ended_needs_no_readable_config(
+def test_a_finished_run_needs_no_readable_config(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
     (tmp_path / "config.yaml").write_bytes(content)
     with caplog.at_level(logging.INFO, "lomo_ds"):
         log_nothing_to_do(tmp_path, BASE, 3)
-    assert caplog.messages == [f"nothing to do: the run of 3 steps has ended, and its model is in {tmp_path}"]
+    assert caplog.messages == [f"nothing to do: the run of 3 steps is finished, and its model is in {tmp_path}"]
 
 
-def test_nothing_changed_is_not_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Nor what a checkpoint that a library user has saved, or an older lomo_ds, does not tell."""
+def test_nothing_is_logged_if_nothing_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Log nothing either about arguments that a library user's or an older checkpoint does not contain."""
     log_changes(saved(tmp_path, ds_config={"a": {"b": 1}}), BASE, {"a": {"b": 1}})
     log_changes(Checkpoint(tmp_path / "nowhere", {}), dataclasses.replace(BASE, seed=1), {"a": 1})
-    refuse_what_stays(tmp_path / "nowhere", dataclasses.replace(BASE, seed=1))
+    check_fixed_arguments(tmp_path / "nowhere", dataclasses.replace(BASE, seed=1))
     (tmp_path / "config.yaml").write_text("model_name_or_path: m\ntrain_file: t.txt\noutput_dir: out\n")
-    refuse_what_stays(tmp_path, BASE)
+    check_fixed_arguments(tmp_path, BASE)
     log_nothing_to_do(tmp_path, BASE, 3)
     assert caplog.text == ""
 
 
-def test_fields_of_the_deepspeed_config_are_named_by_their_paths(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    was = {"optimizer": {"params": {"lr": 1, "own": 2.0}}, "scheduler": {"type": "WarmupLR"}}
+def test_fields_of_the_deepspeed_config_are_logged_by_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = {"optimizer": {"params": {"lr": 1, "own": 2.0}}, "scheduler": {"type": "WarmupLR"}}
     now = {"optimizer": {"params": {"lr": 2, "own": 3.0}}, "fp16": {"loss_scale_window": 9}}
     with caplog.at_level(logging.INFO, "lomo_ds"):
-        log_changes(saved(tmp_path, ds_config=was), BASE, now)
+        log_changes(saved(tmp_path, ds_config=before), BASE, now)
     assert caplog.messages == [
         f"changed since {tmp_path.name} was saved: fp16.loss_scale_window None -> 9, "
         "optimizer.params.own 2.0 -> 3.0, scheduler.type WarmupLR -> None"
@@ -138,26 +136,26 @@ def test_fields_of_the_deepspeed_config_are_named_by_their_paths(
 # the model
 
 
-def test_another_function_is_refused(tmp_path: Path) -> None:
+def test_another_model_function_is_an_error(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=32, num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
     )
     (tmp_path / "model").mkdir()
     config.save_pretrained(tmp_path / "model")
-    refuse_another_function(tmp_path, config)
+    check_same_model_function(tmp_path, config)
     for harmless in ({"use_cache": False}, {"attention_dropout": 0.5}, {"dtype": "bfloat16"}):
-        refuse_another_function(tmp_path, LlamaConfig(**{**config.to_dict(), **harmless}))
+        check_same_model_function(tmp_path, LlamaConfig(**{**config.to_dict(), **harmless}))
     for name, value in (
         ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}),
         ("hidden_act", "relu"),
         ("rms_norm_eps", 1e-3),
         ("num_key_value_heads", 1),
     ):
-        with pytest.raises(CheckpointError, match=f"another config.json: {name} .* against .* then"):
-            refuse_another_function(tmp_path, LlamaConfig(**{**config.to_dict(), name: value}))
+        with pytest.raises(CheckpointError, match=rf"another config.json: {name} .* \(saved: .*\)"):
+            check_same_model_function(tmp_path, LlamaConfig(**{**config.to_dict(), name: value}))
 
 
-# what a path stands for
+# values of --resume_from_checkpoint
 
 
 def checkpoint(folder: Path) -> Path:
@@ -167,30 +165,30 @@ def checkpoint(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("word", ["latest", "last", "true", "True"])
-def test_words_for_the_newest(tmp_path: Path, word: str) -> None:
+def test_words_for_the_newest_checkpoint(tmp_path: Path, word: str) -> None:
     arguments = dataclasses.replace(BASE, output_dir=str(tmp_path), resume_from_checkpoint=word)
-    with pytest.raises(CheckpointError, match=f"{word} goes on from the newest .* holds none"):
-        resume_from(arguments)
+    with pytest.raises(CheckpointError, match=f"{word} resumes from the newest .* there is none"):
+        requested_checkpoint(arguments)
     checkpoint(tmp_path / "checkpoint-3")
-    assert resume_from(arguments) == tmp_path
+    assert requested_checkpoint(arguments) == tmp_path
 
 
-def test_other_words_and_paths(tmp_path: Path) -> None:
-    def asked(word: str | None) -> Path | None:
-        return resume_from(dataclasses.replace(BASE, output_dir=str(tmp_path), resume_from_checkpoint=word))
+def test_words_for_no_checkpoint_and_paths(tmp_path: Path) -> None:
+    def folder_for(word: str | None) -> Path | None:
+        return requested_checkpoint(dataclasses.replace(BASE, output_dir=str(tmp_path), resume_from_checkpoint=word))
 
-    assert [asked(word) for word in (None, "", "false", "None")] == [None] * 4
-    assert asked("auto") == asked(f"{tmp_path}/") == tmp_path
-    assert asked(f"{tmp_path}/checkpoint-3/") == tmp_path / "checkpoint-3"
+    assert [folder_for(word) for word in (None, "", "false", "None")] == [None] * 4
+    assert folder_for("auto") == folder_for(f"{tmp_path}/") == tmp_path
+    assert folder_for(f"{tmp_path}/checkpoint-3/") == tmp_path / "checkpoint-3"
 
 
-def test_a_checkpoint_and_the_folder_of_a_run(tmp_path: Path) -> None:
+def test_checkpoint_folders_and_run_folders(tmp_path: Path) -> None:
     assert not is_run_folder(checkpoint(tmp_path / "checkpoint-3"))
     assert is_run_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("name", "message"),
     [
         ("out/checkpoint-3/weights", "is a part of the checkpoint .*/out/checkpoint-3; give that folder"),
         ("out/checkpoint-3/state.json", "is a part of the checkpoint"),
@@ -204,49 +202,49 @@ def test_a_checkpoint_and_the_folder_of_a_run(tmp_path: Path) -> None:
         ("empty", "holds no checkpoint of lomo_ds"),
     ],
 )
-def test_other_folders_are_called_by_their_names(tmp_path: Path, name: str, sentence: str) -> None:
+def test_the_error_names_the_kind_of_folder(tmp_path: Path, name: str, message: str) -> None:
     checkpoint(tmp_path / "out/checkpoint-3")
     for file in ("hf/checkpoint-5/trainer_state.json", "ds/global_step5/zero_pp_rank_0_mp_rank_00_model_states.pt",
                  "model/config.json", "empty/a.txt"):  # fmt: skip
         (tmp_path / file).parent.mkdir(parents=True)
         (tmp_path / file).touch()
-    with pytest.raises(CheckpointError, match=sentence):
+    with pytest.raises(CheckpointError, match=message):
         is_run_folder(tmp_path / name)
 
 
-# figures that are no longer to be compared
+# metrics of another validation text
 
 
-def test_losses_on_another_text_and_samples_of_another_prompt_are_dropped() -> None:
+def test_losses_of_another_text_and_samples_of_another_prompt_are_dropped() -> None:
     progress = Progress(
         step=4, before={"eval_loss": 5.0}, evaluation={"eval_loss": 4.0}, evaluated_step=4, best=4.0, best_step=4,
         saved_step=4, held_out="a", prompt="b", sample_before="b c",
     )  # fmt: skip
     saved = dataclasses.asdict(progress)
-    assert Progress.resumed(saved, "a", "b", in_place=True) == progress
-    assert Progress.resumed(saved, "x", "b", in_place=True) == Progress(
+    assert Progress.restored(saved, "a", "b", in_place=True) == progress
+    assert Progress.restored(saved, "x", "b", in_place=True) == Progress(
         step=4, saved_step=4, held_out="x", prompt="b", sample_before="b c"
     )
-    assert Progress.resumed(saved, "a", "y", in_place=True).sample_before is None
-    elsewhere = Progress.resumed(saved, "a", "b", in_place=False)
+    assert Progress.restored(saved, "a", "y", in_place=True).sample_before is None
+    elsewhere = Progress.restored(saved, "a", "b", in_place=False)
     assert (elsewhere.best, elsewhere.saved_step, elsewhere.before) == (None, None, {"eval_loss": 5.0})
     del saved["held_out"], saved["prompt"]
-    assert Progress.resumed(saved, "a", "b", in_place=True) == progress, "an older checkpoint"
+    assert Progress.restored(saved, "a", "b", in_place=True) == progress, "an older checkpoint"
 
 
-# what the next step does
+# the first step after a resume
 
 Made = dict[str, Any]
-LR, STEPS = 0.5, 3  # of the run that is saved
+LR, STEPS = 0.5, 3  # of the saved run
 
 
 def scheduled(kind: str, total: int, warmup: int = 1) -> Made:
-    """Transformers' scheduler, as launch/train.py gives it."""
+    """Return a scheduler of transformers, as launch/train.py passes it."""
     return {"lr_scheduler": lambda groups: get_scheduler(kind, groups, warmup, total)}
 
 
 def section(kind: str, **params: Any) -> Made:
-    """DeepSpeed's or torch's, from the config."""
+    """Return a scheduler section of the DeepSpeed config."""
     return {"scheduler": {"type": kind, "params": params}}
 
 
@@ -272,7 +270,7 @@ def made(**more: Any) -> LomoEngine:
 
 
 def step(engine: LomoEngine, number: int) -> float:
-    """Train on a batch; the learning rate that it was done at."""
+    """Train on a batch, and return the learning rate of that step."""
     rate = float(engine.get_lr()[0])
     engine.train_batch(whole_batch(number, rows=2))
     return rate
@@ -286,7 +284,7 @@ def save(folder: str) -> None:
 
 
 def resumed(folder: str, **more: Any) -> LomoEngine:
-    """As launch/train.py resumes."""
+    """Return an engine resumed as launch/train.py does."""
     engine = made(**more)
     tensors = capture_engine(engine).tensors
     engine.restore(open_checkpoint(Path(folder) / f"checkpoint-{STEPS}", tensors))
@@ -294,17 +292,17 @@ def resumed(folder: str, **more: Any) -> LomoEngine:
 
 
 def rates(folder: str) -> dict[str, tuple[list[float], list[float]]]:
-    """The rates of two steps after a resume, and those of a run with the same arguments from the beginning."""
+    """Return the learning rates of two steps after a resume, and of a run that had the new arguments from the start."""
     save(folder)
-    found = {}
+    results = {}
     for name, more in rescheduled().items():
         whole, engine = made(**more), resumed(folder, **more)
         expected = [step(whole, number) for number in range(STEPS + 2)][STEPS:]
-        found[name] = ([step(engine, number) for number in range(2)], expected)
-    return found
+        results[name] = ([step(engine, number) for number in range(2)], expected)
+    return results
 
 
-def test_the_rate_is_that_of_a_run_with_these_arguments(ranks: GroupOf, tmp_path: Path) -> None:
+def test_the_learning_rate_equals_that_of_a_run_with_the_new_arguments(ranks: GroupOf, tmp_path: Path) -> None:
     for name, (after_resume, expected) in ranks(1).run(rates, str(tmp_path))[0].items():
         assert after_resume == expected, name
 
@@ -321,65 +319,69 @@ CHANGED: dict[str, Made] = {
 
 
 def first_steps(folder: str) -> dict[str, tuple[bool, bool]]:
-    """Whether a resumed run's step is that of the same weights begun with; and whether it is another than before."""
+    """Return whether a resumed step equals that of a new run from the same weights, and whether it has changed."""
     save(folder)
     unchanged = resumed(folder)
     step(unchanged, 9)
-    found = {}
+    results = {}
     for name, more in CHANGED.items():
-        begun, engine = made(**more), resumed(folder, **more)
-        begun.load_checkpoint(folder, load_module_only=True)
-        assert begun.global_steps == 0
-        step(begun, 9)
+        new_run, engine = made(**more), resumed(folder, **more)
+        new_run.load_checkpoint(folder, load_module_only=True)
+        assert new_run.global_steps == 0
+        step(new_run, 9)
         step(engine, 9)
         weights = weights_of(engine)
-        found[name] = (identical(weights, weights_of(begun)), not identical(weights, weights_of(unchanged)))
-    return found
+        results[name] = (identical(weights, weights_of(new_run)), not identical(weights, weights_of(unchanged)))
+    return results
 
 
-def test_settings_of_a_step_take_effect_from_the_first(ranks: GroupOf, tmp_path: Path) -> None:
-    found = ranks(1).run(first_steps, str(tmp_path))[0]
-    assert [name for name, (as_begun, _) in found.items() if not as_begun] == []
-    alike = [name for name, (_, differs) in found.items() if not differs]
-    assert alike == ["accumulation", "two_pass", "persistence"], "these are other ways to the same step"
+def test_changed_settings_take_effect_from_the_first_step(ranks: GroupOf, tmp_path: Path) -> None:
+    results = ranks(1).run(first_steps, str(tmp_path))[0]
+    assert [name for name, (as_new_run, _) in results.items() if not as_new_run] == []
+    unaffected = [name for name, (_, differs) in results.items() if not differs]
+    assert unaffected == ["accumulation", "two_pass", "persistence"], "these compute the same step"
 
 
 def loss_scales(folder: str) -> dict[str, float]:
-    """The loss scale after a resume: a dynamic one goes on, a fixed one is the config's."""
+    """Return loss scales before and after a resume."""
     get_accelerator().is_fp16_supported = lambda: True
     dynamic = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1, "hysteresis": 1}
     fixed = {"enabled": True, "loss_scale": 8.0}
-    found = {}
-    for name, then in (("dynamic", dynamic), ("fixed", fixed)):
-        engine = made(fp16=then)
+    results = {}
+    for name, fp16 in (("dynamic", dynamic), ("fixed", fixed)):
+        engine = made(fp16=fp16)
         for number in range(STEPS):
             step(engine, number)
         engine.save_checkpoint(f"{folder}/{name}")
-        found[name] = engine.cur_scale
-    found["dynamic goes on"] = resumed(f"{folder}/dynamic", fp16=dynamic | {"initial_scale_power": 5}).cur_scale
-    found["fixed since"] = resumed(f"{folder}/dynamic", fp16=fixed | {"loss_scale": 2.0}).cur_scale
-    found["fixed otherwise"] = resumed(f"{folder}/fixed", fp16=fixed | {"loss_scale": 4.0}).cur_scale
-    found["dynamic since"] = resumed(f"{folder}/fixed", fp16=dynamic).cur_scale
-    return found
+        results[name] = engine.cur_scale
+    results["dynamic resumed"] = resumed(f"{folder}/dynamic", fp16=dynamic | {"initial_scale_power": 5}).cur_scale
+    results["dynamic to fixed"] = resumed(f"{folder}/dynamic", fp16=fixed | {"loss_scale": 2.0}).cur_scale
+    results["fixed to another fixed"] = resumed(f"{folder}/fixed", fp16=fixed | {"loss_scale": 4.0}).cur_scale
+    results["fixed to dynamic"] = resumed(f"{folder}/fixed", fp16=dynamic).cur_scale
+    return results
 
 
-def test_a_loss_scale_goes_on_unless_the_config_fixes_it(ranks: GroupOf, tmp_path: Path) -> None:
-    found = ranks(1).run(loss_scales, str(tmp_path))[0]
-    assert found["dynamic goes on"] == found["dynamic"] > 2.0**5
-    assert (found["fixed since"], found["fixed otherwise"], found["dynamic since"]) == (2.0, 4.0, 16.0)
+def test_a_dynamic_loss_scale_is_restored_and_a_fixed_one_is_the_configs(ranks: GroupOf, tmp_path: Path) -> None:
+    results = ranks(1).run(loss_scales, str(tmp_path))[0]
+    assert results["dynamic resumed"] == results["dynamic"] > 2.0**5
+    assert (results["dynamic to fixed"], results["fixed to another fixed"], results["fixed to dynamic"]) == (
+        2.0,
+        4.0,
+        16.0,
+    )
 
 
 # DeepSpeed's keyword arguments of load_checkpoint
 
 
 def loaded_in_parts(folder: str) -> list[str]:
-    """What a library user is told, and that each part stays out or comes in."""
+    """Load parts of a checkpoint, and return the warnings and error messages."""
     save(folder)
-    told: list[str] = []
+    messages: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            told.append(record.getMessage())
+            messages.append(record.getMessage())
 
     logging.getLogger("lomo_ds").addHandler(listener := Listener(logging.WARNING))
     linear = {"lr_scheduler": lambda groups: torch.optim.lr_scheduler.LinearLR(groups, 0.5)}
@@ -388,18 +390,18 @@ def loaded_in_parts(folder: str) -> list[str]:
     assert (own.global_steps, own.get_lr()[0]) == (STEPS, LR * 0.5)
     same = made(**scheduled("linear", 4))
     same.load_checkpoint(folder)
-    assert told == []
+    assert messages == []
     base = made(lr=0.1, **scheduled("linear", 4))
     base.load_checkpoint(folder)
     longer = made(**scheduled("linear", 9))
     longer.load_checkpoint(folder)
     assert longer.get_lr()[0] == LR * (9 - STEPS) / 8, "the first step has the rate of its own scheduler"
     for wrong in ({}, {"load_module_strict": False}, {"custom_load_fn": print}):
-        with pytest.raises(LomoError) as refusal:
+        with pytest.raises(LomoError) as error:
             made(**linear).load_checkpoint(folder, **wrong)
-        told.append(str(refusal.value))
+        messages.append(str(error.value))
     logging.getLogger("lomo_ds").removeHandler(listener)
-    return told
+    return messages
 
 
 def test_deepspeed_s_keyword_arguments(ranks: GroupOf, tmp_path: Path) -> None:
@@ -412,17 +414,17 @@ def test_deepspeed_s_keyword_arguments(ranks: GroupOf, tmp_path: Path) -> None:
 
 def replaced_by_a_save(folder: str) -> list[str]:
     engine = made()
-    told = []
+    messages = []
     for tag in ("model", "note.txt", "a/b", ".."):
-        with pytest.raises(CheckpointError) as refusal:
+        with pytest.raises(CheckpointError) as error:
             engine.save_checkpoint(folder, tag)
-        told.append(str(refusal.value))
+        messages.append(str(error.value))
     engine.save_checkpoint(folder, "empty")
     engine.save_checkpoint(folder, "empty")
-    return told
+    return messages
 
 
-def test_a_save_replaces_nothing_but_a_checkpoint(ranks: GroupOf, tmp_path: Path) -> None:
+def test_a_save_replaces_only_a_checkpoint(ranks: GroupOf, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     (tmp_path / "note.txt").touch()
