@@ -15,7 +15,7 @@ from lomo_ds.config.parameter import parameter, validate_fields
 from lomo_ds.errors import ConfigError, did_you_mean, one_line
 from lomo_ds.numerics.precision import Precision
 
-MAX_SEQ_LENGTH = 2048  # default, for models that allow as many: longer sequences must be asked for
+MAX_SEQ_LENGTH = 2048  # default limit; longer sequences must be requested
 LEARNING_RATES: dict[str, float] = {"lomo": 0.03, "adamw": 5e-5, "sgd": 0.03}  # defaults
 HEADER = "# Written by lomo_ds, and written anew by the next run in this folder."  # first line of a dumped config.yaml
 
@@ -193,12 +193,12 @@ def parse(kind: type[Arguments], argv: list[str]) -> tuple[Arguments, frozenset[
 
 def help_text(kind: type[TrainArguments] = TrainArguments, program: str = "train.py") -> str:
     """Return the text that ``--help`` prints."""
-    parser = HfArgumentParser(_described(kind), prog=program, description=kind.__doc__)
+    parser = HfArgumentParser(_help_fields(kind), prog=program, description=kind.__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML file of these arguments; the command line wins.")
     return parser.format_help()
 
 
-def _described(kind: type[TrainArguments]) -> Any:
+def _help_fields(kind: type[TrainArguments]) -> Any:
     """Return a dataclass with the fields of ``kind`` and their help alone: HfArgumentParser passes on all metadata."""
     hints = get_type_hints(kind)
     fields = [
@@ -212,7 +212,7 @@ class _Parser(HfArgumentParser):
     """Keeps only the arguments that were given, and raises instead of exiting."""
 
     def __init__(self, kind: type[TrainArguments], source: str) -> None:
-        super().__init__(_described(kind), add_help=False, allow_abbrev=False)
+        super().__init__(_help_fields(kind), add_help=False, allow_abbrev=False)
         self.source = source
         for action in self._actions:
             action.default = argparse.SUPPRESS
@@ -241,8 +241,8 @@ def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
     return parsed.config, rest
 
 
-class _Words(yaml.BaseLoader):
-    """Leaves every scalar but null the text that it is in the file, as a command line would.
+class _TextLoader(yaml.BaseLoader):
+    """YAML loader that keeps every scalar except null as text, like a command line.
 
     YAML would read 007 and 12:30 as numbers, 2024-01-01 as a date and yes as True, although they may be names.
     """
@@ -250,20 +250,20 @@ class _Words(yaml.BaseLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
-            raise yaml.constructor.ConstructorError(problem="a name stands in it twice", problem_mark=node.start_mark)
+            raise yaml.constructor.ConstructorError(problem="it contains a name twice", problem_mark=node.start_mark)
         return mapping
 
 
 _NULL = "tag:yaml.org,2002:null"
-_Words.add_implicit_resolver(_NULL, re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Words.add_constructor(_NULL, lambda loader, node: None)
+_TextLoader.add_implicit_resolver(_NULL, re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_TextLoader.add_constructor(_NULL, lambda loader, node: None)
 
 
 def _yaml_as_argv(file: Path) -> list[str]:
     """Return a YAML mapping as command-line words, so that one parser checks both; null leaves the default."""
     path = one_line(file)
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Words)
+        values = yaml.load(file.read_text(encoding="utf-8"), _TextLoader)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""One configuration from the DeepSpeed config and the arguments: ``"auto"`` is filled in, disagreements are refused."""
+"""Reconciliation of the DeepSpeed config with the arguments: fills in ``"auto"``, and reports disagreements."""
 
 import copy
 import dataclasses
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from lomo_ds.config.arguments import TrainArguments
-from lomo_ds.config.ds_fields import KINDS, normalized, settle
+from lomo_ds.config.ds_fields import TYPE_NAMES, complete_ds_config, normalize_ds_config
 from lomo_ds.config.lomo_config import lomo_parameters
 from lomo_ds.config.parameter import base_type
 from lomo_ds.config.sections import require_sections, section_of, value_at
@@ -36,7 +36,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     "adamw": {"type": "AdamW", "params": {"torch_adam": True, "fused": True}},
     "sgd": {"type": "SGD", "params": {"fused": True}},
 }
-# Of optimizer.params, those that --optim adamw and sgd use, or can ignore: their master weights are fp32
+# Fields of optimizer.params that --optim adamw and sgd use, or can ignore since their master weights are fp32
 BASELINE_PARAMS = {"lr", "weight_decay", "rounding", "seed", "torch_adam", "fused"}
 
 
@@ -64,16 +64,16 @@ def resolve_config(
     return *reconcile(ds_config, arguments, explicit, world_size), from_hardware
 
 
-def complete_config(
+def finalize_config(
     ds_config: dict[str, Any], arguments: TrainArguments, total_steps: int, model_config: Any, world_size: int
 ) -> dict[str, Any]:
     """Fill in what depends on the model and the length of training, and validate the result.
 
     Raises:
-        ConfigError: something is still ``auto``, or cannot be carried out.
+        ConfigError: a field is still ``auto``, or a setting is not supported.
     """
     ds_config = fill_buckets(fill_scheduler(ds_config, arguments, total_steps), model_config)
-    ds_config = settle(ds_config, world_size)
+    ds_config = complete_ds_config(ds_config, world_size)
     if arguments.optim == "lomo":
         validate_ds_config(ds_config)
     else:
@@ -85,7 +85,7 @@ def read_ds_config(file: str) -> dict[str, Any]:
     """Read a DeepSpeed config from a JSON file, or by the name of one that is part of lomo_ds, such as ``zero3_bf16``.
 
     Raises:
-        ConfigError: it cannot be read, is not a JSON object with each field once, or see ``normalized``.
+        ConfigError: it cannot be read, is not a JSON object with each field once, or see ``normalize_ds_config``.
     """
     shipped = SHIPPED / f"{file}.json"
     try:
@@ -103,7 +103,7 @@ def read_ds_config(file: str) -> dict[str, Any]:
         raise ConfigError(f"--deepspeed {file} is not a DeepSpeed config: it is nested too deep to be read") from None
     if not isinstance(config, dict):
         raise ConfigError(f"--deepspeed {file} must hold a JSON object, got {type(config).__name__}")
-    return normalized(config)
+    return normalize_ds_config(config)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def fill_precision(ds_config: dict[str, Any], explicit: frozenset[str], fast: Precision) -> tuple[dict[str, Any], bool]:
-    """Let bf16 and fp16 that are ``auto`` ask for ``fast``, unless an argument or the other field decides.
+    """Set ``auto`` of bf16 and fp16 to the precision ``fast``, unless an argument or the other field decides.
 
     ``fast`` fp16 becomes fp32 where only bf16 is ``auto``.
 
@@ -183,8 +183,8 @@ def reconcile(
             'or write "auto" in the DeepSpeed config'
         )
     arguments = dataclasses.replace(arguments, **adopted)
-    _settle_train_batch_size(config, arguments, world_size)
-    _settle_optimizer(config, ds_config.get("optimizer") or {}, arguments)
+    _resolve_train_batch_size(config, arguments, world_size)
+    _resolve_optimizer(config, ds_config.get("optimizer") or {}, arguments)
     return config, arguments
 
 
@@ -248,8 +248,8 @@ def warmup_steps(arguments: TrainArguments, total_steps: int) -> int:
     return round(arguments.warmup_ratio * total_steps)
 
 
-def _settle_optimizer(config: dict[str, Any], section: dict[str, Any], arguments: TrainArguments) -> None:
-    """Set the optimizer to the one that ``--optim`` names; ``section`` is what the DeepSpeed config said of it."""
+def _resolve_optimizer(config: dict[str, Any], section: dict[str, Any], arguments: TrainArguments) -> None:
+    """Set the optimizer to the one that ``--optim`` names; ``section`` is the one in the DeepSpeed config."""
     if arguments.optim != "lomo":
         _replace_optimizer(config, section, arguments)
         return
@@ -266,7 +266,7 @@ def _settle_optimizer(config: dict[str, Any], section: dict[str, Any], arguments
 
 
 def _replace_optimizer(config: dict[str, Any], section: dict[str, Any], arguments: TrainArguments) -> None:
-    """Put the baseline that ``--optim`` names in the place of LOMO."""
+    """Replace LOMO by the baseline that ``--optim`` names."""
     baseline, kind = BASELINES[arguments.optim], section.get("type", "LOMO")
     if str(kind).lower() not in ("lomo", arguments.optim):
         raise ConfigError(
@@ -291,7 +291,7 @@ def _replace_optimizer(config: dict[str, Any], section: dict[str, Any], argument
     config["zero_allow_untested_optimizer"] = True  # DeepSpeed's list of tested ones has Adam alone
 
 
-def _settle_train_batch_size(config: dict[str, Any], arguments: TrainArguments, world_size: int) -> None:
+def _resolve_train_batch_size(config: dict[str, Any], arguments: TrainArguments, world_size: int) -> None:
     micro, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     size = micro * accumulation * world_size
     configured = config.get("train_batch_size", "auto")
@@ -307,7 +307,7 @@ def _settle_train_batch_size(config: dict[str, Any], arguments: TrainArguments, 
 def _validate_type(value: Any, path: str, kind: type) -> None:
     matches = type(value) in ((int, float) if kind is float else (kind,))  # isinstance(True, int) holds
     if value not in (None, "auto") and not matches:
-        raise ConfigError(f'{path} in the DeepSpeed config must be {KINDS[kind]} or "auto", got {value!r}')
+        raise ConfigError(f'{path} in the DeepSpeed config must be {TYPE_NAMES[kind]} or "auto", got {value!r}')
 
 
 def _default_clip(config: dict[str, Any], arguments: TrainArguments, value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""One meaning for each field of a DeepSpeed config, before anybody reads it: one name, one kind, one default.
+"""Names, types and defaults of the fields of a DeepSpeed config.
 
-DeepSpeed's parsed config and the dict it was parsed from are both read later; after ``settle`` they say the same.
+Later code reads both DeepSpeed's parsed config and the dict; after ``complete_ds_config`` the two agree.
 """
 
 import copy
@@ -16,9 +16,9 @@ from lomo_ds.zero3.ds_schema import REMOVED_FIELDS, SECTION_MODELS, ZERO_ALIASES
 
 logger = logging.getLogger(__name__)
 
-KINDS: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a word"}
-# what DeepSpeed knows at the top, and of what kind that is where its own reading does not look
-KNOWN: dict[str, Any] = {
+TYPE_NAMES: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a word"}
+# Top-level fields of DeepSpeed, with a type if DeepSpeed does not check it itself
+TOP_LEVEL_FIELDS: dict[str, Any] = {
     "train_batch_size": int, "train_micro_batch_size_per_gpu": int, "gradient_accumulation_steps": int,
     "gradient_clipping": float, "gradient_predivide_factor": float, "prescale_gradients": bool,
     "managed_gradient_accumulation": bool, "sequence_parallel_size": int, "vocabulary_size": int,
@@ -33,7 +33,7 @@ KNOWN: dict[str, Any] = {
     "pipeline", "tensor_parallel", "tensorboard", "timers", "wandb", "weight_quantization",
     *REMOVED_FIELDS,
 ))  # fmt: skip
-OF_SECTION = {"optimizer": ("type", "params", "legacy_fusion"), "scheduler": ("type", "params")}
+SECTION_FIELDS = {"optimizer": ("type", "params", "legacy_fusion"), "scheduler": ("type", "params")}
 RENAMED = {
     "": {"bfloat16": "bf16"},
     "zero_optimization": {
@@ -46,17 +46,17 @@ REPLACED = {
     "cpu_offload_param": '"offload_param": {"device": "cpu"}',
     "cpu_offload_use_pin_memory": '"pin_memory" in "offload_param"',
 }
-# "auto" is a value of these, and nobody has to fill it in
-OWN_AUTOS = {"data_types.keep_in_fp32_modules", "pipeline.stages"} | {
+# Fields of which "auto" is a valid final value
+VALID_AUTOS = {"data_types.keep_in_fp32_modules", "pipeline.stages"} | {
     f"optimizer.params.{name}" for name, default in lomo_parameters(LomoParameters).items() if default == "auto"
 }
 
 
-def normalized(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of ``ds_config`` by today's names, each value of its kind or ``auto``; what DeepSpeed ignores is left out.
+def normalize_ds_config(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of ``ds_config`` with current names and checked types, without fields that DeepSpeed ignores.
 
     Raises:
-        ConfigError: a name is misspelt, stands there twice or is no more, or a value is of another kind.
+        ConfigError: a name is misspelt, duplicated or obsolete, or a value has the wrong type.
     """
     require_sections(ds_config)
     config = copy.deepcopy(ds_config)
@@ -70,25 +70,25 @@ def normalized(ds_config: dict[str, Any]) -> dict[str, Any]:
     for path in ("", *SECTION_MODELS):
         section = section_of(config, path)
         for name, value in section.items():
-            section[name] = _of_its_kind(value, f"{path}.{name}".removeprefix("."))
+            section[name] = _convert_type(value, f"{path}.{name}".removeprefix("."))
     return config
 
 
-def settle(ds_config: dict[str, Any], world_size: int | None = None) -> dict[str, Any]:
-    """``normalized``, with a value for each field that lomo_ds reads and DeepSpeed has, or derives, a default for.
+def complete_ds_config(ds_config: dict[str, Any], world_size: int | None = None) -> dict[str, Any]:
+    """Normalize ``ds_config``, and fill in the defaults of the fields that lomo_ds reads.
 
     An absent ``gradient_clipping`` clips nothing, where DeepSpeed would clip to 1. A ``WarmupDecayLR`` without
     ``warmup_max_lr`` rises to the optimizer's learning rate, as ``WarmupLR`` does, where DeepSpeed would take 0.001.
     Absent batch sizes follow from the others, as in DeepSpeed.
 
     Args:
-        world_size: how many ranks there are; where that is not known yet, batch sizes stay as they are.
+        world_size: number of ranks; if None, batch sizes are left unchanged.
 
     Raises:
-        ConfigError: see ``normalized``; or something is still ``auto``, or the batch sizes contradict each other.
+        ConfigError: see ``normalize_ds_config``; or a field is still ``auto``, or the batch sizes disagree.
     """
-    config = normalized(ds_config)
-    _refuse_autos(config)
+    config = normalize_ds_config(ds_config)
+    _check_no_autos(config)
     if config.get("gradient_clipping") is None:
         config["gradient_clipping"] = 0.0
     if section_of(config, "scheduler").get("type") == "WarmupDecayLR":
@@ -98,24 +98,24 @@ def settle(ds_config: dict[str, Any], world_size: int | None = None) -> dict[str
     return config
 
 
-def kind_of(path: str) -> Any:
-    """Return the type of the field at ``path``; None where only DeepSpeed knows it."""
+def field_type(path: str) -> Any:
+    """Return the type of the field at ``path``; None if only DeepSpeed checks it."""
     section, _, name = path.rpartition(".")
     if not section:
-        return KNOWN.get(name)
+        return TOP_LEVEL_FIELDS.get(name)
     kinds = types_of(section, name)
-    return kinds[0] if len(kinds) == 1 and kinds[0] in KINDS else None
+    return kinds[0] if len(kinds) == 1 and kinds[0] in TYPE_NAMES else None
 
 
-def _of_its_kind(value: Any, path: str) -> Any:
-    kind = kind_of(path)
+def _convert_type(value: Any, path: str) -> Any:
+    kind = field_type(path)
     if kind is None or value is None or value == "auto" or type(value) is kind:
         return value
     if kind is float and type(value) is int:
         return value
-    if kind is int and type(value) is float and value.is_integer():  # JSON has 1e9 for an integer
+    if kind is int and type(value) is float and value.is_integer():  # JSON may write an integer as 1e9
         return int(value)
-    raise ConfigError(f"{path} in the DeepSpeed config must be {KINDS[kind]}, got {value!r}")
+    raise ConfigError(f"{path} in the DeepSpeed config must be {TYPE_NAMES[kind]}, got {value!r}")
 
 
 def _rename(section: dict[str, Any], path: str, names: dict[str, str]) -> None:
@@ -128,14 +128,14 @@ def _rename(section: dict[str, Any], path: str, names: dict[str, str]) -> None:
 
 
 def _drop_unknown(config: dict[str, Any]) -> None:
-    """Refuse what is misspelt, and take out what DeepSpeed would pass over in silence."""
-    for name in [name for name in config if name not in KNOWN]:
-        if meant := did_you_mean(str(name), list(KNOWN)):
+    """Raise on misspelt fields, and remove unknown ones, which DeepSpeed would ignore."""
+    for name in [name for name in config if name not in TOP_LEVEL_FIELDS]:
+        if meant := did_you_mean(str(name), list(TOP_LEVEL_FIELDS)):
             raise ConfigError(f"DeepSpeed knows no {one_line(repr(name))} in its config{meant}")
         if is_main_process():
             logger.warning("DeepSpeed knows no %s in its config, so it is ignored", one_line(repr(name)))
         del config[name]
-    for section, known in OF_SECTION.items():
+    for section, known in SECTION_FIELDS.items():
         for name in section_of(config, section):
             if name not in known:
                 raise ConfigError(
@@ -144,12 +144,14 @@ def _drop_unknown(config: dict[str, Any]) -> None:
                 )
 
 
-def _refuse_autos(config: dict[str, Any]) -> None:
-    paths = [path for path in _autos(config) if path not in OWN_AUTOS]
+def _check_no_autos(config: dict[str, Any]) -> None:
+    paths = [path for path in _autos(config) if path not in VALID_AUTOS]
     if paths:
-        unfilled = ", ".join(f"{one_line(path)} (write {KINDS.get(kind_of(path), 'a value')})" for path in paths)
+        unfilled = ", ".join(
+            f"{one_line(path)} (write {TYPE_NAMES.get(field_type(path), 'a value')})" for path in paths
+        )
         raise ConfigError(
-            f'"auto" in the DeepSpeed config stands for nothing here in {unfilled}; only launch/train.py and '
+            f'"auto" in the DeepSpeed config has no value here in {unfilled}; only launch/train.py and '
             "Hugging Face's Trainer fill it in, where an argument of theirs says with what"
         )
 
@@ -166,7 +168,7 @@ def _autos(config: Any, path: str = "") -> Iterator[str]:
 
 
 def _complete_batch_sizes(config: dict[str, Any], world_size: int) -> None:
-    """Derive what is absent from the rest, in DeepSpeed's way; with neither batch size it is left to refuse that."""
+    """Derive absent batch sizes as DeepSpeed does; it raises an error itself if both are absent."""
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     for name in names:
         if config.get(name) is not None and config[name] < 1:

@@ -1,4 +1,4 @@
-"""Validation of a DeepSpeed config: every combination that lomo_ds cannot carry out is refused before it starts."""
+"""Validation of a DeepSpeed config: raises before training on every combination that lomo_ds does not support."""
 
 from typing import Any
 
@@ -34,10 +34,10 @@ UNUSED: dict[str, Any] = {
 
 
 def validate_ds_config(ds_config: dict[str, Any]) -> None:
-    """Refuse, before anything is built, every combination that lomo_ds cannot carry out exactly.
+    """Raise, before anything is built, on every combination that lomo_ds does not support exactly.
 
     Raises:
-        ConfigError: states what was asked for, why it is not supported, and the alternatives.
+        ConfigError: the message states what was requested, why it is not supported, and the alternatives.
     """
     lomo = read_lomo_config(ds_config)
     _validate_step(ds_config)
@@ -50,10 +50,10 @@ def validate_ds_config(ds_config: dict[str, Any]) -> None:
 
 
 def validate_baseline_config(ds_config: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed's own ZeRO-3 does not support with ``--optim adamw`` or ``--optim sgd``.
+    """Raise on settings that DeepSpeed's own ZeRO-3 does not support with ``--optim adamw`` or ``--optim sgd``.
 
     Raises:
-        ConfigError: states what was asked for, why it is not supported, and the alternatives.
+        ConfigError: the message states what was requested, why it is not supported, and the alternatives.
     """
     require_sections(ds_config)
     _validate_step(ds_config)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from lomo_ds.config.ds_fields import settle
+from lomo_ds.config.ds_fields import complete_ds_config
 from lomo_ds.config.validation import validate_baseline_config
 from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.distributed.process_group import start_process_group
@@ -42,11 +42,11 @@ def initialize_baseline(
         ConfigError: an argument or a setting is invalid or not supported.
     """
     with outside_zero_init():
-        config = settle(config)
+        config = complete_ds_config(config)
         validate_baseline_config(config)
         validate_scheduler_factory(lr_scheduler)
         start_process_group()
-        config = settle(config, torch.distributed.get_world_size())
+        config = complete_ds_config(config, torch.distributed.get_world_size())
         parsed = parse_ds_config(config)
         try:
             engine = BaselineEngine(

@@ -12,7 +12,7 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from torch.nn import Module
 from torch.utils.data import Dataset
 
-from lomo_ds.config.ds_fields import settle
+from lomo_ds.config.ds_fields import complete_ds_config
 from lomo_ds.config.validation import unused_fields, validate_ds_config
 from lomo_ds.distributed.process_group import start_process_group
 from lomo_ds.engine.base import outside_zero_init
@@ -75,10 +75,10 @@ def initialize(
         model_parameters = validate_model_parameters(model, model_parameters)
         validate_scheduler_factory(lr_scheduler)
         validate_training_data(training_data, collate_fn)
-        ds_config = settle(_load_config(args, config, config_params))
+        ds_config = complete_ds_config(_load_config(args, config, config_params))
         validate_ds_config(ds_config)
         _join_process_group(distributed_port, dist_init_required)
-        ds_config = settle(ds_config, torch.distributed.get_world_size())
+        ds_config = complete_ds_config(ds_config, torch.distributed.get_world_size())
         validate_ds_config(ds_config)  # again, because the world size may determine the accumulation steps
         if torch.distributed.get_rank() == 0 and (idle := unused_fields(ds_config)):
             logger.info("LOMO ignores these fields of the DeepSpeed config: %s", ", ".join(idle))

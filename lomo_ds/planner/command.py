@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lomo_ds.config.arguments import TrainArguments, help_text, parse
-from lomo_ds.config.ds_config import complete_config, resolve_config
+from lomo_ds.config.ds_config import finalize_config, resolve_config
 from lomo_ds.config.parameter import parameter
 from lomo_ds.errors import ConfigError
 from lomo_ds.models import scale_rope, sequence_length
@@ -98,7 +98,7 @@ def plan_settings(
         scale_rope(model.config, arguments.rope_scaling, arguments.max_seq_length)
     return settings_as(
         kind,
-        complete_config(ds_config, arguments, total_steps=1, model_config=model.config, world_size=gpus),
+        finalize_config(ds_config, arguments, total_steps=1, model_config=model.config, world_size=gpus),
         gpus=gpus,
         hosts=arguments.num_nodes,
         sequence=sequence_length(model.config, arguments.max_seq_length),

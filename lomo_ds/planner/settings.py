@@ -1,4 +1,4 @@
-"""The settings of a run that its memory and its time depend on."""
+"""Settings of a run that its memory and step time depend on."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -24,19 +24,19 @@ class Settings(LomoParameters):
     Attributes:
         gpus: ranks, one on each GPU.
         hosts: machines that the ranks are distributed over evenly.
-        sequence: tokens of a row.
-        batch: rows of a rank's micro-batch.
-        accumulation: micro-batches of a step.
-        precision: of weights and gradients.
+        sequence: tokens per row.
+        batch: rows per micro-batch and rank.
+        accumulation: micro-batches per step.
+        precision: precision of weights and gradients.
         optimizer: LOMO, or torch.optim's on DeepSpeed's own ZeRO-3, with fp32 master weights.
         fused: whether those optimizers step without temporaries, as in ``launch/train.py``.
         gradient_clipping: limit on the global norm; 0 for none.
         gradient_checkpointing: whether activations are recomputed in backward.
-        tiled_logits: whether logits are computed a tile at a time; None for wherever the model allows it.
-        offload_param: where shards are kept between their uses, if not on the GPU.
+        tiled_logits: whether logits are computed a tile at a time; None to decide by the model.
+        offload_param: device that shards are offloaded to between uses.
         activation_offload: whether activation checkpoints are kept in host memory.
-        zero_quantized_weights: whether shards travel in eight bits.
-        communication_data_type: precision that gradients are reduced in; None for their own.
+        zero_quantized_weights: whether shards are quantized to int8 for gathers.
+        communication_data_type: precision that gradients are reduced in; None to keep theirs.
         persistence_threshold, prefetch_bucket_size, max_live_parameters, max_reuse_distance, reduce_bucket_size:
             elements, see ``suggest.ZERO_FIELDS`` for their names in a DeepSpeed config.
     """

@@ -3,7 +3,7 @@
 import shlex
 from typing import Any, TypeVar
 
-from lomo_ds.config.ds_fields import settle
+from lomo_ds.config.ds_fields import complete_ds_config
 from lomo_ds.config.lomo_config import lomo_parameters
 from lomo_ds.config.sections import section_of
 from lomo_ds.errors import ConfigError
@@ -77,9 +77,9 @@ def settings_as(kind: type[PlanSettings], ds_config: dict[str, Any], **others: A
         others: settings that are not part of a DeepSpeed config, such as ``sequence``.
 
     Raises:
-        ConfigError: see ``settle``.
+        ConfigError: see ``complete_ds_config``.
     """
-    ds_config = settle(ds_config, others.get("gpus", 1))
+    ds_config = complete_ds_config(ds_config, others.get("gpus", 1))
     zero, optimizer = ds_config["zero_optimization"], ds_config["optimizer"]
     params = optimizer["params"]
     values = {name: zero[field] for name, field in ZERO_FIELDS.items() if zero.get(field) is not None}

@@ -18,7 +18,7 @@ from lomo_ds.checkpoint import (
     remove_unfinished,
 )
 from lomo_ds.config.arguments import TrainArguments
-from lomo_ds.config.ds_config import complete_config
+from lomo_ds.config.ds_config import finalize_config
 from lomo_ds.data import TrainingSteps
 from lomo_ds.distributed.collectives import raise_on_all_ranks
 from lomo_ds.engine.ds_parse import parse_ds_config
@@ -114,7 +114,7 @@ def _start_at(checkpoint: Checkpoint | None, inputs: Inputs) -> StartingPoint:
     progress = _progress(checkpoint, inputs)
     steps = _steps(inputs, progress)
     _check_steps_left(steps, arguments)
-    ds_config = complete_config(
+    ds_config = finalize_config(
         _with_saved_choices(inputs.ds_config, checkpoint), arguments, steps.total, inputs.config, dist.get_world_size()
     )
     parse_ds_config(ds_config)

@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from lomo_ds.config.arguments import TrainArguments, parse_arguments
 from lomo_ds.config.ds_config import fill_buckets, fill_precision, fill_scheduler, read_ds_config, reconcile
-from lomo_ds.config.ds_fields import settle
+from lomo_ds.config.ds_fields import complete_ds_config
 from lomo_ds.config.validation import validate_baseline_config, validate_ds_config
 from lomo_ds.engine.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError
@@ -36,7 +36,7 @@ def trained_on(config: dict[str, Any], *argv: str) -> dict[str, Any]:
     config = fill_precision(config, given, "fp32")[0]
     config, arguments = reconcile(config, arguments, given, world_size=1)
     config = fill_buckets(fill_scheduler(config, arguments, total_steps=10), LlamaConfig(hidden_size=64))
-    config = settle(config, world_size=1)
+    config = complete_ds_config(config, world_size=1)
     (validate_ds_config if arguments.optim == "lomo" else validate_baseline_config)(config)
     parse_ds_config(config)
     return config
@@ -151,14 +151,14 @@ def test_a_baseline_takes_the_place_of_lomo(path: Path, optim: str, filled: dict
         ({"type": "Muon"}, "takes the place of LOMO .*, got optimizer.type 'Muon'; write LOMO or AdamW"),
     ],
 )
-def test_what_means_nothing_to_a_baseline(optimizer: dict[str, Any], sentence: str) -> None:
+def test_settings_without_meaning_for_a_baseline(optimizer: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         merged({"optimizer": optimizer}, "--optim", "adamw")
     unset = {"update_schedule": "auto", "clip_grad_value": None, "rounding": "stochastic"}
     merged({"optimizer": {"type": "LOMO", "params": unset}}, "--optim", "adamw")
 
 
-def test_an_auto_that_stands_for_nothing() -> None:
+def test_an_auto_without_a_value_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"zero_optimization\.sub_group_size \(write an integer\)"):
         trained_on({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}})
 
@@ -180,7 +180,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     [(None, False), ({}, False), ({"throughput": {"synchronized": False}}, False)]
     + [({"throughput": {"enabled": asked}}, asked) for asked in (True, False)],
 )
-def test_the_timer_that_waits_for_the_device_runs_only_where_it_is_asked_for(timers: Any, enabled: bool) -> None:
+def test_the_synchronizing_timer_runs_only_if_requested(timers: Any, enabled: bool) -> None:
     config = {"train_micro_batch_size_per_gpu": 1} | ({} if timers is None else {"timers": timers})
     assert parse_ds_config(config).timers_config.enabled is enabled
 

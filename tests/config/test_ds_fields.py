@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lomo_ds
-from lomo_ds.config.ds_fields import KNOWN, settle
+from lomo_ds.config.ds_fields import TOP_LEVEL_FIELDS, complete_ds_config
 from lomo_ds.config.validation import unused_fields, validate_ds_config
 from lomo_ds.engine.ds_parse import parse_ds_config
 from lomo_ds.errors import ConfigError
@@ -35,7 +35,7 @@ def ds_config(params: dict[str, Any] | None = None, **sections: Any) -> dict[str
 
 def settled(params: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
     """What ``lomo_ds.initialize`` lets through."""
-    config = settle(ds_config(params, **sections), world_size=1)
+    config = complete_ds_config(ds_config(params, **sections), world_size=1)
     validate_ds_config(config)
     parse_ds_config(config)
     return config
@@ -119,14 +119,14 @@ zero_fields = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(fields, zero_fields)
-def test_what_is_read_from_the_dict_is_what_deepspeed_has_parsed(top: dict[str, Any], zero: dict[str, Any]) -> None:
+def test_the_dict_agrees_with_deepspeeds_parsed_config(top: dict[str, Any], zero: dict[str, Any]) -> None:
     config = {"zero_optimization": zero, "optimizer": {"type": "LOMO", "params": {"lr": 0.5}}, **top}
     try:
-        config = settle(config, world_size=1)
+        config = complete_ds_config(config, world_size=1)
         parsed = parse_ds_config(config)
     except ConfigError:
         return
-    assert settle(config, world_size=1) == config, "nothing is left to settle"
+    assert complete_ds_config(config, world_size=1) == config, "nothing is left to complete_ds_config"
     for name in (
         "gradient_clipping",
         "gradient_accumulation_steps",
@@ -177,7 +177,7 @@ def test_each_name_that_deepspeed_reads_is_known() -> None:
 
     DeepSpeedConfig(Recorder(ds_config()))
     assert {"train_batch_size", "wall_clock_breakdown", "aio", "bfloat16"} < read
-    assert read - set(KNOWN) == {"bfloat16"}, "DeepSpeed reads names that lomo_ds would call unknown"
+    assert read - set(TOP_LEVEL_FIELDS) == {"bfloat16"}, "DeepSpeed reads names that lomo_ds would call unknown"
 
 
 # --- names and kinds
@@ -224,13 +224,13 @@ def test_each_name_that_deepspeed_reads_is_known() -> None:
         ({"curriculum_learning": {"enabled": True}}, "'curriculum_learning' has been removed"),
     ],
 )  # fmt: skip
-def test_what_deepspeed_would_pass_over_is_refused(sections: dict[str, Any], sentence: str) -> None:
+def test_fields_that_deepspeed_ignores_are_an_error(sections: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence) as refusal:
         settled(**sections)
     assert "\n" not in str(refusal.value)
 
 
-def test_old_names_and_other_spellings_become_todays() -> None:
+def test_old_names_and_aliases_become_current_names() -> None:
     zero = {"stage": 3, "prefetch_bucket_size": 1e6, "stage3_gather_fp16_weights_on_model_save": True}
     config = settled(bfloat16={"enabled": True}, zero_optimization=zero, train_batch_size=1.0)
     assert config["bf16"] == {"enabled": True}
@@ -244,7 +244,7 @@ def test_old_names_and_other_spellings_become_todays() -> None:
     assert "stage3_gather_fp16_weights_on_model_save" in zero, "the caller's own is untouched"
 
 
-def test_a_name_that_nobody_knows_is_told_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_field_is_logged_and_removed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="lomo_ds"):
         config = settled(_comment="from a colleague")
     assert "_comment" not in config
@@ -291,8 +291,8 @@ def test_a_config_that_is_no_file_of_one_is_refused(text: str | None, sentence: 
         ({"csv_monitor": {"enabled": True, "tags": [{"job": "auto"}]}}, r"csv_monitor\.tags\.job \("),
     ],
 )  # fmt: skip
-def test_an_auto_that_nobody_fills_is_refused(sections: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=f'"auto" in the DeepSpeed config stands for nothing here in .*{named}'):
+def test_an_auto_without_a_value_is_an_error(sections: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=f'"auto" in the DeepSpeed config has no value here in .*{named}'):
         lomo_ds.initialize(model=torch.nn.Linear(1, 1), config=ds_config(**sections))
 
 

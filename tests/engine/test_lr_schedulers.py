@@ -11,7 +11,7 @@ from deepspeed.runtime import lr_schedules
 import lomo_ds
 from lomo_ds.config.arguments import parse_arguments
 from lomo_ds.config.ds_config import fill_scheduler, reconcile
-from lomo_ds.config.ds_fields import settle
+from lomo_ds.config.ds_fields import complete_ds_config
 from lomo_ds.engine.lr_schedulers import build_scheduler
 from tests.reference import even_batch, tiny_model
 
@@ -37,7 +37,7 @@ def test_without_warmup_the_rate_starts_at_the_peak_and_decays(
 ) -> None:
     config = {"scheduler": {"type": name, "params": {**params, "warmup_num_steps": 0}}}
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=PEAK)
-    scheduler = build_scheduler(name, settle(config, 1)["scheduler"]["params"], optimizer)
+    scheduler = build_scheduler(name, complete_ds_config(config, 1)["scheduler"]["params"], optimizer)
     for step in range(TOTAL + 3):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rate(step), abs=1e-12)
         optimizer.step()
@@ -87,7 +87,7 @@ def test_a_warmup_uses_deepspeeds_class() -> None:
 
 def test_a_decay_without_warmup_max_lr_rises_to_the_optimizers_rate() -> None:
     params = {"total_num_steps": TOTAL, "warmup_num_steps": 2, "warmup_type": "linear"}
-    config = settle({"scheduler": {"type": "WarmupDecayLR", "params": params}}, world_size=1)
+    config = complete_ds_config({"scheduler": {"type": "WarmupDecayLR", "params": params}}, world_size=1)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=PEAK)
     scheduler = build_scheduler("WarmupDecayLR", config["scheduler"]["params"], optimizer)
     rates = []

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from lomo_ds.config.arguments import TrainArguments, parse_arguments
 from lomo_ds.config.ds_config import fill_scheduler, read_ds_config, reconcile, shared_fields
-from lomo_ds.config.ds_fields import settle
+from lomo_ds.config.ds_fields import complete_ds_config
 from lomo_ds.config.lomo_config import LomoConfig
 from lomo_ds.config.parameter import base_type
 from lomo_ds.config.validation import validate_baseline_config, validate_ds_config
@@ -186,7 +186,7 @@ def prepare(config: dict[str, Any], argv: list[str]) -> tuple[DeepSpeedConfig, T
     arguments, given_names = parse_arguments([*REQUIRED, *argv])
     config, arguments = reconcile(config, arguments, given_names, world_size=1)
     config = fill_scheduler(config, arguments, total_steps=10)
-    config = settle(config, world_size=1)
+    config = complete_ds_config(config, world_size=1)
     refuse = validate_ds_config if arguments.optim == "lomo" else validate_baseline_config
     refuse(config)
     return parse_ds_config(config), arguments

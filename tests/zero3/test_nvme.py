@@ -195,7 +195,7 @@ def interrupted_and_not(folder: str, precision: str, schedule: str, in_backgroun
     ("world_size", "precision", "schedule", "in_background"),
     [(1, "bf16", "immediate", True), (2, "bf16", "stash", True), (2, "fp16", "two_pass", False)],
 )
-def test_resumed_is_never_stopped(
+def test_resuming_is_bit_exact(
     ranks: GroupOf, tmp_path: Path, world_size: int, precision: str, schedule: str, in_background: bool
 ) -> None:
     ranks(world_size).run(interrupted_and_not, str(tmp_path), precision, schedule, in_background)

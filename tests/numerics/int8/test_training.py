@@ -149,7 +149,7 @@ def resumed_and_not(folder: str, offload: str) -> None:
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_resumed_is_never_stopped(ranks: GroupOf, tmp_path: Path, world_size: int, offload: str) -> None:
+def test_resuming_is_bit_exact(ranks: GroupOf, tmp_path: Path, world_size: int, offload: str) -> None:
     ranks(world_size).run(resumed_and_not, str(tmp_path), offload)
 
 
