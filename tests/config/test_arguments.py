@@ -35,7 +35,7 @@ def test_each_optimizer_has_its_own_learning_rate(tmp_path: Path, optim: str, le
     assert parse_arguments([*REQUIRED, "--optim", optim, "--learning_rate", "1"])[0].learning_rate == 1
 
 
-def test_what_is_dumped_reads_back(tmp_path: Path) -> None:
+def test_a_dumped_config_gives_the_same_arguments(tmp_path: Path) -> None:
     """All but --overwrite_output_dir, which applies to one start only."""
     arguments, _ = parse_arguments([*REQUIRED, "--gradient_checkpointing", "--lr_scheduler_type", "cosine"])
     dataclasses.replace(arguments, overwrite_output_dir=True).dump(tmp_path / "config.yaml")
@@ -65,7 +65,7 @@ def test_what_is_dumped_reads_back(tmp_path: Path) -> None:
         ([*REQUIRED, "--optim", "adamw", "--load_best_model_at_end"], "--load_best_model_at_end was asked for"),
     ],
 )
-def test_refuses(argv: list[str], sentence: str) -> None:
+def test_invalid_settings_are_errors(argv: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence) as refusal:
         parse_arguments(argv)
     assert "\n" not in str(refusal.value)
@@ -80,7 +80,7 @@ def test_refuses(argv: list[str], sentence: str) -> None:
         ("a: [1", "is not YAML"),
     ],
 )
-def test_refuses_in_yaml(tmp_path: Path, text: str, sentence: str) -> None:
+def test_invalid_yaml_is_an_error(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         parse_arguments(["--config", yaml_file(tmp_path, text)])
 

@@ -266,7 +266,7 @@ def test_what_only_deepspeeds_optimizers_read_is_named() -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"), [(None, "cannot be read"), ("{,}", "cannot be read"), ("[1]", "got list")]
 )
-def test_a_config_that_is_no_file_of_one_is_refused(text: str | None, sentence: str, tmp_path: Path) -> None:
+def test_an_invalid_config_is_an_error(text: str | None, sentence: str, tmp_path: Path) -> None:
     file = tmp_path / "ds_config.json"
     if text is not None:
         file.write_text(text)

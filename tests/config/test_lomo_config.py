@@ -72,7 +72,7 @@ def test_reads_the_optimizer_section() -> None:
         ),
     ],
 )  # fmt: skip
-def test_refuses(config: dict[str, Any], sentence: str) -> None:
+def test_invalid_settings_are_errors(config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence) as refusal:
         check(config)
     assert "\n" not in str(refusal.value)
