@@ -22,10 +22,11 @@ from lomo_ds.memory.host_memory import storage_bytes
 from lomo_ds.update.clipping import Clipping, clipping_groups
 from lomo_ds.update.hooks import BackwardHooks
 from lomo_ds.update.rules import Rule, Sgd
-from lomo_ds.update.schedules import Choice, Schedule, Target, choose_schedule
+from lomo_ds.update.schedules import Choice, Schedule, choose_schedule
 from lomo_ds.update.schedules.immediate import Immediate
 from lomo_ds.update.schedules.stash import HostStash, Stash
 from lomo_ds.update.schedules.two_pass import TwoPass
+from lomo_ds.update.target import Target
 from lomo_ds.zero3.gathering import (
     AHEAD_NUMEL,
     Gathering,
@@ -52,7 +53,7 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
     gathering = _build_gathering(engine, lomo)
     shards = [zero3.Shard.of(name, parameter) for name, parameter in trained.items()]
     targets = [
-        Target(shard.data.numel(), group, options[id(parameter)])
+        Target(shard.name, shard.shape, shard.start, shard.stop, group, options[id(parameter)])
         for shard, group, parameter in zip(shards, clipping_groups(list(trained)), trained.values(), strict=True)
     ]
     clipping = Clipping(lomo.clip_grad_value, lomo.clip_group_norm, engine.gradient_clipping() or None)
@@ -74,7 +75,7 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
         groups=groups,
         gathering=gathering,
         hooks=BackwardHooks(
-            list(trained.values()), shards, schedule, engine.seq_data_parallel_group, _communication_dtype(engine)
+            list(trained.values()), targets, schedule, engine.seq_data_parallel_group, _communication_dtype(engine)
         ),
         schedule=schedule,
         choice=choice,

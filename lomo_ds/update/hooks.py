@@ -10,15 +10,15 @@ from torch.utils.hooks import RemovableHandle
 from lomo_ds.errors import ConfigError
 from lomo_ds.update.reduction import Reduction
 from lomo_ds.update.schedules import Schedule
-from lomo_ds.zero3 import Shard
+from lomo_ds.update.target import Target
 
 
 class BackwardHooks:
     """Reduces every gradient to this rank's shard, passes the shard to ``schedule``, and frees the gradient.
 
     Args:
-        parameters: the trained parameters, in the order of the schedule's targets.
-        shards: this rank's shards of ``parameters``, in the same order.
+        parameters: the trained parameters.
+        targets: what the schedule knows ``parameters`` by, in the same order.
         process_group: the ranks that the parameters are partitioned over.
         communication_dtype: the dtype gradients are reduced in; None keeps their own.
     """
@@ -26,24 +26,17 @@ class BackwardHooks:
     def __init__(
         self,
         parameters: list[Parameter],
-        shards: list[Shard],
+        targets: list[Target],
         schedule: Schedule,
         process_group: ProcessGroup,
         communication_dtype: torch.dtype | None = None,
     ) -> None:
-        self.names = [shard.name for shard in shards]
         self.schedule = schedule
-        self.reduction = Reduction(
-            [shard.shape.numel() for shard in shards],
-            [shard.data.numel() for shard in shards],
-            process_group,
-            communication_dtype,
-            schedule.receive,
-        )
-        self.arrived: set[int] = set()  # parameters whose gradient has arrived in this backward
+        self.reduction = Reduction(targets, process_group, communication_dtype, schedule.receive)
+        self.arrived: set[Target] = set()  # those whose gradient has arrived in this backward
         self.handles: list[RemovableHandle] = [
-            parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, index))
-            for index, parameter in enumerate(parameters)
+            parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, target))
+            for target, parameter in zip(targets, parameters, strict=True)
         ]
 
     def end_backward(self) -> None:
@@ -63,19 +56,19 @@ class BackwardHooks:
         for handle in self.handles:
             handle.remove()
 
-    def _on_gradient(self, index: int, parameter: Parameter) -> None:
+    def _on_gradient(self, target: Target, parameter: Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        if index in self.arrived and not self.schedule.keeps_gradients:
-            self._raise_second_gradient(index)
-        self.arrived.add(index)
-        self.schedule.offer_gathered_weight(index, parameter.data)
-        self.reduction.add(index, gradient)
+        if target in self.arrived and not self.schedule.keeps_gradients:
+            self._raise_second_gradient(target)
+        self.arrived.add(target)
+        self.schedule.offer_gathered_weight(target, parameter.data)
+        self.reduction.add(target, gradient)
 
-    def _raise_second_gradient(self, index: int) -> None:
+    def _raise_second_gradient(self, target: Target) -> None:
         """Raise an error: a schedule that does not accumulate would update the parameter twice."""
         raise ConfigError(
-            f"parameter {self.names[index]} received two gradients in one backward (it is shared between reentrant "
+            f"parameter {target.name} received two gradients in one backward (it is shared between reentrant "
             "activation checkpoints), and this update schedule cannot accumulate them; use update_schedule stash, or "
             "checkpoint with use_reentrant false"
         )

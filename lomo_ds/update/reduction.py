@@ -12,15 +12,16 @@ from torch.distributed import ProcessGroup
 from lomo_ds.distributed.collectives import start_reduce_scatter
 from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.update.buckets import Buckets
+from lomo_ds.update.target import Target
 
-OnReduced = Callable[[list[int], list[Tensor]], None]
+OnReduced = Callable[[list[Target], list[Tensor]], None]
 
 
 @dataclass(frozen=True)
 class _PendingReduceScatter:
     """A reduce-scatter in flight."""
 
-    indices: tuple[int, ...]
+    targets: tuple[Target, ...]
     shards: Tensor  # output: the padded shards, concatenated
     full: Tensor  # input, which must stay alive until the collective ends
     work: Any
@@ -33,35 +34,31 @@ class Reduction:
     collective.
 
     Args:
-        numels: elements of each full parameter.
-        shard_numels: elements of this rank's shard of each parameter, without padding.
+        targets: all trained parameters.
         group: the ranks that parameters are partitioned over.
         dtype: the dtype gradients are reduced in; None keeps their own.
-        on_reduced: receives parameter indices and their gradient shards (1-D); it may keep or overwrite the shards.
+        on_reduced: receives targets and their gradient shards (1-D); it may keep or overwrite the shards.
     """
 
     def __init__(
         self,
-        numels: list[int],
-        shard_numels: list[int],
+        targets: Sequence[Target],
         group: ProcessGroup,
         dtype: torch.dtype | None,
         on_reduced: OnReduced,
     ) -> None:
-        self.numels = numels
-        self.shard_numels = shard_numels
         self.group = group
         self.dtype = dtype
         self.on_reduced = on_reduced
         self.world_size = torch.distributed.get_world_size(group)
-        self.buckets: Buckets[tuple[int, Tensor]] = Buckets(
-            max(numels), self.world_size, self._launch, self._limit_in_flight
+        self.buckets: Buckets[tuple[Target, Tensor]] = Buckets(
+            max(target.full_numel for target in targets), self.world_size, self._launch, self._limit_in_flight
         )
         self.reset()
 
-    def add(self, index: int, gradient: Tensor) -> None:
-        """Add the full gradient, of any shape, of parameter ``index``; order and dtypes must be equal on all ranks."""
-        self.buckets.add((index, gradient), self.numels[index])
+    def add(self, target: Target, gradient: Tensor) -> None:
+        """Add the full gradient of a target, in any memory layout; order and dtypes must be equal on all ranks."""
+        self.buckets.add((target, gradient), target.full_numel)
 
     def flush(self) -> None:
         """Launch the last bucket, and pass on all remaining shards."""
@@ -73,27 +70,27 @@ class Reduction:
         self.in_flight: deque[_PendingReduceScatter] = deque()
         self.in_flight_numel = 0
 
-    def _launch(self, bucket: list[tuple[int, Tensor]]) -> None:
+    def _launch(self, bucket: list[tuple[Target, Tensor]]) -> None:
         """Start the reduction of one bucket, with one collective per dtype."""
-        indices = [index for index, _ in bucket]
+        targets = [target for target, _ in bucket]
         flat = [gradient.reshape(-1) for _, gradient in bucket]
         bucket.clear()  # drops references, so that gradients do not outlive their converted or packed copies
         if self.dtype is not None:
             flat = [gradient.to(self.dtype) for gradient in flat]
         if self.world_size == 1:
-            self.on_reduced(indices, flat)
+            self.on_reduced(targets, flat)
             return
         for dtype in dict.fromkeys(gradient.dtype for gradient in flat):
             matching = [
-                (index, gradient) for index, gradient in zip(indices, flat, strict=True) if gradient.dtype == dtype
+                (target, gradient) for target, gradient in zip(targets, flat, strict=True) if gradient.dtype == dtype
             ]
-            matching_indices, gradients = zip(*matching, strict=True)
-            self._reduce_scatter(matching_indices, interleave(gradients, self.world_size))
+            matching_targets, gradients = zip(*matching, strict=True)
+            self._reduce_scatter(matching_targets, interleave(gradients, self.world_size))
 
-    def _reduce_scatter(self, indices: tuple[int, ...], full: Tensor) -> None:
+    def _reduce_scatter(self, targets: tuple[Target, ...], full: Tensor) -> None:
         shards = torch.empty(full.numel() // self.world_size, dtype=full.dtype, device=full.device)
         work = start_reduce_scatter(shards, full, self.group)
-        self.in_flight.append(_PendingReduceScatter(indices, shards, full, work))
+        self.in_flight.append(_PendingReduceScatter(targets, shards, full, work))
         self.in_flight_numel += full.numel()
 
     def _limit_in_flight(self, max_numel: int) -> None:
@@ -105,14 +102,14 @@ class Reduction:
             pending = self.in_flight.popleft()
             self.in_flight_numel -= pending.full.numel()
             pending.work.wait()
-            self.on_reduced(list(pending.indices), self._split_shards(pending))
+            self.on_reduced(list(pending.targets), self._split_shards(pending))
 
     def _split_shards(self, pending: _PendingReduceScatter) -> list[Tensor]:
         """Split the output of a bucket into its shards, without padding."""
-        padded = [ceil_div(self.numels[index], self.world_size) for index in pending.indices]
+        padded = [ceil_div(target.full_numel, self.world_size) for target in pending.targets]
         return [
-            shard.narrow(0, 0, self.shard_numels[index])
-            for index, shard in zip(pending.indices, pending.shards.split(padded), strict=True)
+            shard.narrow(0, 0, target.numel)
+            for target, shard in zip(pending.targets, pending.shards.split(padded), strict=True)
         ]
 
 

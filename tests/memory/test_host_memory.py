@@ -12,18 +12,18 @@ from lomo_ds.memory.host_memory import HostTransfer
 from lomo_ds.update.clipping import Clipping
 from lomo_ds.update.rules import Sgd
 from lomo_ds.update.schedules.immediate import Immediate
-from lomo_ds.update.schedules.schedule import Target
 from lomo_ds.zero3 import Shard
 from lomo_ds.zero3.stores import HostStore
 from tests.fake_streams import FakeDevice, FakeModule
+from tests.targets import flat_targets
 
 CPU = torch.device("cpu")
 COMPUTING, UPWARD = "0", "2"  # in the order in which they are made
 
 
-def shard_of(host_tensor: Tensor) -> Shard:
+def shard_of(host_tensor: Tensor, number: int) -> Shard:
     group: Any = None
-    return Shard("", host_tensor, 0, torch.Size([host_tensor.numel()]), group, host_tensor)
+    return Shard(str(number), host_tensor, 0, torch.Size([host_tensor.numel()]), group, host_tensor)
 
 
 @pytest.fixture
@@ -48,22 +48,22 @@ def test_backward_waits_only_to_bound_the_bytes_in_flight(
     streams: FakeModule, numels: list[int], waited_for: list[int]
 ) -> None:
     """Under ``immediate`` with parameters in host memory: from gathered copies, by the whole way of a gradient."""
-    store = HostStore([shard_of(torch.ones(numel)) for numel in numels], CPU)
-    targets = [Target(numel, 0, {"lr": 0.5, "weight_decay": 0.0}) for numel in numels]
+    store = HostStore([shard_of(torch.ones(numel), number) for number, numel in enumerate(numels)], CPU)
+    targets = flat_targets(numels)
     group: Any = None
     schedule = Immediate(targets, store, Sgd(), Clipping(), CPU, group)
     streams.waits.clear()
     copied = []
-    for index, numel in enumerate(numels):
-        schedule.offer_gathered_weight(index, torch.ones(numel))
-        schedule.receive([index], [torch.ones(numel)])
+    for target in targets:
+        schedule.offer_gathered_weight(target, torch.ones(target.numel))
+        schedule.receive([target], [torch.ones(target.numel)])
         copied.append(store.transfer.offloads[-1].copied)
     waits = [target for stream, target in streams.waits if stream == COMPUTING]
     assert waits == [copied[index] for index in waited_for]
     assert not [target for stream, target in streams.waits if stream == UPWARD]
     schedule.flush()
     assert not store.transfer.offloads
-    assert all(shard.data.eq(0.5).all() for shard in store.shards)
+    assert all(shard.data.eq(0.5).all() for shard in store.shards.values())
 
 
 def test_an_empty_fetch_uses_no_stream(streams: FakeModule) -> None:

@@ -13,11 +13,11 @@ from lomo_ds.memory.prefetch import Prefetcher
 from lomo_ds.numerics import int8
 from lomo_ds.update.clipping import Clipping
 from lomo_ds.update.rules import Sgd
-from lomo_ds.update.schedules.schedule import Target
 from lomo_ds.update.schedules.stash import HostStash, Stash
 from lomo_ds.zero3 import Shard
 from lomo_ds.zero3.stores import DeviceStore, HostStore
 from tests.fake_streams import FakeDevice
+from tests.targets import flat_targets
 
 CPU = torch.device("cpu")
 NUMELS = [8, 30, 8, 100, 8]
@@ -25,16 +25,15 @@ NUMELS = [8, 30, 8, 100, 8]
 STEP = [[[4], [3, 2], [1], [0]], [[4], [2, 3], [3], [0]], [[4], [3, 2, 2], [1]]]
 
 
-def shard_of(host_tensor: Tensor) -> Shard:
+def shard_of(host_tensor: Tensor, number: int) -> Shard:
     group: Any = None
-    return Shard("", host_tensor, 0, torch.Size([host_tensor.numel()]), group, host_tensor)
+    return Shard(str(number), host_tensor, 0, torch.Size([host_tensor.numel()]), group, host_tensor)
 
 
 def schedule_of(kind: type[Stash | HostStash], dtype: torch.dtype | None) -> tuple[Any, list[Tensor]]:
     weights = [torch.ones(numel) for numel in NUMELS]
-    targets = [Target(numel, 0, {"lr": 0.5, "weight_decay": 0.0}) for numel in NUMELS]
-    store = DeviceStore([shard_of(weight) for weight in weights])
-    return kind(targets, store, Sgd(), Clipping(), CPU, dtype), weights
+    store = DeviceStore([shard_of(weight, number) for number, weight in enumerate(weights)])
+    return kind(flat_targets(NUMELS), store, Sgd(), Clipping(), CPU, dtype), weights
 
 
 def gradient(number: int, index: int) -> Tensor:
@@ -45,7 +44,9 @@ def bring(schedule: Any, start: int = 0) -> None:
     """A step's gradients."""
     for number, buckets in enumerate(STEP, start):
         for bucket in buckets:
-            schedule.receive(bucket, [gradient(number, index).mul(1.0) for index in bucket])
+            schedule.receive(
+                [schedule.targets[index] for index in bucket], [gradient(number, index).mul(1.0) for index in bucket]
+            )
         schedule.flush()
 
 
@@ -77,7 +78,7 @@ def test_a_stash_in_host_memory_accumulates_the_same_bits_for_any_order_of_strea
     device = FakeDevice(monkeypatch, seed)
     in_host = schedule_of(HostStash, None)
     for index, numel in enumerate(NUMELS):
-        in_host[0].buffers[index] = torch.empty(numel)
+        in_host[0].buffers[in_host[0].targets[index]] = torch.empty(numel)
     with device:
         bring(in_host[0])
         in_host[0].apply([0.5])
@@ -110,15 +111,15 @@ AHEAD = ["fetch 0", "fetch 1", "fetch 2", "offload 0", "fetch 3", "offload 1", "
 
 def test_the_second_micro_batch_prefetches_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 200)
-    targets = [Target(25, 0, {"lr": 0.5, "weight_decay": 0.0}) for _ in range(4)]
+    targets = flat_targets([25] * 4)
     stash = HostStash(targets, DeviceStore([]), Sgd(), Clipping(), CPU)
-    for index in range(4):
-        stash.receive([index], [torch.ones(25)])
+    for target in targets:
+        stash.receive([target], [torch.ones(25)])
     stash.flush()
-    transfer = RecordingTransfer({buffer.data_ptr(): index for index, buffer in stash.buffers.items()})
+    transfer = RecordingTransfer({stash.buffers[target].data_ptr(): number for number, target in enumerate(targets)})
     stash.transfer = stash.prefetcher.transfer = transfer
-    for index in range(4):
-        stash.receive([index], [torch.ones(25)])
+    for target in targets:
+        stash.receive([target], [torch.ones(25)])
     assert transfer.log == AHEAD
 
 
@@ -127,14 +128,15 @@ def test_eight_bit_weights_are_prefetched_in_the_order_of_the_previous_step(monk
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 2 * kept[0].nbytes)
     group: Any = None
     shape = torch.Size([int8.BLOCK])
-    shards = [Shard("", int8.view_blocks(buffer, int8.BLOCK).codes, 0, shape, group, buffer) for buffer in kept]
+    codes = [int8.view_blocks(buffer, int8.BLOCK).codes for buffer in kept]
+    shards = [Shard(str(n), codes[n], 0, shape, group, buffer) for n, buffer in enumerate(kept)]
     store = HostStore(shards, CPU)
 
     def update_each() -> list[str]:
         transfer = RecordingTransfer({buffer.data_ptr(): index for index, buffer in enumerate(kept)})
         store.transfer = store.prefetcher.transfer = transfer
         for index in range(4):
-            for (values,), _ in store.open_for_update([index], [torch.zeros(int8.BLOCK)]):
+            for (values,), _ in store.open_for_update([str(index)], [torch.zeros(int8.BLOCK)]):
                 assert isinstance(values, int8.Blocks)
                 values.codes.add_(index)
         store.flush()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds.update.reduction import Reduction, interleave
+from lomo_ds.update.target import Target
 from tests.engines import my_chunk
 from tests.ranks import Ranks
 
@@ -27,23 +28,26 @@ def reduce_all(dtypes: list[torch.dtype], reduce_dtype: torch.dtype | None, buck
     order: list[int] = []
     peak = 0
 
-    def check_shards(indices: list[int], shards: list[Tensor]) -> None:
+    def check_shards(arrived: list[Target], shards: list[Tensor]) -> None:
+        indices = [int(target.name) for target in arrived]
         for index, shard in zip(indices, shards, strict=True):
             expected = torch.stack([gradient_of(index, rank) for rank in range(dist.get_world_size())]).sum(dim=0)
             assert shard.dtype == (reduce_dtype or dtypes[index])
             assert torch.equal(shard.float(), my_chunk(expected))
         order.extend(indices)
 
-    numels = [torch.Size(shape).numel() for shape in SHAPES]
-    shard_numels = [my_chunk(torch.zeros(shape)).numel() for shape in SHAPES]
-    reduction = Reduction(numels, shard_numels, dist.get_world_group(), reduce_dtype, check_shards)
+    targets = [
+        Target(str(index), torch.Size(shape), 0, my_chunk(torch.zeros(shape)).numel(), 0, {})
+        for index, shape in enumerate(SHAPES)
+    ]
+    reduction = Reduction(targets, dist.get_world_group(), reduce_dtype, check_shards)
     buckets = reduction.buckets
     buckets.bucket_numel = min(buckets.bucket_numel, bucket_numel)
-    buckets.alive_numel = max(numels)
+    buckets.alive_numel = max(target.full_numel for target in targets)
     for index, dtype in enumerate(dtypes):
         gradient = gradient_of(index, dist.get_rank()).to(dtype)
         transposed = gradient.t().contiguous().t() if gradient.dim() == 2 else gradient  # any layout is accepted
-        reduction.add(index, transposed)
+        reduction.add(targets[index], transposed)
         peak = max(peak, buckets.waiting_numel + reduction.in_flight_numel)
     reduction.flush()
     assert sorted(order) == list(range(len(SHAPES)))

@@ -50,7 +50,7 @@ def bytes_carried(schedule: str, granularity: str) -> tuple[float, float]:
     engine = make_engine(tiny_model(), schedule, params={"gather_granularity": granularity}, zero_optimization=zero)
     store: Any = engine.schedule.store
     names = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
-    shards = sum(s.data.nbytes for name, s in zip(names, store.shards, strict=True) if name != "unused")
+    shards = sum(s.data.nbytes for name, s in zip(names, store.shards.values(), strict=True) if name != "unused")
     engine.train_batch(part(whole_batch(0, rows=2), dist.get_rank(), dist.get_world_size()))
     store.transfer = store.prefetcher.transfer = Watched()
     engine.train_batch(part(whole_batch(1, rows=2), dist.get_rank(), dist.get_world_size()))
@@ -78,12 +78,14 @@ def test_an_update_in_backward_reads_nothing_back(
 def test_a_shard_is_updated_in_the_gathered_copy_or_in_a_fetched_one() -> None:
     homes = [torch.arange(10.0), torch.arange(10.0)]
     group: Any = None
-    store = HostStore([Shard("", home, 10, torch.Size([5, 6]), group, home) for home in homes], CPU)
+    store = HostStore(
+        [Shard(name, home, 10, torch.Size([5, 6]), group, home) for name, home in zip("ab", homes, strict=True)], CPU
+    )
     whole = torch.arange(30.0) + 100
-    store.offer_gathered_weight(0, whole.view(5, 6))
+    store.offer_gathered_weight("a", whole.view(5, 6))
     gradients = [torch.ones(10), torch.ones(10)]
     lent = []
-    for (values,), (gradient,) in store.open_for_update([0, 1], gradients):
+    for (values,), (gradient,) in store.open_for_update(["a", "b"], gradients):
         assert isinstance(values, Tensor)
         lent.append(values.clone())
         values -= gradient

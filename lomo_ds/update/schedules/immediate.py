@@ -10,7 +10,8 @@ from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.numerics.square_sums import SquareSums
 from lomo_ds.update.clipping import Clipping
 from lomo_ds.update.rules import Rule
-from lomo_ds.update.schedules.schedule import Schedule, Target
+from lomo_ds.update.schedules.schedule import Schedule
+from lomo_ds.update.target import Target
 from lomo_ds.zero3.stores import Store
 
 
@@ -30,7 +31,7 @@ class Immediate(Schedule):
     ) -> None:
         self.process_group = process_group
         self.group_sizes = Counter(target.group for target in targets)
-        self.waiting: dict[int, dict[int, Tensor]] = defaultdict(dict)  # gradient shards by group and target
+        self.waiting: dict[int, dict[Target, Tensor]] = defaultdict(dict)  # gradient shards by clipping group
         self.squares: SquareSums | None = None  # sums that kernels compute; None if norms are computed separately
         if clipping.group_norm is None:
             self.squares = rule.square_sums([target.numel for target in targets], device)
@@ -42,20 +43,20 @@ class Immediate(Schedule):
         if self.squares is not None:
             self.squares.clear()
 
-    def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
-        self.store.offer_gathered_weight(index, whole)
+    def offer_gathered_weight(self, target: Target, weight: Tensor) -> None:
+        self.store.offer_gathered_weight(target.name, weight)
 
-    def receive(self, indices: list[int], gradients: list[Tensor]) -> None:
+    def receive(self, targets: list[Target], gradients: list[Tensor]) -> None:
         if self.squares is None:
-            self.record_norms(indices, gradients)
+            self.record_norms(targets, gradients)
         if self.clipping.group_norm is None:
-            self.update(indices, gradients, 1.0, self.squares)
+            self.update(targets, gradients, 1.0, self.squares)
             return
-        for index, gradient in zip(indices, gradients, strict=True):
-            group = self.targets[index].group
-            self.waiting[group][index] = gradient
-            if len(self.waiting[group]) == self.group_sizes[group]:
-                self._update_group(group)
+        for target, gradient in zip(targets, gradients, strict=True):
+            waiting = self.waiting[target.group]
+            waiting[target] = gradient
+            if len(waiting) == self.group_sizes[target.group]:
+                self._update_group(target.group)
 
     def flush(self) -> None:
         for group in sorted(self.waiting):  # groups in which this batch did not use every parameter
@@ -71,7 +72,7 @@ class Immediate(Schedule):
     def _update_group(self, group: int) -> None:
         gradients = self.waiting.pop(group)
         squared_norm = (
-            torch.stack([self.norms[index] for index in gradients]).double().square().sum(dim=0, keepdim=True)
+            torch.stack([self.norms[target] for target in gradients]).double().square().sum(dim=0, keepdim=True)
         )
         coefficient = self.clipping.coefficients(all_reduce_sum(squared_norm, self.process_group) / self.scale**2)[0]
         self.update(list(gradients), list(gradients.values()), coefficient)

@@ -7,7 +7,8 @@ from lomo_ds.memory.host_memory import IN_FLIGHT_BYTES, HostTransfer, PinnedMemo
 from lomo_ds.memory.prefetch import Prefetcher
 from lomo_ds.update.clipping import Clipping
 from lomo_ds.update.rules import Rule
-from lomo_ds.update.schedules.schedule import Schedule, Target
+from lomo_ds.update.schedules.schedule import Schedule
+from lomo_ds.update.target import Target
 from lomo_ds.zero3.stores import Store
 
 
@@ -33,27 +34,27 @@ class Stash(Schedule):
         dtype: torch.dtype | None = None,
     ) -> None:
         self.dtype = dtype
-        self.stashed: dict[int, Tensor] = {}
+        self.stashed: dict[Target, Tensor] = {}
         super().__init__(targets, store, rule, clipping, device)
 
     def start(self, scale: float) -> None:
         super().start(scale)
         self.stashed.clear()
 
-    def receive(self, indices: list[int], gradients: list[Tensor]) -> None:
-        for index, gradient in zip(indices, gradients, strict=True):
-            if index in self.stashed:
-                self.stashed[index] = self.stashed[index].float().add_(gradient)
+    def receive(self, targets: list[Target], gradients: list[Tensor]) -> None:
+        for target, gradient in zip(targets, gradients, strict=True):
+            if target in self.stashed:
+                self.stashed[target] = self.stashed[target].float().add_(gradient)
             else:
-                self.stashed[index] = gradient if self.dtype is None else gradient.to(self.dtype)
+                self.stashed[target] = gradient if self.dtype is None else gradient.to(self.dtype)
 
     def squared_norms(self) -> Tensor:
         self.record_norms(list(self.stashed), list(self.stashed.values()))
         return super().squared_norms()
 
     def apply(self, coefficients: list[float]) -> None:
-        indices = sorted(self.stashed)
-        self.update(indices, [self.stashed.pop(index) for index in indices], coefficients)
+        targets = [target for target in self.targets if target in self.stashed]
+        self.update(targets, [self.stashed.pop(target) for target in targets], coefficients)
 
 
 class HostStash(Schedule):
@@ -74,8 +75,8 @@ class HostStash(Schedule):
         numel = sum(target.numel for target in targets)
         self.pinned = PinnedMemory(device, numel * (dtype or torch.bfloat16).itemsize)
         self.transfer = HostTransfer(device)
-        self.buffers: dict[int, Tensor] = {}  # pinned buffers, allocated when a target's gradient first arrives
-        self.stashed: set[int] = set()
+        self.buffers: dict[Target, Tensor] = {}  # pinned buffers, allocated when a target's gradient first arrives
+        self.stashed: set[Target] = set()
         self.prefetcher = Prefetcher(self.transfer, self._stashed_buffer)  # the order repeats in every micro-batch
         super().__init__(targets, store, rule, clipping, device)
 
@@ -84,43 +85,43 @@ class HostStash(Schedule):
         self.stashed.clear()
         self._flush_copies()  # an interrupted step may have left copies in flight
 
-    def receive(self, indices: list[int], gradients: list[Tensor]) -> None:
-        for index in indices:
-            self.prefetcher.announce(index)
-        sums = [self._add(index, gradient) for index, gradient in zip(indices, gradients, strict=True)]
-        self.record_norms(indices, sums)  # now, while the sums are on the device
+    def receive(self, targets: list[Target], gradients: list[Tensor]) -> None:
+        for target in targets:
+            self.prefetcher.announce(target)
+        sums = [self._add(target, gradient) for target, gradient in zip(targets, gradients, strict=True)]
+        self.record_norms(targets, sums)  # now, while the sums are on the device
 
     def flush(self) -> None:
         super().flush()
         self._flush_copies()
 
     def apply(self, coefficients: list[float]) -> None:
-        indices = sorted(self.stashed)
-        waiting: list[int] = []  # update in batches, so that the store can prefetch shards too
+        targets = [target for target in self.targets if target in self.stashed]
+        waiting: list[Target] = []  # update in batches, so that the store can prefetch shards too
         gradients: list[Tensor] = []
-        fetched = self.transfer.fetch(self.buffers[index] for index in indices)
-        for index in indices:
-            waiting.append(index)
+        fetched = self.transfer.fetch(self.buffers[target] for target in targets)
+        for target in targets:
+            waiting.append(target)
             gradients.append(next(fetched))  # no local variable, which would keep the tensor alive during the next copy
-            if index == indices[-1] or sum(gradient.nbytes for gradient in gradients) >= IN_FLIGHT_BYTES:
+            if target is targets[-1] or sum(gradient.nbytes for gradient in gradients) >= IN_FLIGHT_BYTES:
                 self.update(waiting, gradients, coefficients)
                 waiting, gradients = [], []
 
-    def _add(self, index: int, gradient: Tensor) -> Tensor:
+    def _add(self, target: Target, gradient: Tensor) -> Tensor:
         """Add a gradient to the stashed one, start offloading the sum and return the sum."""
-        if index in self.stashed:
-            total = self.prefetcher.take(index).float().add_(gradient)
+        if target in self.stashed:
+            total = self.prefetcher.take(target).float().add_(gradient)
         else:
             total = gradient.to(self.dtype or gradient.dtype)
-        buffer = self.buffers.get(index)
+        buffer = self.buffers.get(target)
         if buffer is None or buffer.dtype != total.dtype:
-            buffer = self.buffers[index] = self.pinned.empty_like(total)
+            buffer = self.buffers[target] = self.pinned.empty_like(total)
         self.transfer.offload(total, buffer)
-        self.stashed.add(index)
+        self.stashed.add(target)
         return total
 
-    def _stashed_buffer(self, index: int) -> Tensor | None:
-        return self.buffers[index] if index in self.stashed else None
+    def _stashed_buffer(self, target: Target) -> Tensor | None:
+        return self.buffers[target] if target in self.stashed else None
 
     def _flush_copies(self) -> None:
         self.prefetcher.flush()

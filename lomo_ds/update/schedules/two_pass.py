@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from lomo_ds.update.schedules.schedule import Schedule
+from lomo_ds.update.target import Target
 
 
 class TwoPass(Schedule):
@@ -15,15 +16,15 @@ class TwoPass(Schedule):
         super().start(scale)
         self.coefficients = None
 
-    def offer_gathered_weight(self, index: int, whole: Tensor) -> None:
+    def offer_gathered_weight(self, target: Target, weight: Tensor) -> None:
         if self.coefficients is not None:
-            self.store.offer_gathered_weight(index, whole)
+            self.store.offer_gathered_weight(target.name, weight)
 
-    def receive(self, indices: list[int], gradients: list[Tensor]) -> None:
+    def receive(self, targets: list[Target], gradients: list[Tensor]) -> None:
         if self.coefficients is None:
-            self.record_norms(indices, gradients)
+            self.record_norms(targets, gradients)
         else:
-            self.update(indices, gradients, self.coefficients)
+            self.update(targets, gradients, self.coefficients)
 
     def apply(self, coefficients: list[float]) -> None:
         self.coefficients = coefficients

@@ -16,16 +16,16 @@ class DeviceStore:
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
-        self.values: list[Values] = [shard.values(number) for number, shard in enumerate(shards)]
+        self.values: dict[str, Values] = {shard.name: shard.values(number) for number, shard in enumerate(shards)}
 
-    def offer_gathered_weight(self, index: int, weight: Tensor) -> None:
+    def offer_gathered_weight(self, name: str, weight: Tensor) -> None:
         """Do nothing: the shards are on the device already."""
 
     def open_for_update(
-        self, indices: Sequence[int], gradients: Sequence[Tensor]
+        self, names: Sequence[str], gradients: Sequence[Tensor]
     ) -> Iterator[tuple[list[Values], list[Tensor]]]:
         """Implement ``Store.open_for_update``."""
-        yield [self.values[index] for index in indices], list(gradients)
+        yield [self.values[name] for name in names], list(gradients)
 
     def flush(self) -> None:
         """Implement ``Store.flush``."""

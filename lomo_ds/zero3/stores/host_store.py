@@ -11,7 +11,7 @@ from lomo_ds.numerics.flat import GPU_PIECE_NUMEL
 from lomo_ds.numerics.int8 import Values
 from lomo_ds.zero3.shard import Shard
 
-Piece = tuple[int, int]  # index of a shard, and number of a piece in it
+Piece = tuple[str, int]  # name of a parameter, and number of a piece of its shard
 
 
 class HostStore:
@@ -25,41 +25,42 @@ class HostStore:
     """
 
     def __init__(self, shards: Sequence[Shard], device: torch.device, gathered_is_lossy: bool = False) -> None:
-        self.shards = shards
+        self.shards = {shard.name: shard for shard in shards}
+        self.numbers = {shard.name: number for number, shard in enumerate(shards)}  # of eight-bit weights' noise
         self.gathered_is_lossy = gathered_is_lossy
         self.transfer = HostTransfer(device)
-        self.pieces = [_pieces_of(shard) for shard in shards]
+        self.pieces = {shard.name: _pieces_of(shard) for shard in shards}
         self.prefetcher: Prefetcher[Piece] = Prefetcher(self.transfer, lambda piece: self.pieces[piece[0]][piece[1]])
-        self.gathered: dict[int, Tensor] = {}
+        self.gathered: dict[str, Tensor] = {}
 
-    def offer_gathered_weight(self, index: int, weight: Tensor) -> None:
+    def offer_gathered_weight(self, name: str, weight: Tensor) -> None:
         """Implement ``Store.offer_gathered_weight``."""
-        shard = self.shards[index]
+        shard = self.shards[name]
         if self.gathered_is_lossy or shard.data.dtype != weight.dtype or weight.numel() != shard.shape.numel():
             return
         part = weight.detach().reshape(-1)[shard.start : shard.stop]
         # clone, since a view would keep the full copy alive
-        self.gathered[index] = part if part.numel() == weight.numel() else part.clone()
+        self.gathered[name] = part if part.numel() == weight.numel() else part.clone()
 
     def open_for_update(
-        self, indices: Sequence[int], gradients: Sequence[Tensor]
+        self, names: Sequence[str], gradients: Sequence[Tensor]
     ) -> Iterator[tuple[list[Values], list[Tensor]]]:
         """Implement ``Store.open_for_update``."""
         fetched: list[tuple[Piece, Tensor]] = []
-        for index, gradient in zip(indices, gradients, strict=True):
-            if index in self.gathered:
-                part = self.gathered.pop(index)
+        for name, gradient in zip(names, gradients, strict=True):
+            if name in self.gathered:
+                part = self.gathered.pop(name)
                 yield [part], [gradient]
-                self.transfer.offload(part, self.shards[index].data)
+                self.transfer.offload(part, self.shards[name].data)
             else:
-                parts = gradient.split(GPU_PIECE_NUMEL) if len(self.pieces[index]) > 1 else [gradient]
-                fetched += [((index, number), part) for number, part in enumerate(parts)]
+                parts = gradient.split(GPU_PIECE_NUMEL) if len(self.pieces[name]) > 1 else [gradient]
+                fetched += [((name, number), part) for number, part in enumerate(parts)]
         for piece, _ in fetched:
             self.prefetcher.announce(piece)
-        for (index, number), part in fetched:
-            copy = self.prefetcher.take((index, number))
-            yield [self.shards[index].values(index, copy) if copy.dtype == torch.int8 else copy], [part]
-            self.transfer.offload(copy, self.pieces[index][number])
+        for (name, number), part in fetched:
+            copy = self.prefetcher.take((name, number))
+            yield [self.shards[name].values(self.numbers[name], copy) if copy.dtype == torch.int8 else copy], [part]
+            self.transfer.offload(copy, self.pieces[name][number])
 
     def flush(self) -> None:
         """Implement ``Store.flush``."""

@@ -22,20 +22,20 @@ class NvmeStore(HostStore):
 
     def __init__(self, shards: Sequence[Shard], device: torch.device, gathered_is_lossy: bool = False) -> None:
         super().__init__(shards, device, gathered_is_lossy)
-        self.slots = [shard.slot for shard in shards]
+        self.slots = {shard.name: shard.slot for shard in shards}
         self.device = device
 
     def open_for_update(
-        self, indices: Sequence[int], gradients: Sequence[Tensor]
+        self, names: Sequence[str], gradients: Sequence[Tensor]
     ) -> Iterator[tuple[list[Values], list[Tensor]]]:
         """Implement ``Store.open_for_update``."""
-        pairs = list(zip(indices, gradients, strict=True))
-        in_memory = [(index, gradient) for index, gradient in pairs if self.slots[index] is None]
-        yield from super().open_for_update([index for index, _ in in_memory], [gradient for _, gradient in in_memory])
-        for index, gradient in pairs:
-            slot = self.slots[index]
+        pairs = list(zip(names, gradients, strict=True))
+        in_memory = [(name, gradient) for name, gradient in pairs if self.slots[name] is None]
+        yield from super().open_for_update([name for name, _ in in_memory], [gradient for _, gradient in in_memory])
+        for name, gradient in pairs:
+            slot = self.slots[name]
             if slot is not None:
-                part = self.gathered.pop(index, None)
+                part = self.gathered.pop(name, None)
                 if part is None:
                     part = slot.read(gradient.numel(), self.device)
                 yield [part], [gradient]
@@ -44,5 +44,5 @@ class NvmeStore(HostStore):
     def flush(self) -> None:
         """Implement ``Store.flush``: wait for the pending writes, which keep device memory alive."""
         super().flush()
-        for space in {slot.space for slot in self.slots if slot is not None}:
+        for space in {slot.space for slot in self.slots.values() if slot is not None}:
             space.finish()

@@ -9,12 +9,12 @@ from lomo_ds.numerics.int8 import Values
 
 
 class Store(Protocol):
-    """Holds the shards of the trainable parameters, by their index in model order.
+    """Holds the shards of the trained parameters, by the parameters' names.
 
     A store knows where the bytes are and in what format. It does not know when or how a shard is updated.
     """
 
-    def offer_gathered_weight(self, index: int, weight: Tensor) -> None:
+    def offer_gathered_weight(self, name: str, weight: Tensor) -> None:
         """Offer a gathered copy of a parameter on the device, whose shard is updated later in the same pass.
 
         Args:
@@ -23,7 +23,7 @@ class Store(Protocol):
         ...
 
     def open_for_update(
-        self, indices: Sequence[int], gradients: Sequence[Tensor]
+        self, names: Sequence[str], gradients: Sequence[Tensor]
     ) -> Iterator[tuple[list[Values], list[Tensor]]]:
         """Yield shards, or pieces of them, to be updated in place, with the matching pieces of ``gradients``.
 

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lomo_ds.update.clipping import Clipping
 from lomo_ds.update.rules import Sgd, sgd
-from lomo_ds.update.schedules import Target
 from lomo_ds.update.schedules.immediate import Immediate
+from tests.targets import flat_targets
 
 NUMELS = [3, 8192, 20_000, 0]
 GROUPS = [0, 1, 1, 2]
@@ -23,13 +23,13 @@ class Pieces:
     def __init__(self, shards: list[Tensor]) -> None:
         self.shards = shards
 
-    def offer_gathered_weight(self, index: int, whole: Tensor) -> None: ...
+    def offer_gathered_weight(self, name: str, weight: Tensor) -> None: ...
 
     def flush(self) -> None: ...
 
-    def open_for_update(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[Any]:
-        for index, gradient in zip(indices, gradients, strict=True):
-            for shard, part in zip(self.shards[index].split(16384), gradient.split(16384), strict=True):
+    def open_for_update(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Iterator[Any]:
+        for name, gradient in zip(names, gradients, strict=True):
+            for shard, part in zip(self.shards[int(name)].split(16384), gradient.split(16384), strict=True):
                 yield [shard], [part]
 
 
@@ -63,7 +63,7 @@ class Operations(TorchDispatchMode):
 
 def schedule_of(clipping: Clipping) -> Immediate:
     options = {"lr": 0.1, "weight_decay": 0.0}
-    targets = [Target(numel, group, options) for numel, group in zip(NUMELS, GROUPS, strict=True)]
+    targets = flat_targets(NUMELS, GROUPS, options)
     store = Pieces([torch.zeros(numel) for numel in NUMELS])
     ranks: Any = None
     return Immediate(targets, store, Sgd(), clipping, torch.device("cpu"), ranks)
@@ -79,13 +79,14 @@ def test_only_the_update_reads_a_gradient(monkeypatch: pytest.MonkeyPatch, clipp
     kernel = Kernel()
     monkeypatch.setattr(sgd, "kernel_for", lambda device: kernel)
     schedule = schedule_of(clipping)
+    targets = schedule.targets
     for step in range(2):
         schedule.start(scale=1.0)
         arrived = gradients(step)
         kernel.launches = 0
         with Operations() as operations:
-            schedule.receive([3, 2], [arrived[3], arrived[2]])
-            schedule.receive([1, 0], [arrived[1], arrived[0]])
+            schedule.receive([targets[3], targets[2]], [arrived[3], arrived[2]])
+            schedule.receive([targets[1], targets[0]], [arrived[1], arrived[0]])
             schedule.flush()
         assert kernel.launches == 1 + 1 + 2, "one for each part that is lent"
         names = {name for name in operations.names if "split" not in name}
@@ -98,11 +99,11 @@ def test_only_the_update_reads_a_gradient(monkeypatch: pytest.MonkeyPatch, clipp
 def test_unused_parameters_do_not_keep_sums_of_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sgd, "kernel_for", lambda device: Kernel())
     schedule = schedule_of(Clipping())
-    schedule.receive([0, 1, 2, 3], gradients(0))
+    schedule.receive(schedule.targets, gradients(0))
     schedule.start(scale=1.0)
     assert schedule.squared_norms().tolist() == [0.0, 0.0, 0.0]
     (arrived, *_) = gradients(1)
-    schedule.receive([0], [arrived])
+    schedule.receive(schedule.targets[:1], [arrived])
     assert float(schedule.squared_norms().sum()) == pytest.approx(float(arrived.double().square().sum()), rel=1e-6)
 
 
