@@ -1,4 +1,4 @@
-"""Where the time of a step goes: waiting for other ranks, DeepSpeed's hooks, lomo_ds, or the model's own arithmetic.
+"""The causes of a step's time: waiting for other ranks, DeepSpeed's hooks, lomo_ds, or the model's own arithmetic.
 
     python benchmarks/causes.py
 

@@ -60,9 +60,9 @@ class RowSpec:
     pins_memory: bool = False
 
 
-def entrants(work: Workload, ours: str, *others: str) -> tuple[Entrant, ...]:
+def entrants(work: Workload, own_rows: str, *others: str) -> tuple[Entrant, ...]:
     """Return the entrants of one workload; the first method is the one that the others are compared with."""
-    return tuple(Entrant(name, name, work, leads=name == ours) for name in (ours, *others))
+    return tuple(Entrant(name, name, work, leads=name == own_rows) for name in (own_rows, *others))
 
 
 def rows() -> list[RowSpec]:

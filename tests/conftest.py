@@ -49,7 +49,7 @@ def ranks() -> Iterator[GroupOf]:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``make train`` trains on."""
+    """The folder that ``make train`` trains on."""
     from lomo_ds.models.demo import make_demo
 
     folder = tmp_path_factory.mktemp("demo")

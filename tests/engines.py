@@ -47,9 +47,9 @@ def weights_of(engine: lomo_ds.LomoEngine) -> dict[str, Tensor]:
 
 
 def largest_difference(weights: dict[str, Tensor], reference: Module) -> float:
-    theirs = dict(reference.named_parameters())
-    assert theirs.keys() == weights.keys()
-    differences = [float((weights[name].float() - theirs[name].float()).detach().abs().max()) for name in weights]
+    expected = dict(reference.named_parameters())
+    assert expected.keys() == weights.keys()
+    differences = [float((weights[name].float() - expected[name].float()).detach().abs().max()) for name in weights]
     return math.inf if any(math.isnan(difference) for difference in differences) else max(differences)
 
 

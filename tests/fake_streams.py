@@ -171,7 +171,7 @@ class FakeDevice(TorchDispatchMode):
         return _cut(view, meta)
 
     def _memory_of(self, tensor: Tensor) -> Tensor:
-        """The same memory, in a tensor that keeps it from nobody."""
+        """Return the memory of a tensor as another tensor, which does not keep it allocated."""
         start = tensor.untyped_storage().data_ptr()
         return _cut(self.blocks[start][0], tensor) if start in self.blocks else tensor.detach()
 

@@ -35,6 +35,6 @@ def train_from(offload: str, hidden: int, layers: int, schedule: str) -> dict[st
 
 
 def same_from_host_memory(hidden: int, layers: int, schedule: str) -> None:
-    """Where a copy is under way that nobody has waited for, weights differ."""
+    """Return whether weights in host memory are the same; they differ where a pending copy was not waited for."""
     params = hidden, layers, schedule
     assert identical(train_from("cpu", *params), train_from("none", *params))

@@ -37,10 +37,10 @@ class Ranks:
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, port, accelerator))
+            parent_end, child_end = context.Pipe()
+            process = context.Process(target=_serve, args=(child_end, rank, world_size, port, accelerator))
             process.start()
-            self.connections.append(ours)
+            self.connections.append(parent_end)
             self.processes.append(process)
 
     @property
@@ -68,9 +68,9 @@ class Ranks:
         if failures or waiting:
             if waiting:
                 self.stop()
-            told = "\n".join(f"--- rank {rank} ---\n{text}" for rank, text in failures.items())
+            output = "\n".join(f"--- rank {rank} ---\n{text}" for rank, text in failures.items())
             hung = f"\nranks {sorted(waiting)} did not end" if waiting else ""
-            pytest.fail(f"{function.__name__}{arguments}:\n{told}{hung}", pytrace=False)
+            pytest.fail(f"{function.__name__}{arguments}:\n{output}{hung}", pytrace=False)
         return results
 
     def stop(self) -> None:

@@ -48,13 +48,13 @@ GRES_CONF = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # devices that
 
 
 class Slurm:
-    """What a test asks of it."""
+    """A SLURM installation that a test starts."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
 
     def run(self, *command: str | Path) -> str:
-        """What one of SLURM's own commands prints."""
+        """Run one of SLURM's commands and return its output."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=HUNG)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -114,8 +114,8 @@ def wait_for(condition: Callable[[], bool], timeout: float, log: Path) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
-            told = log.read_text()[-5000:] if log.exists() else "no such file"
-            pytest.fail(f"waited {timeout:.0f} s; the end of {log}:\n{told}")
+            output = log.read_text()[-5000:] if log.exists() else "no such file"
+            pytest.fail(f"waited {timeout:.0f} s; the end of {log}:\n{output}")
         time.sleep(0.05)
 
 
@@ -127,16 +127,16 @@ def _end_jobs(slurm: Slurm, log: Path) -> None:
 
 def _end_processes(conf: str, daemons: list[subprocess.Popen[bytes]]) -> None:
     """End every process that has this SLURM_CONF in its environment: the daemons, and what is left of jobs."""
-    ours = list(_processes_of(conf))
-    for process in ours:
+    own = list(_processes_of(conf))
+    for process in own:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    psutil.wait_procs(ours, END_TIMEOUT)
-    while ours := list(_processes_of(conf)):
-        for process in ours:
+    psutil.wait_procs(own, END_TIMEOUT)
+    while own := list(_processes_of(conf)):
+        for process in own:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(ours, 1.0)
+        psutil.wait_procs(own, 1.0)
     for daemon in daemons:
         daemon.wait()
 

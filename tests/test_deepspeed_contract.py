@@ -105,7 +105,7 @@ def test_attribute(module: str, name: str) -> None:
 
 
 def test_every_attribute_of_deepspeeds_own_is_named_here() -> None:
-    """Those of its parameters begin with ``ds_``; of private ones, those that no class of lomo_ds sets itself."""
+    """Attributes of its parameters begin with ``ds_``; private ones are those that no class of lomo_ds defines."""
     package = Path(lomo_ds.__file__).parent
     nodes = [
         node

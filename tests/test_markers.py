@@ -14,7 +14,9 @@ def marks_of(node: ast.Module | ast.FunctionDef) -> str:
     if isinstance(node, ast.FunctionDef):
         return " ".join(map(ast.unparse, node.decorator_list))
     assigned = [statement for statement in node.body if isinstance(statement, ast.Assign)]
-    return " ".join(ast.unparse(found) for found in assigned if "pytestmark" in ast.unparse(found.targets[0]))
+    return " ".join(
+        ast.unparse(assignment) for assignment in assigned if "pytestmark" in ast.unparse(assignment.targets[0])
+    )
 
 
 def unmarked_tests(source: str) -> list[str]:

@@ -241,23 +241,23 @@ def ratios(rows: list[Row], goals: dict[tuple[str, str], float]) -> list[Row]:
     """
     measured = [row for row in rows if row["outcome"] == "measured"]
     return [
-        _ratio(ours, other, goals.get((ours["method"], other["method"])))
-        for ours in measured
+        _ratio(own, other, goals.get((own["method"], other["method"])))
+        for own in measured
         for other in measured
-        if ours["leads"] and not other["leads"] and methods.clips(ours["method"]) == methods.clips(other["method"])
+        if own["leads"] and not other["leads"] and methods.clips(own["method"]) == methods.clips(other["method"])
     ]
 
 
-def _ratio(ours: Row, other: Row, goal: float | None) -> Row:
-    ratio_per_round = [one / two for one, two in zip(ours["seconds"], other["seconds"], strict=False)]
+def _ratio(own: Row, other: Row, goal: float | None) -> Row:
+    ratio_per_round = [one / two for one, two in zip(own["seconds"], other["seconds"], strict=False)]
     median = statistics.median(ratio_per_round)
     return {
-        "ours": ours["label"],
+        "ours": own["label"],
         "other": other["label"],
         "median": median,
         "lowest": min(ratio_per_round),
         "highest": max(ratio_per_round),
         "goal": goal,
         "met": None if goal is None else median <= goal,
-        "memory": ours["peak"] / other["peak"] if ours["peak"] and other["peak"] else None,
+        "memory": own["peak"] / other["peak"] if own["peak"] and other["peak"] else None,
     }

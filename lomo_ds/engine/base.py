@@ -1,4 +1,4 @@
-"""What LomoEngine and BaselineEngine share: an optimizer step that averages the loss over the tokens of all ranks."""
+"""Base of LomoEngine and BaselineEngine: an optimizer step that averages the loss over the tokens of all ranks."""
 
 import logging
 from abc import abstractmethod

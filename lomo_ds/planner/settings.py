@@ -96,17 +96,17 @@ class Settings(LomoParameters):
 
     @property
     def resident(self) -> bool:
-        """Whether parameters stay whole on the only GPU and nothing is gathered; see ``ResidentGathering``."""
+        """Return whether parameters stay whole on the only GPU and nothing is gathered; see ``ResidentGathering``."""
         return self.optimizer == "lomo" and self.gpus == 1 and self.offload_param == "none" and not self.int8_weights
 
     @property
     def int8_weights(self) -> bool:
-        """Whether shards are kept in eight bits."""
+        """Return whether shards are kept in eight bits."""
         return self.weights == "int8"
 
     @property
     def quantized_gathers(self) -> bool:
-        """Whether gathers round shards to eight bits; a single rank sends nothing."""
+        """Return whether gathers round shards to eight bits; a single rank sends nothing."""
         return self.zero_quantized_weights and self.gpus > 1
 
     def shard_numel(self, numel: int) -> int:

@@ -115,7 +115,7 @@ def reset_unregistered_gathers(model: Module) -> None:
 
 
 def _restoring(parameters: list[Partitioned]) -> Callable[[], None]:
-    """What gives the parameters the methods back that they have now."""
+    """Return a function that restores the current methods of the parameters."""
     methods = [{name: getattr(parameter, name) for name in REPLACED} for parameter in parameters]
 
     def undo() -> None:

@@ -307,10 +307,10 @@ def test_the_auto_sizes_are_those_of_hugging_faces_trainer(model: Any, hidden: i
     sizes = [hidden**2, int(0.9 * hidden**2), 10 * hidden]
     assert filled["zero_optimization"] == {"stage": 3, **dict(zip(FILLED_SIZES, sizes, strict=True))}
     pytest.importorskip("accelerate")
-    theirs = HfTrainerDeepSpeedConfig(config)
+    expected = HfTrainerDeepSpeedConfig(config)
     arguments = SimpleNamespace(get_warmup_steps=lambda steps: 0)
-    theirs.trainer_config_finalize(arguments, SimpleNamespace(config=model), num_training_steps=10)
-    assert theirs.config["zero_optimization"] == filled["zero_optimization"]
+    expected.trainer_config_finalize(arguments, SimpleNamespace(config=model), num_training_steps=10)
+    assert expected.config["zero_optimization"] == filled["zero_optimization"]
 
 
 # --- configs that come with lomo_ds

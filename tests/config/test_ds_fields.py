@@ -34,7 +34,7 @@ def ds_config(params: dict[str, Any] | None = None, **sections: Any) -> dict[str
 
 
 def settled(params: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
-    """What ``lomo_ds.initialize`` lets through."""
+    """Return the config that ``lomo_ds.initialize`` accepts, completed."""
     config = complete_ds_config(ds_config(params, **sections), world_size=1)
     validate_ds_config(config)
     parse_ds_config(config)
@@ -142,14 +142,14 @@ def test_the_dict_agrees_with_deepspeeds_parsed_config(top: dict[str, Any], zero
     assert (
         planned.offload_param == offload_device(config) == getattr(parsed.zero_config.offload_param, "device", "none")
     )
-    for ours, theirs in (
+    for setting, field in (
         ("persistence_threshold", "param_persistence_threshold"),
         ("prefetch_bucket_size", "prefetch_bucket_size"),
         ("max_live_parameters", "max_live_parameters"),
         ("max_reuse_distance", "max_reuse_distance"),
         ("reduce_bucket_size", "reduce_bucket_size"),
     ):
-        assert getattr(planned, ours) == getattr(parsed.zero_config, theirs)
+        assert getattr(planned, setting) == getattr(parsed.zero_config, field)
 
 
 def test_accumulation_that_deepspeed_derives_is_seen() -> None:

@@ -23,9 +23,9 @@ GroupOf = Callable[..., Ranks]
 
 
 def sum_and_least() -> tuple[float, float]:
-    mine = torch.tensor([float(dist.get_rank() + 1)])
-    return all_reduce_sum(mine.clone(), dist.get_world_group()).item(), all_reduce_min(
-        mine.clone(), dist.get_world_group()
+    own = torch.tensor([float(dist.get_rank() + 1)])
+    return all_reduce_sum(own.clone(), dist.get_world_group()).item(), all_reduce_min(
+        own.clone(), dist.get_world_group()
     ).item()
 
 
@@ -112,7 +112,7 @@ class Collectives(TorchDispatchMode):
 
 
 def collectives_of_one_rank(folder: str, zero: dict[str, Any]) -> Counter[str]:
-    """Of building an engine, training and saving; but those of checkpoints, which have a group in host memory."""
+    """Count the collectives of building an engine, training and saving on one rank."""
     with Collectives() as collectives:
         engine = make_engine(tiny_model(), "stash", global_norm=1.0, zero_optimization={"stage": 3, **zero})
         for number in range(3):
@@ -127,6 +127,6 @@ def test_one_rank_calls_no_collective(ranks: GroupOf, tmp_path: Path) -> None:
 
 
 def test_one_rank_calls_the_collectives_that_compare_deepspeeds_traces(ranks: GroupOf, tmp_path: Path) -> None:
-    """Where parameters are offloaded, the order of modules is traced in two forwards and compared with rank 0's."""
+    """With offloaded parameters, the order of modules is traced in two forwards and compared with rank 0's."""
     offload = {"offload_param": {"device": "cpu"}}
     assert ranks(1).run(collectives_of_one_rank, str(tmp_path), offload) == [Counter({"broadcast_": 8})]

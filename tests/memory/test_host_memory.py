@@ -132,6 +132,6 @@ def test_a_fetch_returns_what_was_offloaded_for_any_order_of_streams(
                 transfer.flush()
         transfer.flush()
     assert device.reused, "memory was never used again"
-    for found, value in pairs:
-        assert found.tolist() == (2 * value[: len(found)]).tolist()
+    for actual, value in pairs:
+        assert actual.tolist() == (2 * value[: len(actual)]).tolist()
     assert [host.tolist() for host in hosts] == [value.tolist() for value in values]

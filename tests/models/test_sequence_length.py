@@ -1,4 +1,4 @@
-"""How long training sequences are where nobody says, and what is refused."""
+"""The length of training sequences: its default, and the requests that a model does not allow."""
 
 import logging
 

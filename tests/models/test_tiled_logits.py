@@ -218,8 +218,8 @@ def train_tiled(schedule: str, around: Surroundings) -> float:
     for step in range(4):
         batch = whole_batch(step, rows=2 * accumulation * dist.get_world_size())
         loss, norm = reference.step(batch)
-        mine = my_part(batch)
-        micro_batches = [{k: v.chunk(accumulation)[i] for k, v in mine.items()} for i in range(accumulation)]
+        own = my_part(batch)
+        micro_batches = [{k: v.chunk(accumulation)[i] for k, v in own.items()} for i in range(accumulation)]
         assert float(engine.train_batch(micro_batches)) == pytest.approx(loss, abs=1e-5)
         assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-4)
     difference = largest_difference(weights_of(engine), reference.model)

@@ -103,9 +103,9 @@ def test_a_norm_shows_what_is_not_finite(bad: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
 def test_norms(dtype: torch.dtype) -> None:
     values = [torch.randn(numel, generator=generator()).to(dtype) for numel in (10_001, 1, 0)]
-    found = norms(values)
-    assert [(norm.dtype, norm.dim()) for norm in found] == [(torch.float32, 0)] * 3
-    for norm, of in zip(found, values, strict=True):
+    actual = norms(values)
+    assert [(norm.dtype, norm.dim()) for norm in actual] == [(torch.float32, 0)] * 3
+    for norm, of in zip(actual, values, strict=True):
         assert float(norm) == pytest.approx(float(of.double().square().sum().sqrt()), rel=1e-5)
     assert norms([]) == []
 
@@ -124,14 +124,14 @@ def test_norms_of_half_precision_do_not_overflow() -> None:
 def test_pieces_are_views_that_cover_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flat, "CPU_PIECE_NUMEL", 10)
     numels = [3, 4, 4, 0, 25, 10, 1, 0]
-    some, others = ([torch.full((numel,), value) for numel in numels] for value in (0.0, 1.0))
+    firsts, others = ([torch.full((numel,), value) for numel in numels] for value in (0.0, 1.0))
     lengths = []
-    for parts, values in pieces(some, others):
+    for parts, values in pieces(firsts, others):
         lengths.append([part.numel() for part in parts])
         for part, value in zip(parts, values, strict=True):
             part.copy_(value)
     assert lengths == [[3, 4], [4, 0], [10], [10], [5], [10], [1, 0]]
-    assert all(map(torch.equal, some, others))
+    assert all(map(torch.equal, firsts, others))
 
 
 def test_there_are_no_pieces_of_nothing() -> None:

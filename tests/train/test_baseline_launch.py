@@ -21,7 +21,7 @@ GroupOf = Callable[..., Ranks]
 
 
 @pytest.fixture(scope="module")
-def few(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short validation text."""
     file = tmp_path_factory.mktemp("few") / "validation.txt"
     file.write_text("\n".join((demo / "validation.txt").read_text().splitlines()[:20]))
@@ -43,10 +43,10 @@ def loss_in_transformers(folder: Path, text: Path, cache: Path) -> float:
 
 @pytest.mark.parametrize(("optim", "learning_rate", "precision"), [("adamw", 2e-3, "bf16"), ("sgd", 0.5, "fp32")])
 def test_it_learns_and_exports_what_it_learnt(
-    ranks: GroupOf, demo: Path, few: Path, tmp_path: Path, optim: str, learning_rate: float, precision: str
+    ranks: GroupOf, demo: Path, short: Path, tmp_path: Path, optim: str, learning_rate: float, precision: str
 ) -> None:
     arguments = demo_arguments(
-        demo, tmp_path, optim=optim, learning_rate=learning_rate, validation_file=few, max_steps=8, logging_steps=4,
+        demo, tmp_path, optim=optim, learning_rate=learning_rate, validation_file=short, max_steps=8, logging_steps=4,
         gradient_accumulation_steps=2, warmup_ratio=0.25, gradient_checkpointing=True, sample_prompt="One day",
         sample_tokens=2, deepspeed=ROOT / f"ds_configs/zero3_{precision}.json",
     )  # fmt: skip
@@ -60,7 +60,7 @@ def test_it_learns_and_exports_what_it_learnt(
         [learning_rate * 5 / 6, learning_rate / 6]
     )
     assert all(record["grad_norm"] > 0 and record["skipped_steps"] == 0 for record in records[1:])
-    assert loss_in_transformers(tmp_path, few, tmp_path) == pytest.approx(losses[-1], abs=5e-3)
+    assert loss_in_transformers(tmp_path, short, tmp_path) == pytest.approx(losses[-1], abs=5e-3)
     resolved = json.loads((tmp_path / "ds_config.json").read_text())["optimizer"]
     assert (resolved["type"].lower(), resolved["params"]["lr"]) == (optim, learning_rate)
 

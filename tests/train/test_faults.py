@@ -93,7 +93,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all_well(
 # one process is enough for the signals themselves
 
 STUCK = """
-from lomo_ds.signals import StopRequest
+from lomo_ds.train.signals import StopRequest
 import hashlib
 with StopRequest() as stop:
     print("ready", flush=True)
@@ -113,7 +113,7 @@ def test_the_second_signal_ends_a_process_that_is_stuck_in_c() -> None:
 
 WAITS = """
 import time
-from lomo_ds.signals import StopRequest
+from lomo_ds.train.signals import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     while stop.name is None:

@@ -1,4 +1,4 @@
-"""What a run reports, with a GPU that NVML finds and without one."""
+"""Metrics of a run, with a GPU that NVML reports and without one."""
 
 import json
 import math
@@ -33,16 +33,16 @@ def test_other_ranks_write_nothing_without_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rank", "folder"), [(0, "runs"), (1, "runs/rank1")])
 def test_each_rank_reports_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, folder: str) -> None:
-    monkeypatch.setattr(metrics, "_own_gpu", lambda: "a handle")
+    monkeypatch.setattr(metrics, "_nvml_handle", lambda: "a handle")
     monkeypatch.setattr(metrics.pynvml, "nvmlDeviceGetMemoryInfo", lambda gpu: SimpleNamespace(used=3 * 2**30))
     monkeypatch.setattr(metrics.pynvml, "nvmlDeviceGetUtilizationRates", lambda gpu: SimpleNamespace(gpu=97))
     monkeypatch.setattr(metrics.pynvml, "nvmlDeviceGetPowerUsage", lambda gpu: 310_500)
     monkeypatch.setattr(metrics.torch.cuda, "max_memory_allocated", lambda: 2**30)
     with Monitor(tmp_path, rank) as reports:
         reports.log(1, {"loss": 2.5})
-    found = scalars(tmp_path / folder)
-    assert found["gpu/memory_used_gib"] == [3.0]
-    assert found["gpu/peak_allocated_gib"] == [1.0]
-    assert found["gpu/utilisation_percent"] == [97.0]
-    assert found["gpu/power_watts"] == [310.5]
-    assert ("train/loss" in found) == (rank == 0)
+    actual = scalars(tmp_path / folder)
+    assert actual["gpu/memory_used_gib"] == [3.0]
+    assert actual["gpu/peak_allocated_gib"] == [1.0]
+    assert actual["gpu/utilisation_percent"] == [97.0]
+    assert actual["gpu/power_watts"] == [310.5]
+    assert ("train/loss" in actual) == (rank == 0)

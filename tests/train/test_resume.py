@@ -85,7 +85,7 @@ def run_signalled(argv: list[str], signals: dict[tuple[int, int], str]) -> tuple
 
 
 def run(ranks: Ranks, argv: list[str], signals: dict[tuple[int, int], str] | None = None) -> str:
-    """What rank 0 printed; all ranks must have ended well."""
+    """Return the output of rank 0; every rank must have exited with status 0."""
     results = ranks.run(run_signalled, argv, signals or {})
     assert [status for status, _, _ in results] == [0] * ranks.world_size, results
     return results[0][1] + results[0][2]
@@ -102,7 +102,7 @@ def run_listening(argv: list[str]) -> tuple[int, str]:
 
 
 def logged(ranks: Ranks, argv: list[str]) -> str:
-    """What rank 0 logged; all ranks must have ended well."""
+    """Return the log of rank 0; every rank must have exited with status 0."""
     results = ranks.run(run_listening, argv)
     assert [status for status, _ in results] == [0] * ranks.world_size, results
     return results[0][1]
@@ -172,8 +172,8 @@ def test_another_number_of_ranks_sees_the_rest_of_the_epoch(ranks: GroupOf, drop
 
 
 def evaluations(losses: list[float]) -> Callable[..., float]:
-    found = iter(losses)
-    return lambda *arguments: next(found)
+    actual = iter(losses)
+    return lambda *arguments: next(actual)
 
 
 def run_with_losses(argv: list[str], losses: list[float]) -> tuple[int, str, str]:

@@ -34,7 +34,7 @@ class Collectives(TorchDispatchMode):
 
 
 def collectives_in_a_step(granularity: str) -> Counter[str]:
-    """Of the fourth step: DeepSpeed traces the first ones. Nothing is kept or fetched ahead."""
+    """Count the collectives of the fourth step, after those that DeepSpeed traces, without reuse or prefetch."""
     zero = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,

@@ -16,19 +16,19 @@ from lomo_ds import zero3
 @pytest.mark.parametrize("bias", [True, False])
 def test_computes_as_torch_does(shape: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
-    ours = Linear(4, 3, bias=bias)
-    theirs, values = copy.deepcopy(ours), torch.randn(shape)
+    actual = Linear(4, 3, bias=bias)
+    expected, values = copy.deepcopy(actual), torch.randn(shape)
     inputs = [values.clone().requires_grad_() for _ in range(2)]
-    undo = zero3.install_memory_efficient_linear(Sequential(ours))
-    results = [layer(given) for layer, given in zip((ours, theirs), inputs, strict=True)]
+    undo = zero3.install_memory_efficient_linear(Sequential(actual))
+    results = [layer(given) for layer, given in zip((actual, expected), inputs, strict=True)]
     torch.testing.assert_close(*results)
     for result in results:
         result.square().sum().backward()
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for one, other in zip(actual.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
     undo()
-    assert "forward" not in vars(ours)
+    assert "forward" not in vars(actual)
 
 
 def test_a_layer_that_is_computed_again_holds_no_weight_that_was_freed() -> None:

@@ -71,7 +71,7 @@ def on_nvme(folder: str, threshold: int = 0, **offload: Any) -> dict[str, Any]:
 
 
 def files_of(engine: lomo_ds.LomoEngine) -> list[bool]:
-    """Whether each parameter lies in a file."""
+    """Return for each parameter whether it is in a file."""
     return [shard.slot is not None for shard in zero3.shards(engine.module)]
 
 
@@ -112,8 +112,8 @@ def train_both(folder: str, combination: tuple[Any, ...]) -> tuple[float, list[b
     for step in range(STEPS):
         batch = whole_batch(step, rows=world_size * accumulation)
         loss, norm = reference.step(batch)
-        mine = part(batch, rank, world_size)
-        micro_batches = [part(mine, index, accumulation) for index in range(accumulation)]
+        own = part(batch, rank, world_size)
+        micro_batches = [part(own, index, accumulation) for index in range(accumulation)]
         assert float(engine.train_batch(micro_batches)) == pytest.approx(loss, abs=1e-5)
         assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-4)
         if step == 1:  # between two steps, another order of the modules
@@ -165,8 +165,8 @@ def make(folder: str, precision: str, schedule: str = "stash") -> lomo_ds.LomoEn
 
 def step(engine: lomo_ds.LomoEngine, number: int) -> tuple[float, float, float]:
     """Train on this rank's part of a batch; what a log line tells."""
-    mine = part(whole_batch(number, rows=2 * dist.get_world_size()), dist.get_rank(), dist.get_world_size())
-    return float(engine.train_batch(mine)), engine.get_global_grad_norm(), engine.cur_scale
+    own = part(whole_batch(number, rows=2 * dist.get_world_size()), dist.get_rank(), dist.get_world_size())
+    return float(engine.train_batch(own)), engine.get_global_grad_norm(), engine.cur_scale
 
 
 def interrupted_and_not(folder: str, precision: str, schedule: str, in_background: bool) -> None:
@@ -223,9 +223,9 @@ def _raise(error: Exception) -> None:
 
 
 def test_a_copy_that_does_not_fit_is_told_on_all_ranks(ranks: GroupOf, tmp_path: Path) -> None:
-    for told in ranks(2).run(save_where_no_copy_fits, str(tmp_path)):
-        assert "cannot hold a shard of" in told
-        assert told.endswith("No space left on device; make room, or use more ranks or another path (rank 1)")
+    for output in ranks(2).run(save_where_no_copy_fits, str(tmp_path)):
+        assert "cannot hold a shard of" in output
+        assert output.endswith("No space left on device; make room, or use more ranks or another path (rank 1)")
 
 
 def save_trained(folder: str) -> dict[str, Tensor]:
@@ -274,7 +274,7 @@ def test_a_folder_is_loaded_trained_and_exported(ranks: GroupOf, tmp_path: Path,
 
 
 class PlainFiles:
-    """What DeepSpeed's swapper calls of its async_io, which takes minutes to compile."""
+    """A replacement for DeepSpeed's async_io, which takes minutes to compile."""
 
     def __init__(self, **_: Any) -> None:
         self.done = 0
@@ -445,8 +445,8 @@ def refuse(folder: str, aio: dict[str, Any], offload: dict[str, Any], precision:
         ({"intra_op_parallelism": "2"}, {}, "aio.intra_op_parallelism must be a whole number of at least 1, got '2'"),
     ],
 )
-def test_refused(tmp_path: Path, aio: dict[str, Any], offload: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_refused(tmp_path: Path, aio: dict[str, Any], offload: dict[str, Any], output: str) -> None:
+    with pytest.raises(ConfigError, match=output):
         refuse(str(tmp_path), aio, offload)
 
 

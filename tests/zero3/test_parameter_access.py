@@ -62,10 +62,10 @@ def read_and_set(form: str, offload: str, threshold: int, folder: str, local: bo
         scale = float(expected.detach().abs().max())
         torch.testing.assert_close(whole, expected.detach(), rtol=0, atol=rounding * scale + 1e-8)
         length = ceil_div(expected.numel(), world_size)
-        mine = pad(whole.flatten(), (0, world_size * length - expected.numel()))[rank * length : (rank + 1) * length]
-        assert torch.equal(safe_get_local_fp32_param(parameter), mine)
+        own = pad(whole.flatten(), (0, world_size * length - expected.numel()))[rank * length : (rank + 1) * length]
+        assert torch.equal(safe_get_local_fp32_param(parameter), own)
         if local:
-            safe_set_local_fp32_param(parameter, mine * 2)
+            safe_set_local_fp32_param(parameter, own * 2)
         else:
             safe_set_full_fp32_param(parameter, whole * 2)
         assert torch.equal(safe_get_full_fp32_param(parameter), whole * 2), "powers of 2 round to themselves"

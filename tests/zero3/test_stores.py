@@ -152,11 +152,11 @@ class Available:
 
 
 def test_pinned_host_memory_is_limited(ranks: GroupOf) -> None:
-    for told in ranks(1).run(refused_before_anything_is_allocated, "auto"):
-        assert "offload_param.device cpu needs 0.2 MiB of pinned host memory a rank, and of 0.1 MiB" in told
-        assert "weights int8 need about half of it" in told
-    for told in ranks(1).run(refused_before_anything_is_allocated, "int8"):
-        assert told == "fits"
+    for output in ranks(1).run(refused_before_anything_is_allocated, "auto"):
+        assert "offload_param.device cpu needs 0.2 MiB of pinned host memory a rank, and of 0.1 MiB" in output
+        assert "weights int8 need about half of it" in output
+    for output in ranks(1).run(refused_before_anything_is_allocated, "int8"):
+        assert output == "fits"
 
 
 @pytest.mark.parametrize("schedule", ["immediate", "stash"])

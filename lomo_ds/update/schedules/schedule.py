@@ -101,10 +101,10 @@ class Schedule(ABC):
     ) -> list[tuple[Target, list[str], list[Tensor]]]:
         """Group targets with the same param group and clip coefficient: the first of each, names and gradients."""
         by_group = self.clipping.group_norm is not None
-        alike: dict[tuple[int, int], tuple[Target, list[str], list[Tensor]]] = {}
+        same_update: dict[tuple[int, int], tuple[Target, list[str], list[Tensor]]] = {}
         for target, gradient in zip(targets, gradients, strict=True):
             key = (id(target.options), target.group if by_group else 0)
-            _, names, of_names = alike.setdefault(key, (target, [], []))
+            _, names, of_names = same_update.setdefault(key, (target, [], []))
             names.append(target.name)
             of_names.append(gradient)
-        return list(alike.values())
+        return list(same_update.values())

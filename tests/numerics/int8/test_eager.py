@@ -54,10 +54,10 @@ def test_encoding_moves_no_value_by_more_than_half_a_scale(values: list[float]) 
     exact = torch.tensor(values)
     codes, scales = encode(exact)
     decoded = decode(codes, scales, torch.float32)
-    for block, scale, found in zip(numpy_blocks(exact), scales.tolist(), numpy_blocks(decoded), strict=True):
+    for block, scale, actual in zip(numpy_blocks(exact), scales.tolist(), numpy_blocks(decoded), strict=True):
         largest = np.abs(block).max()
         assert scale == pytest.approx(max(largest / 127, 2.0**-126), rel=2.0**-8)
-        assert np.abs(block - found).max() <= scale / 2
+        assert np.abs(block - actual).max() <= scale / 2
 
 
 @settings(deadline=None)
@@ -107,10 +107,10 @@ def test_a_block_that_is_not_finite_is_nan_and_only_that(bad: float, way: str) -
     values[BLOCK + 7] = bad
     codes, scales = encode(values) if way == "encode" else requantized(*sound, values)
     for dtype in DTYPES:
-        found = decode(codes, scales, dtype)
-        assert found[BLOCK : 2 * BLOCK].isnan().all()
-        assert found[:BLOCK].isfinite().all()
-        assert found[2 * BLOCK :].isfinite().all()
+        actual = decode(codes, scales, dtype)
+        assert actual[BLOCK : 2 * BLOCK].isnan().all()
+        assert actual[:BLOCK].isfinite().all()
+        assert actual[2 * BLOCK :].isfinite().all()
     assert scales.isnan().tolist() == [False, True, False]
     assert not codes[BLOCK : 2 * BLOCK].any(), "the same on every device"
     updated = decode(*requantized(codes, scales, randn(2 * BLOCK + 5)), torch.float32)
@@ -131,9 +131,9 @@ def test_rounding_at_random_is_unbiased_on_a_kept_scale() -> None:
     for wanted in (0.1, 0.5, -0.3, 13.25, -99.9, 126.7, -126.7):
         exact = torch.full((samples,), wanted)
         exact[::BLOCK] = 127.0  # keeps the scale
-        found = requantized(codes, scales, exact)
-        assert torch.equal(found[1], scales)
-        drawn = found[0][exact != 127.0].double()
+        actual = requantized(codes, scales, exact)
+        assert torch.equal(actual[1], scales)
+        drawn = actual[0][exact != 127.0].double()
         assert set(drawn.tolist()) == {math.floor(wanted), math.ceil(wanted)}
         up = wanted - math.floor(wanted)
         assert abs(float(drawn.mean()) - wanted) <= 4 * math.sqrt(up * (1 - up) / drawn.numel())
@@ -179,7 +179,7 @@ def test_a_scale_is_renewed_where_it_must_and_no_value_passes_a_neighbour(
     exact = torch.tensor(old) * factor
     written = requantized(codes, scales, exact, seed)
     decoded = decode(*written, torch.float32)
-    for before, scale, block, found in zip(
+    for before, scale, block, actual in zip(
         scales.tolist(), written[1].tolist(), numpy_blocks(exact), numpy_blocks(decoded), strict=True
     ):
         largest = np.abs(block).max()
@@ -189,7 +189,7 @@ def test_a_scale_is_renewed_where_it_must_and_no_value_passes_a_neighbour(
             wanted = max(bfloat16_up(largest / 127), 2.0**-126)
             assert scale == pytest.approx(wanted, rel=2.0**-7)
             assert scale * 127 >= largest * (1 - 2.0**-22)
-        assert np.abs(block - found).max() <= scale
+        assert np.abs(block - actual).max() <= scale
 
 
 def test_a_scale_has_hysteresis() -> None:
@@ -222,7 +222,7 @@ def test_an_update_is_exact_until_it_is_rounded(dtype: torch.dtype, seed: int | 
 
 
 def drawn(noise: Noise, numel: int = 64 * BLOCK) -> Tensor:
-    """Which of many values that lie midway go up, as +1 and -1."""
+    """Return the directions in which values midway between two codes were rounded, as +1 and -1."""
     codes, scales = encode(torch.full((numel,), 127.0))
     exact = torch.full((numel,), 0.5)
     exact[::BLOCK] = 127.0  # keeps the scale

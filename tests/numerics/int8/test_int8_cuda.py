@@ -20,8 +20,8 @@ def randn(numel: int, seed: int = 0) -> Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one.cpu(), other.cpu())
 
 
@@ -30,13 +30,13 @@ def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
 def test_codes_and_what_they_decode_to_equal_the_cpu_bit_for_bit(numel: int, dtype: torch.dtype) -> None:
     int8_kernel = pytest.importorskip("lomo_ds.numerics.int8.kernel")
     values = randn(numel).to(dtype)
-    expected, found = int8.encode(values), int8.encode(values.cuda())
-    assert_same(found, expected)
+    expected, actual = int8.encode(values), int8.encode(values.cuda())
+    assert_same(actual, expected)
     assert_same(int8_kernel.encode(values.cuda()), expected)
     by_kernel = torch.empty(numel, dtype=dtype, device="cuda")
-    int8_kernel.decode(*found, by_kernel)
+    int8_kernel.decode(*actual, by_kernel)
     decoded = int8.decode(*expected, dtype)
-    assert_same((by_kernel, int8.decode(*found, dtype)), (decoded, decoded))
+    assert_same((by_kernel, int8.decode(*actual, dtype)), (decoded, decoded))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

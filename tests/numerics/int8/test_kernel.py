@@ -45,9 +45,9 @@ def encodes_as_eager(dtype: torch.dtype) -> None:
         values[5 * BLOCK : 6 * BLOCK] = 0.0
         for bad, place in ((math.inf, 1), (-math.inf, 2), (math.nan, 4)):
             values[place * BLOCK + 7 : place * BLOCK + 8] = bad
-        found, expected = int8_kernel.encode(values), int8.encode(values)
-        assert torch.equal(found[0], expected[0])
-        torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0, equal_nan=True)
+        actual, expected = int8_kernel.encode(values), int8.encode(values)
+        assert torch.equal(actual[0], expected[0])
+        torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,9 +106,9 @@ def updates_as_eager(dtype: torch.dtype, factor: float | Tensor) -> None:
         weights = randn(numel).mul(torch.linspace(-7, 7, numel).exp())
         expected = int8.encode(weights)
         gradient = (randn(numel, seed=1) * weights).to(dtype)
-        found = updated(*expected, gradient, factor, decay=0.97)
+        actual = updated(*expected, gradient, factor, decay=0.97)
         int8.update_(*expected, gradient, factor, 0.97, None)
-        assert all(map(torch.equal, found, expected))
+        assert all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.parametrize(
@@ -125,13 +125,13 @@ def leaves_sums_of_squares(dtype: torch.dtype) -> None:
         codes, scales = int8.encode(randn(numel))
         gradient = randn(numel, seed=1).to(dtype)
         for limit in (None, 0.1):
-            found, buffer = (codes.clone(), scales.clone()), torch.full((ceil_div(numel, 8192) + 2,), -1.0)
-            int8_kernel.update(*found, gradient, 0.037, 0.97, None, limit, buffer[1:-1])
+            actual, buffer = (codes.clone(), scales.clone()), torch.full((ceil_div(numel, 8192) + 2,), -1.0)
+            int8_kernel.update(*actual, gradient, 0.037, 0.97, None, limit, buffer[1:-1])
             exact = [(part.double().numpy() ** 2).sum() for part in gradient.split(8192)]
             np.testing.assert_allclose(buffer[1:-1].numpy(), exact, rtol=1e-6)
             assert buffer[0] == buffer[-1] == -1
             clamped = gradient if limit is None else gradient.clamp(-limit, limit)
-            assert all(map(torch.equal, found, updated(codes, scales, clamped, 0.037, 0.97)))
+            assert all(map(torch.equal, actual, updated(codes, scales, clamped, 0.037, 0.97)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,12 +155,12 @@ def equals_reference(noise: Noise) -> None:
         codes, scales = int8.encode(randn(numel))
         gradient = randn(numel, seed=1)
         exact = int8.decode(codes, scales, torch.float32) * 0.97 - gradient * 0.037
-        found = updated(codes, scales, gradient, 0.037, 0.97, noise)
-        multiples = exact / found[1].float().repeat_interleave(BLOCK)[:numel]
+        actual = updated(codes, scales, gradient, 0.037, 0.97, noise)
+        multiples = exact / actual[1].float().repeat_interleave(BLOCK)[:numel]
         expected = (multiples + reference_noise(numel, noise)).floor().clamp(-127, 127)
-        assert torch.equal(found[0], expected.to(torch.int8))
+        assert torch.equal(actual[0], expected.to(torch.int8))
         int8.update_(codes, scales, gradient, 0.037, 0.97, noise)
-        assert torch.equal(found[1], scales), "of eager mode too: scales are not drawn"
+        assert torch.equal(actual[1], scales), "of eager mode too: scales are not drawn"
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def test_stochastic_rounding_adds_philox_and_weyl(interpreted: Interpreted, nois
 def keeps_what_has_not_changed() -> None:
     for numel in NUMELS:
         codes, scales = int8.encode(randn(numel))
-        found = updated(codes, scales, torch.zeros(numel), 1.0, 1.0, Noise(3, 4, 5))
-        assert torch.equal(found[0], codes)
-        assert torch.equal(found[1], scales)
+        actual = updated(codes, scales, torch.zeros(numel), 1.0, 1.0, Noise(3, 4, 5))
+        assert torch.equal(actual[0], codes)
+        assert torch.equal(actual[1], scales)
 
 
 def test_what_has_not_changed_keeps_its_code(interpreted: Interpreted) -> None:
@@ -203,10 +203,10 @@ def shows_what_is_not_finite(noise: Noise | None) -> None:
         codes, scales = int8.encode(randn(3 * BLOCK))
         gradient = torch.zeros(3 * BLOCK)
         gradient[BLOCK + 5] = bad
-        found = updated(codes, scales, gradient, 1.0, 1.0, noise)
-        assert found[1].isnan().tolist() == [False, True, False]
-        assert not found[0][BLOCK : 2 * BLOCK].any()
-        again = updated(*found, torch.zeros(3 * BLOCK), 1.0, 1.0, noise)
+        actual = updated(codes, scales, gradient, 1.0, 1.0, noise)
+        assert actual[1].isnan().tolist() == [False, True, False]
+        assert not actual[0][BLOCK : 2 * BLOCK].any()
+        again = updated(*actual, torch.zeros(3 * BLOCK), 1.0, 1.0, noise)
         assert again[1].isnan().tolist() == [False, True, False]
 
 
@@ -216,7 +216,7 @@ def test_a_block_that_is_not_finite_is_nan(interpreted: Interpreted, noise: Nois
 
 
 def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, bool | None]) -> str:
-    """Its PTX; a compiler needs no GPU."""
+    """Return the PTX of a kernel, which a compiler produces without a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -93,11 +93,11 @@ def train_in_eight_bits(schedule: str, offload: str, granularity: str) -> float:
         )
     worst = 0.0
     for name, weight in ((name, weight.cpu()) for name, weight in weights_of(engine).items()):
-        theirs = reference.model.get_parameter(name).detach()
+        plain = reference.model.get_parameter(name).detach()
         # sums over ranks differ in their last bits, whereupon a value between two codes may go to either
-        assert float((weight - theirs).abs().max()) <= 1.01 * float(theirs.abs().max()) / 127 + 1e-7
+        assert float((weight - plain).abs().max()) <= 1.01 * float(plain.abs().max()) / 127 + 1e-7
         matrix = name in reference.kept and name != "shift"  # whose gradient is nothing but rounding errors
-        worst = max(worst, float((weight != theirs).float().mean()) if matrix else 0.0)
+        worst = max(worst, float((weight != plain).float().mean()) if matrix else 0.0)
     return worst
 
 
@@ -112,7 +112,7 @@ def test_equals_plain_pytorch(ranks: GroupOf, world_size: int, offload: str, sch
 
 
 def bytes_kept(offload: str) -> tuple[int, int]:
-    """Of this rank's matrices, and as many as they would be in bf16."""
+    """Return the bytes of this rank's matrices, and the bytes that they would have in bf16."""
     engine = int8_engine(torch.nn.Linear(300, 200), "immediate", offload, bf16={"enabled": True})
     matrices = [s for s in zero3.shards(engine.module) if s.data.dtype == torch.int8]
     return sum(shard.storage.nbytes for shard in matrices), 2 * sum(shard.data.numel() for shard in matrices)
@@ -143,8 +143,10 @@ def resumed_and_not(folder: str, offload: str) -> None:
     resumed = int8_engine(tiny_model(seed=7), "stash", offload, **copy.deepcopy(sections))
     resumed.load_checkpoint(folder)
     assert [checkpoint_step(resumed, number) for number in range(4, 6)] == expected[4:]
-    ours, theirs = ({s.name: s.data for s in zero3.shards(engine.module)} for engine in (resumed, whole))
-    assert identical(ours, theirs)
+    resumed_shards, whole_shards = (
+        {s.name: s.data for s in zero3.shards(engine.module)} for engine in (resumed, whole)
+    )
+    assert identical(resumed_shards, whole_shards)
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])

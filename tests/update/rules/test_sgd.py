@@ -30,8 +30,8 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
-def identical(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+def identical(first: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(first, others, strict=True))
 
 
 @pytest.mark.parametrize("coefficient", [1.0, torch.tensor(1.0, dtype=torch.float64)], ids=["float", "tensor"])

@@ -31,8 +31,8 @@ def generator(seed: int = 5) -> torch.Generator:
     return torch.Generator("cuda").manual_seed(seed)
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one.cpu(), other.cpu())
 
 
@@ -98,11 +98,11 @@ def test_stochastic_rounding_adds_philox(dtype: torch.dtype) -> None:
     shard = torch.randn(100_003, generator=torch.Generator().manual_seed(0)).to(dtype)
     gradient = torch.randn(100_003, generator=torch.Generator().manual_seed(1))
     exact = shard.float() - gradient * torch.tensor(1e-3)
-    found, rule = shard.cuda(), Sgd(generator(seed=5))
-    rule.update([found], [gradient.cuda()], coefficient=1.0, lr=1e-3, weight_decay=0.0)
+    actual, rule = shard.cuda(), Sgd(generator(seed=5))
+    rule.update([actual], [gradient.cuda()], coefficient=1.0, lr=1e-3, weight_decay=0.0)
     expected = philox.rounded(exact, dtype, philox.noise(shard.numel(), seed=5, call=0))
     normal = exact.abs() > 2.0**-14  # below it the spacing of float16 differs
-    assert torch.equal(found.cpu()[normal], expected[normal])
+    assert torch.equal(actual.cpu()[normal], expected[normal])
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
@@ -134,9 +134,9 @@ def test_a_shard_that_is_not_aligned(dtype: torch.dtype) -> None:
     weights, gradient = randn(dtype)[-1], randn(dtype, seed=1)[-1]
     expected = weights[3:-2].clone()
     Sgd().update([expected], [gradient[1:-4].clone()], coefficient=1.0, lr=0.1, weight_decay=0.1)
-    found = weights.cuda()
-    Sgd().update([found[3:-2]], [gradient.cuda()[1:-4]], coefficient=1.0, lr=0.1, weight_decay=0.1)
-    assert_same([found[3:-2], found[:3], found[-2:]], [expected, weights[:3], weights[-2:]])
+    actual = weights.cuda()
+    Sgd().update([actual[3:-2]], [gradient.cuda()[1:-4]], coefficient=1.0, lr=0.1, weight_decay=0.1)
+    assert_same([actual[3:-2], actual[:3], actual[-2:]], [expected, weights[:3], weights[-2:]])
 
 
 def test_a_shard_of_more_than_2_to_the_31_elements() -> None:
@@ -181,9 +181,9 @@ def test_an_update_computes_the_norm_of_its_gradients(dtype: torch.dtype, gradie
 
 
 def test_fp32_with_squares_equals_torch_sgd_bit_for_bit() -> None:
-    rule, found, expected = Sgd(), on_gpu(randn(torch.float32)), on_gpu(randn(torch.float32))
+    rule, actual, expected = Sgd(), on_gpu(randn(torch.float32)), on_gpu(randn(torch.float32))
     gradients = on_gpu(randn(torch.float32, seed=1))
     rule.update(expected, gradients, coefficient=1.0, lr=0.37, weight_decay=0.1)
     squares = rule.square_sums(NUMELS, torch.device("cuda", 0))
-    rule.update(found, gradients, coefficient=1.0, lr=0.37, weight_decay=0.1, squares=squares)
-    assert_same(found, expected)
+    rule.update(actual, gradients, coefficient=1.0, lr=0.37, weight_decay=0.1, squares=squares)
+    assert_same(actual, expected)

@@ -106,13 +106,13 @@ def clamps_as_eager(dtype: torch.dtype, gradient_dtype: torch.dtype, limit: floa
     shard, gradient = randn(8192 + 37, dtype), randn(8192 + 37, gradient_dtype, seed=1)
     gradient[:3] = torch.tensor([math.inf, -math.inf, math.nan])
     factor = 2.0**-5  # so that products are exact in fp32: Triton's interpreter may round a fused multiply-add twice
-    found, expected, clamped = measured(shard, gradient, limit, factor)[0], shard.clone(), gradient.clone()
+    actual, expected, clamped = measured(shard, gradient, limit, factor)[0], shard.clone(), gradient.clone()
     clamp_(clamped, limit)
     if dtype == torch.float32:
         update_single([expected], [clamped], 1.0, factor, 0.97)
     else:
         update_half([expected], [clamped], factor, 0.97, None)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("limit", [0.1, 1e30, 1e300])
@@ -155,8 +155,8 @@ def equals_reference(dtype: torch.dtype, seed: int, call: int) -> None:
         shard, gradient = randn(numel, dtype), randn(numel, dtype, seed=1)
         exact = shard.float() * 0.97 - gradient.float() * 0.037
         exact[exact.abs() < 2.0**-14] = 0.0  # the spacing of float16 differs below it
-        found = updated(shard.where(exact != 0, 0.0), gradient.where(exact != 0, 0.0), 0.037, 0.97, (seed, call))
-        assert torch.equal(found, philox.rounded(exact, dtype, philox.noise(numel, seed, call)))
+        actual = updated(shard.where(exact != 0, 0.0), gradient.where(exact != 0, 0.0), 0.037, 0.97, (seed, call))
+        assert torch.equal(actual, philox.rounded(exact, dtype, philox.noise(numel, seed, call)))
 
 
 @pytest.mark.parametrize(
@@ -217,14 +217,14 @@ def test_noise_is_independent_between_words_neighbours_calls_and_seeds(interpret
 
 def keeps_inf_and_nan(dtype: torch.dtype, noise: tuple[int, int] | None) -> None:
     gradient = torch.tensor([math.inf, -math.inf, math.nan, 0.0])
-    found = updated(torch.zeros(4, dtype=dtype), gradient, 1.0, 1.0, noise)
-    torch.testing.assert_close(found, -gradient.to(dtype), equal_nan=True)
+    actual = updated(torch.zeros(4, dtype=dtype), gradient, 1.0, 1.0, noise)
+    torch.testing.assert_close(actual, -gradient.to(dtype), equal_nan=True)
     every_bit = torch.tensor([-1, 2**31 - 1], dtype=torch.int32).view(
         torch.float32
     )  # a GPU's nan, whose bits overflow to zero when incremented
     assert updated(torch.zeros(2, dtype=dtype), every_bit, 1.0, 1.0, noise).isnan().all()
-    found = updated(gradient.to(dtype), torch.ones(4), 0.0, 0.5, noise)
-    torch.testing.assert_close(found, gradient.to(dtype), equal_nan=True)
+    actual = updated(gradient.to(dtype), torch.ones(4), 0.0, 0.5, noise)
+    torch.testing.assert_close(actual, gradient.to(dtype), equal_nan=True)
 
 
 @pytest.mark.parametrize("noise", [None, (0, 0)], ids=["nearest", "stochastic"])
