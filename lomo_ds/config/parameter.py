@@ -23,7 +23,7 @@ def parameter(
     """Define a dataclass field; without a default it is required.
 
     Args:
-        help: one sentence for ``--help``.
+        help: text for ``--help``.
         at_least, above, at_most: bounds of a number.
         multiline: whether a text may have several lines.
         lomo: whether it is a parameter of LOMO, which a DeepSpeed config has in ``optimizer.params``.

@@ -43,7 +43,7 @@ def test_a_dumped_config_gives_the_same_arguments(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "sentence"),
+    ("argv", "message"),
     [
         ([*REQUIRED, "--learning_rat", "1"], "unknown argument --learning_rat; did you mean '--learning_rate'"),
         ([*REQUIRED, "--qqq=1"], "unknown argument --qqq; --help lists all"),
@@ -65,14 +65,14 @@ def test_a_dumped_config_gives_the_same_arguments(tmp_path: Path) -> None:
         ([*REQUIRED, "--optim", "adamw", "--load_best_model_at_end"], "--load_best_model_at_end was asked for"),
     ],
 )
-def test_invalid_settings_are_errors(argv: list[str], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence) as refusal:
+def test_invalid_settings_are_errors(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refusal:
         parse_arguments(argv)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         ("learning_rat: 1", r"in .*run\.yaml: unknown argument --learning_rat; did you mean '--learning_rate'"),
         ("max_steps: many", r"in .*run\.yaml: .*invalid int value: 'many'"),
@@ -80,8 +80,8 @@ def test_invalid_settings_are_errors(argv: list[str], sentence: str) -> None:
         ("a: [1", "is not YAML"),
     ],
 )
-def test_invalid_yaml_is_an_error(tmp_path: Path, text: str, sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
+def test_invalid_yaml_is_an_error(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         parse_arguments(["--config", yaml_file(tmp_path, text)])
 
 

@@ -98,7 +98,7 @@ def test_the_scheduler_is_filled_once_the_steps_are_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "argv", "sentence"),
+    ("config", "argv", "message"),
     [
         (
             {"optimizer": {"params": {"lr": 0.1}}, "gradient_clipping": 1.0},
@@ -111,8 +111,8 @@ def test_the_scheduler_is_filled_once_the_steps_are_known() -> None:
         ({"scheduler": {"type": "WarmupLR"}}, ["--warmup_ratio", "0.1"], "scheduler WarmupLR against --warmup_ratio"),
     ],
 )
-def test_disagreements_name_both_sides(config: dict[str, Any], argv: list[str], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
+def test_disagreements_name_both_sides(config: dict[str, Any], argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         merged(config, *argv)
 
 
@@ -139,7 +139,7 @@ def test_a_baseline_takes_the_place_of_lomo(path: Path, optim: str, filled: dict
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "sentence"),
+    ("optimizer", "message"),
     [
         ({"type": "LOMO", "params": {"update_schedule": "stash"}}, "lr and weight_decay, got update_schedule too"),
         (
@@ -151,8 +151,8 @@ def test_a_baseline_takes_the_place_of_lomo(path: Path, optim: str, filled: dict
         ({"type": "Muon"}, "takes the place of LOMO .*, got optimizer.type 'Muon'; write LOMO or AdamW"),
     ],
 )
-def test_settings_without_meaning_for_a_baseline(optimizer: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
+def test_settings_without_meaning_for_a_baseline(optimizer: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         merged({"optimizer": optimizer}, "--optim", "adamw")
     unset = {"update_schedule": "auto", "clip_grad_value": None, "rounding": "stochastic"}
     merged({"optimizer": {"type": "LOMO", "params": unset}}, "--optim", "adamw")

@@ -184,7 +184,7 @@ def test_each_name_that_deepspeed_reads_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sections", "sentence"),
+    ("sections", "message"),
     [
         ({"gradient_cliping": 1.0}, "knows no 'gradient_cliping' in its config; did you mean 'gradient_clipping'"),
         ({"gradient_accumulation_step": 2}, "did you mean 'gradient_accumulation_steps'"),
@@ -224,8 +224,8 @@ def test_each_name_that_deepspeed_reads_is_known() -> None:
         ({"curriculum_learning": {"enabled": True}}, "'curriculum_learning' has been removed"),
     ],
 )  # fmt: skip
-def test_fields_that_deepspeed_ignores_are_an_error(sections: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence) as refusal:
+def test_fields_that_deepspeed_ignores_are_an_error(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refusal:
         settled(**sections)
     assert "\n" not in str(refusal.value)
 
@@ -264,13 +264,13 @@ def test_what_only_deepspeeds_optimizers_read_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"), [(None, "cannot be read"), ("{,}", "cannot be read"), ("[1]", "got list")]
+    ("text", "message"), [(None, "cannot be read"), ("{,}", "cannot be read"), ("[1]", "got list")]
 )
-def test_an_invalid_config_is_an_error(text: str | None, sentence: str, tmp_path: Path) -> None:
+def test_an_invalid_config_is_an_error(text: str | None, message: str, tmp_path: Path) -> None:
     file = tmp_path / "ds_config.json"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(ConfigError, match=f"the DeepSpeed config .*ds_config.json .*{sentence}"):
+    with pytest.raises(ConfigError, match=f"the DeepSpeed config .*ds_config.json .*{message}"):
         lomo_ds.initialize(model=torch.nn.Linear(1, 1), config=str(file))
 
 

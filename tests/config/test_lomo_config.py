@@ -1,4 +1,4 @@
-"""Refusals: one sentence with what was asked, why it cannot be, and the way out."""
+"""Error messages for settings that cannot be carried out: they state the rule, the value and the way out."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def test_reads_the_optimizer_section() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence"),
+    ("config", "message"),
     [
         (ds_config({"weight_decey": 0.1}), "no parameter 'weight_decey'; did you mean 'weight_decay'"),
         (ds_config({"betas": [0.9, 0.99]}), "no parameter 'betas'; it knows weight_decay, clip_grad_value"),
@@ -72,8 +72,8 @@ def test_reads_the_optimizer_section() -> None:
         ),
     ],
 )  # fmt: skip
-def test_invalid_settings_are_errors(config: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence) as refusal:
+def test_invalid_settings_are_errors(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refusal:
         check(config)
     assert "\n" not in str(refusal.value)
 

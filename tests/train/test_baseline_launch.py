@@ -112,15 +112,15 @@ def test_a_finished_baseline_is_not_a_finished_lomo(ranks: GroupOf, demo: Path, 
 
 
 @pytest.mark.parametrize(
-    ("wrong", "sentence"),
+    ("wrong", "message"),
     [
         ({"save_steps": 2}, "--save_steps was asked for, but --optim adamw is there to compare LOMO with"),
         ({"deepspeed": "{folder}/stash.json"}, "got update_schedule too; remove that, or use --optim lomo"),
         ({"deepspeed": "{folder}/stage2.json"}, "ZeRO stage 3, got zero_optimization.stage 2"),
     ],
 )
-def test_says_no_in_one_sentence(
-    ranks: GroupOf, demo: Path, tmp_path: Path, wrong: dict[str, Any], sentence: str
+def test_errors_are_one_line_from_one_rank(
+    ranks: GroupOf, demo: Path, tmp_path: Path, wrong: dict[str, Any], message: str
 ) -> None:
     stash = {"type": "LOMO", "params": {"update_schedule": "stash"}}
     (tmp_path / "stash.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, "optimizer": stash}))
@@ -128,7 +128,7 @@ def test_says_no_in_one_sentence(
     wrong = {name: str(value).format(folder=tmp_path) for name, value in wrong.items()}
     results = ranks(2).run(run_main, demo_arguments(demo, tmp_path / "out", optim="adamw", max_steps=1, **wrong))
     assert [status for status, _, _ in results] == [2, 2]
-    speeches = [err for _, _, err in results if err.strip()]
-    assert len(speeches) == 1, "one rank speaks"
-    assert sentence in speeches[0]
-    assert "Traceback" not in speeches[0]
+    errors = [err for _, _, err in results if err.strip()]
+    assert len(errors) == 1, "one rank speaks"
+    assert message in errors[0]
+    assert "Traceback" not in errors[0]

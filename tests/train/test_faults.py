@@ -1,4 +1,4 @@
-"""Processes that die or are told to stop: no rank hangs, one sentence is said, and what follows loses nothing."""
+"""Processes that die or are asked to stop: no rank hangs, one error is reported, and a restart loses nothing."""
 
 import signal
 import subprocess

@@ -146,7 +146,7 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "sentence"),
+    ("wrong", "message"),
     [
         ({"train_file": "{broken}/nowhere.txt"}, "nowhere.txt cannot be read: No such file"),
         ({"train_file": "{broken}/empty.txt"}, "empty.txt holds no text"),
@@ -180,19 +180,19 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"output_dir": "{broken}/file/below"}, "--output_dir .* cannot be created: Not a directory"),
     ],
 )
-def test_says_no_in_one_sentence(
-    ranks: GroupOf, demo: Path, broken: Path, tmp_path: Path, wrong: dict[str, Any], sentence: str
+def test_errors_are_one_line_from_one_rank(
+    ranks: GroupOf, demo: Path, broken: Path, tmp_path: Path, wrong: dict[str, Any], message: str
 ) -> None:
     wrong = {name: value.format(broken=broken) if isinstance(value, str) else value for name, value in wrong.items()}
     arguments = demo_arguments(demo, tmp_path, max_steps=1, **wrong)
     results = ranks(2).run(run_main, arguments)
     assert [status for status, _, _ in results] == [2, 2]
-    speeches = [err for _, _, err in results if err.strip()]
-    assert len(speeches) == 1, "one rank speaks"
-    lines = [line for line in speeches[0].splitlines() if line.startswith("error: ")]
+    errors = [err for _, _, err in results if err.strip()]
+    assert len(errors) == 1, "one rank speaks"
+    lines = [line for line in errors[0].splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert "Traceback" not in speeches[0]
-    assert re.search(sentence, lines[0]), lines[0]
+    assert "Traceback" not in errors[0]
+    assert re.search(message, lines[0]), lines[0]
 
 
 def test_debug_shows_the_traceback_and_the_library_s_error(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def launched(launcher: list[str], arguments: list[str]) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, timeout=HUNG, env=environment, cwd=ROOT)
 
 
-def test_the_deepspeed_launcher_ends_with_the_sentence(demo: Path, tmp_path: Path) -> None:
+def test_the_deepspeed_launcher_ends_with_the_error_message(demo: Path, tmp_path: Path) -> None:
     launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29611"]
     done = launched(launcher, demo_arguments(demo, tmp_path, train_file="nowhere.txt"))
     assert done.returncode != 0

@@ -225,7 +225,7 @@ def two_saved(ranks: GroupOf, dropout: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def refused(ranks: Ranks, argv: list[str]) -> str:
-    """The one sentence of a job that ends at once."""
+    """Return the error message of a job that ends at once."""
     results = ranks.run(run_main, argv)
     assert [status for status, _, _ in results] == [2] * ranks.world_size, results
     errors = [line for _, _, err in results for line in err.splitlines() if line.startswith("error: ")]
@@ -367,7 +367,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_while_training_and_at_its_end(ranks: GroupOf, dropout: Path, small_disk: Path) -> None:
-    """Saves fail and training goes on; the model, which is the last to be written, does not fit: one sentence."""
+    """Saves fail and training goes on; the model, which is the last to be written, does not fit: one error message."""
     (small_disk / "filler").write_bytes(bytes(2_600_000))
     argv = arguments(dropout, small_disk, max_steps=6, save_steps=2, logging_steps=1)
     results = ranks(2).run(run_main, argv)
