@@ -70,10 +70,7 @@ class LomoEngine(TokenAveragingEngine):
     def _take_step(self, step_batch: StepBatch) -> float:
         self._in_train_batch = True
         try:
-            if self.schedule.passes == 2:
-                self._backward_twice(step_batch)
-            else:
-                self._measure(step_batch)
+            self.schedule.run(_Passes(self, step_batch))
             self._finish_step()
         finally:
             self._in_train_batch = False
@@ -85,25 +82,6 @@ class LomoEngine(TokenAveragingEngine):
     @property
     def _skip_reason(self) -> str | None:
         return self.optimizer.last_skip_reason
-
-    def _backward_twice(self, step_batch: StepBatch) -> None:
-        """Measure the gradients; then, unless the step must be skipped, compute them again and update."""
-        random_states = RandomStates.capture()
-        self._measure(step_batch)
-        if self.optimizer.skip_reason is None:
-            coefficients = self.optimizer.reduce_norms_and_loss()
-            if self.optimizer.skip_reason is None:
-                self.schedule.apply(coefficients)
-                random_states.restore()  # so that the second pass draws the same dropout masks
-                self._backward_all(step_batch)
-
-    def _measure(self, step_batch: StepBatch) -> None:
-        """Run the backward pass that the step's loss is known from."""
-        local_loss = self._backward_all(step_batch)
-        if step_batch.skip_reason is not None:
-            self.optimizer.skip_step(step_batch.skip_reason, step_batch.counts_as_overflow)
-        else:
-            self.optimizer.add_loss(local_loss)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Run ``DeepSpeedEngine.backward``; gradients are averaged over the ranks, as in DeepSpeed.
@@ -292,6 +270,37 @@ class LomoEngine(TokenAveragingEngine):
         self.basic_optimizer = ParameterGroups(model_parameters, lomo.lr, lomo.weight_decay)
         self.optimizer = build_optimizer(self, self.basic_optimizer, lomo)
         self._parameter_access = ParameterAccess(self.module)
+
+
+class _Passes:
+    """Implements ``StepPasses`` for one step of an engine."""
+
+    def __init__(self, engine: LomoEngine, step_batch: StepBatch) -> None:
+        self.engine = engine
+        self.step_batch = step_batch
+        self.random_states: RandomStates | None = None
+
+    def backward(self, repeatable: bool = False) -> bool:
+        """Implement ``StepPasses.backward``."""
+        if repeatable:
+            self.random_states = RandomStates.capture()
+        local_loss = self.engine._backward_all(self.step_batch)
+        if self.step_batch.skip_reason is not None:
+            self.engine.optimizer.skip_step(self.step_batch.skip_reason, self.step_batch.counts_as_overflow)
+            return False
+        self.engine.optimizer.add_loss(local_loss)
+        return True
+
+    def reduce_norms(self) -> list[float] | None:
+        """Implement ``StepPasses.reduce_norms``."""
+        coefficients = self.engine.optimizer.reduce_norms_and_loss()
+        return coefficients if self.engine.optimizer.skip_reason is None else None
+
+    def repeat(self) -> None:
+        """Implement ``StepPasses.repeat``."""
+        assert self.random_states is not None
+        self.random_states.restore()  # so that dropout draws the same masks
+        self.engine._backward_all(self.step_batch)
 
 
 def _validate_full_loading(load_module_strict: bool, custom_load_fn: None) -> None:

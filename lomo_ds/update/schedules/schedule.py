@@ -1,6 +1,7 @@
 """Base class of the update schedules: gradient norms, and the call that updates shards."""
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,11 +14,31 @@ from lomo_ds.update.target import Target
 from lomo_ds.zero3.stores import Store
 
 
-class Schedule(ABC):
-    """Decides when gradient shards are passed to the update rule.
+class StepPasses(Protocol):
+    """Forward and backward passes over the batches of a step, as ``Schedule.run`` asks for them."""
 
-    The calls of a step are: ``start``; during each backward pass several calls of ``receive``, and ``flush`` at its
-    end; then ``squared_norms``; and ``apply``, unless the step must be skipped.
+    def backward(self, repeatable: bool = False) -> bool:
+        """Run all micro-batches forward and backward; return False if the step must be skipped.
+
+        Args:
+            repeatable: whether ``repeat`` may follow.
+        """
+        ...
+
+    def reduce_norms(self) -> list[float] | None:
+        """Reduce norms, overflow and loss over the ranks; return the clip coefficients, or None to skip the step."""
+        ...
+
+    def repeat(self) -> None:
+        """Run the passes again; they compute the same gradients."""
+        ...
+
+
+class Schedule(ABC):
+    """Decides which passes a step has, and when gradient shards are passed to the update rule.
+
+    The calls of a step are: ``start``; ``run``, or the caller's own passes; during each backward pass several calls of
+    ``receive``, and ``flush`` at its end; then ``squared_norms``; and ``apply``, unless the step must be skipped.
 
     Every gradient passed to a schedule is ``scale`` times the true gradient: the loss scale times the number of ranks
     whose gradients were summed. Recorded norms have the same factor. Methods do not wait for the device.
@@ -52,6 +73,10 @@ class Schedule(ABC):
         self.scale = scale
         self.norms: dict[Target, Tensor] = {}  # of the gradient shards that arrived, 0-dim float32
         self.store.flush()
+
+    def run(self, passes: StepPasses) -> None:
+        """Run the passes of a step."""
+        passes.backward()
 
     def offer_gathered_weight(self, target: Target, weight: Tensor) -> None:
         """Offer a target's gathered weight, just before its gradient arrives; the store may use it to save a copy."""

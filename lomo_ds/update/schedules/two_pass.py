@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lomo_ds.update.schedules.schedule import Schedule
+from lomo_ds.update.schedules.schedule import Schedule, StepPasses
 from lomo_ds.update.target import Target
 
 
@@ -15,6 +15,14 @@ class TwoPass(Schedule):
     def start(self, scale: float) -> None:
         super().start(scale)
         self.coefficients = None
+
+    def run(self, passes: StepPasses) -> None:
+        """Measure the gradients; then, unless the step must be skipped, compute them again and update."""
+        if passes.backward(repeatable=True):
+            coefficients = passes.reduce_norms()
+            if coefficients is not None:
+                self.apply(coefficients)
+                passes.repeat()
 
     def offer_gathered_weight(self, target: Target, weight: Tensor) -> None:
         if self.coefficients is not None:
