@@ -433,7 +433,7 @@ def refuse(folder: str, aio: dict[str, Any], offload: dict[str, Any], precision:
 
 
 @pytest.mark.parametrize(
-    ("aio", "offload", "told"),
+    ("aio", "offload", "output"),
     [
         ({}, {"nvme_path": None}, "needs a folder for the parameters"),
         ({}, {"nvme_path": "/proc/none"}, "must be a folder on an NVMe drive, got /proc/none, which is not a folder"),
