@@ -15,6 +15,7 @@ from lomo_ds.config.sections import require_sections, section_of, value_at
 from lomo_ds.config.validation import validate_baseline_config, validate_ds_config
 from lomo_ds.errors import ConfigError, one_line
 from lomo_ds.numerics.precision import Precision
+from lomo_ds.zero3.ds_schema import reject_duplicate_keys
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def read_ds_config(file: str) -> dict[str, Any]:
     try:
         path = shipped if shipped.parent == SHIPPED and shipped.exists() else Path(file)
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-        config = json.loads(text, object_pairs_hook=_without_duplicates)
+        config = json.loads(text, object_pairs_hook=reject_duplicate_keys)
     except OSError as error:
         names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.json")))
         raise ConfigError(
@@ -104,15 +105,6 @@ def read_ds_config(file: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"--deepspeed {file} must hold a JSON object, got {type(config).__name__}")
     return normalize_ds_config(config)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        duplicates = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"Duplicate keys in DeepSpeed config: {duplicates}")
-    return fields
 
 
 def fill_precision(ds_config: dict[str, Any], explicit: frozenset[str], fast: Precision) -> tuple[dict[str, Any], bool]:

@@ -4,7 +4,6 @@
 complete optimizer step under any update schedule.
 """
 
-import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +20,7 @@ from lomo_ds.distributed.collectives import all_reduce_sum, gather_objects
 from lomo_ds.distributed.process_group import TIMEOUT
 from lomo_ds.engine.base import TokenAveragingEngine
 from lomo_ds.engine.build import build_optimizer
-from lomo_ds.engine.client_arguments import (
-    needs_metric,
-)
+from lomo_ds.engine.client_arguments import needs_metric
 from lomo_ds.engine.engine_state import advance_scheduler, capture_engine, restore_engine, restore_weights
 from lomo_ds.engine.loss import as_scalar
 from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
@@ -31,8 +28,6 @@ from lomo_ds.engine.step_batch import StepBatch
 from lomo_ds.errors import CheckpointError, ConfigError
 from lomo_ds.update.schedules import Schedule
 from lomo_ds.zero3.parameter_access import ParameterAccess
-
-logger = logging.getLogger(__name__)
 
 
 class LomoEngine(TokenAveragingEngine):

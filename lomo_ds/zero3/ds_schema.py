@@ -1,13 +1,15 @@
-"""DeepSpeed's own description of its config: the models of its sections, and names it once had."""
+"""DeepSpeed's own description of its config: how its JSON is read, the models of its sections, and former names."""
 
 import types
 from typing import Any, Union, get_args, get_origin
 
 from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
+reject_duplicate_keys = dict_raise_error_on_duplicate_keys  # for json's object_pairs_hook
 REMOVED_FIELDS = tuple(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
 SECTION_MODELS = {
     "zero_optimization": DeepSpeedZeroConfig,
