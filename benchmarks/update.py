@@ -33,11 +33,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.lib import result_files
 from benchmarks.lib.kernels import fallbacks, kernel_states
-from lomo_ds.numerics import int8
+from lomo_ds.numerics import apply, int8
 from lomo_ds.numerics.flat import pieces
+from lomo_ds.numerics.float_eager import update_half, update_single
 from lomo_ds.numerics.int8 import Values, eager
-from lomo_ds.update.rules import Sgd
-from lomo_ds.update.rules.sgd_eager import update_half, update_single
+from lomo_ds.numerics.rounding_noise import RoundingNoise
 
 GB = 1e9
 LR, DECAY = 1e-3, 0.999  # DECAY multiplies the weights, so that weight decay is computed too
@@ -110,14 +110,14 @@ def update_of(way: str, kind: Kind, device: torch.device) -> Update:
     generator = torch.Generator(device).manual_seed(0) if kind.stochastic else None
     if way == COMPILED:
         return _compiled(kind)
-    if way == TRITON:  # through the rule, as in training
-        rule = Sgd(generator)
-        return lambda shard, gradient: rule.update([shard], [gradient], 1.0, LR, (1 - DECAY) / LR)
+    if way == TRITON:  # as in training
+        noise = None if generator is None else RoundingNoise(generator)
+        return lambda shard, gradient: apply.apply([(shard, apply.Update(gradient, LR, DECAY))], noise)
     if kind.dtype == torch.float32:
-        return lambda shard, gradient: update_single([shard], [gradient], 1.0, LR, DECAY)
+        return lambda shard, gradient: update_single([shard], [gradient], LR, DECAY)
     if kind.dtype == torch.int8:
-        noise = int8.Noise(0, 0, 0) if kind.stochastic else None
-        return lambda shard, gradient: eager.update_(shard.codes, shard.scales, gradient, LR, DECAY, noise)
+        block_noise = int8.Noise(0, 0, 0) if kind.stochastic else None
+        return lambda shard, gradient: eager.update_(shard.codes, shard.scales, gradient, LR, DECAY, block_noise)
 
     def update(shard: Tensor, gradient: Tensor) -> None:
         for part, gradient_part in pieces([shard], [gradient]):

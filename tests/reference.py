@@ -24,7 +24,8 @@ class OddForCausalLM(LlamaForCausalLM):
         self.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
 
     def forward(self, input_ids: Tensor, labels: Tensor, **kwargs: Any) -> CausalLMOutput:
-        logits = super().forward(input_ids=input_ids, **kwargs).logits * self.gain + self.shift.sum()
+        logits = super().forward(input_ids=input_ids, **kwargs).logits
+        logits = logits * self.gain + self.shift.sum() * logits.sin()
         return CausalLMOutput(loss=self.loss_function(logits, labels, VOCABULARY), logits=logits)
 
 

@@ -36,13 +36,13 @@ def kernel_states(device: torch.device, int8: bool) -> dict[str, str]:
     Args:
         int8: whether weights are stored or gathered in int8.
     """
+    from lomo_ds.numerics import apply
     from lomo_ds.numerics.int8 import blocks
-    from lomo_ds.update.rules import sgd
 
     if device.type != "cuda":
         return {}
     device = torch.device("cuda", torch.cuda.current_device())
-    choices: dict[str, Any] = {UPDATE: sgd.kernel_for} | ({INT8: blocks.kernel_for} if int8 else {})
+    choices: dict[str, Any] = {UPDATE: apply.kernel_for} | ({INT8: blocks.kernel_for} if int8 else {})
     return {name: kernel_state(kernel_for, device) for name, kernel_for in choices.items()}
 
 

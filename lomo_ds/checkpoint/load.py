@@ -18,6 +18,7 @@ from lomo_ds.checkpoint.state import (
     check_no_extra_files,
     check_same_blocks,
     check_same_model,
+    check_same_rule_state,
     load_rank_state,
     read_record,
 )
@@ -140,13 +141,25 @@ def open_newest(
     return None
 
 
-def restore(checkpoint: Checkpoint, snapshot: Snapshot, group: ProcessGroup) -> dict[str, Tensor]:
+def restore(
+    checkpoint: Checkpoint, snapshot: Snapshot, group: ProcessGroup, rule_state: bool = True
+) -> dict[str, Tensor]:
     """Load a checkpoint into the shards and buffers of ``snapshot``. All ranks must call this.
+
+    Args:
+        rule_state: whether to load the update rules' state too: slices are cut anew if the number of ranks differs.
 
     Returns:
         This rank's ``Snapshot.rank_state``; empty if the checkpoint was saved with another world size.
+
+    Raises:
+        CheckpointError: the checkpoint holds the state of other rules.
     """
-    load_weights(snapshot.shards, snapshot.buffers, checkpoint.weights, group)
+    shards, whole = snapshot.shards, snapshot.buffers
+    if rule_state:
+        check_same_rule_state(checkpoint.folder, checkpoint.record, snapshot.rule_state)
+        shards, whole = shards + snapshot.state_shards, whole | snapshot.replicated_state
+    load_weights(shards, whole, checkpoint.weights, group)
     if checkpoint.record["world_size"] != torch.distributed.get_world_size(group):
         return {}
     return raise_on_all_ranks(lambda: load_rank_state(checkpoint.folder, torch.distributed.get_rank(group)), group)

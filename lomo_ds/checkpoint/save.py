@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lomo_ds.checkpoint.folders import RECORD, WEIGHTS, check_replaceable, publish, write_latest
@@ -107,7 +108,8 @@ class Saver:
         temporary = final.with_name(final.name + ".partial")
         try:
             self._on_main(lambda: _make_empty(temporary), final)
-            save_weights(snapshot.shards, snapshot.buffers, temporary / WEIGHTS, self.group)
+            shards, whole = snapshot.shards + snapshot.state_shards, snapshot.buffers | snapshot.replicated_state
+            save_weights(shards, whole, temporary / WEIGHTS, self.group)
             self._on_all(lambda: save_file(snapshot.rank_state, rank_state_file(temporary, self.rank)), final)
             self._on_main(lambda: self._write_record(snapshot, temporary, add_files), final)
             self._write_manifest(temporary, final)
@@ -122,6 +124,7 @@ class Saver:
             "format": FORMAT,
             "world_size": torch.distributed.get_world_size(self.group),
             "tensors": snapshot.tensors,
+            "rule_state": snapshot.rule_state,
             **snapshot.record,
         }
         (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -166,9 +169,17 @@ def _destroy_group(group: ProcessGroup) -> None:
 
 def _copy(snapshot: Snapshot) -> Snapshot:
     """Copy the snapshot so that training cannot change it: to host memory, or on NVMe for shards that are there."""
-    shards = [shard.copy() for shard in snapshot.shards]
-    buffers = {name: buffer.to("cpu", copy=True) for name, buffer in snapshot.buffers.items()}
-    return dataclasses.replace(snapshot, shards=shards, buffers=buffers)
+    return dataclasses.replace(
+        snapshot,
+        shards=[shard.copy() for shard in snapshot.shards],
+        buffers=_copy_to_host(snapshot.buffers),
+        state_shards=[shard.copy() for shard in snapshot.state_shards],
+        replicated_state=_copy_to_host(snapshot.replicated_state),
+    )
+
+
+def _copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _make_empty(folder: Path) -> None:

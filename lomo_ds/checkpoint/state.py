@@ -18,7 +18,7 @@ from lomo_ds.numerics.int8 import BLOCK
 from lomo_ds.zero3 import SCALES, Shard
 
 MODEL = "model"  # folder of configuration and tokenizer in checkpoints that launch/train.py writes
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -28,20 +28,33 @@ class Snapshot:
     Attributes:
         shards: this rank's shard of every parameter, in the model's order.
         buffers: the model's persistent buffers, which are equal on every rank.
-        rank_state: state of this rank only: random number generators and the update rule.
+        state_shards: this rank's slices of the update rules' state.
+        replicated_state: the update rules' state that is equal on every rank.
+        rank_state: state of this rank only: random number generators.
         record: JSON state that is equal on every rank: counters, loss scale, learning rates, the caller's additions.
     """
 
     shards: list[Shard]
     buffers: dict[str, Tensor]
+    state_shards: list[Shard]
+    replicated_state: dict[str, Tensor]
     rank_state: dict[str, Tensor]
     record: dict[str, Any]
 
     @property
     def tensors(self) -> dict[str, list[Any]]:
         """Shapes and dtypes of all parameters and buffers, see ``describe_tensors``."""
-        parameters = {s.name: torch.empty(s.shape, dtype=s.data.dtype, device="meta") for s in self.shards}
-        return describe_tensors(parameters | self.buffers)
+        return describe_tensors(_full_tensors(self.shards) | self.buffers)
+
+    @property
+    def rule_state(self) -> dict[str, list[Any]]:
+        """Shapes and dtypes of all state of the update rules, see ``describe_tensors``."""
+        return describe_tensors(_full_tensors(self.state_shards) | self.replicated_state)
+
+
+def _full_tensors(shards: Iterable[Shard]) -> dict[str, Tensor]:
+    """Return the full tensors of shards, on the meta device."""
+    return {shard.name: torch.empty(shard.shape, dtype=shard.data.dtype, device="meta") for shard in shards}
 
 
 def rank_state_file(folder: Path, rank: int) -> Path:
@@ -115,21 +128,37 @@ def check_same_model(folder: Path, record: dict[str, Any], tensors: dict[str, li
             )
 
 
+def check_same_rule_state(folder: Path, record: dict[str, Any], rule_state: dict[str, list[Any]]) -> None:
+    """Check that a checkpoint has the state of the current update rules.
+
+    Args:
+        rule_state: see ``Snapshot.rule_state``.
+
+    Raises:
+        CheckpointError: a state is missing, unknown, or has another shape or dtype; the message names the first.
+    """
+    saved = record["rule_state"]
+    for name in sorted(saved.keys() | rule_state.keys()):
+        if saved.get(name) != rule_state.get(name):
+            raise CheckpointError(
+                f"{folder} was saved with another optimizer: the state {name} is {_describe(saved.get(name))} in it, "
+                f"but {_describe(rule_state.get(name))} in this run; resume with the optimizer it was saved with, or "
+                "load with load_optimizer_states=False, which starts from fresh state"
+            )
+
+
 def check_same_blocks(folder: Path, record: dict[str, Any], world_size: int) -> None:
-    """Check that the blocks of int8 weights are the same on ``world_size`` ranks; each rank's shard starts a new block.
+    """Check that the blocks of int8 tensors are the same on ``world_size`` ranks; each rank's shard starts a new block.
 
     Raises:
         CheckpointError: the blocks differ; the message names the first parameter.
     """
     ranks = {record["world_size"], world_size}
-    for name, (shape, _) in record["tensors"].items():
-        if (
-            name + SCALES in record["tensors"]
-            and len(ranks) > 1
-            and any(math.prod(shape) % (count * BLOCK) for count in ranks)
-        ):
+    tensors = record["tensors"] | record["rule_state"]
+    for name, (shape, _) in tensors.items():
+        if name + SCALES in tensors and len(ranks) > 1 and any(math.prod(shape) % (count * BLOCK) for count in ranks):
             raise CheckpointError(
-                f"{folder} holds int8 weights in the blocks of {record['world_size']} ranks, but the blocks of {name} "
+                f"{folder} holds int8 tensors in the blocks of {record['world_size']} ranks, but the blocks of {name} "
                 f"differ on {world_size} ranks; resume on {record['world_size']}"
             )
 

@@ -10,13 +10,13 @@ from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from lomo_ds.config.lomo_config import LomoParameters
+from lomo_ds.config.lomo_config import OPTIMIZERS, LomoParameters, OptimizerName
 from lomo_ds.config.parameter import parameter, validate_fields
 from lomo_ds.errors import ConfigError, did_you_mean, one_line
 from lomo_ds.numerics.precision import Precision
 
 MAX_SEQ_LENGTH = 2048  # default limit; longer sequences must be requested
-LEARNING_RATES: dict[str, float] = {"lomo": 0.03, "adamw": 5e-5, "sgd": 0.03}  # defaults
+BASELINE_LEARNING_RATES: dict[str, float] = {"adamw": 5e-5, "sgd": 0.03}  # defaults
 HEADER = "# Written by lomo_ds, and written anew by the next run in this folder."  # first line of a dumped config.yaml
 
 
@@ -53,12 +53,14 @@ class JobArguments:
     per_device_train_batch_size: int = parameter(8, "Sequences per GPU and micro-batch.", at_least=1)
     per_device_eval_batch_size: int = parameter(8, "Sequences per GPU when evaluating.", at_least=1)
     gradient_accumulation_steps: int = parameter(1, "Micro-batches per optimizer step.", at_least=1)
-    optim: Literal["lomo", "adamw", "sgd"] = parameter(
-        "lomo", "adamw and sgd are torch.optim's on DeepSpeed's own ZeRO-3, to compare LOMO with."
+    optim: OptimizerName = parameter(
+        "lomo",
+        "adamw and sgd are torch.optim's on DeepSpeed's own ZeRO-3, to compare LOMO with.",
     )
     learning_rate: float = parameter(
-        LEARNING_RATES["lomo"],
-        f"Peak learning rate; LOMO is SGD and wants a large one, adamw has another default, {LEARNING_RATES['adamw']}.",
+        OPTIMIZERS["lomo"].learning_rate,
+        "Peak learning rate; LOMO is SGD and wants a large one. The default of adamw is "
+        f" {BASELINE_LEARNING_RATES['adamw']}.",
         at_least=0,
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = parameter("linear", "Learning rate after warm-up.")
@@ -67,8 +69,8 @@ class JobArguments:
     )
     max_grad_norm: float = parameter(
         1.0,
-        "Clip the global gradient norm to this; 0 clips nothing. The default gives way to clip_grad_value, "
-        "clip_group_norm or update_schedule immediate in the DeepSpeed config.",
+        "Clip the global gradient norm to this; 0 clips nothing. The default gives way to "
+        "clip_grad_value, clip_group_norm or update_schedule immediate in the DeepSpeed config.",
         at_least=0,
     )
     num_train_epochs: float = parameter(1.0, "Passes over the training text.", above=0, at_most=1e9)
@@ -129,7 +131,7 @@ class TrainArguments(LomoParameters, JobArguments):
                 "asked for; give both"
             )
         for name in ("save_steps", "resume_from_checkpoint", "load_best_model_at_end"):
-            if self.optim != "lomo" and getattr(self, name):
+            if self.is_baseline and getattr(self, name):
                 raise ConfigError(
                     f"--{name} was asked for, but --optim {self.optim} is there to compare LOMO with, and keeps no "
                     "checkpoints; leave it out, or train with --optim lomo"
@@ -142,6 +144,11 @@ class TrainArguments(LomoParameters, JobArguments):
                 "--validation_file, --eval_steps and --save_steps, a multiple of it, got "
                 f"{self.validation_file}, {self.eval_steps} and {self.save_steps}"
             )
+
+    @property
+    def is_baseline(self) -> bool:
+        """Return whether the optimizer is one of DeepSpeed's own ZeRO-3, to compare with."""
+        return self.optim not in OPTIMIZERS
 
     @property
     def precision(self) -> Precision:
@@ -187,8 +194,15 @@ def parse(kind: type[Arguments], argv: list[str]) -> tuple[Arguments, frozenset[
     missing = [f"--{name}" for name in required if name not in given]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be given, on the command line or in --config FILE")
-    learning_rate = LEARNING_RATES[given.get("optim", "lomo")]
-    return kind(**({"learning_rate": learning_rate} | given)), frozenset(given)
+    return kind(**(optimizer_defaults(given.get("optim", "lomo")) | given)), frozenset(given)
+
+
+def optimizer_defaults(optim: str) -> dict[str, float]:
+    """Return the defaults of the arguments that depend on the optimizer."""
+    if optim in OPTIMIZERS:
+        kind = OPTIMIZERS[optim]
+        return {"learning_rate": kind.learning_rate, "max_grad_norm": kind.max_grad_norm}
+    return {"learning_rate": BASELINE_LEARNING_RATES[optim]}
 
 
 def help_text(kind: type[TrainArguments] = TrainArguments, program: str = "train.py") -> str:

@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from lomo_ds.config.arguments import TrainArguments
+from lomo_ds.config.arguments import TrainArguments, optimizer_defaults
 from lomo_ds.config.ds_fields import TYPE_NAMES, complete_ds_config, normalize_ds_config
-from lomo_ds.config.lomo_config import lomo_parameters
+from lomo_ds.config.lomo_config import OPTIMIZERS, lomo_parameters, optimizer_name
 from lomo_ds.config.parameter import base_type
 from lomo_ds.config.sections import require_sections, section_of, value_at
 from lomo_ds.config.validation import validate_baseline_config, validate_ds_config
@@ -75,10 +75,10 @@ def finalize_config(
     """
     ds_config = fill_buckets(fill_scheduler(ds_config, arguments, total_steps), model_config)
     ds_config = complete_ds_config(ds_config, world_size)
-    if arguments.optim == "lomo":
-        validate_ds_config(ds_config)
-    else:
+    if arguments.is_baseline:
         validate_baseline_config(ds_config)
+    else:
+        validate_ds_config(ds_config)
     return ds_config
 
 
@@ -146,6 +146,7 @@ def reconcile(
     """
     require_sections(ds_config)
     config = copy.deepcopy(ds_config)
+    arguments = _adopt_optimizer(config, arguments, explicit)
     disagreements: list[str] = []
     adopted: dict[str, Any] = {}
     hints = get_type_hints(type(arguments))
@@ -240,31 +241,38 @@ def warmup_steps(arguments: TrainArguments, total_steps: int) -> int:
     return round(arguments.warmup_ratio * total_steps)
 
 
+def _adopt_optimizer(config: dict[str, Any], arguments: Arguments, explicit: frozenset[str]) -> Arguments:
+    """Let ``--optim``, and the defaults that depend on it, follow the DeepSpeed config where the user set none."""
+    name = optimizer_name(config)
+    if "optim" in explicit or name not in OPTIMIZERS or name == arguments.optim:
+        return arguments
+    defaults = {field: value for field, value in optimizer_defaults(name).items() if field not in explicit}
+    return dataclasses.replace(arguments, optim=name, **defaults)  # type: ignore[arg-type]
+
+
 def _resolve_optimizer(config: dict[str, Any], section: dict[str, Any], arguments: TrainArguments) -> None:
-    """Set the optimizer to the one that ``--optim`` names; ``section`` is the one in the DeepSpeed config."""
-    if arguments.optim != "lomo":
+    """Set the optimizer to the one that ``--optim`` names; ``section`` is the one in the DeepSpeed config.
+
+    LOMO in the DeepSpeed config, as in those that are part of lomo_ds, gives way to any other that ``--optim`` names.
+    """
+    kind = section.get("type", "LOMO")
+    if str(kind).lower() not in ("lomo", arguments.optim):
+        raise ConfigError(
+            f"the DeepSpeed config names the optimizer {one_line(repr(kind))}, and --optim is {arguments.optim}; write "
+            '"optimizer": {"type": "LOMO", "params": {"lr": "auto"}}, leave the section out, or give --optim '
+            f"{' or '.join((*OPTIMIZERS, *BASELINES))}"
+        )
+    if arguments.is_baseline:
         _replace_optimizer(config, section, arguments)
         return
-    kind = section.get("type", "LOMO")
-    if str(kind).lower() != "lomo":
-        raise ConfigError(
-            f"the DeepSpeed config names the optimizer {one_line(repr(kind))}, and --optim is lomo; write "
-            '"optimizer": {"type": "LOMO", "params": {"lr": "auto"}}, leave the section out, or train with '
-            "--optim adamw or sgd"
-        )
     if "type" not in section:
-        logger.info("optimizer: LOMO, as the DeepSpeed config names none and --optim is lomo")
-        config["optimizer"]["type"] = "LOMO"
+        logger.info("optimizer: %s, as the DeepSpeed config names none", OPTIMIZERS[arguments.optim].type_name)
+    config["optimizer"]["type"] = OPTIMIZERS[arguments.optim].type_name
 
 
 def _replace_optimizer(config: dict[str, Any], section: dict[str, Any], arguments: TrainArguments) -> None:
     """Replace LOMO by the baseline that ``--optim`` names."""
-    baseline, kind = BASELINES[arguments.optim], section.get("type", "LOMO")
-    if str(kind).lower() not in ("lomo", arguments.optim):
-        raise ConfigError(
-            f"--optim {arguments.optim} takes the place of LOMO in the DeepSpeed config, got optimizer.type {kind!r}; "
-            f"write LOMO or {baseline['type']}"
-        )
+    baseline = BASELINES[arguments.optim]
     params = section.get("params") or {}
     unknown = [name for name, value in params.items() if name not in BASELINE_PARAMS and value not in (None, "auto")]
     if unknown:

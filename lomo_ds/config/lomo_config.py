@@ -13,6 +13,8 @@ StashDevice = Literal["auto", "cpu", "gpu"]
 Rounding = Literal["auto", "nearest", "stochastic"]
 GatherGranularity = Literal["auto", "module", "layer"]
 Weights = Literal["auto", "int8"]
+# names of --optim: those of ``OPTIMIZERS``, and the baselines to compare them with
+OptimizerName = Literal["lomo", "adamw", "sgd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class LomoParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class LomoConfig(LomoParameters):
-    """``"optimizer": {"type": "LOMO", "params": {...}}`` of a DeepSpeed config."""
+    """``"optimizer": {"type": ..., "params": {...}}`` of a DeepSpeed config, with a type of ``OPTIMIZERS``."""
 
     lr: float = parameter(help="Learning rate; a scheduler may change it every step.", at_least=0)
 
@@ -61,28 +63,56 @@ def lomo_parameters(kind: type[LomoParameters]) -> dict[str, Any]:
     return {entry.name: entry.default for entry in dataclasses.fields(kind) if entry.metadata.get("lomo")}
 
 
-CONFIGS: dict[str, type[LomoConfig]] = {"lomo": LomoConfig}  # by "type" in lower case
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimizer that updates during backward, as ``--optim`` and a DeepSpeed config name it.
+
+    Attributes:
+        type_name: its name in a DeepSpeed config.
+        learning_rate, max_grad_norm: defaults of these arguments.
+        config: class of its parameters.
+    """
+
+    type_name: str
+    learning_rate: float
+    max_grad_norm: float = 1.0
+    config: type[LomoConfig] = LomoConfig
+
+
+# by the name that ``--optim`` has for it: "type" in lower case; ``update.rules.RULES`` has the rule of each
+OPTIMIZERS: dict[str, OptimizerKind] = {
+    "lomo": OptimizerKind("LOMO", learning_rate=0.03),
+}
+
+
+def optimizer_name(ds_config: dict[str, Any]) -> str:
+    """Return the name of a DeepSpeed config's optimizer in lower case; empty if it names none."""
+    return str((ds_config.get("optimizer") or {}).get("type") or "").lower()
 
 
 def read_lomo_config(ds_config: dict[str, Any]) -> LomoConfig:
-    """Read the optimizer section of ``ds_config``, as an instance of the class that ``CONFIGS`` has for its type.
+    """Read the optimizer section of ``ds_config``, as an instance of the class that ``OPTIMIZERS`` has for its type.
 
     Raises:
         ConfigError: the section is missing, names another optimizer, or holds an unknown or invalid value.
     """
     require_sections(ds_config)
     section = ds_config.get("optimizer") or {}
-    kind = CONFIGS.get(str(section.get("type")).lower())
+    kind = OPTIMIZERS.get(optimizer_name(ds_config))
     if kind is None:
+        types = " or ".join(kind.type_name for kind in OPTIMIZERS.values())
         raise ConfigError(
-            f'lomo_ds needs "optimizer": {{"type": "LOMO", "params": {{"lr": ...}}}} in the DeepSpeed config, '
-            f"got {section.get('type')!r}; use deepspeed.initialize for other optimizers, or --optim of launch/train.py"
+            f'lomo_ds needs "optimizer": {{"type": "LOMO", "params": {{"lr": ...}}}} in the DeepSpeed config, with the '
+            f"type {types}, got {section.get('type')!r}; use deepspeed.initialize for other optimizers, or --optim of "
+            "launch/train.py"
         )
     params = section.get("params") or {}
-    known = [entry.name for entry in dataclasses.fields(kind)]
+    known = [entry.name for entry in dataclasses.fields(kind.config)]
     for name in params:
         if name not in known:
-            raise ConfigError(f"LOMO has no parameter {name!r}{did_you_mean(name, known)}; it knows {', '.join(known)}")
+            raise ConfigError(
+                f"{kind.type_name} has no parameter {name!r}{did_you_mean(name, known)}; it knows {', '.join(known)}"
+            )
     if "lr" not in params:
-        raise ConfigError("LOMO needs a learning rate; set optimizer.params.lr in the DeepSpeed config")
-    return kind(**params)
+        raise ConfigError(f"{kind.type_name} needs a learning rate; set optimizer.params.lr in the DeepSpeed config")
+    return kind.config(**params)

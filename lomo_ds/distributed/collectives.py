@@ -35,6 +35,11 @@ def start_reduce_scatter(shards: Tensor, full: Tensor, group: ProcessGroup) -> A
     return dist.reduce_scatter_tensor(shards, full, group=group, async_op=True)
 
 
+def start_all_reduce(values: Tensor, group: ProcessGroup) -> Any:
+    """Start to sum ``values`` over all ranks in place; return the handle."""
+    return dist.all_reduce(values, group=group, async_op=True)
+
+
 def raise_on_all_ranks(action: Callable[[], Result], group: ProcessGroup | None = None) -> Result:
     """Run ``action`` on every rank; if it fails on any rank, raise on all: only the lowest failing rank reports.
 

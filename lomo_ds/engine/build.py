@@ -9,24 +9,25 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScalerBase
 from deepspeed.utils.timer import NoopTimer
-from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 
 from lomo_ds import zero3
-from lomo_ds.config.lomo_config import LomoConfig
+from lomo_ds.config.lomo_config import LomoConfig, optimizer_name
 from lomo_ds.distributed.collectives import all_reduce_min, raise_on_all_ranks
 from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import format_bytes, free_bytes
 from lomo_ds.memory.host_memory import storage_bytes
+from lomo_ds.numerics.rounding_noise import RoundingNoise
 from lomo_ds.update.clipping import Clipping, clipping_groups
 from lomo_ds.update.hooks import BackwardHooks
-from lomo_ds.update.rules import Rule, Sgd
+from lomo_ds.update.rules import RULES, Rule
 from lomo_ds.update.schedules import Choice, Schedule, choose_schedule
 from lomo_ds.update.schedules.immediate import Immediate
 from lomo_ds.update.schedules.stash import HostStash, Stash
 from lomo_ds.update.schedules.two_pass import TwoPass
 from lomo_ds.update.target import Target
+from lomo_ds.update.updater import Updater
 from lomo_ds.zero3.gathering import (
     AHEAD_NUMEL,
     Gathering,
@@ -61,16 +62,15 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
     stash_bytes = sum(t.numel for t in targets) * (stash_dtype or engine.get_data_types()[0]).itemsize
     choice = _choose_schedule(engine, lomo, clipping, stash_bytes)
     _log_host_memory(engine, shards, choice, stash_bytes)
-    schedule = _build_schedule(
-        choice,
+    updater = Updater(
         targets,
+        _rules_of(targets, optimizer_name(engine.config)),
         _build_store(engine, shards),
-        _build_rule(engine, lomo),
-        clipping,
-        engine.device,
+        _build_noise(engine, lomo),
         engine.seq_data_parallel_group,
-        stash_dtype,
+        engine.device,
     )
+    schedule = _build_schedule(choice, updater, clipping, stash_dtype)
     return LomoOptimizer(
         groups=groups,
         gathering=gathering,
@@ -180,11 +180,30 @@ def _trained_parameters(model: Module, trained_ids: set[int]) -> dict[str, Param
     return trained
 
 
-def _build_rule(engine: DeepSpeedEngine, lomo: LomoConfig) -> Rule:
+def _rules_of(targets: list[Target], default: str) -> dict[str, Rule]:
+    """Return the rule of each target by its name: that of its param group's ``type``, or the ``default``.
+
+    Args:
+        default: name of an optimizer in lower case.
+
+    Raises:
+        ConfigError: a param group names an unknown optimizer.
+    """
+    rules = {name: build() for name, build in RULES.items()}
+    chosen = {target.name: str(target.options.get("type", default)).lower() for target in targets}
+    for name, optimizer in chosen.items():
+        if optimizer not in rules:
+            raise ConfigError(
+                f"the type of a param group must be one of {', '.join(rules)}, got {optimizer!r} for {name}"
+            )
+    return {name: rules[optimizer] for name, optimizer in chosen.items()}
+
+
+def _build_noise(engine: DeepSpeedEngine, lomo: LomoConfig) -> RoundingNoise | None:
     if lomo.rounding == "nearest":
-        return Sgd()
+        return None
     rank = dist.get_rank(engine.seq_data_parallel_group)
-    return Sgd(generator=torch.Generator(engine.device).manual_seed(lomo.seed + rank))
+    return RoundingNoise(torch.Generator(engine.device).manual_seed(lomo.seed + rank))
 
 
 def _choose_schedule(engine: DeepSpeedEngine, lomo: LomoConfig, clipping: Clipping, stash_bytes: int) -> Choice:
@@ -237,21 +256,12 @@ def _communication_dtype(engine: DeepSpeedEngine) -> torch.dtype | None:
     return engine.communication_data_type if engine._config.communication_data_type else None
 
 
-def _build_schedule(
-    choice: Choice,
-    targets: list[Target],
-    store: Store,
-    rule: Rule,
-    clipping: Clipping,
-    device: torch.device,
-    process_group: ProcessGroup,
-    stash_dtype: torch.dtype | None,
-) -> Schedule:
-    """Build the schedule that ``choice`` selects, for gradients on ``device``; see ``Stash`` for ``stash_dtype``."""
+def _build_schedule(choice: Choice, updater: Updater, clipping: Clipping, stash_dtype: torch.dtype | None) -> Schedule:
+    """Build the schedule that ``choice`` selects; see ``Stash`` for ``stash_dtype``."""
     if choice.schedule == "immediate":
-        return Immediate(targets, store, rule, clipping, device, process_group)
+        return Immediate(updater, clipping)
     if choice.schedule == "two_pass":
-        return TwoPass(targets, store, rule, clipping, device)
-    if choice.stash_device == "cpu" and device.type != "cpu":
-        return HostStash(targets, store, rule, clipping, device, stash_dtype)
-    return Stash(targets, store, rule, clipping, device, stash_dtype)
+        return TwoPass(updater, clipping)
+    if choice.stash_device == "cpu" and updater.device.type != "cpu":
+        return HostStash(updater, clipping, stash_dtype)
+    return Stash(updater, clipping, stash_dtype)

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # attributes of DeepSpeedEngine
 PAIRS_KEY = "<pairs>"
+ROUNDING = "rounding."  # prefix of the names of ``RoundingNoise.state`` in a rank's state
 # the part of a scheduler's state that holds its progress; everything else is its settings
 PROGRESS_FIELDS = (
     "last_epoch",
@@ -52,18 +53,21 @@ def capture_engine(engine: DeepSpeedEngine, client_state: dict[str, Any] | None 
         "lr_scheduler": _encode_mappings(engine.lr_scheduler.state_dict()) if engine.lr_scheduler is not None else None,
         "client_state": client_state or {},
     }
-    rule = engine.optimizer.schedule.rule.state()
+    updater = engine.optimizer.schedule.updater
+    noise = updater.noise.state() if updater.noise else {}
     return Snapshot(
         shards=zero3.shards(engine.module),
         buffers={name: buffer for name, buffer in engine.module.named_buffers() if name in persistent},
-        rank_state=all_random_states() | {f"rule.{name}": state for name, state in rule.items()},
+        state_shards=updater.states.shards(updater.process_group),
+        replicated_state=updater.states.replicated(),
+        rank_state=all_random_states() | {ROUNDING + name: state for name, state in noise.items()},
         record=json.loads(json.dumps(record)),  # a copy, because training continues during a background save
     )
 
 
 def restore_weights(engine: DeepSpeedEngine, checkpoint: Checkpoint, group: ProcessGroup) -> None:
     """Restore only the weights and buffers."""
-    restore(checkpoint, capture_engine(engine), group)
+    restore(checkpoint, capture_engine(engine), group, rule_state=False)
     engine.optimizer.reset_after_load()
 
 
@@ -73,28 +77,30 @@ def restore_engine(
     """Restore a state captured by ``capture_engine``; random states only if world size and device type are equal.
 
     Args:
-        optimizer: whether to restore the loss scale and the state of the update rule.
+        optimizer: whether to restore the loss scale, the state of the update rules and the noise of rounding.
         scheduler: whether to restore the scheduler's state and the learning rates.
 
     Raises:
-        CheckpointError: the saved scheduler has another type, or the number of param groups differs.
+        CheckpointError: the saved scheduler or the state of the update rules is of another type, or the number of
+            param groups differs.
     """
     record, snapshot = checkpoint.record, capture_engine(engine)
     if scheduler:
         _validate_same_scheduler(checkpoint, snapshot.record)
-    rank_state = restore(checkpoint, snapshot, group)
+    rank_state = restore(checkpoint, snapshot, group, rule_state=optimizer)
     for name in COUNTERS:
         setattr(engine, name, record["counters"][name])
     if scheduler:
         _restore_scheduler(engine, record, snapshot.record)
     if optimizer:
         engine.optimizer.load_loss_scale(record["optimizer"])
+        engine.optimizer.load_update_number(record["optimizer"])
     engine.optimizer.reset_after_load()
     if rank_state and record["device_type"] == engine.device.type:
         restore_all_random_states(rank_state)
-        rule = {name.removeprefix("rule."): state for name, state in rank_state.items() if name.startswith("rule.")}
-        if optimizer:
-            engine.optimizer.schedule.rule.load_state(rule)
+        noise = engine.optimizer.schedule.updater.noise
+        if optimizer and noise is not None:
+            noise.load_state({n.removeprefix(ROUNDING): s for n, s in rank_state.items() if n.startswith(ROUNDING)})
     elif engine.global_rank == 0:
         logger.info(
             "%s was saved by %d ranks on %s and resumes with %d on %s: same weights and data, different random numbers",

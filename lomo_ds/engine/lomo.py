@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lomo_ds.checkpoint import Checkpoint, Saver, checkpoint_name, open_checkpoint, read_latest
 from lomo_ds.checkpoint.random_states import RandomStates
-from lomo_ds.config.lomo_config import read_lomo_config
+from lomo_ds.config.lomo_config import OPTIMIZERS, read_lomo_config
 from lomo_ds.distributed.collectives import all_reduce_sum, gather_objects
 from lomo_ds.distributed.process_group import TIMEOUT
 from lomo_ds.engine.base import TokenAveragingEngine
@@ -258,7 +258,7 @@ class LomoEngine(TokenAveragingEngine):
             super()._broadcast_model()
 
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
-        return optimizer_name.lower() == "lomo"
+        return optimizer_name.lower() in OPTIMIZERS
 
     def _configure_optimizer(self, client_optimizer: None, model_parameters: list[Any]) -> None:
         lomo = read_lomo_config(self.config)

@@ -134,6 +134,8 @@ class LomoOptimizer(ZeROOptimizer):
                     "steps"
                 )
         self.last_skip_reason = self.skip_reason
+        if not self.overflow:
+            self.schedule.updater.step += 1
         self.optimizer.step()  # learning-rate schedulers warn if it is never called
         if self.dynamic_loss_scale and (self._counts_as_overflow or not self.overflow):
             self.loss_scaler.update_scale(self.overflow)
@@ -164,11 +166,12 @@ class LomoOptimizer(ZeROOptimizer):
         """Do nothing: no gradient outlives its hook."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loss scaler's state and the learning rates, as JSON."""
+        """Return the loss scaler's state, the learning rates and the number of the next update, as JSON."""
         scaler = vars(self.loss_scaler)
         return {
             "loss_scaler": {name: scaler[name] for name in LOSS_SCALER_STATE if name in scaler},
             "lr": [group["lr"] for group in self.param_groups],
+            "update": self.schedule.updater.step,
         }
 
     def load_loss_scale(self, state: dict[str, Any]) -> None:
@@ -177,6 +180,10 @@ class LomoOptimizer(ZeROOptimizer):
         if self.dynamic_loss_scale and set(saved) == set(self.state_dict()["loss_scaler"]):
             for name, value in saved.items():
                 setattr(self.loss_scaler, name, value)
+
+    def load_update_number(self, state: dict[str, Any]) -> None:
+        """Restore the number of the next update from a ``state_dict``."""
+        self.schedule.updater.step = state["update"]
 
     def load_learning_rates(self, state: dict[str, Any]) -> None:
         """Restore the learning rates from a ``state_dict``."""

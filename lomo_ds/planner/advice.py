@@ -127,7 +127,7 @@ def _variants(change: Change, settings: Settings) -> list[_Variant]:
 def _cheap_changes(plan: Plan, model: PlannedModel) -> list[Change]:
     """Return the changes that cost nothing but time, in the order of that cost."""
     changes: list[Change] = [_checkpointing]
-    if model.can_tile and not plan.tiled and plan.settings.optimizer == "lomo":
+    if model.can_tile and not plan.tiled and not plan.settings.is_baseline:
         changes.append(_tiled_logits)
     return [*changes, _gather_by_module, _disable_prefetch, _schedule, _offloaded_activations, _offload, _int8]
 
@@ -147,7 +147,7 @@ def _tiled_logits(settings: Settings) -> Iterator[_Variant]:
 
 
 def _gather_by_module(settings: Settings) -> Iterator[_Variant]:
-    if settings.optimizer == "lomo" and not settings.resident and settings.gather_granularity != "module":
+    if not settings.is_baseline and not settings.resident and settings.gather_granularity != "module":
         yield _Variant("gather_granularity module", settings.but(gather_granularity="module"))
 
 
@@ -161,7 +161,7 @@ def _disable_prefetch(settings: Settings) -> Iterator[_Variant]:
 
 
 def _schedule(settings: Settings) -> Iterator[_Variant]:
-    if settings.optimizer != "lomo":
+    if settings.is_baseline:
         return
     if settings.accumulation == 1 and not settings.gradient_clipping and settings.precision != "fp16":
         if settings.update_schedule not in ("immediate", "auto"):
@@ -175,7 +175,7 @@ def _schedule(settings: Settings) -> Iterator[_Variant]:
 
 
 def _offloaded_activations(settings: Settings) -> Iterator[_Variant]:
-    if settings.optimizer == "lomo" and settings.gradient_checkpointing and not settings.activation_offload:
+    if not settings.is_baseline and settings.gradient_checkpointing and not settings.activation_offload:
         yield _Variant("--activation_offload", settings.but(activation_offload=True))
 
 
@@ -185,7 +185,7 @@ def _offload(settings: Settings) -> Iterator[_Variant]:
 
 
 def _int8(settings: Settings) -> Iterator[_Variant]:
-    if settings.optimizer == "lomo" and not settings.int8_weights and settings.offload_param != "nvme":
+    if not settings.is_baseline and not settings.int8_weights and settings.offload_param != "nvme":
         yield _Variant("weights int8", settings.but(weights="int8"))
 
 

@@ -86,7 +86,7 @@ class SimulatedCoordinator:
     def __init__(self, trace: StepTrace, settings: Settings, ahead: LookaheadLimit | None) -> None:
         self.settings, self.ahead = settings, ahead
         self.released: deque[tuple[int, int]] = deque()  # not yet freed: number of the next request, and bytes
-        self.uses_transport = settings.optimizer == "lomo" and (
+        self.uses_transport = not settings.is_baseline and (
             settings.offload_param != "none" or settings.int8_weights or settings.quantized_gathers
         )
         self.names, self.numels = trace.names, trace.numels

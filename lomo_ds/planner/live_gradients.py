@@ -8,11 +8,11 @@ from lomo_ds.memory.host_memory import IN_FLIGHT_BYTES
 from lomo_ds.memory.prefetch import LOOK_AHEAD
 from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.planner.gathered_params import GatheredParams
+from lomo_ds.planner.rule_memory import RuleMemory
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.trace_events import EventKind, StepTrace
 from lomo_ds.update.buckets import Buckets
 from lomo_ds.update.clipping import clipping_groups
-from lomo_ds.update.rules.rule_bytes import Temporaries
 from lomo_ds.update.schedules.gradient_footprint import GradientFootprint
 
 
@@ -43,7 +43,7 @@ class LomoGradients:
 
     Args:
         footprint: the gradient shards that the schedule keeps.
-        temporaries: bytes that the rule allocates while it updates a number of shard elements.
+        rule: memory of the update rule.
         observe: callback, called after every change.
         on_cpu: whether ranks compute on the host.
         gathered: the gathered parameters. Shards in host memory are updated from them during backward.
@@ -54,7 +54,7 @@ class LomoGradients:
         trace: StepTrace,
         settings: Settings,
         footprint: GradientFootprint,
-        temporaries: Temporaries,
+        rule: RuleMemory,
         observe: Callable[[], None],
         on_cpu: bool,
         gathered: GatheredParams,
@@ -70,7 +70,7 @@ class LomoGradients:
         self.offloading: deque[int] = deque()  # parameters whose updated shards are being copied to host memory
         self.shards = 0
         self.copied_by_gloo = int(on_cpu)  # gloo reduces a copy of a bucket and scatters the copy
-        self.settings, self.footprint, self.temporaries, self.observe = settings, footprint, temporaries, observe
+        self.settings, self.footprint, self.rule, self.observe = settings, footprint, rule, observe
         self.numels = trace.numels
         self.itemsize = settings.dtype.itemsize  # of a whole gradient
         self.reduced_itemsize = settings.gradient_dtype.itemsize
@@ -82,6 +82,7 @@ class LomoGradients:
         groups = clipping_groups(trace.names)
         self.group = groups
         self.missing = {group: groups.count(group) for group in set(groups)}
+        self.waiting: deque[tuple[list[int], int]] = deque()  # members and bytes of shards that wait for sums
         self.grouped: dict[int, int] = {}  # bytes of gradient shards that wait for the rest of their clipping group
 
     def add(self, index: int) -> None:
@@ -95,6 +96,7 @@ class LomoGradients:
     def flush(self) -> None:
         """Reduce every bucket that is left and wait for all copies, like ``Reduction.flush``."""
         self.buckets.flush()
+        self._limit_waiting(0)
         for group in list(self.grouped):
             self._change(-self.grouped.pop(group))
         while self.stashing:
@@ -162,6 +164,17 @@ class LomoGradients:
             if self.fetches_shards:
                 self.shards += sum(self._stored_bytes(p) for p in members)
                 self._set_fetching(self._bytes_fetched_after(members[-1]))
+            self._update_soon(members, size)
+
+    def _update_soon(self, members: list[int], size: int) -> None:
+        """Update gradient shards once the sums over the ranks that the rule asks for have arrived, like ``Updater``."""
+        self.waiting.append((members, size))
+        self._limit_waiting(self.rule.sums)
+
+    def _limit_waiting(self, until: int) -> None:
+        """Update what waits, oldest first, until at most ``until`` buckets wait."""
+        while len(self.waiting) > until:
+            members, size = self.waiting.popleft()
             self._update(size)
             self._change(-size)
             if self.updates_gathered or self.fetches_shards:
@@ -218,7 +231,7 @@ class LomoGradients:
                 self._change(-self.grouped.pop(group))
 
     def _update(self, size: int) -> None:
-        temporary = self.temporaries(size // self.reduced_itemsize)
+        temporary = self.rule.temporaries(size // self.reduced_itemsize)
         self._change(temporary)
         self._change(-temporary)
 

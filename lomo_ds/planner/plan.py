@@ -57,7 +57,7 @@ class PlannedModel:
             settings.gradient_checkpointing,
             settings.resident,
             settings.tiled_logits,
-            settings.optimizer == "lomo",
+            not settings.is_baseline,
         )
         if key not in self.traces:
             trace = trace_step(self.config, settings, self.trust_remote_code)
@@ -216,14 +216,14 @@ def rounded(value: float) -> str:
 def _granularity(model: PlannedModel, settings: Settings, free: int) -> str:
     if settings.resident:
         return "auto"
-    if settings.optimizer != "lomo":
+    if settings.is_baseline:
         return "module"
     return choose_granularity(settings.gather_granularity, model.meta_model.to(settings.dtype), free)
 
 
 def _with_prefetch_limits(model: PlannedModel, settings: Settings, granularity: str) -> Settings:
     """Set the prefetch limits that the engine sets for offloaded parameters, unless the user has changed them."""
-    if settings.offload_param != "cpu" or settings.optimizer != "lomo":
+    if settings.offload_param != "cpu" or settings.is_baseline:
         return settings
     largest = largest_gather_numel(model.meta_model, granularity)
     prefetch, live = offload_prefetch_limits(settings.prefetch_bucket_size, settings.max_live_parameters, largest)
@@ -236,7 +236,7 @@ def _with_prefetch_limits(model: PlannedModel, settings: Settings, granularity: 
 
 
 def _choice(settings: Settings, shard_numel: int, free_gpu: int, free_host: int) -> Choice:
-    if settings.optimizer != "lomo":
+    if settings.is_baseline:
         return Choice("deepspeed", "gpu", "gradients of all parameters are kept")
     stash_dtype = settings.stash_dtype or settings.dtype
     try:

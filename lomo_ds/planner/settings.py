@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from lomo_ds.config.lomo_config import LomoParameters
+from lomo_ds.config.lomo_config import OPTIMIZERS, LomoParameters, OptimizerName
 from lomo_ds.config.parameter import parameter, validate_fields
 from lomo_ds.errors import ConfigError
 from lomo_ds.numerics import int8
@@ -14,7 +14,6 @@ from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.numerics.precision import DTYPES, Precision
 
 Offload = Literal["none", "cpu", "nvme"]
-Optimizer = Literal["lomo", "adamw", "sgd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,8 @@ class Settings(LomoParameters):
         batch: rows per micro-batch and rank.
         accumulation: micro-batches per step.
         precision: precision of weights and gradients.
-        optimizer: LOMO, or torch.optim's on DeepSpeed's own ZeRO-3, with fp32 master weights.
+        optimizer: one that updates during backward, or torch.optim's on DeepSpeed's own ZeRO-3, with fp32 master
+            weights.
         fused: whether those optimizers step without temporaries, as in ``launch/train.py``.
         gradient_clipping: limit on the global norm; 0 for none.
         gradient_checkpointing: whether activations are recomputed in backward.
@@ -47,7 +47,7 @@ class Settings(LomoParameters):
     batch: int = parameter(1, at_least=1)
     accumulation: int = parameter(1, at_least=1)
     precision: Precision = "bf16"
-    optimizer: Optimizer = "lomo"
+    optimizer: OptimizerName = "lomo"
     fused: bool = True
     gradient_clipping: float = parameter(1.0, at_least=0)
     gradient_checkpointing: bool = False
@@ -95,9 +95,14 @@ class Settings(LomoParameters):
         return self.gpus * self.batch * self.accumulation * self.sequence
 
     @property
+    def is_baseline(self) -> bool:
+        """Return whether the optimizer is one of DeepSpeed's own ZeRO-3."""
+        return self.optimizer not in OPTIMIZERS
+
+    @property
     def resident(self) -> bool:
         """Return whether parameters stay whole on the only GPU and nothing is gathered; see ``ResidentGathering``."""
-        return self.optimizer == "lomo" and self.gpus == 1 and self.offload_param == "none" and not self.int8_weights
+        return not self.is_baseline and self.gpus == 1 and self.offload_param == "none" and not self.int8_weights
 
     @property
     def int8_weights(self) -> bool:

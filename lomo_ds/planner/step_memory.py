@@ -8,10 +8,10 @@ from lomo_ds.memory.host_memory import IN_FLIGHT_BYTES, Slabs
 from lomo_ds.planner.gathered_params import GatheredParams, NoGathering, SimulatedCoordinator
 from lomo_ds.planner.live_gradients import DeepSpeedGradients, LiveGradients, LomoGradients
 from lomo_ds.planner.machine import Machine
+from lomo_ds.planner.rule_memory import RuleMemory
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.trace_events import EventKind, LiveActivations, StepTrace, TraceEvent
 from lomo_ds.planner.trace_recorder import CHECKPOINT
-from lomo_ds.update.rules.rule_bytes import sgd_state_bytes, sgd_temporaries, square_sums_bytes
 from lomo_ds.update.schedules.gradient_footprint import GradientFootprint
 from lomo_ds.zero3 import LookaheadLimit
 from lomo_ds.zero3.gathering import AHEAD_NUMEL, default_overlap_comm
@@ -90,13 +90,13 @@ class _PeakTracker:
         self.offloaded = 0  # bytes of them in host memory
         self.shard_numel = sum(settings.shard_numel(numel) for numel in trace.numels)
         self.on_host = machine.device == "cpu"  # ranks compute on the CPU, in host memory
+        self.rule = None if settings.is_baseline else RuleMemory(trace, settings, machine.device)
         self.base = self._base(machine)
         self.gathered: GatheredParams = self._build_gathered(machine)
         self.gradients: LiveGradients
-        if settings.optimizer == "lomo":
-            temporaries = sgd_temporaries(settings.dtype, machine.device)
+        if self.rule is not None:
             self.gradients = LomoGradients(
-                trace, settings, footprint, temporaries, self._observe_gradients, self.on_host, self.gathered
+                trace, settings, footprint, self.rule, self._observe_gradients, self.on_host, self.gathered
             )
         else:
             self.gradients = DeepSpeedGradients(trace, settings, self._observe_gradients)
@@ -112,7 +112,7 @@ class _PeakTracker:
                     self.memory.gathered_forward = self.gathered.moved - before
             self.memory.gathered_backward = self.gathered.moved - before - self.memory.gathered_forward
         self.gradients.finish()
-        if self.settings.optimizer != "lomo":
+        if self.settings.is_baseline:
             self._optimizer_step()
         self._observe(self.event.level, self.event.logits_level, self.gathered.refreshed, self.event.live)
         return self.memory
@@ -122,7 +122,7 @@ class _PeakTracker:
         if settings.resident:
             return NoGathering()
         runs_ahead = (
-            machine.device == "gpu" and settings.optimizer == "lomo" and default_overlap_comm(settings.offload_param)
+            machine.device == "gpu" and not settings.is_baseline and default_overlap_comm(settings.offload_param)
         )
         ahead = LookaheadLimit(settings.prefetch_bucket_size + AHEAD_NUMEL) if runs_ahead else None
         return SimulatedCoordinator(self.trace, settings, ahead)
@@ -136,10 +136,10 @@ class _PeakTracker:
             base[SHARDS] = self._pinned_shard_bytes()
         if not self.on_host:
             base[WORKSPACE] = machine.workspace
-        if settings.optimizer == "lomo":
-            base[STATE] = sgd_state_bytes(self.shard_numel)
-            if self.footprint.square_sums and not self.on_host:
-                base[STATE] += sum(map(square_sums_bytes, map(settings.shard_numel, self.trace.numels)))
+        if self.rule is not None:
+            base[STATE] = self.rule.state()
+            if self.footprint.square_sums:
+                base[STATE] += self.rule.square_sums()
         else:
             states = 2 if settings.optimizer == "adamw" else 0
             base[STATE] = (1 + states) * FP32 * self.shard_numel

@@ -52,7 +52,7 @@ def estimate_time(
     forward, backward, after = _phases(trace, settings, footprint, memory)
     times = settings.accumulation * footprint.passes
     phases = [(_seconds(forward, machine), times), (_seconds(backward, machine), times), (_seconds(after, machine), 1)]
-    if settings.optimizer == "lomo" and not footprint.on_device and not footprint.on_host:
+    if not settings.is_baseline and not footprint.on_device and not footprint.on_host:
         # updates happen in the last backward and overlap with it
         written = Counter({HOST_TO_GPU: after[HOST_TO_GPU], GPU_TO_HOST: after[GPU_TO_HOST], NVME: after[NVME]})
         phases = [phases[0], (phases[1][0], times - 1), (_seconds(backward + written, machine), 1)]

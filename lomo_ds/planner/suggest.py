@@ -4,7 +4,7 @@ import shlex
 from typing import Any, TypeVar
 
 from lomo_ds.config.ds_fields import complete_ds_config
-from lomo_ds.config.lomo_config import lomo_parameters
+from lomo_ds.config.lomo_config import OPTIMIZERS, lomo_parameters
 from lomo_ds.config.sections import section_of
 from lomo_ds.errors import ConfigError
 from lomo_ds.planner.plan import Plan
@@ -54,7 +54,8 @@ def suggested_ds_config(plan: Plan, nvme_path: str | None = None) -> dict[str, A
         config[settings.precision] = {"enabled": True}
     if settings.communication_data_type is not None:
         config["communication_data_type"] = settings.communication_data_type
-    config["optimizer"] = {"type": "LOMO", "params": {"lr": "auto"} | _lomo_params(settings)}
+    kind = OPTIMIZERS["lomo" if settings.is_baseline else settings.optimizer]  # baselines take the place of LOMO
+    config["optimizer"] = {"type": kind.type_name, "params": {"lr": "auto"} | _lomo_params(settings)}
     return config
 
 

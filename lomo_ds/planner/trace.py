@@ -50,7 +50,7 @@ def _build_model(config: PretrainedConfig, settings: Settings, trust_remote_code
     model = meta_model(config, settings.dtype, trust_remote_code).to("meta").train()
     tiled = settings.tiled_logits
     if tiled is None:
-        tiled = settings.optimizer == "lomo" and can_tile_logits(model)
+        tiled = not settings.is_baseline and can_tile_logits(model)
     if tiled:
         tile_logits(model)
     if settings.gradient_checkpointing:
@@ -72,7 +72,7 @@ def _trace_without_events(model: PreTrainedModel) -> StepTrace:
     """Return a trace that holds the model's structure and no events."""
     parameters = dict(model.named_parameters())
     indices = {id(parameter): index for index, parameter in enumerate(parameters.values())}
-    trace = StepTrace(list(parameters), [parameter.numel() for parameter in parameters.values()])
+    trace = StepTrace(list(parameters), [parameter.shape for parameter in parameters.values()])
     trace.buffers = sum(buffer.nbytes for buffer in model.buffers())
     trace.tiled = "forward" in vars(model)
     layer_ids = {id(layer) for layer in layers(model)}
@@ -109,7 +109,7 @@ def _linear(settings: Settings) -> Callable[..., Tensor]:
     """Return the function that linear layers call."""
     if settings.resident:
         return torch.nn.functional.linear
-    return zero3.linear if settings.optimizer == "lomo" else zero3.deepspeed_linear
+    return zero3.linear if not settings.is_baseline else zero3.deepspeed_linear
 
 
 def _step(model: PreTrainedModel, settings: Settings, recorder: TraceRecorder) -> None:

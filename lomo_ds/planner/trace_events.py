@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+import torch
+
 
 class EventKind(Enum):
     """Point of a step at which memory other than activations changes."""
@@ -62,7 +64,7 @@ class StepTrace:
     """The forward and backward pass of one micro-batch.
 
     Attributes:
-        names: parameter names in the model's order; ``numels``, their numbers of elements.
+        names: parameter names in the model's order; ``shapes``, their shapes.
         modules: indices of each module's own parameters, without those of its submodules; ``module_names``, the
             modules' names.
         layers: indices of the decoder layers in ``modules``.
@@ -77,7 +79,7 @@ class StepTrace:
     """
 
     names: list[str]
-    numels: list[int]
+    shapes: list[torch.Size]
     modules: list[list[int]] = field(default_factory=list)
     module_names: list[str] = field(default_factory=list)
     layers: set[int] = field(default_factory=set)
@@ -89,6 +91,11 @@ class StepTrace:
     forward_flops: int = 0
     tiled: bool = False
     bytes_per_layer: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def numels(self) -> list[int]:
+        """Number of elements of each parameter."""
+        return [shape.numel() for shape in self.shapes]
 
     @property
     def numel(self) -> int:

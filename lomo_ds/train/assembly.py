@@ -90,7 +90,7 @@ def build_engine(
     arguments, ds_config = inputs.arguments, start.ds_config
     scheduler = None if "scheduler" in ds_config else _scheduler(arguments, start.steps.total)
     with start.preflight.explain_out_of_memory():
-        if arguments.optim != "lomo":
+        if arguments.is_baseline:
             baseline = initialize_baseline(model=model, config=ds_config, lr_scheduler=scheduler)
             return baseline, NoCheckpoints(arguments.optim)
         engine, *_ = initialize(model=model, config=ds_config, lr_scheduler=scheduler)

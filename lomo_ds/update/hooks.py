@@ -63,7 +63,7 @@ class BackwardHooks:
             self._raise_second_gradient(target)
         self.arrived.add(target)
         self.schedule.offer_gathered_weight(target, parameter.data)
-        self.reduction.add(target, gradient)
+        self.reduction.add(target, self.schedule.updater.project(target, gradient))
 
     def _raise_second_gradient(self, target: Target) -> None:
         """Raise an error: a schedule that does not accumulate would update the parameter twice."""

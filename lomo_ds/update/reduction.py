@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lomo_ds.distributed.collectives import start_reduce_scatter
-from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.update.buckets import Buckets
+from lomo_ds.update.gradient_parts import Parts, parts_of
 from lomo_ds.update.target import Target
 
 OnReduced = Callable[[list[Target], list[Tensor]], None]
@@ -22,13 +22,14 @@ class _PendingReduceScatter:
     """A reduce-scatter in flight."""
 
     targets: tuple[Target, ...]
-    shards: Tensor  # output: the padded shards, concatenated
+    parts: list[Parts]  # of each target's gradient
+    shards: Tensor  # output: this rank's padded parts, concatenated
     full: Tensor  # input, which must stay alive until the collective ends
     work: Any
 
 
 class Reduction:
-    """Sums gradients over the ranks and passes this rank's shards on, in the same order on every rank.
+    """Sums gradients, or projections of them, over the ranks and passes this rank's parts on, in one order everywhere.
 
     ``Buckets`` bounds the number of gradients that are alive. On one rank, gradients are passed on without a
     collective.
@@ -37,7 +38,7 @@ class Reduction:
         targets: all trained parameters.
         group: the ranks that parameters are partitioned over.
         dtype: the dtype gradients are reduced in; None keeps their own.
-        on_reduced: receives targets and their gradient shards (1-D); it may keep or overwrite the shards.
+        on_reduced: receives targets and their gradient shards (1-D, see ``parts_of``), to keep or overwrite.
     """
 
     def __init__(
@@ -50,15 +51,19 @@ class Reduction:
         self.group = group
         self.dtype = dtype
         self.on_reduced = on_reduced
-        self.world_size = torch.distributed.get_world_size(group)
+        self.world_size, self.rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+        self.parts: dict[tuple[Target, int], Parts] = {}  # by target and elements of what is summed of it
         self.buckets: Buckets[tuple[Target, Tensor]] = Buckets(
             max(target.full_numel for target in targets), self.world_size, self._launch, self._limit_in_flight
         )
         self.reset()
 
     def add(self, target: Target, gradient: Tensor) -> None:
-        """Add the full gradient of a target, in any memory layout; order and dtypes must be equal on all ranks."""
-        self.buckets.add((target, gradient), target.full_numel)
+        """Add the full gradient of a target, in any memory layout, or a projection of it with fewer columns.
+
+        Order, shapes and dtypes must be equal on all ranks.
+        """
+        self.buckets.add((target, gradient), gradient.numel())
 
     def flush(self) -> None:
         """Launch the last bucket, and pass on all remaining shards."""
@@ -85,12 +90,19 @@ class Reduction:
                 (target, gradient) for target, gradient in zip(targets, flat, strict=True) if gradient.dtype == dtype
             ]
             matching_targets, gradients = zip(*matching, strict=True)
-            self._reduce_scatter(matching_targets, interleave(gradients, self.world_size))
+            parts = [self._parts_of(target, gradient) for target, gradient in matching]
+            self._reduce_scatter(matching_targets, parts, interleave(gradients, parts))
 
-    def _reduce_scatter(self, targets: tuple[Target, ...], full: Tensor) -> None:
+    def _parts_of(self, target: Target, gradient: Tensor) -> Parts:
+        key = (target, gradient.numel())
+        if key not in self.parts:
+            self.parts[key] = parts_of(target, gradient.numel(), self.world_size)
+        return self.parts[key]
+
+    def _reduce_scatter(self, targets: tuple[Target, ...], parts: list[Parts], full: Tensor) -> None:
         shards = torch.empty(full.numel() // self.world_size, dtype=full.dtype, device=full.device)
         work = start_reduce_scatter(shards, full, self.group)
-        self.in_flight.append(_PendingReduceScatter(targets, shards, full, work))
+        self.in_flight.append(_PendingReduceScatter(targets, parts, shards, full, work))
         self.in_flight_numel += full.numel()
 
     def _limit_in_flight(self, max_numel: int) -> None:
@@ -105,23 +117,17 @@ class Reduction:
             self.on_reduced(list(pending.targets), self._split_shards(pending))
 
     def _split_shards(self, pending: _PendingReduceScatter) -> list[Tensor]:
-        """Split the output of a bucket into its shards, without padding."""
-        padded = [ceil_div(target.full_numel, self.world_size) for target in pending.targets]
-        return [
-            shard.narrow(0, 0, target.numel)
-            for target, shard in zip(pending.targets, pending.shards.split(padded), strict=True)
-        ]
+        """Split the output of a bucket into this rank's parts, without padding."""
+        padded = pending.shards.split([parts.padded for parts in pending.parts])
+        own = [parts.bounds[self.rank] for parts in pending.parts]
+        return [part.narrow(0, 0, stop - start) for part, (start, stop) in zip(padded, own, strict=True)]
 
 
-def interleave(gradients: Sequence[Tensor], world_size: int) -> Tensor:
+def interleave(gradients: Sequence[Tensor], parts: Sequence[Parts]) -> Tensor:
     """Pack flat gradients into one tensor for a reduce-scatter.
 
-    The n-th part of the result, out of ``world_size`` equal parts, holds the n-th shard of every gradient. Each
-    gradient is zero-padded to a multiple of ``world_size``.
+    The n-th part of the result, out of as many equal parts as there are ranks, holds the n-th rank's part of every
+    gradient, padded with zeros.
     """
-    parts = []
-    for gradient in gradients:
-        padding = -gradient.numel() % world_size
-        padded = torch.nn.functional.pad(gradient, (0, padding)) if padding else gradient
-        parts.append(padded.view(world_size, -1))
-    return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).view(-1)
+    rows = [of_gradient.as_rows(gradient) for gradient, of_gradient in zip(gradients, parts, strict=True)]
+    return (torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]).view(-1)

@@ -10,12 +10,12 @@ from torch import Tensor
 from lomo_ds.memory import host_memory
 from lomo_ds.memory.host_memory import HostTransfer
 from lomo_ds.update.clipping import Clipping
-from lomo_ds.update.rules import Sgd
 from lomo_ds.update.schedules.immediate import Immediate
 from lomo_ds.zero3 import Shard
 from lomo_ds.zero3.stores import HostStore
 from tests.fake_streams import FakeDevice, FakeModule
 from tests.targets import flat_targets
+from tests.updates import updater_of
 
 CPU = torch.device("cpu")
 COMPUTING, UPWARD = "0", "2"  # in the order in which they are made
@@ -50,8 +50,7 @@ def test_backward_waits_only_to_bound_the_bytes_in_flight(
     """Under ``immediate`` with parameters in host memory: from gathered copies, by the whole way of a gradient."""
     store = HostStore([shard_of(torch.ones(numel), number) for number, numel in enumerate(numels)], CPU)
     targets = flat_targets(numels)
-    group: Any = None
-    schedule = Immediate(targets, store, Sgd(), Clipping(), CPU, group)
+    schedule = Immediate(updater_of(targets, store), Clipping())
     streams.waits.clear()
     copied = []
     for target in targets:

@@ -12,12 +12,12 @@ from lomo_ds.memory.host_memory import Fetch, HostTransfer
 from lomo_ds.memory.prefetch import Prefetcher
 from lomo_ds.numerics import int8
 from lomo_ds.update.clipping import Clipping
-from lomo_ds.update.rules import Sgd
 from lomo_ds.update.schedules.stash import HostStash, Stash
 from lomo_ds.zero3 import Shard
 from lomo_ds.zero3.stores import DeviceStore, HostStore
 from tests.fake_streams import FakeDevice
 from tests.targets import flat_targets
+from tests.updates import updater_of
 
 CPU = torch.device("cpu")
 NUMELS = [8, 30, 8, 100, 8]
@@ -33,7 +33,7 @@ def shard_of(host_tensor: Tensor, number: int) -> Shard:
 def schedule_of(kind: type[Stash | HostStash], dtype: torch.dtype | None) -> tuple[Any, list[Tensor]]:
     weights = [torch.ones(numel) for numel in NUMELS]
     store = DeviceStore([shard_of(weight, number) for number, weight in enumerate(weights)])
-    return kind(flat_targets(NUMELS), store, Sgd(), Clipping(), CPU, dtype), weights
+    return kind(updater_of(flat_targets(NUMELS), store), Clipping(), dtype), weights
 
 
 def gradient(number: int, index: int) -> Tensor:
@@ -112,7 +112,7 @@ AHEAD = ["fetch 0", "fetch 1", "fetch 2", "offload 0", "fetch 3", "offload 1", "
 def test_the_second_micro_batch_prefetches_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 200)
     targets = flat_targets([25] * 4)
-    stash = HostStash(targets, DeviceStore([]), Sgd(), Clipping(), CPU)
+    stash = HostStash(updater_of(targets, DeviceStore([])), Clipping())
     for target in targets:
         stash.receive([target], [torch.ones(25)])
     stash.flush()
@@ -136,9 +136,11 @@ def test_eight_bit_weights_are_prefetched_in_the_order_of_the_previous_step(monk
         transfer = RecordingTransfer({buffer.data_ptr(): index for index, buffer in enumerate(kept)})
         store.transfer = store.prefetcher.transfer = transfer
         for index in range(4):
-            for (values,), _ in store.open_for_update([str(index)], [torch.zeros(int8.BLOCK)]):
-                assert isinstance(values, int8.Blocks)
-                values.codes.add_(index)
+            store.announce([str(index)])
+            values = store.lend(str(index))
+            assert isinstance(values, int8.Blocks)
+            values.codes.add_(index)
+            store.commit(str(index))
         store.flush()
         return transfer.log
 

@@ -6,7 +6,7 @@ import pytest
 
 from lomo_ds.config.arguments import TrainArguments, help_text, parse
 from lomo_ds.config.ds_config import read_ds_config, reconcile
-from lomo_ds.config.lomo_config import CONFIGS, LomoConfig, LomoParameters, read_lomo_config
+from lomo_ds.config.lomo_config import OPTIMIZERS, LomoConfig, LomoParameters, OptimizerKind, read_lomo_config
 from lomo_ds.config.parameter import lomo_parameter
 from lomo_ds.errors import ConfigError
 from lomo_ds.planner import Machine, PlannedModel, plan_run, suggested_ds_config
@@ -46,7 +46,7 @@ class MomentumSettings(Momentum, Settings):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CONFIGS, "lomo", MomentumConfig)
+    monkeypatch.setitem(OPTIMIZERS, "lomo", OptimizerKind("LOMO", 0.03, config=MomentumConfig))
 
 
 @pytest.mark.parametrize("kind", [MomentumArguments, MomentumPlanArguments])

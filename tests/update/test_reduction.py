@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lomo_ds.update.gradient_parts import parts_of, without_shared_row
 from lomo_ds.update.reduction import Reduction, interleave
 from lomo_ds.update.target import Target
 from tests.engines import my_chunk
 from tests.ranks import Ranks
+from tests.targets import flat_targets
 
 GroupOf = Callable[..., Ranks]
 
@@ -73,6 +75,26 @@ def test_every_rank_gets_its_shard_of_the_sum(
 
 def test_interleave_pads_each_gradient_by_itself() -> None:
     gradients = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])]
-    assert interleave(gradients, 2).tolist() == [1.0, 2.0, 4.0, 3.0, 0.0, 0.0]
-    single = torch.ones(4)
-    assert interleave([single], 2).data_ptr() == single.data_ptr(), "a single gradient is not copied"
+    parts = [parts_of(target, target.full_numel, 2) for target in flat_targets([3, 1])]
+    assert interleave(gradients, parts).tolist() == [1.0, 2.0, 4.0, 3.0, 0.0, 0.0]
+    single, (target,) = torch.ones(4), flat_targets([4])
+    assert interleave([single], [parts_of(target, 4, 2)]).data_ptr() == single.data_ptr(), "it is not copied"
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (7, 3), (2, 3, 5), (1, 6), (3, 1)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_each_rank_gets_the_rows_of_a_projection_that_its_slice_has_a_part_of(
+    world_size: int, shape: tuple[int, ...]
+) -> None:
+    width = max(1, shape[-1] - 1) if shape[-1] > 1 else 1
+    numel, rows = torch.Size(shape).numel(), torch.arange(float(torch.Size(shape).numel() // shape[-1]))
+    projection = rows[:, None].expand(-1, width).reshape(-1)
+    owned_rows = []
+    for rank, part in enumerate(torch.arange(numel).split(-(-numel // world_size))):
+        target = Target("a", torch.Size(shape), int(part[0]), int(part[-1]) + 1, 0, {})
+        start, stop = parts_of(target, projection.numel(), world_size).bounds[rank]
+        expected = torch.unique(part // shape[-1]).float()
+        assert torch.equal(projection[start:stop].view(-1, width)[:, 0], expected)
+        owned_rows += without_shared_row(target, projection[start:stop])[::width].tolist()
+    if width < shape[-1]:
+        assert sorted(owned_rows) == rows.tolist(), "each row counts once in the norm"

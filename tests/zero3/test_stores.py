@@ -48,7 +48,7 @@ def bytes_carried(schedule: str, granularity: str) -> tuple[float, float]:
     """Bytes that a step's updates bring up from host memory and take down to it, in units of this rank's shards."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 25, "offload_param": {"device": "cpu"}}
     engine = make_engine(tiny_model(), schedule, params={"gather_granularity": granularity}, zero_optimization=zero)
-    store: Any = engine.schedule.store
+    store: Any = engine.schedule.updater.store
     names = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
     shards = sum(s.data.nbytes for name, s in zip(names, store.shards.values(), strict=True) if name != "unused")
     engine.train_batch(part(whole_batch(0, rows=2), dist.get_rank(), dist.get_world_size()))
@@ -83,12 +83,14 @@ def test_a_shard_is_updated_in_the_gathered_copy_or_in_a_fetched_one() -> None:
     )
     whole = torch.arange(30.0) + 100
     store.offer_gathered_weight("a", whole.view(5, 6))
-    gradients = [torch.ones(10), torch.ones(10)]
     lent = []
-    for (values,), (gradient,) in store.open_for_update(["a", "b"], gradients):
+    store.announce("ab")
+    for name in "ab":
+        values = store.lend(name)
         assert isinstance(values, Tensor)
         lent.append(values.clone())
-        values -= gradient
+        values -= 1
+        store.commit(name)
     store.flush()
     assert [values.tolist() for values in lent] == [list(range(110, 120)), list(range(10))]
     assert homes[0].tolist() == list(range(109, 119))

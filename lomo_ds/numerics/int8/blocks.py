@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lomo_ds.numerics.flat import ceil_div, clamp_, norms
 from lomo_ds.numerics.int8 import eager
-from lomo_ds.numerics.int8.eager import Noise, block_count
+from lomo_ds.numerics.int8.eager import BLOCK, Noise, block_count
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,12 @@ class Blocks(NamedTuple):
     codes: Tensor  # int8, 1-D; 2-D with a row for each of several tensors
     scales: Tensor  # bfloat16, one for each block of codes
     number: int  # unique within a model, so that no two tensors are rounded with the same noise
+
+    def part(self, start: int, stop: int) -> "Blocks":
+        """Return views of the weights [start, stop) of one tensor; ``start`` is a multiple of ``BLOCK``."""
+        assert start % BLOCK == 0
+        scales = self.scales[start // BLOCK : block_count(stop)]
+        return Blocks(self.codes[start:stop], scales, self.number)
 
 
 Values = Tensor | Blocks  # values of a shard: 1-D, contiguous, any float dtype; or eight-bit weights
@@ -80,23 +86,23 @@ def dequantize(blocks: Blocks, out: Tensor) -> None:
 
 def update(
     blocks: Blocks,
-    gradient: Tensor,
+    direction: Tensor,
     factor: float | Tensor,
-    decay: float,
+    decay: float | Tensor,
     noise: Noise | None,
     limit: float | None = None,
     squares: Tensor | None = None,
 ) -> None:
-    """Update as ``eager.update_``; see ``kernel.update`` for ``limit`` and ``squares``. May overwrite ``gradient``."""
-    kernel = kernel_for(gradient.device)
+    """Update as ``eager.update_``; see ``kernel.update`` for ``limit`` and ``squares``. May overwrite ``direction``."""
+    kernel = kernel_for(direction.device)
     if kernel is not None:
-        kernel.update(blocks.codes, blocks.scales, gradient, factor, decay, noise, limit, squares)
+        kernel.update(blocks.codes, blocks.scales, direction, factor, decay, noise, limit, squares)
         return
     if squares is not None:
-        squares.zero_()[:1] = norms([gradient])[0].square()
+        squares.zero_()[:1] = norms([direction])[0].square()
     if limit is not None:
-        clamp_(gradient, limit)
-    eager.update_(blocks.codes, blocks.scales, gradient, factor, decay, noise)
+        clamp_(direction, limit)
+    eager.update_(blocks.codes, blocks.scales, direction, factor, decay, noise)
 
 
 def _start_of_codes(numel: int) -> int:

@@ -105,12 +105,12 @@ def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None
 def update_(
     codes: Tensor,
     scales: Tensor,
-    gradient: Tensor,
+    direction: Tensor,
     factor: float | Tensor,
-    decay: float,
+    decay: float | Tensor,
     noise: Noise | None,
 ) -> None:
-    """Write ``decay * weight - factor * gradient``, rounded stochastically, so that the expected result is the value.
+    """Write ``decay * weight - factor * direction``, rounded stochastically, so that the expected result is the value.
 
     Every product and difference is rounded to fp32 separately. A block keeps its scale while its largest value fits and
     is at least ``SHRINK`` of the largest that does. With an unchanged scale, a value that has not changed keeps its
@@ -118,16 +118,16 @@ def update_(
     Probabilities are multiples of 2 ** -16. A block that contains inf or nan decodes to nan as a whole.
 
     Args:
-        gradient: 1-D, contiguous, any float dtype, as long as ``codes`` and on the same device.
-        factor: a float, or a 0-dim fp32 tensor on the same device.
+        direction: 1-D, contiguous, any float dtype, as long as ``codes`` and on the same device.
+        factor, decay: floats, or 0-dim fp32 tensors on the same device.
         noise: None rounds to nearest.
     """
     generator = noise and noise.generator(codes.device)
-    for row_codes, row_scales, row_gradient in _rows(codes, scales, gradient):
+    for row_codes, row_scales, row_direction in _rows(codes, scales, direction):
         exact = row_codes * row_scales.float().unsqueeze(1)
-        if decay != 1:
+        if isinstance(decay, Tensor) or decay != 1:
             exact.mul_(decay)
-        exact.sub_(row_gradient.float() * factor)
+        exact.sub_(row_direction.float() * factor)
         _requantize_rows(row_codes, row_scales, exact, noise and _draw(noise, exact, generator))
 
 

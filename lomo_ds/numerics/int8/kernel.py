@@ -1,4 +1,4 @@
-"""Triton kernels for eight-bit weights: quantize, dequantize and SGD update, each in one pass over memory.
+"""Triton kernels for eight-bit weights: quantize, dequantize and update, each in one pass over memory.
 
 This file imports triton, which is not installed on every machine.
 """
@@ -65,48 +65,48 @@ def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 def update(
     codes: Tensor,
     scales: Tensor,
-    gradient: Tensor,
+    direction: Tensor,
     factor: float | Tensor,
-    decay: float,
+    decay: float | Tensor,
     noise: int8.Noise | None,
     limit: float | None = None,
     squares: Tensor | None = None,
 ) -> None:
-    """Write ``decay * weight - factor * gradient`` as ``int8.update_`` does, without waiting for the device.
+    """Write ``decay * weight - factor * direction`` as ``int8.update_`` does, without waiting for the device.
 
     Args:
-        gradient: as long as ``codes``, contiguous, on the same device; any float dtype.
-        factor: a float, or a 0-dim fp32 tensor on the same device.
+        direction: as long as ``codes``, contiguous, on the same device; any float dtype.
+        factor, decay: floats, or 0-dim fp32 tensors on the same device.
         noise: None rounds to nearest. The random numbers differ from those of ``int8.update_``.
-        limit: magnitude that gradients are clamped to first; None does not clamp.
+        limit: magnitude that directions are clamped to first; None does not clamp.
         squares: 1-D fp32, one slot for each program of 8192 elements, which receives the sum of squares of the
-            program's gradients before they are clamped. Equal gradients give equal bits.
+            program's directions before they are clamped. Equal directions give equal bits.
     """
-    _check(codes, scales, gradient)
+    _check(codes, scales, direction)
     assert codes.numel() < 2**35, "lane numbers have 32 bits"
     assert squares is None or squares.shape == (_programs(codes.numel()),)
     if codes.numel() == 0:
         return
     seeds = noise or int8.Noise(0, 0, 0)
-    in_memory = isinstance(factor, Tensor)
-    aligned = alignment(codes.data_ptr(), scales.data_ptr(), gradient.data_ptr())
-    compiled_for = (in_memory, limit is None, squares is None, noise is None)
+    in_memory = isinstance(factor, Tensor), isinstance(decay, Tensor)
+    aligned = alignment(codes.data_ptr(), scales.data_ptr(), direction.data_ptr())
+    compiled_for = (*in_memory, limit is None, squares is None, noise is None)
     _launch_update(
         (_programs(codes.numel()), 1, 1),
-        (codes.device, gradient.dtype, aligned, compiled_for),
+        (codes.device, direction.dtype, aligned, compiled_for),
         codes,
         scales,
-        gradient,
-        factor if in_memory else float(factor),  # an int would be compiled in
-        float(decay),
-        None if limit is None else min(float(limit), torch.finfo(gradient.dtype).max),
+        direction,
+        factor if in_memory[0] else float(factor),  # an int would be compiled in
+        decay if in_memory[1] else float(decay),
+        None if limit is None else min(float(limit), torch.finfo(direction.dtype).max),
         squares,
         codes.numel(),
         seeds.seed,
         seeds.shard,
         seeds.window,
         seeds.shift,
-        in_memory,
+        *in_memory,
         noise is not None,
     )
 
@@ -212,7 +212,7 @@ def _decode_tile(
 def _update(
     codes: tl.tensor,
     scales: tl.tensor,
-    gradients: tl.tensor,
+    directions: tl.tensor,
     factor: tl.tensor,
     decay: tl.tensor,
     limit: tl.tensor,
@@ -223,22 +223,39 @@ def _update(
     window: tl.int64,
     shift: tl.int64,
     FACTOR_IN_MEMORY: tl.constexpr,
+    DECAY_IN_MEMORY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ) -> None:
     """Update ``TILES`` tiles of ``ROWS`` blocks in each program; lane i handles element i of each tile."""
     if FACTOR_IN_MEMORY:
         factor = tl.load(factor)
+    if DECAY_IN_MEMORY:
+        decay = tl.load(decay)
     first = tl.program_id(0).to(tl.int64) * TILES
     left = numel - first * TILE
-    codes, scales, gradients = codes + first * TILE, scales + first * ROWS, gradients + first * TILE
+    codes, scales, directions = codes + first * TILE, scales + first * ROWS, directions + first * TILE
     if left >= TILE * TILES:
         _tiles(
-            codes, scales, gradients, factor, decay, limit, squares, left, seed, shard, window, shift, STOCHASTIC, False
+            codes,
+            scales,
+            directions,
+            factor,
+            decay,
+            limit,
+            squares,
+            left,
+            seed,
+            shard,
+            window,
+            shift,
+            STOCHASTIC,
+            False,
         )
     else:
         _tiles(
-            codes, scales, gradients, factor, decay, limit, squares, left, seed, shard, window, shift, STOCHASTIC, True
-        )
+            codes, scales, directions, factor, decay, limit, squares, left, seed, shard, window, shift, STOCHASTIC,
+            True,
+        )  # fmt: skip
 
 
 _launch_update = Launcher(_update, OPTIONS)
@@ -248,7 +265,7 @@ _launch_update = Launcher(_update, OPTIONS)
 def _tiles(
     codes: tl.tensor,
     scales: tl.tensor,
-    gradients: tl.tensor,
+    directions: tl.tensor,
     factor: tl.tensor,
     decay: tl.tensor,
     limit: tl.tensor,
@@ -264,18 +281,18 @@ def _tiles(
     total = tl.zeros([ROWS], tl.float32)
     if STOCHASTIC:
         words = _random_words(seed, shard, window)
-    loaded = _load(codes, scales, gradients, 0, left, MASKED)
+    loaded = _load(codes, scales, directions, 0, left, MASKED)
     for tile in tl.static_range(TILES):
-        code, scale, gradient = loaded
+        code, scale, direction = loaded
         if tile + 1 < TILES and not MASKED:  # before the store, since the compiler moves no load across it
-            loaded = _load(codes, scales, gradients, tile + 1, left, MASKED)
-        scale, gradient = scale.to(tl.float32), gradient.to(tl.float32)
+            loaded = _load(codes, scales, directions, tile + 1, left, MASKED)
+        scale, direction = scale.to(tl.float32), direction.to(tl.float32)
         if squares is not None:
-            total += tl.sum(gradient * gradient, axis=1)  # summing whole tiles would spill registers
+            total += tl.sum(direction * direction, axis=1)  # summing whole tiles would spill registers
         if limit is not None:
-            gradient = _clamped(gradient, limit, gradients.dtype.element_ty)
+            direction = _clamped(direction, limit, directions.dtype.element_ty)
         exact = code.to(tl.float32) * scale * decay
-        exact -= gradient * factor
+        exact -= direction * factor
         scale = _keep_or_renew(scale, exact)
         multiple = _multiple(exact, scale)
         if STOCHASTIC:
@@ -286,7 +303,7 @@ def _tiles(
         mask_of_blocks = blocks * BLOCK < left if MASKED else None
         tl.store(scales + blocks, scale.to(scales.dtype.element_ty), mask_of_blocks)
         if tile + 1 < TILES and MASKED:  # after the store, since masks would need registers that are in use above
-            loaded = _load(codes, scales, gradients, tile + 1, left, MASKED)
+            loaded = _load(codes, scales, directions, tile + 1, left, MASKED)
     if squares is not None:
         tl.store(squares + tl.program_id(0), tl.sum(total))
 
@@ -295,22 +312,22 @@ def _tiles(
 def _load(
     codes: tl.tensor,
     scales: tl.tensor,
-    gradients: tl.tensor,
+    directions: tl.tensor,
     tile: tl.constexpr,
     left: tl.tensor,
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Load the codes, scales and gradients of a tile."""
+    """Load the codes, scales and directions of a tile."""
     places, blocks = _places(tile)
     mask = places < left if MASKED else None
     code = tl.load(codes + places, mask, 0 if MASKED else None)
     scale = tl.load(scales + blocks, blocks * BLOCK < left if MASKED else None, 1 if MASKED else None)
-    return code, scale, tl.load(gradients + places, mask, 0 if MASKED else None)
+    return code, scale, tl.load(directions + places, mask, 0 if MASKED else None)
 
 
 @triton.jit
 def _clamped(values: tl.tensor, limit: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Clamp to [-limit, limit], with the limit rounded to the gradients' ``dtype`` as in eager mode; keep nan."""
+    """Clamp to [-limit, limit], with the limit rounded to the directions' ``dtype`` as in eager mode; keep nan."""
     limit = _to_nearest(tl.full(values.shape, limit, tl.float32), dtype).to(tl.float32)
     values = tl.where(values > limit, limit, values)
     return tl.where(values < -limit, -limit, values)

@@ -1,6 +1,11 @@
-"""Update rules: compute the new parameter shard from the shard and its gradient."""
+"""Update rules: each turns a gradient shard into the update of its parameter shard."""
 
-from lomo_ds.update.rules.rule import Rule
+from collections.abc import Callable
+
+from lomo_ds.update.rules.rule import Gradient, Rule, State, StateSpec, SumsOverRanks
 from lomo_ds.update.rules.sgd import Sgd
 
-__all__ = ["Rule", "Sgd"]
+# the rule of each optimizer that ``config.lomo_config.OPTIMIZERS`` names
+RULES: dict[str, Callable[[], Rule]] = {"lomo": Sgd}
+
+__all__ = ["RULES", "Gradient", "Rule", "Sgd", "State", "StateSpec", "SumsOverRanks"]

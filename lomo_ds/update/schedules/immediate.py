@@ -4,15 +4,13 @@ from collections import Counter, defaultdict
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.numerics.square_sums import SquareSums
 from lomo_ds.update.clipping import Clipping
-from lomo_ds.update.rules import Rule
 from lomo_ds.update.schedules.schedule import Schedule
 from lomo_ds.update.target import Target
-from lomo_ds.zero3.stores import Store
+from lomo_ds.update.updater import Updater
 
 
 class Immediate(Schedule):
@@ -20,22 +18,13 @@ class Immediate(Schedule):
 
     updates_in_backward = True
 
-    def __init__(
-        self,
-        targets: list[Target],
-        store: Store,
-        rule: Rule,
-        clipping: Clipping,
-        device: torch.device,
-        process_group: ProcessGroup,
-    ) -> None:
-        self.process_group = process_group
-        self.group_sizes = Counter(target.group for target in targets)
+    def __init__(self, updater: Updater, clipping: Clipping) -> None:
+        self.group_sizes = Counter(target.group for target in updater.targets)
         self.waiting: dict[int, dict[Target, Tensor]] = defaultdict(dict)  # gradient shards by clipping group
         self.squares: SquareSums | None = None  # sums that kernels compute; None if norms are computed separately
         if clipping.group_norm is None:
-            self.squares = rule.square_sums([target.numel for target in targets], device)
-        super().__init__(targets, store, rule, clipping, device)
+            self.squares = updater.allocate_square_sums()
+        super().__init__(updater, clipping)
 
     def start(self, scale: float) -> None:
         super().start(scale)
@@ -44,7 +33,7 @@ class Immediate(Schedule):
             self.squares.clear()
 
     def offer_gathered_weight(self, target: Target, weight: Tensor) -> None:
-        self.store.offer_gathered_weight(target.name, weight)
+        self.updater.store.offer_gathered_weight(target.name, weight)
 
     def receive(self, targets: list[Target], gradients: list[Tensor]) -> None:
         if self.squares is None:
@@ -71,8 +60,8 @@ class Immediate(Schedule):
 
     def _update_group(self, group: int) -> None:
         gradients = self.waiting.pop(group)
-        squared_norm = (
-            torch.stack([self.norms[target] for target in gradients]).double().square().sum(dim=0, keepdim=True)
-        )
-        coefficient = self.clipping.coefficients(all_reduce_sum(squared_norm, self.process_group) / self.scale**2)[0]
+        norms = torch.stack([self.norms[target] for target in gradients])
+        squared_norm = norms.double().square().sum(dim=0, keepdim=True)
+        total = all_reduce_sum(squared_norm, self.updater.process_group) / self.scale**2
+        coefficient = self.clipping.coefficients(total)[0]
         self.update(list(gradients), list(gradients.values()), coefficient)

@@ -1,4 +1,4 @@
-"""Base class of the update schedules: gradient norms, and the call that updates shards."""
+"""Base class of the update schedules: gradient norms, and the call that updates targets."""
 
 from abc import ABC, abstractmethod
 from typing import Protocol
@@ -6,12 +6,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lomo_ds.numerics.apply import Scalar
 from lomo_ds.numerics.flat import norms
 from lomo_ds.numerics.square_sums import SquareSums
 from lomo_ds.update.clipping import Clipping
-from lomo_ds.update.rules import Rule
 from lomo_ds.update.target import Target
-from lomo_ds.zero3.stores import Store
+from lomo_ds.update.updater import Updater
 
 
 class StepPasses(Protocol):
@@ -44,35 +44,29 @@ class Schedule(ABC):
     whose gradients were summed. Recorded norms have the same factor. Methods do not wait for the device.
 
     Args:
-        targets: all trained parameters, in the model's order.
-        store: holds their shards.
-        rule: computes the updates.
+        updater: updates the shards of all trained parameters.
         clipping: the clipping settings.
-        device: the device gradients are computed on.
     """
 
     passes = 1  # forward and backward passes per step
     updates_in_backward = False  # whether weights change before overflow and global norm are known
     keeps_gradients = False  # whether gradients can accumulate over several backward passes
 
-    def __init__(
-        self, targets: list[Target], store: Store, rule: Rule, clipping: Clipping, device: torch.device
-    ) -> None:
-        self.targets = targets
-        self.store = store
-        self.rule = rule
+    def __init__(self, updater: Updater, clipping: Clipping) -> None:
+        self.updater = updater
+        self.targets = updater.targets  # in the model's order
         self.clipping = clipping
-        self.device = device
-        groups = torch.tensor([target.group for target in targets])
-        self.group_masks = (groups == torch.arange(int(groups.max()) + 1)[:, None]).to(device)  # groups x targets
-        self.zero_norm = torch.zeros((), dtype=torch.float32, device=device)
+        self.device = updater.device  # that gradients are computed on
+        groups = torch.tensor([target.group for target in self.targets])
+        self.group_masks = (groups == torch.arange(int(groups.max()) + 1)[:, None]).to(self.device)  # groups x targets
+        self.zero_norm = torch.zeros((), dtype=torch.float32, device=self.device)
         self.start(scale=1.0)
 
     def start(self, scale: float) -> None:
         """Start a step, discarding everything that remains from the previous one."""
         self.scale = scale
         self.norms: dict[Target, Tensor] = {}  # of the gradient shards that arrived, 0-dim float32
-        self.store.flush()
+        self.updater.start()
 
     def run(self, passes: StepPasses) -> None:
         """Run the passes of a step."""
@@ -87,7 +81,7 @@ class Schedule(ABC):
 
     def flush(self) -> None:
         """End a backward pass; all gradients of the micro-batch have arrived."""
-        self.store.flush()
+        self.updater.flush()
 
     def squared_norms(self) -> Tensor:
         """Return the squared norm of each clipping group over this rank's shards, float64, times ``scale`` squared."""
@@ -99,7 +93,8 @@ class Schedule(ABC):
 
     def record_norms(self, targets: list[Target], gradients: list[Tensor]) -> None:
         """Record the norms of these targets' gradient shards, replacing earlier ones."""
-        self.norms.update(zip(targets, norms(gradients), strict=True))
+        owned = [self.updater.owned_part(target, gradient) for target, gradient in zip(targets, gradients, strict=True)]
+        self.norms.update(zip(targets, norms(owned), strict=True))
 
     def update(
         self,
@@ -108,28 +103,14 @@ class Schedule(ABC):
         coefficients: list[float] | float | Tensor,
         squares: SquareSums | None = None,
     ) -> None:
-        """Update targets with the rule; their gradient shards are overwritten.
+        """Update targets; their gradient shards are overwritten.
 
         Args:
             coefficients: the clip coefficients of all groups, or one coefficient for all these targets.
-            squares: see ``Rule.update``.
+            squares: see ``Updater.update``.
         """
-        limit = self.clipping.limit(self.scale)
-        for first, names, of_names in self._updated_alike(targets, gradients):
-            coefficient = coefficients[first.group] if isinstance(coefficients, list) else coefficients
-            lr, weight_decay = first.options["lr"], first.options["weight_decay"]
-            for shards, shard_gradients in self.store.open_for_update(names, of_names):
-                self.rule.update(shards, shard_gradients, coefficient / self.scale, lr, weight_decay, limit, squares)
-
-    def _updated_alike(
-        self, targets: list[Target], gradients: list[Tensor]
-    ) -> list[tuple[Target, list[str], list[Tensor]]]:
-        """Group targets with the same param group and clip coefficient: the first of each, names and gradients."""
-        by_group = self.clipping.group_norm is not None
-        same_update: dict[tuple[int, int], tuple[Target, list[str], list[Tensor]]] = {}
-        for target, gradient in zip(targets, gradients, strict=True):
-            key = (id(target.options), target.group if by_group else 0)
-            _, names, of_names = same_update.setdefault(key, (target, [], []))
-            names.append(target.name)
-            of_names.append(gradient)
-        return list(same_update.values())
+        if isinstance(coefficients, list):
+            scales: list[Scalar] = [coefficients[target.group] / self.scale for target in targets]
+        else:
+            scales = [coefficients / self.scale] * len(targets)
+        self.updater.update(targets, gradients, scales, self.clipping.limit(self.scale), squares)

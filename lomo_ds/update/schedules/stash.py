@@ -6,10 +6,9 @@ from torch import Tensor
 from lomo_ds.memory.host_memory import IN_FLIGHT_BYTES, HostTransfer, PinnedMemory
 from lomo_ds.memory.prefetch import Prefetcher
 from lomo_ds.update.clipping import Clipping
-from lomo_ds.update.rules import Rule
 from lomo_ds.update.schedules.schedule import Schedule
 from lomo_ds.update.target import Target
-from lomo_ds.zero3.stores import Store
+from lomo_ds.update.updater import Updater
 
 
 class Stash(Schedule):
@@ -24,18 +23,10 @@ class Stash(Schedule):
 
     keeps_gradients = True
 
-    def __init__(
-        self,
-        targets: list[Target],
-        store: Store,
-        rule: Rule,
-        clipping: Clipping,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, updater: Updater, clipping: Clipping, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
         self.stashed: dict[Target, Tensor] = {}
-        super().__init__(targets, store, rule, clipping, device)
+        super().__init__(updater, clipping)
 
     def start(self, scale: float) -> None:
         super().start(scale)
@@ -55,6 +46,7 @@ class Stash(Schedule):
     def apply(self, coefficients: list[float]) -> None:
         targets = [target for target in self.targets if target in self.stashed]
         self.update(targets, [self.stashed.pop(target) for target in targets], coefficients)
+        self.updater.flush()
 
 
 class HostStash(Schedule):
@@ -62,23 +54,15 @@ class HostStash(Schedule):
 
     keeps_gradients = True
 
-    def __init__(
-        self,
-        targets: list[Target],
-        store: Store,
-        rule: Rule,
-        clipping: Clipping,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, updater: Updater, clipping: Clipping, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
-        numel = sum(target.numel for target in targets)
-        self.pinned = PinnedMemory(device, numel * (dtype or torch.bfloat16).itemsize)
-        self.transfer = HostTransfer(device)
+        numel = sum(target.numel for target in updater.targets)
+        self.pinned = PinnedMemory(updater.device, numel * (dtype or torch.bfloat16).itemsize)
+        self.transfer = HostTransfer(updater.device)
         self.buffers: dict[Target, Tensor] = {}  # pinned buffers, allocated when a target's gradient first arrives
         self.stashed: set[Target] = set()
         self.prefetcher = Prefetcher(self.transfer, self._stashed_buffer)  # the order repeats in every micro-batch
-        super().__init__(targets, store, rule, clipping, device)
+        super().__init__(updater, clipping)
 
     def start(self, scale: float) -> None:
         super().start(scale)
@@ -99,13 +83,16 @@ class HostStash(Schedule):
         targets = [target for target in self.targets if target in self.stashed]
         waiting: list[Target] = []  # update in batches, so that the store can prefetch shards too
         gradients: list[Tensor] = []
+        nbytes = 0  # of the batch, with padding: all ranks must form the same batches
         fetched = self.transfer.fetch(self.buffers[target] for target in targets)
         for target in targets:
             waiting.append(target)
             gradients.append(next(fetched))  # no local variable, which would keep the tensor alive during the next copy
-            if target is targets[-1] or sum(gradient.nbytes for gradient in gradients) >= IN_FLIGHT_BYTES:
+            nbytes += self.updater.padded_numel(target) * gradients[-1].itemsize
+            if target is targets[-1] or nbytes >= IN_FLIGHT_BYTES:
                 self.update(waiting, gradients, coefficients)
-                waiting, gradients = [], []
+                waiting, gradients, nbytes = [], [], 0
+        self.updater.flush()
 
     def _add(self, target: Target, gradient: Tensor) -> Tensor:
         """Add a gradient to the stashed one, start offloading the sum and return the sum."""

@@ -26,7 +26,7 @@ class TwoPass(Schedule):
 
     def offer_gathered_weight(self, target: Target, weight: Tensor) -> None:
         if self.coefficients is not None:
-            self.store.offer_gathered_weight(target.name, weight)
+            self.updater.store.offer_gathered_weight(target.name, weight)
 
     def receive(self, targets: list[Target], gradients: list[Tensor]) -> None:
         if self.coefficients is None:

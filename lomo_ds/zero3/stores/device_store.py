@@ -1,6 +1,6 @@
 """Store of shards on the compute device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -15,17 +15,23 @@ class DeviceStore:
         shards: on the compute device.
     """
 
+    in_place = True
+
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.values: dict[str, Values] = {shard.name: shard.values(number) for number, shard in enumerate(shards)}
 
     def offer_gathered_weight(self, name: str, weight: Tensor) -> None:
         """Do nothing: the shards are on the device already."""
 
-    def open_for_update(
-        self, names: Sequence[str], gradients: Sequence[Tensor]
-    ) -> Iterator[tuple[list[Values], list[Tensor]]]:
-        """Implement ``Store.open_for_update``."""
-        yield [self.values[name] for name in names], list(gradients)
+    def announce(self, names: Sequence[str]) -> None:
+        """Do nothing: there is nothing to fetch."""
+
+    def lend(self, name: str) -> Values:
+        """Implement ``Store.lend``."""
+        return self.values[name]
+
+    def commit(self, name: str) -> None:
+        """Do nothing: the update was in place."""
 
     def flush(self) -> None:
-        """Implement ``Store.flush``."""
+        """Do nothing: no copy is pending."""

@@ -1,6 +1,6 @@
-"""Protocol of stores, which hold this rank's shards and give access to them for updates."""
+"""Protocol of stores, which hold this rank's shards and lend them to be updated."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -12,7 +12,12 @@ class Store(Protocol):
     """Holds the shards of the trained parameters, by the parameters' names.
 
     A store knows where the bytes are and in what format. It does not know when or how a shard is updated.
+
+    Attributes:
+        in_place: whether a lent shard is the stored one. Otherwise it takes device memory until it is committed.
     """
+
+    in_place: bool
 
     def offer_gathered_weight(self, name: str, weight: Tensor) -> None:
         """Offer a gathered copy of a parameter on the device, whose shard is updated later in the same pass.
@@ -22,19 +27,21 @@ class Store(Protocol):
         """
         ...
 
-    def open_for_update(
-        self, names: Sequence[str], gradients: Sequence[Tensor]
-    ) -> Iterator[tuple[list[Values], list[Tensor]]]:
-        """Yield shards, or pieces of them, to be updated in place, with the matching pieces of ``gradients``.
+    def announce(self, names: Sequence[str]) -> None:
+        """Announce that these shards will be lent, in this order, after all that were announced before."""
+        ...
 
-        The yielded values are on the compute device; the store commits them when the next item is requested. The host
-        waits only for reads and writes of a drive.
+    def lend(self, name: str) -> Values:
+        """Return a whole shard on the compute device, to be read and updated in place; then commit it.
 
-        Args:
-            gradients: each as long as its shard, on the compute device.
+        The host waits only for reads of a drive.
         """
         ...
 
+    def commit(self, name: str) -> None:
+        """Store the lent shard, whose update has been launched; the host waits only if the writes of a drive lag."""
+        ...
+
     def flush(self) -> None:
-        """End a pass: release device memory held for pending copies and for unused gathered copies."""
+        """End a pass: release device memory held for pending copies, for unused gathered copies and for lent shards."""
         ...

@@ -15,7 +15,7 @@ from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.numerics.int8 import blocks as int8_blocks
 from lomo_ds.numerics.int8 import eager as int8
 from lomo_ds.numerics.int8.eager import BLOCK, Noise
-from tests.update.rules import philox
+from tests.numerics import philox
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -258,10 +258,10 @@ def test_updating_compiles_to_wide_loads_and_separate_roundings(
     from lomo_ds.numerics.int8 import kernel as int8_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    pointers = {"codes": "*i8", "scales": "*bf16", "gradients": "*bf16", "factor": "*fp32", "decay": "fp32"}
+    pointers = {"codes": "*i8", "scales": "*bf16", "directions": "*bf16", "factor": "*fp32", "decay": "fp32"}
     pointers |= {"limit": "constexpr", "squares": "*fp32"}
     signature = pointers | dict.fromkeys(("numel", "seed", "shard", "window", "shift"), "i64")
-    constants = {"FACTOR_IN_MEMORY": True, "STOCHASTIC": True, "limit": None}
+    constants = {"FACTOR_IN_MEMORY": True, "DECAY_IN_MEMORY": False, "STOCHASTIC": True, "limit": None}
     code = compiled(int8_kernel._update, signature, constants)
     assert code.count("ld.global.v2.b32") == code.count("st.global.v2.b32") == 8, "8 codes"
     assert code.count("ld.global.v4.b32") == 8, "8 gradients of bfloat16"

@@ -193,7 +193,11 @@ def resumed_on_another_number(folder: str) -> str:
 def test_blocks_that_begin_elsewhere_are_refused(ranks: GroupOf, tmp_path: Path, demo: Path) -> None:
     ranks(3).run(saved, str(tmp_path), "fp32", str(demo / "model"))
     assert "resume on 3" in ranks(2).run(resumed_on_another_number, str(tmp_path))[0]
-    record = {"world_size": 4, "tensors": {"w": [[64, 64], "int8"], f"w{zero3.SCALES}": [[64], "bfloat16"]}}
+    record = {
+        "world_size": 4,
+        "tensors": {"w": [[64, 64], "int8"], f"w{zero3.SCALES}": [[64], "bfloat16"]},
+        "rule_state": {},
+    }
     check_same_blocks(tmp_path, record, 2)  # 64 blocks, which both cut between
     with pytest.raises(CheckpointError, match="differ on 3 ranks; resume on 4"):
         check_same_blocks(tmp_path, record, 3)

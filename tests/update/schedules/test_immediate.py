@@ -1,6 +1,6 @@
 """`immediate` with an update kernel: one launch per parameter, and no second read of its gradient for the norm."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,43 +8,48 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lomo_ds.numerics import apply
 from lomo_ds.update.clipping import Clipping
-from lomo_ds.update.rules import Sgd, sgd
 from lomo_ds.update.schedules.immediate import Immediate
 from tests.targets import flat_targets
+from tests.updates import updater_of
 
 NUMELS = [3, 8192, 20_000, 0]
 GROUPS = [0, 1, 1, 2]
 
 
-class Pieces:
-    """A store that yields shards in parts."""
+class InMemory:
+    """Store of the given shards."""
+
+    in_place = True
 
     def __init__(self, shards: list[Tensor]) -> None:
         self.shards = shards
 
     def offer_gathered_weight(self, name: str, weight: Tensor) -> None: ...
 
-    def flush(self) -> None: ...
+    def announce(self, names: Sequence[str]) -> None: ...
 
-    def open_for_update(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Iterator[Any]:
-        for name, gradient in zip(names, gradients, strict=True):
-            for shard, part in zip(self.shards[int(name)].split(16384), gradient.split(16384), strict=True):
-                yield [shard], [part]
+    def lend(self, name: str) -> Tensor:
+        return self.shards[int(name)]
+
+    def commit(self, name: str) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 class Kernel:
-    """Fake ``sgd_kernel`` that writes sums of squares and counts launches."""
+    """Fake ``float_kernel`` that writes sums of squares and counts launches."""
 
     def __init__(self) -> None:
         self.launches = 0
 
     def update(
-        self, shard: Tensor, gradient: Tensor, factor: float, decay: float, noise: Any, limit: Any, squares: Tensor
+        self, shard: Tensor, direction: Tensor, factor: float, decay: float, noise: Any, limit: Any, squares: Tensor
     ) -> None:
         self.launches += shard.numel() > 0
         values, sums = (
-            gradient.numpy().astype("f8"),
+            direction.numpy().astype("f8"),
             squares.numpy(),
         )  # numpy operations are invisible to dispatch modes
         for program in range(len(sums)):
@@ -64,9 +69,8 @@ class Operations(TorchDispatchMode):
 def schedule_of(clipping: Clipping) -> Immediate:
     options = {"lr": 0.1, "weight_decay": 0.0}
     targets = flat_targets(NUMELS, GROUPS, options)
-    store = Pieces([torch.zeros(numel) for numel in NUMELS])
-    ranks: Any = None
-    return Immediate(targets, store, Sgd(), clipping, torch.device("cpu"), ranks)
+    store = InMemory([torch.zeros(numel) for numel in NUMELS])
+    return Immediate(updater_of(targets, store), clipping)
 
 
 def gradients(seed: int) -> list[Tensor]:
@@ -77,7 +81,7 @@ def gradients(seed: int) -> list[Tensor]:
 @pytest.mark.parametrize("clipping", [Clipping(), Clipping(value=0.1)], ids=["no clip", "value"])
 def test_only_the_update_reads_a_gradient(monkeypatch: pytest.MonkeyPatch, clipping: Clipping) -> None:
     kernel = Kernel()
-    monkeypatch.setattr(sgd, "kernel_for", lambda device: kernel)
+    monkeypatch.setattr(apply, "kernel_for", lambda device: kernel)
     schedule = schedule_of(clipping)
     targets = schedule.targets
     for step in range(2):
@@ -88,7 +92,7 @@ def test_only_the_update_reads_a_gradient(monkeypatch: pytest.MonkeyPatch, clipp
             schedule.receive([targets[3], targets[2]], [arrived[3], arrived[2]])
             schedule.receive([targets[1], targets[0]], [arrived[1], arrived[0]])
             schedule.flush()
-        assert kernel.launches == 1 + 1 + 2, "one for each part that is lent"
+        assert kernel.launches == 3, "one for each parameter with elements"
         names = {name for name in operations.names if "split" not in name}
         assert names <= {"aten::slice.Tensor", "aten::detach"}, "views alone"
         exact = sum(float(gradient.double().square().sum()) for gradient in arrived)
@@ -97,7 +101,7 @@ def test_only_the_update_reads_a_gradient(monkeypatch: pytest.MonkeyPatch, clipp
 
 
 def test_unused_parameters_do_not_keep_sums_of_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sgd, "kernel_for", lambda device: Kernel())
+    monkeypatch.setattr(apply, "kernel_for", lambda device: Kernel())
     schedule = schedule_of(Clipping())
     schedule.receive(schedule.targets, gradients(0))
     schedule.start(scale=1.0)
@@ -108,7 +112,7 @@ def test_unused_parameters_do_not_keep_sums_of_the_last_step(monkeypatch: pytest
 
 
 def test_group_clipping_computes_norms_before_updates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sgd, "kernel_for", lambda device: Kernel())
+    monkeypatch.setattr(apply, "kernel_for", lambda device: Kernel())
     assert schedule_of(Clipping(group_norm=1.0)).squares is None
     monkeypatch.undo()
     assert schedule_of(Clipping()).squares is None, "nor is there a kernel on the CPU"

@@ -1,4 +1,4 @@
-"""SGD on a GPU: bit-equal to the CPU, with resumable noise, and without host synchronization."""
+"""Application of updates on a GPU: bit-equal to the CPU, with resumable noise, and without host synchronization."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lomo_ds.update.rules import Sgd
-from lomo_ds.update.rules.sgd import kernel_for
-from tests.update.rules import philox
+from lomo_ds.numerics.apply import allocate_square_sums, kernel_for
+from lomo_ds.numerics.rounding_noise import RoundingNoise
+from tests.numerics import philox
+from tests.updates import noise_of, sgd_step
 
 pytestmark = pytest.mark.cuda
 HALF_DTYPES = [torch.bfloat16, torch.float16]
@@ -61,10 +62,10 @@ def test_half_precision_equals_the_cpu_bit_for_bit(
     expected, gradients = randn(dtype), randn(gradient_dtype, seed=1)
     shards, there = on_gpu(expected), on_gpu(gradients)
     coefficient_there = coefficient.cuda() if isinstance(coefficient, Tensor) else coefficient
-    Sgd().update(expected, gradients, coefficient, lr=0.1, weight_decay=0.1)
-    Sgd().update(on_gpu(randn(dtype)), on_gpu(randn(gradient_dtype)), coefficient_there, 0.1, 0.1)  # compiles
+    sgd_step(expected, gradients, coefficient, lr=0.1, weight_decay=0.1)
+    sgd_step(on_gpu(randn(dtype)), on_gpu(randn(gradient_dtype)), coefficient_there, 0.1, 0.1)  # compiles
     with no_waiting():
-        Sgd().update(shards, there, coefficient_there, lr=0.1, weight_decay=0.1)
+        sgd_step(shards, there, coefficient_there, lr=0.1, weight_decay=0.1)
     torch.cuda.synchronize()
     assert_same(shards, expected)
 
@@ -75,7 +76,7 @@ def test_fp32_equals_float64_arithmetic(gradient_dtype: torch.dtype, coefficient
     weights, gradients = randn(torch.float32), randn(gradient_dtype, seed=1)
     shards, there = on_gpu(weights), on_gpu(gradients)
     with no_waiting():
-        Sgd().update(shards, there, coefficient, lr=0.1, weight_decay=0.1)
+        sgd_step(shards, there, coefficient, lr=0.1, weight_decay=0.1)
     torch.cuda.synchronize()
     for shard, weight, gradient in zip(shards, weights, gradients, strict=True):
         exact = weight.double() * 0.99 - 0.05 * gradient.double()
@@ -88,7 +89,7 @@ def test_fp32_equals_torch_sgd_bit_for_bit() -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
     torch.optim.SGD(parameters, lr=0.37).step()
-    Sgd().update(shards, gradients, coefficient=1.0, lr=0.37, weight_decay=0.0)
+    sgd_step(shards, gradients, coefficient=1.0, lr=0.37, weight_decay=0.0)
     assert_same(shards, [parameter.detach() for parameter in parameters])
 
 
@@ -98,8 +99,8 @@ def test_stochastic_rounding_adds_philox(dtype: torch.dtype) -> None:
     shard = torch.randn(100_003, generator=torch.Generator().manual_seed(0)).to(dtype)
     gradient = torch.randn(100_003, generator=torch.Generator().manual_seed(1))
     exact = shard.float() - gradient * torch.tensor(1e-3)
-    actual, rule = shard.cuda(), Sgd(generator(seed=5))
-    rule.update([actual], [gradient.cuda()], coefficient=1.0, lr=1e-3, weight_decay=0.0)
+    actual, noise = shard.cuda(), RoundingNoise(generator(seed=5))
+    sgd_step([actual], [gradient.cuda()], coefficient=1.0, lr=1e-3, weight_decay=0.0, noise=noise)
     expected = philox.rounded(exact, dtype, philox.noise(shard.numel(), seed=5, call=0))
     normal = exact.abs() > 2.0**-14  # below it the spacing of float16 differs
     assert torch.equal(actual.cpu()[normal], expected[normal])
@@ -107,24 +108,24 @@ def test_stochastic_rounding_adds_philox(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_rounding_resumes_from_a_saved_state(dtype: torch.dtype) -> None:
-    rule = Sgd(generator())
+    noise = RoundingNoise(generator())
 
     def drawn() -> list[Tensor]:
         shards = on_gpu(randn(dtype))
-        rule.update(shards, on_gpu(randn(dtype, seed=1)), coefficient=1.0, lr=1e-3, weight_decay=0.0)
+        sgd_step(shards, on_gpu(randn(dtype, seed=1)), coefficient=1.0, lr=1e-3, weight_decay=0.0, noise=noise)
         torch.cuda.synchronize()
         return shards
 
     drawn()
     with no_waiting():
-        state = rule.state()
+        state = noise.state()
     first, second = drawn(), drawn()
-    rule.load_state(state)
+    noise.load_state(state)
     assert_same(drawn(), first)
     assert not torch.equal(first[-1], second[-1])
-    other = Sgd(generator(seed=6))
+    other = RoundingNoise(generator(seed=6))
     other.load_state(state)
-    rule = other
+    noise = other
     assert_same(drawn(), first)
 
 
@@ -133,9 +134,9 @@ def test_a_shard_that_is_not_aligned(dtype: torch.dtype) -> None:
     """Check a shard and a gradient that do not start at a multiple of 16 bytes."""
     weights, gradient = randn(dtype)[-1], randn(dtype, seed=1)[-1]
     expected = weights[3:-2].clone()
-    Sgd().update([expected], [gradient[1:-4].clone()], coefficient=1.0, lr=0.1, weight_decay=0.1)
+    sgd_step([expected], [gradient[1:-4].clone()], coefficient=1.0, lr=0.1, weight_decay=0.1)
     actual = weights.cuda()
-    Sgd().update([actual[3:-2]], [gradient.cuda()[1:-4]], coefficient=1.0, lr=0.1, weight_decay=0.1)
+    sgd_step([actual[3:-2]], [gradient.cuda()[1:-4]], coefficient=1.0, lr=0.1, weight_decay=0.1)
     assert_same([actual[3:-2], actual[:3], actual[-2:]], [expected, weights[:3], weights[-2:]])
 
 
@@ -146,7 +147,7 @@ def test_a_shard_of_more_than_2_to_the_31_elements() -> None:
     shard = torch.ones(numel, dtype=torch.bfloat16, device="cuda")
     gradient = torch.zeros_like(shard)
     gradient[-3:] = 1.0
-    Sgd(generator()).update([shard], [gradient], coefficient=1.0, lr=0.5, weight_decay=0.0)
+    sgd_step([shard], [gradient], coefficient=1.0, lr=0.5, weight_decay=0.0, noise=noise_of(generator()))
     assert shard[-5:].tolist() == [1.0, 1.0, 0.5, 0.5, 0.5]
     assert bool((shard[: 2**20] == 1).all())
 
@@ -154,11 +155,11 @@ def test_a_shard_of_more_than_2_to_the_31_elements() -> None:
 def test_updates_without_triton_are_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     by_kernel, gradients = on_gpu(randn(torch.bfloat16)), on_gpu(randn(torch.bfloat16, seed=1))
     eager = [shard.clone() for shard in by_kernel]
-    Sgd().update(by_kernel, gradients, coefficient=0.5, lr=0.1, weight_decay=0.1)
-    monkeypatch.setattr("lomo_ds.update.rules.sgd.kernel_for", lambda device: None)
-    Sgd().update(eager, gradients, coefficient=0.5, lr=0.1, weight_decay=0.1)
+    sgd_step(by_kernel, gradients, coefficient=0.5, lr=0.1, weight_decay=0.1)
+    monkeypatch.setattr("lomo_ds.numerics.apply.kernel_for", lambda device: None)
+    sgd_step(eager, gradients, coefficient=0.5, lr=0.1, weight_decay=0.1)
     assert_same(eager, by_kernel)
-    Sgd(generator()).update(eager, gradients, coefficient=0.5, lr=0.1, weight_decay=0.1)
+    sgd_step(eager, gradients, coefficient=0.5, lr=0.1, weight_decay=0.1, noise=noise_of(generator()))
 
 
 @pytest.mark.parametrize(
@@ -166,24 +167,24 @@ def test_updates_without_triton_are_bit_equal(monkeypatch: pytest.MonkeyPatch) -
     [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
 )
 def test_an_update_computes_the_norm_of_its_gradients(dtype: torch.dtype, gradient_dtype: torch.dtype) -> None:
-    rule, gradients = Sgd(generator()), on_gpu(randn(gradient_dtype, seed=1))
-    squares = rule.square_sums(NUMELS, torch.device("cuda", 0))
+    noise, gradients = RoundingNoise(generator()), on_gpu(randn(gradient_dtype, seed=1))
+    squares = allocate_square_sums(NUMELS, torch.device("cuda", 0))
     assert squares is not None
     exact = sum(float(gradient.double().square().sum()) for gradient in gradients)
     totals = []
     for _ in range(2):
         squares.clear()
         shards = on_gpu(randn(dtype))
-        rule.update(shards, gradients, 0.5, 0.1, 0.0, 0.3, squares)  # clamped after the measurement
+        sgd_step(shards, gradients, 0.5, 0.1, 0.0, 0.3, squares, noise)  # clamped after the measurement
         totals.append(squares.total())
     assert float(totals[0].sqrt()) == pytest.approx(exact**0.5, rel=1e-6)
     assert torch.equal(*totals), "bit for bit"
 
 
 def test_fp32_with_squares_equals_torch_sgd_bit_for_bit() -> None:
-    rule, actual, expected = Sgd(), on_gpu(randn(torch.float32)), on_gpu(randn(torch.float32))
+    actual, expected = on_gpu(randn(torch.float32)), on_gpu(randn(torch.float32))
     gradients = on_gpu(randn(torch.float32, seed=1))
-    rule.update(expected, gradients, coefficient=1.0, lr=0.37, weight_decay=0.1)
-    squares = rule.square_sums(NUMELS, torch.device("cuda", 0))
-    rule.update(actual, gradients, coefficient=1.0, lr=0.37, weight_decay=0.1, squares=squares)
+    sgd_step(expected, gradients, coefficient=1.0, lr=0.37, weight_decay=0.1)
+    squares = allocate_square_sums(NUMELS, torch.device("cuda", 0))
+    sgd_step(actual, gradients, coefficient=1.0, lr=0.37, weight_decay=0.1, squares=squares)
     assert_same(actual, expected)

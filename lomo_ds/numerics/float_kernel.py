@@ -1,4 +1,4 @@
-"""SGD update of a shard as a one-pass Triton kernel: read, sum squares, clamp, update, round, write.
+"""Application of an update to a float shard as a one-pass Triton kernel: read, sum squares, clamp, round, write.
 
 Importing this module imports triton, which is not available on every machine.
 """
@@ -22,63 +22,63 @@ assert BLOCK.value * BLOCKS.value == PROGRAM_NUMEL
 
 def update(
     shard: Tensor,
-    gradient: Tensor,
+    direction: Tensor,
     factor: float | Tensor,
-    decay: float,
+    decay: float | Tensor,
     noise: tuple[int, int] | None,
     limit: float | None = None,
     squares: Tensor | None = None,
 ) -> None:
-    """Write ``decay * shard - factor * gradient`` into ``shard``, rounded once, without waiting for the device.
+    """Write ``decay * shard - factor * direction`` into ``shard``, rounded once, without waiting for the device.
 
     For half-precision shards, product and difference are rounded to fp32 separately, as in ``update_half``. For fp32
     shards they are computed with one rounding (FMA), as in torch.optim.SGD.
 
     Args:
         shard: 1-D and contiguous, bfloat16, float16 or float32, on the current device.
-        gradient: contiguous, with the length and device of ``shard``; any float dtype.
-        factor: a float; or a 0-dim fp32 tensor on the same device, unless ``shard`` is fp32.
+        direction: contiguous, with the length and device of ``shard``; any float dtype.
+        factor, decay: floats; or 0-dim fp32 tensors on the same device, unless ``shard`` is fp32.
         noise: seed and number of this call for stochastic rounding, both below 2 ** 64. Equal pairs give equal random
             bits, and different pairs give independent ones. None rounds to nearest, and is required for fp32.
-        limit: maximum magnitude that gradients are clamped to first; None does not clamp.
+        limit: maximum magnitude that directions are clamped to first; None does not clamp.
         squares: 1-D fp32 output with one slot per program of 8192 elements. Each program writes the sum of squares of
-            its gradients before clamping; the result is deterministic.
+            its directions before clamping; the result is deterministic.
     """
-    assert shard.shape == gradient.shape
+    assert shard.shape == direction.shape
     assert shard.is_contiguous()
-    assert gradient.is_contiguous()
+    assert direction.is_contiguous()
     assert shard.numel() < 2**35, "lane numbers must fit in 32 bits"
-    assert shard.dtype != torch.float32 or (noise is None and not isinstance(factor, Tensor))
+    in_memory = isinstance(factor, Tensor), isinstance(decay, Tensor)
+    assert shard.dtype != torch.float32 or (noise is None and not any(in_memory))
     programs = program_count(shard.numel())
     assert squares is None or squares.shape == (programs,)
     if programs == 0:
         return
     seed, call = noise or (0, 0)
-    in_memory = isinstance(factor, Tensor)
-    aligned = alignment(shard.data_ptr(), gradient.data_ptr())
-    compiled_for = (in_memory, limit is None, squares is None, noise is None)
-    _launch_sgd(
+    aligned = alignment(shard.data_ptr(), direction.data_ptr())
+    compiled_for = (*in_memory, limit is None, squares is None, noise is None)
+    _launch_apply(
         (programs, 1, 1),
-        (shard.device, shard.dtype, gradient.dtype, aligned, compiled_for),
+        (shard.device, shard.dtype, direction.dtype, aligned, compiled_for),
         shard,
-        gradient,
-        factor if in_memory else float(factor),  # an int could be compiled in as a constant
-        float(decay),
-        None if limit is None else min(float(limit), torch.finfo(gradient.dtype).max),
+        direction,
+        factor if in_memory[0] else float(factor),  # an int could be compiled in as a constant
+        decay if in_memory[1] else float(decay),
+        None if limit is None else min(float(limit), torch.finfo(direction.dtype).max),
         squares,
         shard.numel(),
         seed,
         call,
-        in_memory,
+        *in_memory,
         noise is not None,
     )
 
 
 # ``squares`` may start anywhere in a buffer; its alignment must not cause another compilation.
-@triton.jit(do_not_specialize=["numel", "seed", "call"], do_not_specialize_on_alignment=["factor", "squares"])
-def _sgd(
+@triton.jit(do_not_specialize=["numel", "seed", "call"], do_not_specialize_on_alignment=["factor", "decay", "squares"])
+def _apply(
     weights: tl.tensor,
-    gradients: tl.tensor,
+    directions: tl.tensor,
     factor: tl.tensor,
     decay: tl.tensor,
     limit: tl.tensor,
@@ -87,27 +87,30 @@ def _sgd(
     seed: tl.uint64,
     call: tl.uint64,
     FACTOR_IN_MEMORY: tl.constexpr,
+    DECAY_IN_MEMORY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ) -> None:
     """Update ``BLOCKS`` blocks of ``BLOCK`` adjacent elements per program; lane i handles element i of each block."""
     if FACTOR_IN_MEMORY:
         factor = tl.load(factor)
+    if DECAY_IN_MEMORY:
+        decay = tl.load(decay)
     start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS)
     remaining = numel - start
-    weights, gradients = weights + start, gradients + start
+    weights, directions = weights + start, directions + start
     if remaining >= BLOCK * BLOCKS:  # a mask would prevent wide loads
-        _blocks(weights, gradients, factor, decay, limit, squares, remaining, seed, call, STOCHASTIC, False)
+        _blocks(weights, directions, factor, decay, limit, squares, remaining, seed, call, STOCHASTIC, False)
     else:
-        _blocks(weights, gradients, factor, decay, limit, squares, remaining, seed, call, STOCHASTIC, True)
+        _blocks(weights, directions, factor, decay, limit, squares, remaining, seed, call, STOCHASTIC, True)
 
 
-_launch_sgd = Launcher(_sgd, OPTIONS)
+_launch_apply = Launcher(_apply, OPTIONS)
 
 
 @triton.jit
 def _blocks(
     weights: tl.tensor,
-    gradients: tl.tensor,
+    directions: tl.tensor,
     factor: tl.tensor,
     decay: tl.tensor,
     limit: tl.tensor,
@@ -122,16 +125,16 @@ def _blocks(
     total = tl.zeros([BLOCK], tl.float32)
     if STOCHASTIC:
         words = _random_words(seed, call, lanes)
-    loaded = _load(weights, gradients, 0, lanes, remaining, MASKED)
+    loaded = _load(weights, directions, 0, lanes, remaining, MASKED)
     for block in tl.static_range(BLOCKS):
-        weight, gradient = loaded
+        weight, direction = loaded
         if block + 1 < BLOCKS and not MASKED:  # before the store, because the compiler moves no load across a store
-            loaded = _load(weights, gradients, block + 1, lanes, remaining, MASKED)
-        exact = gradient.to(tl.float32)
+            loaded = _load(weights, directions, block + 1, lanes, remaining, MASKED)
+        exact = direction.to(tl.float32)
         if squares is not None:
             total += exact * exact
         if limit is not None:
-            exact = _clamp(exact, limit, gradients.dtype.element_ty)
+            exact = _clamp(exact, limit, directions.dtype.element_ty)
         updated = _step(weight, exact, factor, decay)
         if STOCHASTIC:
             noise = (words[block // 2] >> (16 * (block % 2))) & 0xFFFF
@@ -141,23 +144,23 @@ def _blocks(
         offsets = block * BLOCK + lanes
         tl.store(weights + offsets, rounded, offsets < remaining if MASKED else None)
         if block + 1 < BLOCKS and MASKED:  # after the store, because earlier masks would cost registers
-            loaded = _load(weights, gradients, block + 1, lanes, remaining, MASKED)
+            loaded = _load(weights, directions, block + 1, lanes, remaining, MASKED)
     if squares is not None:
         tl.store(squares + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit
-def _step(weight: tl.tensor, gradient: tl.tensor, factor: tl.tensor, decay: tl.tensor) -> tl.tensor:
-    """Return ``decay * weight - factor * gradient`` in fp32."""
+def _step(weight: tl.tensor, direction: tl.tensor, factor: tl.tensor, decay: tl.tensor) -> tl.tensor:
+    """Return ``decay * weight - factor * direction`` in fp32."""
     decayed = weight.to(tl.float32) * decay
     if weight.dtype == tl.float32:
-        return tl.fma(-gradient, tl.full(gradient.shape, factor, tl.float32), decayed)
-    return decayed - gradient * factor
+        return tl.fma(-direction, tl.full(direction.shape, factor, tl.float32), decayed)
+    return decayed - direction * factor
 
 
 @triton.jit
 def _clamp(values: tl.tensor, limit: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Clamp to [-limit, limit], with the limit rounded to the gradients' ``dtype`` as in eager mode; nan stays nan."""
+    """Clamp to [-limit, limit], with the limit rounded to the directions' ``dtype`` as in eager mode; nan stays nan."""
     limit = _round_to_nearest(tl.full(values.shape, limit, tl.float32), dtype).to(tl.float32)
     values = tl.where(values > limit, limit, values)
     return tl.where(values < -limit, -limit, values)
@@ -166,16 +169,16 @@ def _clamp(values: tl.tensor, limit: tl.tensor, dtype: tl.constexpr) -> tl.tenso
 @triton.jit
 def _load(
     weights: tl.tensor,
-    gradients: tl.tensor,
+    directions: tl.tensor,
     block: tl.constexpr,
     lanes: tl.tensor,
     remaining: tl.tensor,
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Load one block of weights and gradients."""
+    """Load one block of weights and directions."""
     offsets = block * BLOCK + lanes
     mask = offsets < remaining if MASKED else None
-    return tl.load(weights + offsets, mask), tl.load(gradients + offsets, mask, 0 if MASKED else None)
+    return tl.load(weights + offsets, mask), tl.load(directions + offsets, mask, 0 if MASKED else None)
 
 
 @triton.jit

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lomo_ds.numerics.flat import clamp_
-from lomo_ds.update.rules import Sgd
-from lomo_ds.update.rules.sgd_eager import update_half, update_single
-from tests.update.rules import philox
+from lomo_ds.numerics.float_eager import update_half, update_single
+from lomo_ds.numerics.rounding_noise import RoundingNoise
+from tests.numerics import philox
+from tests.updates import sgd_step
 
 pytest.importorskip("triton")
 HALF_DTYPES = [torch.bfloat16, torch.float16]
@@ -26,10 +27,10 @@ def randn(numel: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 
 
 def updated(shard: Tensor, gradient: Tensor, factor: float | Tensor, decay: float, noise: Any = None) -> Tensor:
-    from lomo_ds.update.rules import sgd_kernel
+    from lomo_ds.numerics import float_kernel
 
     written = shard.clone()
-    sgd_kernel.update(written, gradient, factor, decay, noise)
+    float_kernel.update(written, gradient, factor, decay, noise)
     return written
 
 
@@ -52,11 +53,11 @@ def test_nearest_equals_eager_bit_for_bit(
 
 def measured(shard: Tensor, gradient: Tensor, limit: float | None = None, factor: float = 0.037) -> tuple[Tensor, ...]:
     """Return the new shard, and the sums of squares that an update writes into the middle of a buffer."""
-    from lomo_ds.update.rules import sgd_kernel
+    from lomo_ds.numerics import float_kernel
 
     programs = -(-shard.numel() // 8192)
     written, buffer = shard.clone(), torch.full((programs + 2,), -1.0)
-    sgd_kernel.update(written, gradient, factor, 0.97, None, limit, buffer[1:-1])
+    float_kernel.update(written, gradient, factor, 0.97, None, limit, buffer[1:-1])
     assert buffer[0] == buffer[-1] == -1
     return written, buffer[1:-1]
 
@@ -109,7 +110,7 @@ def clamps_as_eager(dtype: torch.dtype, gradient_dtype: torch.dtype, limit: floa
     actual, expected, clamped = measured(shard, gradient, limit, factor)[0], shard.clone(), gradient.clone()
     clamp_(clamped, limit)
     if dtype == torch.float32:
-        update_single([expected], [clamped], 1.0, factor, 0.97)
+        update_single([expected], [clamped], factor, 0.97)
     else:
         update_half([expected], [clamped], factor, 0.97, None)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
@@ -127,9 +128,9 @@ def test_clamping_equals_eager_bit_for_bit(
 def keeps_to_its_shard() -> None:
     memory = randn(3000, torch.bfloat16)
     before = memory.clone()
-    from lomo_ds.update.rules import sgd_kernel
+    from lomo_ds.numerics import float_kernel
 
-    sgd_kernel.update(memory[500:2500], randn(2000, seed=1), 1.0, 1.0, (0, 0))
+    float_kernel.update(memory[500:2500], randn(2000, seed=1), 1.0, 1.0, (0, 0))
     changed = memory != before
     assert changed[500:2500].any()
     assert not changed[:500].any()
@@ -269,22 +270,22 @@ class CountingGenerator:
 
 
 def rule_goes_on_from_its_state() -> None:
-    from lomo_ds.update.rules import sgd, sgd_kernel
+    from lomo_ds.numerics import float_kernel
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sgd, "kernel_for", lambda device: sgd_kernel)
+        patch.setattr("lomo_ds.numerics.apply.kernel_for", lambda device: float_kernel)
         generator: Any = CountingGenerator(11)
-        rule = Sgd(generator)
+        noise = RoundingNoise(generator)
 
         def drawn() -> list[Tensor]:
             shards = [torch.ones(2000, dtype=dtype) for dtype in (*HALF_DTYPES, torch.bfloat16)]
-            rule.update(shards, [torch.ones(2000) for _ in shards], torch.tensor(0.5), lr=1e-3, weight_decay=0.1)
+            sgd_step(shards, [torch.ones(2000) for _ in shards], torch.tensor(0.5), 1e-3, 0.1, noise=noise)
             return shards
 
         drawn()
-        state = rule.state()
+        state = noise.state()
         first, second = drawn(), drawn()
-        rule.load_state(state)
+        noise.load_state(state)
         again = drawn()
     assert all(map(torch.equal, first, again))
     assert not any(map(torch.equal, first, second))
@@ -304,19 +305,19 @@ def test_compiles_to_wide_loads_and_separate_roundings(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lomo_ds.update.rules import sgd_kernel
+    from lomo_ds.numerics import float_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"weights": "*bf16", "gradients": "*bf16", "factor": "fp32", "decay": "fp32", "limit": "constexpr"}
+    types = {"weights": "*bf16", "directions": "*bf16", "factor": "fp32", "decay": "fp32", "limit": "constexpr"}
     types["squares"] = "*fp32" if squares else "constexpr"
     nothing = {"limit": None} if squares else {"limit": None, "squares": None}
     source = ASTSource(
-        sgd_kernel._sgd,
+        float_kernel._apply,
         signature=types | dict.fromkeys(("numel", "seed", "call"), "i64"),
-        constexprs={"FACTOR_IN_MEMORY": False, "STOCHASTIC": True, **nothing},
+        constexprs={"FACTOR_IN_MEMORY": False, "DECAY_IN_MEMORY": False, "STOCHASTIC": True, **nothing},
         attrs={(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=sgd_kernel.OPTIONS)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=float_kernel.OPTIONS)
     code = compiled.asm["ptx"]
     assert code.count("ld.global.v4.b32") == 2 * 8
     assert code.count("st.global.v4.b32") == 8
