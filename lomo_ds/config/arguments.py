@@ -55,12 +55,13 @@ class JobArguments:
     gradient_accumulation_steps: int = parameter(1, "Micro-batches per optimizer step.", at_least=1)
     optim: OptimizerName = parameter(
         "lomo",
-        "adamw and sgd are torch.optim's on DeepSpeed's own ZeRO-3, to compare LOMO with.",
+        "lomo is SGD; adalomo adapts the learning rate of each weight, with as little memory; adamw and sgd are "
+        "torch.optim's on DeepSpeed's own ZeRO-3, to compare them with.",
     )
     learning_rate: float = parameter(
         OPTIMIZERS["lomo"].learning_rate,
-        "Peak learning rate; LOMO is SGD and wants a large one. The default of adamw is "
-        f" {BASELINE_LEARNING_RATES['adamw']}.",
+        "Peak learning rate; LOMO is SGD and wants a large one. The default of adalomo is "
+        f"{OPTIMIZERS['adalomo'].learning_rate}, that of adamw {BASELINE_LEARNING_RATES['adamw']}.",
         at_least=0,
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = parameter("linear", "Learning rate after warm-up.")
@@ -69,7 +70,7 @@ class JobArguments:
     )
     max_grad_norm: float = parameter(
         1.0,
-        "Clip the global gradient norm to this; 0 clips nothing. The default gives way to "
+        "Clip the global gradient norm to this; 0 clips nothing, and is adalomo's default. The default gives way to "
         "clip_grad_value, clip_group_norm or update_schedule immediate in the DeepSpeed config.",
         at_least=0,
     )

@@ -14,7 +14,7 @@ Rounding = Literal["auto", "nearest", "stochastic"]
 GatherGranularity = Literal["auto", "module", "layer"]
 Weights = Literal["auto", "int8"]
 # names of --optim: those of ``OPTIMIZERS``, and the baselines to compare them with
-OptimizerName = Literal["lomo", "adamw", "sgd"]
+OptimizerName = Literal["lomo", "adalomo", "adamw", "sgd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,7 @@ class OptimizerKind:
 # by the name that ``--optim`` has for it: "type" in lower case; ``update.rules.RULES`` has the rule of each
 OPTIMIZERS: dict[str, OptimizerKind] = {
     "lomo": OptimizerKind("LOMO", learning_rate=0.03),
+    "adalomo": OptimizerKind("AdaLomo", learning_rate=5e-4, max_grad_norm=0.0),  # normalizes each update itself
 }
 
 

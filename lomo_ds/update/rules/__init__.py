@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+from lomo_ds.update.rules.adalomo import AdaLomo
 from lomo_ds.update.rules.rule import Gradient, Rule, State, StateSpec, SumsOverRanks
 from lomo_ds.update.rules.sgd import Sgd
 
 # the rule of each optimizer that ``config.lomo_config.OPTIMIZERS`` names
-RULES: dict[str, Callable[[], Rule]] = {"lomo": Sgd}
+RULES: dict[str, Callable[[], Rule]] = {"lomo": Sgd, "adalomo": AdaLomo}
 
-__all__ = ["RULES", "Gradient", "Rule", "Sgd", "State", "StateSpec", "SumsOverRanks"]
+__all__ = ["RULES", "AdaLomo", "Gradient", "Rule", "Sgd", "State", "StateSpec", "SumsOverRanks"]
