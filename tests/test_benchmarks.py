@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, memory, offload, throughput, traffic
+from benchmarks import gpu, memory, offload, quality, throughput, traffic
 from benchmarks.lib import gpu_report, kernels, measurements, methods
 from benchmarks.lib.contest import ratios
 from benchmarks.lib.footprint import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, TensorTracker
@@ -475,3 +475,29 @@ def test_flops_per_token() -> None:
     attention = flops_per_token(Workload("7b", sequence=2048)) - flops_per_token(Workload("7b", sequence=0))
     assert attention == 12 * 32 * 4096 * 2048
     assert math.isclose(flops_per_token(Workload("1b", sequence=0)), 6 * (1.0344e9), rel_tol=1e-3)
+
+
+@needs_bench
+def test_quality(tmp_path: Path, demo: Path) -> None:
+    inputs = [f"--model_name_or_path={demo / 'model'}", f"--train_file={demo / 'train.txt'}"]
+    inputs += [f"--validation_file={demo / 'validation.txt'}", "--optimizers=adalomo=0.01"]
+    sizes = ["--ranks=1", "--rows=2", "--max_seq_length=32", "--max_steps=2", f"--output_dir={tmp_path}"]
+    command = [sys.executable, str(ROOT / "benchmarks/quality.py"), *inputs, *sizes]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HUNG)
+    assert run.returncode == 0, run.stderr
+    (row,) = written(tmp_path, "quality")["runs"]
+    assert (row["optimizer"], row["learning_rate"]) == ("adalomo", 0.01)
+    assert row["loss"] < row["loss_before"]
+    assert f"adalomo: **{row['loss']:.3f}** with learning rate 0.01" in (tmp_path / "quality.md").read_text()
+
+
+def test_the_best_learning_rate_has_the_lowest_mean_over_seeds() -> None:
+    losses = {("lomo", 0.3): (2.7, 2.9), ("lomo", 1.0): (2.6, 3.2), ("adamw", 1e-3): (2.65, 2.65)}
+    runs = [
+        {"optimizer": name, "learning_rate": rate, "seed": seed, "loss": loss}
+        for (name, rate), of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+    best = quality.best_runs(runs)
+    assert {name: of_name[0]["learning_rate"] for name, of_name in best.items()} == {"lomo": 0.3, "adamw": 1e-3}
+    assert quality.mean_loss(best["lomo"]) == pytest.approx(2.8)
