@@ -24,6 +24,8 @@ def make_engine(
     lr: float = 0.3,
     params: dict[str, Any] | None = None,
     lr_scheduler: Any = None,
+    optimizer_type: str = "LOMO",
+    model_parameters: list[Any] | None = None,
     **sections: Any,
 ) -> lomo_ds.LomoEngine:
     """Build an engine for ``model``; ``sections`` extend or replace sections of the ds_config."""
@@ -32,9 +34,11 @@ def make_engine(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": global_norm or 0.0,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold},
-        "optimizer": {"type": "LOMO", "params": {"lr": lr, "update_schedule": schedule, **(params or {})}},
+        "optimizer": {"type": optimizer_type, "params": {"lr": lr, "update_schedule": schedule, **(params or {})}},
     } | sections
-    return lomo_ds.initialize(model=model, config=config, lr_scheduler=lr_scheduler)[0]
+    return lomo_ds.initialize(model=model, model_parameters=model_parameters, config=config, lr_scheduler=lr_scheduler)[
+        0
+    ]
 
 
 def weights_of(engine: lomo_ds.LomoEngine) -> dict[str, Tensor]:

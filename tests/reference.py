@@ -1,12 +1,13 @@
 """Reference implementation for tests: plain PyTorch, one process, the full batch, no DeepSpeed."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -68,46 +69,85 @@ def part(batch: dict[str, Tensor], index: int, parts: int) -> dict[str, Tensor]:
     return {name: value.chunk(parts)[index] for name, value in batch.items()}
 
 
-class PlainSGD:
-    """torch.optim.SGD with independent implementations of the clipping methods of lomo_ds."""
+class DecoupledSGD(torch.optim.SGD):
+    """torch.optim.SGD with decoupled weight decay."""
+
+    def __init__(self, params: Iterable[Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0) -> None:
+        super().__init__(params, lr=lr, momentum=momentum)
+        self.decoupled_decay = weight_decay
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * self.decoupled_decay)
+        super().step()
+
+
+class PlainTraining:
+    """Optimizers of PyTorch on one model, with independent implementations of the clipping methods of lomo_ds.
+
+    An optimizer may have a method ``clipped(parameter)``, which returns what is clipped in the place of the parameter.
+    """
 
     def __init__(
         self,
         model: Module,
-        lr: float,
-        weight_decay: float = 0.0,
+        optimizers: Sequence[Optimizer],
         value: float | None = None,
         group_norm: float | None = None,
         global_norm: float | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.optimizers = model, optimizers
         self.value, self.group_norm, self.global_norm = value, group_norm, global_norm
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, lr=lr)
-        self.lr, self.weight_decay = lr, weight_decay
 
     def step(self, batch: dict[str, Tensor]) -> tuple[float, float]:
         """Run one step; return the loss and the gradient norm before clipping."""
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss = self.model(**batch).loss
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.global_norm or float("inf"))
+        clipped = self._clipped()
+        norm = torch.nn.utils.clip_grad_norm_(clipped.values(), self.global_norm or float("inf"))
         if self.value is not None:
-            torch.nn.utils.clip_grad_value_(self.model.parameters(), self.value)
+            torch.nn.utils.clip_grad_value_(clipped.values(), self.value)
         if self.group_norm is not None:
-            for group in _layers_and_the_rest(self.model):
+            for group in _layers_and_the_rest(clipped):
                 torch.nn.utils.clip_grad_norm_(group, self.group_norm)
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.mul_(1 - self.lr * self.weight_decay)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return float(loss.detach()), float(norm)
 
+    def _clipped(self) -> dict[str, Parameter]:
+        """Return the parameters whose gradients are clipped, by name."""
+        optimizer_of = {
+            parameter: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if hasattr(optimizer, "clipped")
+        }
+        return {
+            name: optimizer_of[parameter].clipped(parameter) if parameter in optimizer_of else parameter
+            for name, parameter in self.model.named_parameters()
+        }
 
-def _layers_and_the_rest(model: Module) -> Iterator[list[Parameter]]:
+
+class PlainSGD(PlainTraining):
+    """Plain SGD with decoupled weight decay, see ``PlainTraining`` for the limits."""
+
+    def __init__(self, model: Module, lr: float, weight_decay: float = 0.0, **limits: float | None) -> None:
+        super().__init__(model, [DecoupledSGD(trained_parameters(model).values(), lr, weight_decay)], **limits)
+
+
+def trained_parameters(model: Module) -> dict[str, Parameter]:
+    """Return the parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _layers_and_the_rest(parameters: dict[str, Parameter]) -> Iterator[list[Parameter]]:
     groups: dict[str, list[Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         layer = re.match(r"model\.layers\.\d+", name)
         groups.setdefault(layer.group() if layer else name.rpartition(".")[0], []).append(parameter)
     yield from groups.values()

@@ -157,6 +157,8 @@ def restore(
     """
     shards, whole = snapshot.shards, snapshot.buffers
     if rule_state:
+        world_size = torch.distributed.get_world_size(group)
+        check_same_blocks(checkpoint.folder, checkpoint.record, world_size, "rule_state")
         check_same_rule_state(checkpoint.folder, checkpoint.record, snapshot.rule_state)
         shards, whole = shards + snapshot.state_shards, whole | snapshot.replicated_state
     load_weights(shards, whole, checkpoint.weights, group)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,7 @@ from lomo_ds.zero3 import SCALES, Shard
 
 MODEL = "model"  # folder of configuration and tokenizer in checkpoints that launch/train.py writes
 FORMAT = 2
+FRESH_STATE = "load with load_optimizer_states=False, which starts from fresh state"
 
 
 @dataclass
@@ -143,23 +144,29 @@ def check_same_rule_state(folder: Path, record: dict[str, Any], rule_state: dict
             raise CheckpointError(
                 f"{folder} was saved with another optimizer: the state {name} is {_describe(saved.get(name))} in it, "
                 f"but {_describe(rule_state.get(name))} in this run; resume with the optimizer it was saved with, or "
-                "load with load_optimizer_states=False, which starts from fresh state"
+                f"{FRESH_STATE}"
             )
 
 
-def check_same_blocks(folder: Path, record: dict[str, Any], world_size: int) -> None:
+def check_same_blocks(
+    folder: Path, record: dict[str, Any], world_size: int, kind: Literal["tensors", "rule_state"] = "tensors"
+) -> None:
     """Check that the blocks of int8 tensors are the same on ``world_size`` ranks; each rank's shard starts a new block.
+
+    Args:
+        kind: the tensors to check: weights and buffers, or the state of the update rules.
 
     Raises:
         CheckpointError: the blocks differ; the message names the first parameter.
     """
     ranks = {record["world_size"], world_size}
-    tensors = record["tensors"] | record["rule_state"]
+    tensors = record[kind]
     for name, (shape, _) in tensors.items():
         if name + SCALES in tensors and len(ranks) > 1 and any(math.prod(shape) % (count * BLOCK) for count in ranks):
             raise CheckpointError(
                 f"{folder} holds int8 tensors in the blocks of {record['world_size']} ranks, but the blocks of {name} "
                 f"differ on {world_size} ranks; resume on {record['world_size']}"
+                + (f", or {FRESH_STATE}" if kind == "rule_state" else "")
             )
 
 

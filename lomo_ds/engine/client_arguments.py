@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from lomo_ds.errors import ConfigError, did_you_mean
 
-GROUP_KEYS = ["params", "lr", "weight_decay", "name", "initial_lr", "param_names"]
+GROUP_KEYS = ["params", "lr", "weight_decay", "type", "name", "initial_lr", "param_names"]
 SCHEDULER_HINT = (
     "give a function of the optimizer, such as lr_scheduler=lambda optimizer: StepLR(optimizer, 1, gamma=0.1)"
 )
@@ -52,7 +52,7 @@ def _tensors_of(group: Any) -> list[Any]:
     for name, value in group.items():
         if name not in GROUP_KEYS:
             raise ConfigError(
-                f"a group of model_parameters may set lr and weight_decay, got {name!r}"
+                f"a group of model_parameters may set lr, weight_decay and type, got {name!r}"
                 f"{did_you_mean(str(name), GROUP_KEYS)}"
             )
         if name in ("lr", "weight_decay") and not (_is_number(value) and 0 <= value < math.inf):

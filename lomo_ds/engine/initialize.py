@@ -50,8 +50,8 @@ def initialize(
         model: the model to train. Its parameters are partitioned over the ranks here, unless ``deepspeed.zero.Init``
             has already partitioned them.
         optimizer, mpu, mesh_param: must be None. ``config`` selects LOMO, and all ranks are data-parallel.
-        model_parameters: the parameters to train, as tensors or as param groups with their own ``lr`` and
-            ``weight_decay``; None trains all parameters.
+        model_parameters: the parameters to train, as tensors or as param groups with their own ``lr``,
+            ``weight_decay`` and ``type``, an optimizer's name; None trains all parameters.
         lr_scheduler: a function that builds a scheduler for the optimizer passed to it. An existing scheduler is
             refused because it is bound to another optimizer.
         config: a DeepSpeed config (path or dict) with ``"optimizer": {"type": "LOMO", ...}`` and ZeRO stage 3; see

@@ -44,6 +44,7 @@ class RuleStates:
                 self.storage[target.name][key] = storage
                 if spec.dtype == torch.int8:
                     padded = int8.view_blocks(storage, ceil_div(target.full_numel, world_size), number)
+                    padded.scales.fill_(int8.SMALLEST_SCALE)  # a block of zeros is divided by its scale
                     values[key] = int8.Blocks(
                         padded.codes[: target.numel], padded.scales[: int8.block_count(target.numel)], number
                     )

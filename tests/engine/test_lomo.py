@@ -267,7 +267,7 @@ def test_deepspeeds_own_tensorboard_section(ranks: GroupOf, tmp_path: Path) -> N
 def follow_scheduler(name: str) -> None:
     model = tiny_model()
     reference = PlainSGD(copy.deepcopy(model), lr=0.3)
-    scheduler = get_scheduler(name, reference.optimizer, num_warmup_steps=2, num_training_steps=6)
+    scheduler = get_scheduler(name, reference.optimizers[0], num_warmup_steps=2, num_training_steps=6)
     engine = make_engine(
         model, "stash", lr_scheduler=lambda optimizer: get_scheduler(name, optimizer, 2, num_training_steps=6)
     )

@@ -12,10 +12,11 @@ from lomo_ds.numerics.int8.blocks import (
     update,
     view_blocks,
 )
-from lomo_ds.numerics.int8.eager import BLOCK, Noise, block_count
+from lomo_ds.numerics.int8.eager import BLOCK, SMALLEST_SCALE, Noise, block_count
 
 __all__ = [
     "BLOCK",
+    "SMALLEST_SCALE",
     "Blocks",
     "Noise",
     "Values",
