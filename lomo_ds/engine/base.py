@@ -119,6 +119,17 @@ class TokenAveragingEngine(DeepSpeedEngine):
             self.backward(loss * (weight * self._data_parallel_size), scale_wrt_gas=False)
         return total
 
+    @torch.no_grad()
+    def _forward_all(self, step_batch: StepBatch) -> Tensor:
+        """Run forward for each micro-batch; see ``_backward_all``."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for position in range(len(step_batch)):
+            loss = step_batch.forward(self, position)
+            if step_batch.skip_reason is not None:
+                break
+            total += loss.double() * step_batch.weight(position)
+        return total
+
     def _finish_step(self) -> None:
         """Run ``step``, which counts one micro-step, for a step that had all of them."""
         self.set_gradient_accumulation_boundary(True)

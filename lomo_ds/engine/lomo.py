@@ -279,12 +279,12 @@ class _Passes:
         """Implement ``StepPasses.backward``."""
         if repeatable:
             self.random_states = RandomStates.capture()
-        local_loss = self.engine._backward_all(self.step_batch)
-        if self.step_batch.skip_reason is not None:
-            self.engine.optimizer.skip_step(self.step_batch.skip_reason, self.step_batch.counts_as_overflow)
-            return False
-        self.engine.optimizer.add_loss(local_loss)
-        return True
+        return self._accept(self.engine._backward_all(self.step_batch))
+
+    def forward(self) -> Tensor | None:
+        """Implement ``StepPasses.forward``."""
+        loss = self.engine._forward_all(self.step_batch)
+        return all_reduce_sum(loss.clone(), self.engine._data_parallel_group) if self._accept(loss) else None
 
     def reduce_norms(self) -> list[float] | None:
         """Implement ``StepPasses.reduce_norms``."""
@@ -296,6 +296,14 @@ class _Passes:
         assert self.random_states is not None
         self.random_states.restore()  # so that dropout draws the same masks
         self.engine._backward_all(self.step_batch)
+
+    def _accept(self, local_loss: Tensor) -> bool:
+        """Record the step's loss, of which this rank has a part; return False if the step must be skipped."""
+        if self.step_batch.skip_reason is not None:
+            self.engine.optimizer.skip_step(self.step_batch.skip_reason, self.step_batch.counts_as_overflow)
+            return False
+        self.engine.optimizer.set_loss(local_loss)
+        return True
 
 
 def _validate_full_loading(load_module_strict: bool, custom_load_fn: None) -> None:

@@ -88,9 +88,9 @@ class LomoOptimizer(ZeROOptimizer):
         """Return whether the last step was skipped."""
         return self.last_skip_reason is not None
 
-    def add_loss(self, contribution: Tensor) -> None:
-        """Add to this rank's part of the step's loss (0-dim, detached); it is all-reduced together with the norm."""
-        self._loss_sum += contribution
+    def set_loss(self, contribution: Tensor) -> None:
+        """Set this rank's part of the step's loss (0-dim, detached); it is all-reduced together with the norm."""
+        self._loss_sum.copy_(contribution)
         self._has_loss = True
 
     def skip_step(self, reason: str, counts_as_overflow: bool = True) -> None:

@@ -25,6 +25,14 @@ class StepPasses(Protocol):
         """
         ...
 
+    def forward(self) -> Tensor | None:
+        """Run all micro-batches forward, without gradients.
+
+        Returns:
+            The loss averaged over the items of all ranks; 0-dim, float64. None if the step must be skipped.
+        """
+        ...
+
     def reduce_norms(self) -> list[float] | None:
         """Reduce norms, overflow and loss over the ranks; return the clip coefficients, or None to skip the step."""
         ...
