@@ -18,7 +18,7 @@ from torch import Tensor
 from lomo_ds.numerics import flat, int8
 from lomo_ds.numerics.flat import clamp_, pieces
 from lomo_ds.numerics.float_eager import update_half, update_single
-from lomo_ds.numerics.int8 import Values
+from lomo_ds.numerics.int8 import Blocks, Values
 from lomo_ds.numerics.rounding_noise import RoundingNoise
 from lomo_ds.numerics.square_sums import SquareSums
 from lomo_ds.numerics.values import device_of, numel_of, part_of, piece_numel
@@ -111,15 +111,9 @@ def _apply_alike(
     piece: int = 0,
 ) -> None:
     """Apply updates that have the scalars of ``update``."""
-    floats: list[tuple[Tensor, Tensor]] = []
-    for values, direction in pairs:
-        if isinstance(values, Tensor):
-            floats.append((values, direction))
-            continue
-        factor = _product(update.scale, update.factor, direction.device)
-        slots = None if squares is None else squares.take(direction.numel())
-        block_noise = None if noise is None else noise.for_blocks(values.number, piece)
-        int8.update(values, direction, factor, update.decay, block_noise, update.limit, slots)
+    blocks = [(values, direction) for values, direction in pairs if isinstance(values, Blocks)]
+    floats = [(values, direction) for values, direction in pairs if isinstance(values, Tensor)]
+    _update_blocks(blocks, update, noise, squares, piece)
     for group in _group(floats, lambda pair: (pair[0].dtype, pair[1].dtype)):
         shards, directions = [pair[0] for pair in group], [pair[1] for pair in group]
         kernel = kernel_for(directions[0].device)
@@ -131,6 +125,23 @@ def _apply_alike(
             _apply_in_torch(shards, directions, update, noise)
 
 
+def _update_blocks(
+    pairs: Sequence[tuple[Blocks, Tensor]],
+    update: Update,
+    noise: RoundingNoise | None,
+    squares: SquareSums | None,
+    piece: int,
+) -> None:
+    """Update eight-bit weights, each with one call."""
+    if not pairs:
+        return
+    factor, decay = _two_scalars(update, pairs[0][1].device)
+    for values, direction in pairs:
+        slots = None if squares is None else squares.take(direction.numel())
+        block_noise = None if noise is None else noise.for_blocks(values.number, piece)
+        int8.update(values, direction, factor, decay, block_noise, update.limit, slots)
+
+
 def _launch(
     kernel: ModuleType,
     shards: list[Tensor],
@@ -140,11 +151,11 @@ def _launch(
     squares: SquareSums | None,
 ) -> None:
     """Update each shard with one kernel launch that reads its direction once."""
-    factor = _product(update.scale, update.factor, directions[0].device)
+    factor, decay = _two_scalars(update, directions[0].device)
     for shard, direction in zip(shards, directions, strict=True):
         call = None if noise is None or shard.dtype == torch.float32 else noise.next_call()
         slots = None if squares is None else squares.take(direction.numel())
-        kernel.update(shard, direction, factor, update.decay, call, update.limit, slots)
+        kernel.update(shard, direction, factor, decay, call, update.limit, slots)
 
 
 def _apply_in_torch(
@@ -157,22 +168,27 @@ def _apply_in_torch(
     device = directions[0].device
     compute: Callable[[list[Tensor], list[Tensor]], None]
     if shards[0].dtype == torch.float32:
-        scale, factor = (_to_device(scalar, device) for scalar in (update.scale, update.factor))
-        compute = partial(update_single, factor=factor, decay=update.decay, scale=scale)
+        scale, factor, decay = (_to_device(scalar, device) for scalar in (update.scale, update.factor, update.decay))
+        compute = partial(update_single, factor=factor, decay=decay, scale=scale)
     else:
-        product = _product(update.scale, update.factor, device)
+        factor, decay = _two_scalars(update, device)
         generator = None if noise is None else noise.generator
-        compute = partial(update_half, factor=product, decay=update.decay, generator=generator)
+        compute = partial(update_half, factor=factor, decay=decay, generator=generator)
     copies = shards[0].dtype != torch.float32 or directions[0].dtype != torch.float32
     for shard_parts, direction_parts in pieces(shards, directions) if copies else [(shards, directions)]:
         compute(shard_parts, direction_parts)
 
 
-def _product(scale: Scalar, factor: Scalar, device: torch.device) -> Scalar:
-    """Return ``scale * factor``; a tensor result is rounded once to fp32."""
+def _two_scalars(update: Update, device: torch.device) -> tuple[Scalar, Scalar]:
+    """Return ``scale * factor`` and ``decay``; tensors are fp32 and on ``device``, and a product is rounded once."""
+    scale, factor = update.scale, update.factor
     if isinstance(scale, Tensor):
-        return (scale.to(device, torch.float64, non_blocking=True) * factor).float()
-    return (factor.double() * scale).float() if isinstance(factor, Tensor) and scale != 1 else factor * scale
+        product: Scalar = (scale.to(device, torch.float64, non_blocking=True) * factor).float()
+    elif isinstance(factor, Tensor) and scale != 1:
+        product = (factor.to(device, torch.float64, non_blocking=True) * scale).float()
+    else:
+        product = _to_device(factor, device) if scale == 1 else factor * scale
+    return product, _to_device(update.decay, device)
 
 
 def _to_device(scalar: Scalar, device: torch.device) -> Scalar:

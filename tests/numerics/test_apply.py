@@ -1,13 +1,17 @@
 """Application of updates against torch.optim.SGD and against arithmetic in float64."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lomo_ds.numerics import flat
-from lomo_ds.numerics.rounding_noise import RoundingNoise
+from lomo_ds.numerics.apply import Scalar, Update, apply
+from lomo_ds.numerics.int8 import BLOCK, Values, quantize_flat, view_blocks
+from lomo_ds.numerics.rounding_noise import PIECES, RoundingNoise
+from lomo_ds.numerics.values import numel_of, read
 from tests.numerics.operations import Watch
 from tests.updates import noise_of, sgd_step
 
@@ -165,4 +169,160 @@ def test_the_host_never_reads_a_value(dtype: torch.dtype, generator: torch.Gener
     with Watch() as watch:
         coefficient = torch.tensor(0.5, dtype=torch.float64)
         sgd_step(weights, gradients, coefficient, lr=0.1, weight_decay=0.1, noise=noise_of(generator))
+    assert not watch.host_reads
+
+
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+every_format = pytest.mark.parametrize("dtype", FORMATS.values(), ids=FORMATS)
+LONG = 5 * BLOCK * 10 + 37  # five pieces of ten blocks, and a short one
+PIECE = 10 * BLOCK + 3
+
+
+def weights_of(dtype: torch.dtype, numel: int = LONG, number: int = 3) -> Values:
+    (exact,) = randn([numel])
+    return view_blocks(quantize_flat(exact), numel, number) if dtype == torch.int8 else exact.to(dtype)
+
+
+def read_all(values: Values) -> Tensor:
+    return read(values).clone()
+
+
+@every_format
+@pytest.mark.parametrize("scale", [1.0, 0.25, torch.tensor(0.25)], ids=["no scale", "float", "tensor"])
+def test_a_direction_in_pieces_equals_the_whole(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scale: Scalar
+) -> None:
+    monkeypatch.setattr(flat, "CPU_PIECE_NUMEL", PIECE)
+    (direction,) = randn([LONG], seed=1)
+    calls: list[tuple[int, int]] = []
+
+    def piece(start: int, stop: int) -> Tensor:
+        calls.append((start, stop))
+        return direction[start:stop].clone()
+
+    whole, pieces = weights_of(dtype), weights_of(dtype)
+    apply([(whole, Update(direction.clone(), 0.1, 0.97, scale, limit=1.5))], None)
+    apply([(pieces, Update(piece, 0.1, 0.97, scale, limit=1.5))], None)
+    assert torch.equal(read_all(pieces), read_all(whole))
+    assert not torch.equal(read_all(pieces), read_all(weights_of(dtype)))
+    step = PIECE - PIECE % BLOCK
+    assert calls == [(start, min(start + step, LONG)) for start in range(0, LONG, step)]
+
+
+@every_format
+def test_pieces_bound_the_temporaries(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(flat, "CPU_PIECE_NUMEL", PIECE)
+    weights = weights_of(dtype, 20_000)
+    with Watch() as watch:
+        apply([(weights, Update(lambda start, stop: torch.ones(stop - start), 0.1, 0.97))], None)
+    assert 0 < watch.largest <= torch.float32.itemsize * PIECE
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, torch.tensor(0.3, dtype=torch.float64)], ids=["1", "float", "tensor"])
+@every_format
+def test_tensor_scalars_equal_floats_within_one_rounding(dtype: torch.dtype, scale: Scalar) -> None:
+    """Products in fp32 are rounded once more for tensors; the other formats compute them alike."""
+    (direction,) = randn([LONG], seed=1)
+    factor, decay = torch.tensor(0.037), torch.tensor(0.97)
+    by_floats, by_tensors = weights_of(dtype), weights_of(dtype)
+    apply([(by_floats, Update(direction.clone(), float(factor), float(decay), scale))], None)
+    apply([(by_tensors, Update(direction.clone(), factor, decay, scale))], None)
+    expected, actual = read_all(by_floats).double(), read_all(by_tensors).double()
+    if dtype == torch.float32:
+        steps = direction.double().abs() * float(factor) * float(scale)
+        assert ((actual - expected).abs() <= 2.0**-23 * (steps + expected.abs())).all()
+    else:
+        assert torch.equal(actual, expected)
+    assert (float(factor), float(decay)) == (float(torch.tensor(0.037)), float(torch.tensor(0.97))), "unchanged"
+
+
+@every_format
+def test_scalars_of_float64_are_read_as_numbers(dtype: torch.dtype) -> None:
+    (direction,) = randn([LONG], seed=1)
+    single, double = weights_of(dtype), weights_of(dtype)
+    scalars = torch.tensor([0.125, 0.75])  # the same number in both
+    for weights, (factor, decay) in ((single, scalars), (double, scalars.double())):
+        apply([(weights, Update(direction.clone(), factor, decay))], None)
+    assert torch.equal(read_all(single), read_all(double))
+
+
+@every_format
+def test_each_update_gets_its_own_scalars(dtype: torch.dtype) -> None:
+    tensors = torch.tensor([0.02, 0.97, 0.5])
+    arguments: list[tuple[Any, ...]] = [
+        (0.1, 0.97), (0.2, 0.97), (0.1, 0.9), (0.1, 0.97, 0.5), (0.1, 0.97, 1.0, 0.01),
+        (tensors[0], 0.97), (tensors[0] * 2, 0.97), (0.1, tensors[1]), (0.1, 0.97, tensors[2]), (0.1, 0.97),
+    ]  # fmt: skip
+    together = [weights_of(dtype, 500 + number, number) for number in range(len(arguments))]
+    alone = [weights_of(dtype, 500 + number, number) for number in range(len(arguments))]
+    directions = randn([numel_of(weights) for weights in together], seed=1)
+    updates = [Update(direction.clone(), *given) for direction, given in zip(directions, arguments, strict=True)]
+    apply(list(zip(together, updates, strict=True)), None)
+    for weights, direction, given in zip(alone, directions, arguments, strict=True):
+        apply([(weights, Update(direction.clone(), *given))], None)
+    assert identical([read_all(weights) for weights in together], [read_all(weights) for weights in alone])
+
+
+def test_updates_with_the_same_scalars_are_applied_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[list[int]] = []
+
+    def record(shards: list[Tensor], directions: list[Tensor], **scalars: Any) -> None:
+        groups.append([shard.numel() for shard in shards])
+
+    monkeypatch.setattr("lomo_ds.numerics.apply.update_single", record)
+    scale = torch.tensor(0.5)
+    scalars: list[tuple[Any, ...]] = [(0.1, 1.0), (0.2, 1.0), (0.1, 1.0), (0.1, 1.0, scale), (0.1, 0.9)]
+    scalars += [(0.1, 1.0, scale), (0.1, 1.0, scale.clone())]
+    updates = [Update(torch.zeros(numel), *given) for numel, given in enumerate(scalars)]
+    apply([(torch.zeros(numel), update) for numel, update in enumerate(updates)], None)
+    assert groups == [[0, 2], [1], [3, 5], [4], [6]]
+
+
+def drawn_in_pieces(noise: RoundingNoise, dtype: torch.dtype, pieces: int) -> list[Tensor]:
+    """Round the same values in every piece, and return the pieces."""
+    step = PIECE - PIECE % BLOCK
+    (exact,) = randn([step])
+    values: Values = exact.repeat(pieces).to(torch.bfloat16)
+    if dtype == torch.int8:
+        values = view_blocks(quantize_flat(exact.repeat(pieces)), pieces * step, number=3)
+    apply([(values, Update(lambda start, stop: exact.clone(), 1e-3))], noise)
+    return list(read_all(values).split(step))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+def test_pieces_draw_different_noise_that_resumes_from_a_saved_state(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(flat, "CPU_PIECE_NUMEL", PIECE)
+    noise = RoundingNoise(torch.Generator().manual_seed(5))
+    before = drawn_in_pieces(noise, dtype, pieces=3)
+    assert not any(torch.equal(before[one], before[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+    state = noise.state()
+    first, second = drawn_in_pieces(noise, dtype, pieces=3), drawn_in_pieces(noise, dtype, pieces=3)
+    assert not any(map(torch.equal, first, second))
+    assert not any(map(torch.equal, first, before))
+    if dtype == torch.int8:
+        assert noise.calls == {3 + piece * PIECES: 3 for piece in range(3)}, "a sequence of its own for each piece"
+    resumed = RoundingNoise(torch.Generator().manual_seed(5 if dtype == torch.int8 else 6))
+    resumed.load_state(state)
+    assert identical(drawn_in_pieces(resumed, dtype, pieces=3), first)
+
+
+def test_pieces_of_one_tensor_share_no_noise_with_another() -> None:
+    noise = RoundingNoise(torch.Generator().manual_seed(5))
+    drawn = [noise.for_blocks(number, piece) for number in (0, 1, 2**20 - 1) for piece in (0, 1, 2)]
+    assert len({(each.seed, each.shard) for each in drawn}) == len(drawn)
+    assert all(each.step == 0 and 0 <= each.shard < 2**32 for each in drawn)
+    assert noise.for_blocks(1, 2).step == 1
+
+
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
+@every_format
+def test_the_host_never_reads_a_scalar(dtype: torch.dtype, in_pieces: bool) -> None:
+    direction = randn([LONG], seed=1)[0]
+    scalars = torch.tensor(0.1), torch.tensor(0.97), torch.tensor(0.5, dtype=torch.float64)
+    update = Update((lambda start, stop: direction[start:stop]) if in_pieces else direction, *scalars)
+    weights = weights_of(dtype)
+    with Watch() as watch:
+        apply([(weights, update)], None)
     assert not watch.host_reads
