@@ -1,14 +1,16 @@
 """Application of updates on a GPU: bit-equal to the CPU, with resumable noise, and without host synchronization."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from lomo_ds.numerics.apply import allocate_square_sums, kernel_for
+from lomo_ds.numerics.apply import Update, allocate_square_sums, apply, kernel_for
+from lomo_ds.numerics.int8 import Values, quantize_flat, view_blocks
 from lomo_ds.numerics.rounding_noise import RoundingNoise
+from lomo_ds.numerics.values import read
 from tests.numerics import philox
 from tests.updates import noise_of, sgd_step
 
@@ -81,6 +83,28 @@ def test_fp32_equals_float64_arithmetic(gradient_dtype: torch.dtype, coefficient
     for shard, weight, gradient in zip(shards, weights, gradients, strict=True):
         exact = weight.double() * 0.99 - 0.05 * gradient.double()
         torch.testing.assert_close(shard.cpu().double(), exact, rtol=1e-6, atol=1e-7)
+
+
+def updated_by_scalars(dtype: torch.dtype, device: str, in_pieces: bool, watched: bool = False) -> Tensor:
+    """Apply an update with all scalars in device memory, and return the weights in host memory."""
+    exact, direction = (values.to(device) for values in (randn(torch.float32)[3], randn(torch.float32, seed=1)[3]))
+    weights: Values = exact.to(dtype) if dtype.is_floating_point else view_blocks(quantize_flat(exact), exact.numel())
+    factor, decay, scale = (torch.tensor(value, device=device) for value in (0.037, 0.97, 0.5))
+    by_piece = (lambda start, stop: direction[start:stop]) if in_pieces else direction
+    with no_waiting() if watched else nullcontext():
+        apply([(weights, Update(by_piece, factor, decay, scale))], None)
+    return read(weights).cpu()
+
+
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+def test_scalars_in_device_memory_equal_those_of_the_cpu(dtype: torch.dtype, in_pieces: bool) -> None:
+    updated_by_scalars(dtype, "cuda", in_pieces)  # compiles
+    actual, expected = updated_by_scalars(dtype, "cuda", in_pieces, True), updated_by_scalars(dtype, "cpu", in_pieces)
+    if dtype == torch.float32:  # may fuse the multiplication with the addition
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+    else:
+        assert torch.equal(actual, expected)
 
 
 def test_fp32_equals_torch_sgd_bit_for_bit() -> None:

@@ -1,6 +1,7 @@
 """The Triton kernel without a GPU: its results in Triton's interpreter, and its compiled code."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lomo_ds.numerics.apply import Scalar, Update, apply
 from lomo_ds.numerics.flat import clamp_
 from lomo_ds.numerics.float_eager import update_half, update_single
 from lomo_ds.numerics.rounding_noise import RoundingNoise
@@ -26,7 +28,7 @@ def randn(numel: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def updated(shard: Tensor, gradient: Tensor, factor: float | Tensor, decay: float, noise: Any = None) -> Tensor:
+def updated(shard: Tensor, gradient: Tensor, factor: Scalar, decay: Scalar, noise: Any = None) -> Tensor:
     from lomo_ds.numerics import float_kernel
 
     written = shard.clone()
@@ -34,21 +36,65 @@ def updated(shard: Tensor, gradient: Tensor, factor: float | Tensor, decay: floa
     return written
 
 
-def equals_eager(dtype: torch.dtype, gradient_dtype: torch.dtype, factor: float | Tensor) -> None:
+def equals_eager(dtype: torch.dtype, gradient_dtype: torch.dtype, factor: Scalar, decay: Scalar) -> None:
     for numel in NUMELS:
         shard, gradient = randn(numel, dtype), randn(numel, gradient_dtype, seed=1)
         expected = shard.clone()
-        update_half([expected], [gradient.clone()], factor, decay=0.97, generator=None)
-        assert torch.equal(updated(shard, gradient, factor, decay=0.97), expected)
+        update_half([expected], [gradient.clone()], factor, decay, generator=None)
+        assert torch.equal(updated(shard, gradient, factor, decay), expected)
 
 
-@pytest.mark.parametrize("factor", [0.037, torch.tensor(0.037)], ids=["float", "tensor"])
+@pytest.mark.parametrize("decay", [0.97, torch.tensor(0.97)], ids=["float decay", "tensor decay"])
+@pytest.mark.parametrize("factor", [0.037, torch.tensor(0.037)], ids=["float factor", "tensor factor"])
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, *HALF_DTYPES])
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_nearest_equals_eager_bit_for_bit(
-    interpreted: Interpreted, dtype: torch.dtype, gradient_dtype: torch.dtype, factor: float | Tensor
+    interpreted: Interpreted, dtype: torch.dtype, gradient_dtype: torch.dtype, factor: Scalar, decay: Scalar
 ) -> None:
-    interpreted(equals_eager, dtype, gradient_dtype, factor)
+    interpreted(equals_eager, dtype, gradient_dtype, factor, decay)
+
+
+def scalars_in_memory_draw_the_same_noise(dtype: torch.dtype) -> None:
+    for numel in NUMELS:
+        shard, gradient = randn(numel, dtype), randn(numel, seed=1)
+        expected = updated(shard, gradient, 0.037, 0.97, noise=(3, 5))
+        memory = torch.tensor([7.0, 0.97, 0.037])  # views that 16 bytes do not divide
+        assert torch.equal(updated(shard, gradient, memory[2], memory[1], noise=(3, 5)), expected)
+        assert memory.tolist() == torch.tensor([7.0, 0.97, 0.037]).tolist()
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_scalars_in_memory_draw_the_same_noise(interpreted: Interpreted, dtype: torch.dtype) -> None:
+    interpreted(scalars_in_memory_draw_the_same_noise, dtype)
+
+
+def apply_hands_over_scalars(factor: Scalar, decay: Scalar, scale: Scalar) -> None:
+    from lomo_ds.numerics import float_kernel
+
+    def applied() -> Tensor:
+        weights = randn(1000, torch.bfloat16)
+        apply([(weights, Update(randn(1000, seed=1), factor, decay, scale))], None)
+        return weights
+
+    expected = applied()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lomo_ds.numerics.apply.kernel_for", lambda device: float_kernel)
+        assert torch.equal(applied(), expected)
+
+
+@pytest.mark.parametrize(
+    "scalars",
+    [
+        (torch.tensor(0.037), torch.tensor(0.97), 1.0),
+        (torch.tensor(0.037), torch.tensor(0.97), 0.25),
+        (torch.tensor(0.037), 0.97, torch.tensor(0.25)),
+        (0.037, torch.tensor(0.97), torch.tensor(0.25, dtype=torch.float64)),
+        (torch.tensor(0.037, dtype=torch.float64), torch.tensor(0.97, dtype=torch.float64), 1.0),
+    ],
+    ids=["tensors", "a scale", "a tensor scale", "a float64 scale", "float64"],
+)
+def test_scalars_reach_the_kernel_as_fp32(interpreted: Interpreted, scalars: tuple[Scalar, ...]) -> None:
+    interpreted(apply_hands_over_scalars, *scalars)
 
 
 def measured(shard: Tensor, gradient: Tensor, limit: float | None = None, factor: float = 0.037) -> tuple[Tensor, ...]:
@@ -296,9 +342,10 @@ def test_the_rule_resumes_from_the_state_of_its_generator(interpreted: Interpret
     interpreted(rule_goes_on_from_its_state)
 
 
+@pytest.mark.parametrize("in_memory", [False, True], ids=["scalars as arguments", "scalars in memory"])
 @pytest.mark.parametrize("squares", [True, False], ids=["squares", "no squares"])
 def test_compiles_to_wide_loads_and_separate_roundings(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, squares: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, squares: bool, in_memory: bool
 ) -> None:
     """Check compiled code: 16-byte loads and stores, no FMA, and shared memory only for the sum of squares."""
     import triton
@@ -308,18 +355,29 @@ def test_compiles_to_wide_loads_and_separate_roundings(
     from lomo_ds.numerics import float_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"weights": "*bf16", "directions": "*bf16", "factor": "fp32", "decay": "fp32", "limit": "constexpr"}
+    scalar = "*fp32" if in_memory else "fp32"
+    types = {"weights": "*bf16", "directions": "*bf16", "factor": scalar, "decay": scalar, "limit": "constexpr"}
     types["squares"] = "*fp32" if squares else "constexpr"
     nothing = {"limit": None} if squares else {"limit": None, "squares": None}
     source = ASTSource(
         float_kernel._apply,
         signature=types | dict.fromkeys(("numel", "seed", "call"), "i64"),
-        constexprs={"FACTOR_IN_MEMORY": False, "DECAY_IN_MEMORY": False, "STOCHASTIC": True, **nothing},
+        constexprs={"FACTOR_IN_MEMORY": in_memory, "DECAY_IN_MEMORY": in_memory, "STOCHASTIC": True, **nothing},
         attrs={(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=float_kernel.OPTIONS)
     code = compiled.asm["ptx"]
     assert code.count("ld.global.v4.b32") == 2 * 8
+    assert len(re.findall(r"ld\.global\.b32", code)) == (2 if in_memory else 0), "the scalars, once"
     assert code.count("st.global.v4.b32") == 8
     assert "fma." not in code
     assert compiled.metadata.shared == (16 if squares else 0), "a number for each warp"
+
+
+def test_the_place_of_a_scalar_causes_no_other_compilation() -> None:
+    """A launch looks up the compiled code without their alignment."""
+    from lomo_ds.numerics import float_kernel
+
+    kernel: Any = float_kernel._apply
+    unspecialized = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
+    assert unspecialized == {"factor", "decay", "squares"}

@@ -207,7 +207,7 @@ def _decode_tile(
 # ``squares`` may start anywhere in a buffer; its alignment must not cause another compilation.
 @triton.jit(
     do_not_specialize=["numel", "seed", "shard", "window", "shift"],
-    do_not_specialize_on_alignment=["factor", "squares"],
+    do_not_specialize_on_alignment=["factor", "decay", "squares"],
 )
 def _update(
     codes: tl.tensor,

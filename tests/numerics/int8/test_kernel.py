@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lomo_ds.numerics.apply import Scalar
 from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.numerics.int8 import blocks as int8_blocks
 from lomo_ds.numerics.int8 import eager as int8
@@ -28,7 +29,7 @@ def randn(numel: int, seed: int = 0) -> Tensor:
 
 
 def updated(
-    codes: Tensor, scales: Tensor, gradient: Tensor, factor: float | Tensor, decay: float, noise: Noise | None = None
+    codes: Tensor, scales: Tensor, gradient: Tensor, factor: Scalar, decay: Scalar, noise: Noise | None = None
 ) -> tuple[Tensor, Tensor]:
     from lomo_ds.numerics.int8 import kernel as int8_kernel
 
@@ -101,21 +102,38 @@ def test_the_buffers_of_all_ranks_are_decoded_at_once(interpreted: Interpreted, 
     interpreted(decodes_rows_as_eager, dtype)
 
 
-def updates_as_eager(dtype: torch.dtype, factor: float | Tensor) -> None:
+def updates_as_eager(dtype: torch.dtype, factor: Scalar, decay: Scalar) -> None:
     for numel in NUMELS:
         weights = randn(numel).mul(torch.linspace(-7, 7, numel).exp())
         expected = int8.encode(weights)
         gradient = (randn(numel, seed=1) * weights).to(dtype)
-        actual = updated(*expected, gradient, factor, decay=0.97)
-        int8.update_(*expected, gradient, factor, 0.97, None)
+        actual = updated(*expected, gradient, factor, decay)
+        int8.update_(*expected, gradient, factor, decay, None)
         assert all(map(torch.equal, actual, expected))
 
 
+@pytest.mark.parametrize("decay", [0.97, torch.tensor(0.97)], ids=["float decay", "tensor decay"])
 @pytest.mark.parametrize(
     ("dtype", "factor"), zip(DTYPES, [torch.tensor(-0.2), 0.9, -0.2], strict=True), ids=["tensor", "shrinks", "grows"]
 )
-def test_nearest_equals_eager_bit_for_bit(interpreted: Interpreted, dtype: torch.dtype, factor: float | Tensor) -> None:
-    interpreted(updates_as_eager, dtype, factor)
+def test_nearest_equals_eager_bit_for_bit(
+    interpreted: Interpreted, dtype: torch.dtype, factor: Scalar, decay: Scalar
+) -> None:
+    interpreted(updates_as_eager, dtype, factor, decay)
+
+
+def scalars_in_memory_draw_the_same_noise(noise: Noise | None) -> None:
+    for numel in NUMELS:
+        weights, gradient = int8.encode(randn(numel)), randn(numel, seed=1)
+        expected = updated(*weights, gradient, 0.037, 0.97, noise)
+        memory = torch.tensor([7.0, 0.97, 0.037])  # views that 16 bytes do not divide
+        for factor, decay in ((memory[2], memory[1]), (0.037, memory[1]), (memory[2], 0.97)):
+            assert all(map(torch.equal, updated(*weights, gradient, factor, decay, noise), expected))
+
+
+@pytest.mark.parametrize("noise", [None, Noise(3, 4, 5)], ids=["nearest", "stochastic"])
+def test_scalars_in_memory_draw_the_same_noise(interpreted: Interpreted, noise: Noise | None) -> None:
+    interpreted(scalars_in_memory_draw_the_same_noise, noise)
 
 
 def leaves_sums_of_squares(dtype: torch.dtype) -> None:
@@ -252,22 +270,32 @@ def test_encoding_compiles_to_wide_loads(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert set(re.findall(r"div\.[.\w]*", code)) == {"div.rn.f32"}, "correctly rounded, as in eager mode"
 
 
+@pytest.mark.parametrize("decay_in_memory", [False, True], ids=["decay as argument", "decay in memory"])
 def test_updating_compiles_to_wide_loads_and_separate_roundings(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, decay_in_memory: bool
 ) -> None:
     from lomo_ds.numerics.int8 import kernel as int8_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    pointers = {"codes": "*i8", "scales": "*bf16", "directions": "*bf16", "factor": "*fp32", "decay": "fp32"}
-    pointers |= {"limit": "constexpr", "squares": "*fp32"}
+    pointers = {"codes": "*i8", "scales": "*bf16", "directions": "*bf16", "factor": "*fp32"}
+    pointers |= {"decay": "*fp32" if decay_in_memory else "fp32", "limit": "constexpr", "squares": "*fp32"}
     signature = pointers | dict.fromkeys(("numel", "seed", "shard", "window", "shift"), "i64")
-    constants = {"FACTOR_IN_MEMORY": True, "DECAY_IN_MEMORY": False, "STOCHASTIC": True, "limit": None}
+    constants = {"FACTOR_IN_MEMORY": True, "DECAY_IN_MEMORY": decay_in_memory, "STOCHASTIC": True, "limit": None}
     code = compiled(int8_kernel._update, signature, constants)
     assert code.count("ld.global.v2.b32") == code.count("st.global.v2.b32") == 8, "8 codes"
     assert code.count("ld.global.v4.b32") == 8, "8 gradients of bfloat16"
     elements, programs = 64, 2  # of a thread; with masks and without
     assert code.count("fma.") == code.count("fma.rn.f32") == 2 * elements * programs, "two for a quotient, and no other"
     assert set(re.findall(r"div\.[.\w]*", code)) == {"div.rn.f32"}, "correctly rounded, as in eager mode"
+
+
+def test_the_place_of_a_scalar_causes_no_other_compilation() -> None:
+    """A launch looks up the compiled code without their alignment."""
+    from lomo_ds.numerics.int8 import kernel as int8_kernel
+
+    kernel: Any = int8_kernel._update
+    unspecialized = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
+    assert unspecialized == {"factor", "decay", "squares"}
 
 
 def test_a_quotient_by_the_reciprocal_of_a_scale_is_mended_to_the_correctly_rounded_one() -> None:
