@@ -37,11 +37,12 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 class WireBytes(TorchDispatchMode):
-    """Counts the bytes of each collective: the full tensor, or twice the tensor for an all-reduce."""
+    """Counts calls and bytes of each collective: the full tensor, or twice the tensor for an all-reduce."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counted: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -49,6 +50,7 @@ class WireBytes(TorchDispatchMode):
             tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
             largest = max((tensor.nbytes for tensor in tensors), default=0)
             self.counted[name] += 2 * largest if "allreduce" in name else largest
+            self.calls[name] += 1
         return func(*args, **(kwargs or {}))
 
 
