@@ -1,6 +1,7 @@
 """Start and end of the process group, for every way to launch a job."""
 
 import os
+import re
 import subprocess
 from datetime import timedelta
 
@@ -85,11 +86,27 @@ def _slurm_environment() -> dict[str, str]:
     hosts = subprocess.run(
         ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
     ).stdout.split()
+    local_size = tasks_on_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ["SLURM_NODEID"]))
     return {
         "RANK": os.environ["SLURM_PROCID"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": str(local_size),
         "MASTER_ADDR": hosts[0],
         # jobs that share a node must not share a port
         "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000),
     }
+
+
+def tasks_on_node(tasks_per_node: str, node: int) -> int:
+    """Return the number of tasks on one node of a SLURM step.
+
+    Args:
+        tasks_per_node: counts in the order of the nodes, repeated ones shortened: ``8(x2),4`` is 8, 8 and 4.
+    """
+    counts = [
+        int(count)
+        for count, repetitions in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks_per_node)
+        for _ in range(int(repetitions or 1))
+    ]
+    return counts[node]
