@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, memory, offload, quality, throughput, traffic
+from benchmarks import golden, gpu, memory, offload, quality, throughput, traffic
 from benchmarks.lib import gpu_report, kernels, measurements, methods
 from benchmarks.lib.contest import ratios
 from benchmarks.lib.footprint import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, TensorTracker
@@ -210,6 +210,38 @@ def test_offload(results_of: Callable[..., dict[str, Any]], monkeypatch: pytest.
     assert plans["65b", "auto"]["tokens"] == 1024
     assert plans["65b", "auto"]["fits"]
     assert plans["65b", "auto"]["tokens_per_second"] > offload.PAPER["65b"][1], "one GPU against the paper's eight"
+
+
+def test_golden_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two runs agree in every bit, except where the second one has another learning rate."""
+    table = tmp_path / "before.json"
+    options = ["--ranks=2", "--steps=2", "--schedules=stash+clip", "--formats", "fp32", "bf16+int8"]
+    monkeypatch.setattr(sys, "argv", ["golden.py", *options, f"--save={table}"])
+    golden.main()
+    saved = json.loads(table.read_text())["digests"]
+    assert len(saved) == len(set(saved.values())) == 4
+    monkeypatch.setattr(sys, "argv", ["golden.py", *options, f"--compare={table}"])
+    monkeypatch.setitem(golden.LEARNING_RATES, "lomo", 0.101)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        golden.main()
+    text = capsys.readouterr().out
+    assert f"2 of 4 digests differ from {table}" in text
+    assert "saved with another" not in text
+    marked = {line.split(" | ")[3] for line in text.splitlines() if "**differs** from " in line}
+    assert marked == {"lomo"}
+
+
+def test_golden_weights_of_other_cases_and_conditions_are_named() -> None:
+    digests = {"1 | fp32 | immediate | lomo": "a" * 64, "2 | fp32 | immediate | lomo": "b" * 64}
+    saved = {"1 | fp32 | immediate | lomo": "c" * 64}
+    rows = golden.describe(digests, saved).splitlines()[2:]
+    assert [row.split(" | ")[5].strip(" |") for row in rows] == [f"**differs** from {'c' * 16}", "not saved"]
+    assert golden.differing(digests, saved) == ["1 | fp32 | immediate | lomo"]
+    assert golden.differing(digests, {}) == []
+    here = {"machine": {"cpu": "one"}, "versions": {"torch": "2.13.0", "deepspeed": "0.19.8"}}
+    there = {"machine": {"cpu": "another"}, "versions": {"torch": "2.11.0", "deepspeed": "0.19.8"}}
+    assert golden.other_conditions(here, there) == ["processor: another, now one", "torch: 2.11.0, now 2.13.0"]
 
 
 def test_gpu_rows_on_the_cpu(tmp_path: Path) -> None:
