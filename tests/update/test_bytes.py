@@ -94,7 +94,7 @@ def after_gloo(count: Callable[[], int], at_most: int = 0) -> int:
     return count()
 
 
-def gradients_alive(schedule: str) -> tuple[int, list[int]]:
+def gradients_alive(schedule: str, optimizer_type: str) -> tuple[int, list[int]]:
     """Return the peak bytes of full gradients alive at once in three steps, and the sizes of the parameters."""
     model = build_model(layers=12, width=2)
     assert max(parameter.numel() for parameter in model.parameters()) == MIN_BUCKET_NUMEL
@@ -113,17 +113,22 @@ def gradients_alive(schedule: str) -> tuple[int, list[int]]:
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(watch)  # before the engine's own, which frees
     sizes = sorted(4 * parameter.numel() for parameter in model.parameters())
-    engine = make_engine(model, schedule, threshold=0)
+    engine = make_engine(model, schedule, threshold=0, lr=0.01, optimizer_type=optimizer_type)
     for _ in range(3):
         engine.train_batch(batch())
     assert len(alive) == 3 * len(sizes) * engine.schedule.passes
     return peak, sizes
 
 
-@pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
-def test_full_gradients_alive(ranks: GroupOf, schedule: str) -> None:
-    for peak, sizes in ranks(2).run(gradients_alive, schedule):
-        print(f"{schedule}: {peak} bytes of full gradients alive at once; the largest parameter's are {sizes[-1]}")
+@pytest.mark.parametrize(
+    ("schedule", "optimizer_type"),
+    [("immediate", "LOMO"), ("two_pass", "LOMO"), ("stash", "LOMO"), ("immediate", "AdaLomo"), ("two_pass", "AdaLomo")],
+)
+def test_full_gradients_alive(ranks: GroupOf, schedule: str, optimizer_type: str) -> None:
+    for peak, sizes in ranks(2).run(gradients_alive, schedule, optimizer_type):
+        print(
+            f"{optimizer_type}, {schedule}: {peak} bytes of full gradients alive; the largest parameter's are {sizes[-1]}"
+        )
         assert 0 < peak <= sum(sizes[-2:]) < sum(sizes) / 4
 
 
