@@ -1,4 +1,4 @@
-"""Full-parameter LOMO fine-tuning inside DeepSpeed ZeRO-3 (arXiv 2306.09782)."""
+"""Full-parameter LOMO and AdaLomo fine-tuning inside DeepSpeed ZeRO-3 (arXiv 2306.09782, 2310.10195)."""
 
 from typing import TYPE_CHECKING, Any
 

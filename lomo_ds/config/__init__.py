@@ -1,1 +1,1 @@
-"""The settings of a run: its arguments, LOMO's section and DeepSpeed's, checked before anything is built."""
+"""The settings of a run: its arguments, the optimizer's section and DeepSpeed's, checked before anything is built."""

@@ -22,7 +22,7 @@ HEADER = "# Written by lomo_ds, and written anew by the next run in this folder.
 
 @dataclass(frozen=True, kw_only=True)
 class JobArguments:
-    """Arguments of a training job beside the parameters of LOMO."""
+    """Arguments of a training job beside the optimizer's parameters."""
 
     model_name_or_path: str = parameter(help="Model folder (Hugging Face layout), hub name, or 7b, 13b, 30b, 65b.")
     train_file: str = parameter(help='Training text: .txt, or .jsonl with a "text" in every row.')
@@ -120,7 +120,7 @@ class JobArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments(LomoParameters, JobArguments):
-    """Fine-tune all the weights of a causal language model with LOMO inside DeepSpeed ZeRO-3."""
+    """Fine-tune all the weights of a causal language model with LOMO or AdaLomo inside DeepSpeed ZeRO-3."""
 
     def __post_init__(self) -> None:
         validate_fields(self, "--")
@@ -134,8 +134,8 @@ class TrainArguments(LomoParameters, JobArguments):
         for name in ("save_steps", "resume_from_checkpoint", "load_best_model_at_end"):
             if self.is_baseline and getattr(self, name):
                 raise ConfigError(
-                    f"--{name} was asked for, but --optim {self.optim} is there to compare LOMO with, and keeps no "
-                    "checkpoints; leave it out, or train with --optim lomo"
+                    f"--{name} was asked for, but --optim {self.optim} is there to compare with, and keeps no "
+                    f"checkpoints; leave it out, or train with --optim {' or '.join(OPTIMIZERS)}"
                 )
         if self.load_best_model_at_end and not (
             self.validation_file and self.save_steps and self.eval_steps and self.save_steps % self.eval_steps == 0

@@ -135,7 +135,7 @@ def reconcile(
 ) -> tuple[dict[str, Any], Arguments]:
     """Let a DeepSpeed config and the arguments agree: ``auto`` takes the argument, and a default the config's value.
 
-    An absent field counts as ``auto``, and so does an absent optimizer, which is then LOMO.
+    An absent field counts as ``auto``, and so does an absent optimizer, which is then the one that ``--optim`` names.
 
     Args:
         explicit: names of the arguments that the user set, rather than left at their default.
@@ -256,11 +256,15 @@ def _resolve_optimizer(config: dict[str, Any], section: dict[str, Any], argument
     LOMO in the DeepSpeed config, as in those that are part of lomo_ds, gives way to any other that ``--optim`` names.
     """
     kind = section.get("type", "LOMO")
-    if str(kind).lower() not in ("lomo", arguments.optim):
+    name = str(kind).lower()
+    if name not in ("lomo", arguments.optim):
+        wanted = "LOMO" if arguments.is_baseline else OPTIMIZERS[arguments.optim].type_name
+        way_out = f'write "optimizer": {{"type": "{wanted}", "params": {{"lr": "auto"}}}}'
+        if name in (*OPTIMIZERS, *BASELINES):
+            way_out += f", give --optim {name}"
         raise ConfigError(
-            f"the DeepSpeed config names the optimizer {one_line(repr(kind))}, and --optim is {arguments.optim}; write "
-            '"optimizer": {"type": "LOMO", "params": {"lr": "auto"}}, leave the section out, or give --optim '
-            f"{' or '.join((*OPTIMIZERS, *BASELINES))}"
+            f"the DeepSpeed config names the optimizer {one_line(repr(kind))}, and --optim is {arguments.optim}; "
+            f"{way_out}, or leave the section out"
         )
     if arguments.is_baseline:
         _replace_optimizer(config, section, arguments)
@@ -278,13 +282,14 @@ def _replace_optimizer(config: dict[str, Any], section: dict[str, Any], argument
     if unknown:
         raise ConfigError(
             f"of the DeepSpeed config's optimizer.params --optim {arguments.optim} knows lr and weight_decay, got "
-            f"{one_line(' and '.join(unknown))} too; remove that, or use --optim lomo"
+            f"{one_line(' and '.join(unknown))} too; remove that, or use --optim {' or '.join(OPTIMIZERS)}"
         )
     defaults = lomo_parameters(type(arguments)).items()
     unused = [n for n, default in defaults if n not in BASELINE_PARAMS and getattr(arguments, n) != default]
     if unused:
         raise ConfigError(
-            f"--{' and --'.join(unused)} cannot be used with --optim {arguments.optim}, only with lomo; leave it out"
+            f"--{' and --'.join(unused)} cannot be used with --optim {arguments.optim}, only with "
+            f"{' and '.join(OPTIMIZERS)}; leave it out"
         )
     params = {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay, **baseline["params"]}
     config["optimizer"] = {"type": baseline["type"], "params": params}

@@ -1,4 +1,4 @@
-"""The parameters of LOMO, defined once for the arguments, for the DeepSpeed config and for the planner."""
+"""The optimizers that update during backward, and their parameters: defined once for arguments, configs and plans."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -21,7 +21,12 @@ OptimizerName = Literal["lomo", "adalomo", "adamw", "sgd"]
 class LomoParameters:
     """Parameters that have one name as an argument, in a DeepSpeed config and in a plan."""
 
-    weight_decay: float = lomo_parameter(0.0, "Decoupled weight decay: p <- (1 - lr * decay) p - lr g.", at_least=0)
+    weight_decay: float = lomo_parameter(
+        0.0,
+        "Decoupled weight decay: each step multiplies p by 1 - a * decay. The step length a is lr for lomo, and lr "
+        "times the root mean square of p for adalomo.",
+        at_least=0,
+    )
     clip_grad_value: float | None = lomo_parameter(None, "Clamp every gradient element to [-value, value].", above=0)
     clip_group_norm: float | None = lomo_parameter(
         None, "Scale the gradients of each decoder layer down to this norm.", above=0
@@ -54,12 +59,9 @@ class LomoConfig(LomoParameters):
 
     lr: float = parameter(help="Learning rate; a scheduler may change it every step.", at_least=0)
 
-    def __post_init__(self) -> None:
-        validate_fields(self, "LOMO's ")
-
 
 def lomo_parameters(kind: type[LomoParameters]) -> dict[str, Any]:
-    """Return the names and defaults of LOMO's parameters among the fields of ``kind``."""
+    """Return the names and defaults of the optimizers' parameters among the fields of ``kind``."""
     return {entry.name: entry.default for entry in dataclasses.fields(kind) if entry.metadata.get("lomo")}
 
 
@@ -116,4 +118,6 @@ def read_lomo_config(ds_config: dict[str, Any]) -> LomoConfig:
             )
     if "lr" not in params:
         raise ConfigError(f"{kind.type_name} needs a learning rate; set optimizer.params.lr in the DeepSpeed config")
-    return kind.config(**params)
+    config = kind.config(**params)
+    validate_fields(config, f"{kind.type_name}'s ")
+    return config

@@ -26,7 +26,8 @@ def parameter(
         help: text for ``--help``.
         at_least, above, at_most: bounds of a number.
         multiline: whether a text may have several lines.
-        lomo: whether it is a parameter of LOMO, which a DeepSpeed config has in ``optimizer.params``.
+        lomo: whether it is a parameter of the optimizers that update during backward, which a DeepSpeed config has in
+            ``optimizer.params``.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most}
     metadata = {"help": help, "multiline": multiline, "lomo": lomo, **bounds}
@@ -34,7 +35,7 @@ def parameter(
 
 
 def lomo_parameter(default: Any = MISSING, help: str = "", **bounds: float) -> Any:
-    """Define a field that is a parameter of LOMO; see ``parameter``."""
+    """Define a field that is a parameter of ``optimizer.params``; see ``parameter``."""
     return parameter(default, help, lomo=True, **bounds)  # type: ignore[arg-type]
 
 

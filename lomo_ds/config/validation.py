@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lomo_ds.config.lomo_config import LomoConfig, read_lomo_config
+from lomo_ds.config.lomo_config import OPTIMIZERS, LomoConfig, optimizer_name, read_lomo_config
 from lomo_ds.config.parameter import validate_value
 from lomo_ds.config.sections import require_sections, value_at
 from lomo_ds.errors import ConfigError
@@ -63,12 +63,12 @@ def validate_baseline_config(ds_config: dict[str, Any]) -> None:
         if _device(zero.get(section)) == "nvme":
             raise ConfigError(
                 f"zero_optimization.{section}.device nvme is not supported for --optim adamw and sgd, only for the "
-                "parameters of lomo; use cpu"
+                f"parameters of {' and '.join(OPTIMIZERS)}; use cpu"
             )
     if zero.get("zero_quantized_weights"):
         raise ConfigError(
-            "zero_optimization.zero_quantized_weights is for LOMO here, as DeepSpeed's own needs kernels that do not "
-            "run everywhere; remove it or set it to false"
+            "zero_optimization.zero_quantized_weights is not supported for --optim adamw and sgd, as DeepSpeed's own "
+            "needs kernels that do not run everywhere; remove it or set it to false"
         )
 
 
@@ -120,21 +120,21 @@ def _validate_gradient_dtypes(ds_config: dict[str, Any]) -> None:
     dtype = value_at(ds_config, "data_types.grad_accum_dtype")
     if dtype not in (None, "fp32", "float32", "float", "torch.float32"):
         raise ConfigError(
-            f"data_types.grad_accum_dtype {dtype} is not supported, as LOMO adds gradients up in fp32; remove it"
+            f"data_types.grad_accum_dtype {dtype} is not supported, as gradients are added up in fp32; remove it"
         )
     kept = value_at(ds_config, "data_types.keep_in_fp32_modules")
     if kept not in (None, "auto", []):
         raise ConfigError(
-            f"data_types.keep_in_fp32_modules {kept} is not supported, as LOMO trains weights of one precision; "
-            "remove it"
+            f"data_types.keep_in_fp32_modules {kept} is not supported, as all weights have one precision; remove it"
         )
 
 
 def _validate_optimizer_offload(ds_config: dict[str, Any]) -> None:
+    type_name = OPTIMIZERS[optimizer_name(ds_config)].type_name
     if _device((ds_config.get("zero_optimization") or {}).get("offload_optimizer")) != "none":
         raise ConfigError(
-            "zero_optimization.offload_optimizer was asked for, but LOMO has no optimizer state to offload; "
-            "remove it, or use offload_param to keep the parameters in host memory"
+            f"zero_optimization.offload_optimizer was asked for, but {type_name} has no optimizer state that "
+            "can be offloaded; remove it, or use offload_param to keep the parameters in host memory"
         )
 
 

@@ -44,18 +44,18 @@ def initialize(
     mesh_param: None = None,
     config_params: str | dict[str, Any] | None = None,
 ) -> tuple[LomoEngine, LomoOptimizer, Any, Any]:
-    """Build a LOMO engine; takes the arguments of ``deepspeed.initialize`` and returns the same four values.
+    """Build an engine that updates during backward, with the arguments and results of ``deepspeed.initialize``.
 
     Args:
         model: the model to train. Its parameters are partitioned over the ranks here, unless ``deepspeed.zero.Init``
             has already partitioned them.
-        optimizer, mpu, mesh_param: must be None. ``config`` selects LOMO, and all ranks are data-parallel.
+        optimizer, mpu, mesh_param: must be None. ``config`` selects the optimizer, and all ranks are data-parallel.
         model_parameters: the parameters to train, as tensors or as param groups with their own ``lr``,
             ``weight_decay`` and ``type``, an optimizer's name; None trains all parameters.
         lr_scheduler: a function that builds a scheduler for the optimizer passed to it. An existing scheduler is
             refused because it is bound to another optimizer.
-        config: a DeepSpeed config (path or dict) with ``"optimizer": {"type": "LOMO", ...}`` and ZeRO stage 3; see
-            ``LomoConfig`` for the optimizer's parameters.
+        config: a DeepSpeed config (path or dict) with ``"optimizer": {"type": "LOMO", ...}``, or another type of
+            ``OPTIMIZERS``, and ZeRO stage 3; see ``LomoConfig`` for the optimizer's parameters.
 
     Returns:
         (engine, optimizer, training dataloader or None, learning-rate scheduler or None)
@@ -67,8 +67,8 @@ def initialize(
         for name, value in (("optimizer", optimizer), ("mpu", mpu), ("mesh_param", mesh_param)):
             if value is not None:
                 raise ConfigError(
-                    f"lomo_ds.initialize takes no {name}, got {type(value).__name__}; name LOMO in the DeepSpeed "
-                    "config, and leave every rank data-parallel"
+                    f"lomo_ds.initialize takes no {name}, got {type(value).__name__}; name the optimizer in the "
+                    "DeepSpeed config, and leave every rank data-parallel"
                 )
         if model is None:
             raise ConfigError("lomo_ds.initialize needs a model, got None")
@@ -81,7 +81,7 @@ def initialize(
         ds_config = complete_ds_config(ds_config, torch.distributed.get_world_size())
         validate_ds_config(ds_config)  # again, because the world size may determine the accumulation steps
         if torch.distributed.get_rank() == 0 and (idle := unused_fields(ds_config)):
-            logger.info("LOMO ignores these fields of the DeepSpeed config: %s", ", ".join(idle))
+            logger.info("lomo_ds ignores these fields of the DeepSpeed config: %s", ", ".join(idle))
         engine = LomoEngine(
             args=args,
             model=model,

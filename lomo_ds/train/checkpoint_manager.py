@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from lomo_ds.checkpoint import checkpoint_name, rotate
 from lomo_ds.config.arguments import TrainArguments
+from lomo_ds.config.lomo_config import OPTIMIZERS
 from lomo_ds.data import Position
 from lomo_ds.engine.lomo import LomoEngine
 from lomo_ds.errors import CheckpointError
@@ -53,7 +54,10 @@ class NoCheckpoints:
 
     def resume_hint(self) -> str:
         """Implement ``RunCheckpoints.resume_hint``."""
-        return f"nothing was saved, as --optim {self.optim} keeps no checkpoints; start again, or use --optim lomo"
+        return (
+            f"nothing was saved, as --optim {self.optim} keeps no checkpoints; start again, or use --optim "
+            f"{' or '.join(OPTIMIZERS)}"
+        )
 
 
 class CheckpointManager:

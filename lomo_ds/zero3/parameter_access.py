@@ -23,7 +23,7 @@ ATTRIBUTE = "_z3_optimizer"
 class ParameterAccess:
     """Access to the partitioned parameters of a model; the next forward uses the values that were written.
 
-    Only weights are available: LOMO has no optimizer states, and gradients do not outlive backward.
+    Only weights are available: the state of update rules is kept elsewhere, and gradients do not outlive backward.
     """
 
     def __init__(self, model: Module) -> None:
@@ -130,11 +130,11 @@ def _check_value(value: Any, numel: int) -> None:
 
 def _check_no_state(key: str | None) -> None:
     if key is not None:
-        raise ConfigError(f"LOMO has no optimizer state {key!r}; only weights can be read and set")
+        raise ConfigError(f"the optimizer state {key!r} cannot be read or set, only weights can")
 
 
 def _raise_no_gradient() -> Never:
     raise ConfigError(
-        "LOMO keeps no gradient after backward; use parameter.register_hook(function) to see or replace this rank's "
+        "no gradient is kept after backward; use parameter.register_hook(function) to see or replace this rank's "
         "gradient during backward, or engine.get_global_grad_norm() for the gradient norm"
     )

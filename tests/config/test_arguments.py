@@ -25,14 +25,21 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) 
     assert explicit == {"learning_rate", "max_steps", "bf16", "model_name_or_path", "train_file", "output_dir"}
 
 
-@pytest.mark.parametrize(("optim", "learning_rate"), [("lomo", 0.03), ("adamw", 5e-5), ("sgd", 0.03)])
-def test_each_optimizer_has_its_own_learning_rate(tmp_path: Path, optim: str, learning_rate: float) -> None:
+@pytest.mark.parametrize(
+    ("optim", "learning_rate", "max_grad_norm"),
+    [("lomo", 0.03, 1.0), ("adalomo", 5e-4, 0.0), ("adamw", 5e-5, 1.0), ("sgd", 0.03, 1.0)],
+)
+def test_each_optimizer_has_its_own_learning_rate_and_clip(
+    tmp_path: Path, optim: str, learning_rate: float, max_grad_norm: float
+) -> None:
     arguments, explicit = parse_arguments([*REQUIRED, "--optim", optim])
-    assert arguments.learning_rate == learning_rate
-    assert "learning_rate" not in explicit
+    assert (arguments.learning_rate, arguments.max_grad_norm) == (learning_rate, max_grad_norm)
+    assert not {"learning_rate", "max_grad_norm"} & explicit
     arguments.dump(tmp_path / "config.yaml")
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["learning_rate"] == learning_rate
-    assert parse_arguments([*REQUIRED, "--optim", optim, "--learning_rate", "1"])[0].learning_rate == 1
+    dumped = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (dumped["learning_rate"], dumped["max_grad_norm"]) == (learning_rate, max_grad_norm)
+    given, _ = parse_arguments([*REQUIRED, "--optim", optim, "--learning_rate", "1", "--max_grad_norm", "2"])
+    assert (given.learning_rate, given.max_grad_norm) == (1, 2)
 
 
 def test_a_dumped_config_gives_the_same_arguments(tmp_path: Path) -> None:
@@ -60,7 +67,7 @@ def test_a_dumped_config_gives_the_same_arguments(tmp_path: Path) -> None:
         ([*REQUIRED, "--optim", "adamw", "--save_steps", "5"], "--save_steps .*--optim adamw .* keeps no checkpoints"),
         (
             [*REQUIRED, "--optim", "sgd", "--resume_from_checkpoint", "auto"],
-            "--resume_from_checkpoint was asked for.*leave it out, or train with --optim lomo",
+            "--resume_from_checkpoint was asked for.*leave it out, or train with --optim lomo or adalomo",
         ),
         ([*REQUIRED, "--optim", "adamw", "--load_best_model_at_end"], "--load_best_model_at_end was asked for"),
     ],

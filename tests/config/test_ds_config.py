@@ -37,7 +37,7 @@ def trained_on(config: dict[str, Any], *argv: str) -> dict[str, Any]:
     config, arguments = reconcile(config, arguments, given, world_size=1)
     config = fill_buckets(fill_scheduler(config, arguments, total_steps=10), LlamaConfig(hidden_size=64))
     config = complete_ds_config(config, world_size=1)
-    (validate_ds_config if arguments.optim == "lomo" else validate_baseline_config)(config)
+    (validate_baseline_config if arguments.is_baseline else validate_ds_config)(config)
     parse_ds_config(config)
     return config
 
@@ -138,13 +138,62 @@ def test_a_baseline_takes_the_place_of_lomo(path: Path, optim: str, filled: dict
     assert given["optimizer"]["type"] == "LOMO", "the caller's own is untouched"
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_adalomo_takes_the_place_of_lomo(path: Path) -> None:
+    given = read_ds_config(str(path))
+    config, arguments = merged(given, "--optim", "adalomo", "--weight_decay", "0.1")
+    expected, _ = merged(given, "--learning_rate", "5e-4", "--max_grad_norm", "0", "--weight_decay", "0.1")
+    assert config == expected | {"optimizer": expected["optimizer"] | {"type": "AdaLomo"}}
+    validate_ds_config(fill_scheduler(config, arguments, total_steps=10))
+    assert merged(config, "--optim", "adalomo")[0] == config, "which is its own place too"
+    assert given["optimizer"]["type"] == "LOMO", "the caller's own is untouched"
+
+
+@pytest.mark.parametrize("kind", ["AdaLomo", "adalomo"])
+def test_adalomo_of_the_ds_config_is_adopted(kind: str) -> None:
+    """AdaLomo's defaults give way to values of the DeepSpeed config and to arguments."""
+
+    def values(config: dict[str, Any], arguments: TrainArguments) -> tuple[Any, ...]:
+        in_config = config["optimizer"]["params"]["lr"], config["gradient_clipping"]
+        assert in_config == (arguments.learning_rate, arguments.max_grad_norm)
+        return config["optimizer"]["type"], arguments.optim, *in_config
+
+    optimizer = {"type": kind, "params": {"lr": "auto"}}
+    assert values(*merged({"optimizer": optimizer})) == ("AdaLomo", "adalomo", 5e-4, 0.0)
+    assert values(*merged({"optimizer": {"type": kind}})) == ("AdaLomo", "adalomo", 5e-4, 0.0)
+    argv = ["--learning_rate", "0.1", "--max_grad_norm", "2"]
+    assert values(*merged({"optimizer": optimizer}, *argv)) == ("AdaLomo", "adalomo", 0.1, 2.0)
+    config = {"optimizer": {"type": kind, "params": {"lr": 0.2}}, "gradient_clipping": 0.5}
+    assert values(*merged(config)) == ("AdaLomo", "adalomo", 0.2, 0.5)
+    assert values(*merged({"optimizer": optimizer}, "--optim", "adalomo")) == ("AdaLomo", "adalomo", 5e-4, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "optim", "way_out"),
+    [
+        ("AdaLomo", "lomo", 'write "optimizer": {"type": "LOMO", "params": {"lr": "auto"}}, give --optim adalomo, or'),
+        ("AdaLomo", "adamw", 'write "optimizer": {"type": "LOMO", "params": {"lr": "auto"}}, give --optim adalomo, or'),
+        (
+            "AdamW",
+            "adalomo",
+            'write "optimizer": {"type": "AdaLomo", "params": {"lr": "auto"}}, give --optim adamw, or',
+        ),
+        ("Muon", "adalomo", 'write "optimizer": {"type": "AdaLomo", "params": {"lr": "auto"}}, or leave'),
+    ],
+)
+def test_another_optimizer_than_that_of_the_ds_config_is_an_error(kind: str, optim: str, way_out: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        merged({"optimizer": {"type": kind, "params": {"lr": "auto"}}}, "--optim", optim)
+    assert f"the DeepSpeed config names the optimizer '{kind}', and --optim is {optim}; {way_out}" in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
         ({"type": "LOMO", "params": {"update_schedule": "stash"}}, "lr and weight_decay, got update_schedule too"),
         (
             {"type": "LOMO", "params": {"clip_group_norm": 1.0, "stash_device": "cpu"}},
-            "got clip_group_norm and stash_device too; remove that, or use --optim lomo",
+            "got clip_group_norm and stash_device too; remove that, or use --optim lomo or adalomo",
         ),
         ({"params": {"clip_grad_value": 1.0}}, "got clip_grad_value too"),
         ({"type": "AdamW", "params": {"betas": [0.9, 0.95]}}, "got betas too"),

@@ -1,12 +1,14 @@
 """Error messages for settings that cannot be carried out: they state the rule, the value and the way out."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from lomo_ds.config.lomo_config import LomoConfig, read_lomo_config
+from lomo_ds.config.ds_config import BASELINES
+from lomo_ds.config.lomo_config import OPTIMIZERS, LomoConfig, OptimizerName, optimizer_name, read_lomo_config
 from lomo_ds.config.validation import validate_ds_config
 from lomo_ds.errors import ConfigError
+from lomo_ds.update.rules import RULES
 
 
 def ds_config(params: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
@@ -76,6 +78,40 @@ def test_invalid_settings_are_errors(config: dict[str, Any], message: str) -> No
     with pytest.raises(ConfigError, match=message) as refusal:
         check(config)
     assert "\n" not in str(refusal.value)
+
+
+def test_every_optimizer_has_one_name_in_arguments_configs_and_rules() -> None:
+    assert get_args(OptimizerName) == (*OPTIMIZERS, *BASELINES)
+    assert RULES.keys() == OPTIMIZERS.keys()
+    for name, kind in OPTIMIZERS.items():
+        config = {"optimizer": {"type": kind.type_name, "params": {"lr": 0.1}}}
+        assert optimizer_name(config) == name
+        assert read_lomo_config(config) == kind.config(lr=0.1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"lr": -1}, "'s lr must be a number of at least 0, got -1"),
+        ({"lr": 1, "rounding": "up"}, "'s rounding must be one of auto, nearest, stochastic, got 'up'"),
+        ({"lr": 1, "momentum": 0.9}, " has no parameter 'momentum'; it knows weight_decay"),
+        ({}, " needs a learning rate; set optimizer.params.lr"),
+    ],
+)
+def test_errors_name_the_optimizer(name: str, params: dict[str, Any], message: str) -> None:
+    kind = OPTIMIZERS[name]
+    with pytest.raises(ConfigError) as refusal:
+        check(ds_config(optimizer={"type": kind.type_name, "params": params}))
+    assert str(refusal.value).startswith(kind.type_name + message)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_cannot_be_offloaded(name: str) -> None:
+    kind = OPTIMIZERS[name]
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    with pytest.raises(ConfigError, match=f"but {kind.type_name} has no optimizer state that can be offloaded; remove"):
+        check(ds_config(optimizer={"type": kind.type_name, "params": {"lr": 1}}, zero_optimization=zero))
 
 
 @pytest.mark.parametrize("schedule", ["auto", "stash"])

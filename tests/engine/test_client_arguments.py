@@ -114,6 +114,7 @@ def test_a_scheduler_that_needs_a_metric_does_not_get_the_batch_size(ranks: Grou
         (WEIGHT, BIAS),
         [{"params": [WEIGHT]}, {"params": [BIAS], "lr": 0.1, "weight_decay": torch.tensor(0.0)}],
         [{"params": WEIGHT, "name": "matrix"}],
+        [{"params": [WEIGHT], "type": "AdaLomo"}, {"params": [BIAS], "type": "LOMO", "lr": 0.1}],
         list(MODEL.named_parameters()),
     ],
 )

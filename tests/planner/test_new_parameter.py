@@ -72,7 +72,7 @@ def test_it_is_validated_by_its_bounds() -> None:
     with pytest.raises(ConfigError, match="--momentum must be a number of at least 0, got -1"):
         parse(MomentumArguments, [*REQUIRED, "--momentum=-1"])
     with pytest.raises(ConfigError, match="LOMO's momentum must be a number of at least 0, got 'much'"):
-        MomentumConfig(lr=1.0, momentum="much")  # type: ignore[arg-type]
+        read_lomo_config({"optimizer": {"type": "LOMO", "params": {"lr": 1.0, "momentum": "much"}}})
 
 
 def test_a_plan_and_its_suggestion_have_it() -> None:

@@ -139,6 +139,29 @@ def test_stopped_twice_by_signals_and_resumed(
     assert (len(scales) > 2) == (precision == "fp16")
 
 
+def test_adalomo_stopped_resumed_and_exported(ranks: GroupOf, dropout: Path, tmp_path: Path) -> None:
+    """The statistics are restored with the weights, and no other optimizer takes them for its own."""
+    more = {
+        "optim": "adalomo",
+        "learning_rate": 0.05,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 6,
+        "save_steps": 6,
+    }
+    run(ranks(2), arguments(dropout, tmp_path / "whole", **more))
+    losses = [record["eval_loss"] for record in records(tmp_path / "whole") if "eval_loss" in record]
+    assert losses[-1] < losses[0] - 0.3
+    argv = [*arguments(dropout, tmp_path / "stopped", **more), "--resume_from_checkpoint=auto"]
+    assert "checkpoint-3 is saved" in run(ranks(2), argv, {(1, 3): "SIGTERM"})
+    from_checkpoint = f"--resume_from_checkpoint={tmp_path}/stopped/checkpoint-3"
+    assert "--optim lomo (saved: adalomo)" in refused(ranks(2), [*argv, "--optim=lomo", from_checkpoint])
+    assert "resumed after step 3 of 6" in run(ranks(2), argv)
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+    export(tmp_path / "stopped/checkpoint-6", tmp_path / "exported")
+    model, exported = (load_file(tmp_path / folder / "model.safetensors") for folder in ("stopped", "exported"))
+    assert all(torch.equal(model[name], exported[name]) for name in model)
+
+
 def test_killed_between_checkpoints_what_follows_is_done_again(ranks: GroupOf, dropout: Path, tmp_path: Path) -> None:
     """metrics.jsonl tells of steps behind the checkpoint, and its last line was cut short."""
     run(ranks(2), arguments(dropout, tmp_path / "whole", max_steps=8))
