@@ -1,6 +1,7 @@
 # make train | test | lint | format | setup | clean        (make setup TORCH=2.11.0 for another torch)
 # make test-oldest                                         the tests under the oldest versions; downloads gigabytes
 # make fuzz                                                inputs at random for MINUTES=5, counted; SEED=n draws them again
+# make figures                                             how long files and functions are, how deep imports go
 # make bench | bench-gpu                                   what is claimed, measured on the CPU; in 7 minutes on one GPU
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ RANKS  ?= 2
 MINUTES ?= 5
 FILES  := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-oldest fuzz bench bench-gpu setup lint format clean
+.PHONY: train test test-oldest fuzz figures bench bench-gpu setup lint format clean
 
 # The main job, on CPU ranks where there is no GPU: the same script that runs on 8 GPUs.
 train: setup $(DEMO)/model/config.json
@@ -31,6 +32,10 @@ test: setup
 # Other inputs at every run, unless SEED says which; ends with a table, and with an error if any input is at fault.
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# The size of the package and its parts.
+figures: setup
+	$(BIN)/python -m tests.house_figures
 
 # The oldest releases that are supported. PyPI's torch is the CUDA build, which runs on the CPU as well.
 test-oldest: $(OLDEST)/ready
