@@ -126,9 +126,7 @@ def gradients_alive(schedule: str, optimizer_type: str) -> tuple[int, list[int]]
 )
 def test_full_gradients_alive(ranks: GroupOf, schedule: str, optimizer_type: str) -> None:
     for peak, sizes in ranks(2).run(gradients_alive, schedule, optimizer_type):
-        print(
-            f"{optimizer_type}, {schedule}: {peak} bytes of full gradients alive; the largest parameter's are {sizes[-1]}"
-        )
+        print(f"{optimizer_type}, {schedule}: {peak} bytes of gradients alive; the largest parameter's are {sizes[-1]}")
         assert 0 < peak <= sum(sizes[-2:]) < sum(sizes) / 4
 
 
