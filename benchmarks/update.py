@@ -1,9 +1,10 @@
-"""Compares the bandwidth of the SGD update of a shard with that of a plain copy of the same number of bytes.
+"""Compares the bandwidth of the update of a shard with that of a plain copy of the same number of bytes.
 
     python benchmarks/update.py
 
-An update reads a shard and its gradient and writes the shard, so no update is faster than a plain copy of the same
-number of bytes. For each kind of shard (fp32; bf16 rounded to nearest; bf16 and fp16 rounded stochastically; int8
+An update by SGD reads a shard and its gradient and writes the shard, so no update is faster than a plain copy of the
+same number of bytes. AdaLomo reads the gradient three times, for its row and column sums, for the norm of its direction
+and for the update, and the shard twice, because a step is proportional to its norm. For each kind of shard (fp32; bf16 rounded to nearest; bf16 and fp16 rounded stochastically; int8
 weights, whose gradients are bf16), each size and each implementation, the benchmark reports
 
 - the update's bytes per second: the bytes that it must read and write, divided by its median time
@@ -11,7 +12,8 @@ weights, whose gradients are bf16), each size and each implementation, the bench
 
 The implementations are lomo_ds's update in PyTorch operations (eager), lomo_ds's update by its Triton kernel (triton),
 and the same arithmetic compiled by torch.compile (compiled), which draws its noise from torch's global generator. fp32
-has no kernel: one PyTorch operation updates all shards. On a GPU, times are measured with events after overwriting the
+has no kernel: one PyTorch operation updates all shards. AdaLomo computes with PyTorch operations up to the last step,
+which is applied as in training. On a GPU, times are measured with events after overwriting the
 cache, and sizes are those of LLaMA's matrices. On a CPU, small sizes stay in the cache, for the copy and the update.
 """
 
@@ -34,10 +36,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.lib import result_files
 from benchmarks.lib.kernels import fallbacks, kernel_states
 from lomo_ds.numerics import apply, int8
-from lomo_ds.numerics.flat import pieces
+from lomo_ds.numerics.flat import ceil_div, pieces
 from lomo_ds.numerics.float_eager import update_half, update_single
 from lomo_ds.numerics.int8 import Values, eager
 from lomo_ds.numerics.rounding_noise import RoundingNoise
+from lomo_ds.update.rules import AdaLomo, Gradient
+from lomo_ds.update.target import Target
 
 GB = 1e9
 LR, DECAY = 1e-3, 0.999  # DECAY multiplies the weights, so that weight decay is computed too
@@ -46,6 +50,7 @@ COLORS = {EAGER: "#e08e45", TRITON: "#1b7f79", COMPILED: "#7a6fb0"}
 GPU_ELEMENTS = [4096 * 4096, 11008 * 4096, 32000 * 4096]
 CPU_ELEMENTS = [2**20]
 GPU_CACHE_BYTES = 2**28  # larger than the cache of any GPU
+COLUMNS = 4096  # of the matrix that AdaLomo updates
 WARM_UP = 2  # rounds that are not counted, for compilation
 
 Update = Callable[[Any, Tensor], None]  # writes a shard from its gradient
@@ -54,11 +59,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Kind:
-    """The dtype of a shard and its rounding. Gradients of int8 weights are bf16."""
+    """The dtype of a shard, its rounding and its rule. Gradients of int8 weights are bf16."""
 
     name: str
     dtype: torch.dtype
     stochastic: bool = False
+    rule: str = "lomo"
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -73,7 +79,8 @@ class Kind:
     def bytes_moved(self, elements: int) -> int:
         """Return the bytes that an update moves: it reads the shard and the gradient, and writes the shard."""
         shard = int8.quantized_bytes(elements) if self.dtype == torch.int8 else elements * self.dtype.itemsize
-        return 2 * shard + elements * self.gradient_dtype.itemsize
+        gradient = elements * self.gradient_dtype.itemsize
+        return 3 * shard + 3 * gradient if self.rule == "adalomo" else 2 * shard + gradient
 
 
 KINDS = [
@@ -83,6 +90,9 @@ KINDS = [
     Kind("fp16 stochastic", torch.float16, stochastic=True),
     Kind("int8 nearest", torch.int8),
     Kind("int8 stochastic", torch.int8, stochastic=True),
+    Kind("fp32 adalomo", torch.float32, rule="adalomo"),
+    Kind("bf16 stochastic adalomo", torch.bfloat16, stochastic=True, rule="adalomo"),
+    Kind("int8 stochastic adalomo", torch.int8, stochastic=True, rule="adalomo"),
 ]
 
 
@@ -101,6 +111,8 @@ def ways_by_default(device: torch.device) -> list[str]:
 
 def ways_of(kind: Kind, ways: list[str]) -> list[str]:
     """Return the implementations among ``ways`` that exist for shards of this kind."""
+    if kind.rule == "adalomo":
+        return [way for way in ways if way != COMPILED][-1:]
     missing = {torch.float32: TRITON, torch.int8: COMPILED}
     return [way for way in ways if way != missing.get(kind.dtype)]
 
@@ -108,10 +120,12 @@ def ways_of(kind: Kind, ways: list[str]) -> list[str]:
 def update_of(way: str, kind: Kind, device: torch.device) -> Update:
     """Return an implementation of the update for shards of this kind."""
     generator = torch.Generator(device).manual_seed(0) if kind.stochastic else None
+    noise = None if generator is None else RoundingNoise(generator)
+    if kind.rule == "adalomo":
+        return _adalomo(noise)
     if way == COMPILED:
         return _compiled(kind)
     if way == TRITON:  # as in training
-        noise = None if generator is None else RoundingNoise(generator)
         return lambda shard, gradient: apply.apply([(shard, apply.Update(gradient, LR, DECAY))], noise)
     if kind.dtype == torch.float32:
         return lambda shard, gradient: update_single([shard], [gradient], LR, DECAY)
@@ -122,6 +136,29 @@ def update_of(way: str, kind: Kind, device: torch.device) -> Update:
     def update(shard: Tensor, gradient: Tensor) -> None:
         for part, gradient_part in pieces([shard], [gradient]):
             update_half(part, gradient_part, LR, DECAY, generator)
+
+    return update
+
+
+def _adalomo(noise: RoundingNoise | None) -> Update:
+    """Return the update by AdaLomo of a slice of a matrix, as on one of several ranks but without their sums."""
+    rule = AdaLomo()
+    states: dict[int, dict[str, Tensor]] = {}
+
+    def update(shard: Values, gradient: Tensor) -> None:
+        numel = gradient.numel()
+        shape = torch.Size([ceil_div(numel, COLUMNS), COLUMNS])
+        target = Target("shard", shape, 0, numel, 0, {"lr": LR, "weight_decay": 1 - DECAY})
+        if numel not in states:
+            specs = rule.state(target)
+            states[numel] = {name: torch.zeros(spec.shape, device=gradient.device) for name, spec in specs.items()}
+        sums = rule.update(target, shard, Gradient(gradient), states[numel], step=1)
+        partial = next(sums)
+        try:
+            while True:
+                partial = sums.send(partial)
+        except StopIteration as end:
+            apply.apply([(shard, end.value)], noise)
 
     return update
 
@@ -255,7 +292,8 @@ def describe(results: dict[str, Any]) -> str:
         + "".join(f"- {finding}\n" for finding in findings(results))
         + "\n"
         + result_files.table(["shard", "elements", "way", "ms", "GB/s", "copy GB/s", "of the copy", "quartiles"], lines)
-        + "\nA GB is 10^9 bytes. An update reads a shard and its gradient and writes the shard.\n"
+        + "\nA GB is 10^9 bytes. An update reads a shard and its gradient and writes the shard; "
+        "AdaLomo reads the shard twice, and the gradient three times.\n"
     )
 
 
