@@ -4,8 +4,9 @@
 
 An update by SGD reads a shard and its gradient and writes the shard, so no update is faster than a plain copy of the
 same number of bytes. AdaLomo reads the gradient three times, for its row and column sums, for the norm of its direction
-and for the update, and the shard twice, because a step is proportional to its norm. For each kind of shard (fp32; bf16 rounded to nearest; bf16 and fp16 rounded stochastically; int8
-weights, whose gradients are bf16), each size and each implementation, the benchmark reports
+and for the update, and the shard twice, because a step is proportional to its norm. For each kind of shard (fp32; bf16
+rounded to nearest; bf16 and fp16 rounded stochastically; int8 weights, whose gradients are bf16), each size and each
+implementation, the benchmark reports
 
 - the update's bytes per second: the bytes that it must read and write, divided by its median time
 - its share of the copy's bandwidth: median and quartiles, with copy and update timed one after the other
