@@ -19,7 +19,7 @@ from lomo_ds.zero3 import SCALES, Shard
 
 MODEL = "model"  # folder of configuration and tokenizer in checkpoints that launch/train.py writes
 FORMAT = 2
-FRESH_STATE = "load with load_optimizer_states=False, which starts from fresh state"
+WITHOUT_STATE = "load with load_optimizer_states=False, which leaves the state unchanged"
 
 
 @dataclass
@@ -144,7 +144,7 @@ def check_same_rule_state(folder: Path, record: dict[str, Any], rule_state: dict
             raise CheckpointError(
                 f"{folder} was saved with another optimizer: the state {name} is {_describe(saved.get(name))} in it, "
                 f"but {_describe(rule_state.get(name))} in this run; resume with the optimizer it was saved with, or "
-                f"{FRESH_STATE}"
+                f"{WITHOUT_STATE}"
             )
 
 
@@ -166,7 +166,7 @@ def check_same_blocks(
             raise CheckpointError(
                 f"{folder} holds int8 tensors in the blocks of {record['world_size']} ranks, but the blocks of {name} "
                 f"differ on {world_size} ranks; resume on {record['world_size']}"
-                + (f", or {FRESH_STATE}" if kind == "rule_state" else "")
+                + (f", or {WITHOUT_STATE}" if kind == "rule_state" else "")
             )
 
 

@@ -169,7 +169,7 @@ class LomoEngine(TokenAveragingEngine):
 
         Args:
             load_module_strict: must be True, because every tensor is loaded.
-            load_optimizer_states: whether to restore the dynamic loss scale and the state of the update rule.
+            load_optimizer_states: whether to restore the dynamic loss scale and the state of the update rules.
             load_lr_scheduler_states: whether to restore the scheduler, including its settings (base learning rate,
                 milestones), and the learning rates; False keeps this engine's.
             load_module_only: whether to load only the weights and buffers.
