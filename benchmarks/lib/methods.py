@@ -22,7 +22,13 @@ CLIP, INT8, QUANTIZED_GATHER = "+clip", "+int8", "+qgather"
 MAX_NORM = 1.0
 LR = 1e-3
 
-LOMO_DS = ("immediate", "two_pass", "stash")
+# lomo_ds's own methods: the optimizer's type and the update schedule
+LOMO_DS = {
+    "immediate": ("LOMO", "immediate"),
+    "two_pass": ("LOMO", "two_pass"),
+    "stash": ("LOMO", "stash"),
+    "adalomo": ("AdaLomo", "auto"),
+}
 DEEPSPEED_ZERO3 = ("deepspeed-sgd", "deepspeed-adamw")
 SINGLE_PROCESS = ("plain", "lomo-optim", "torchtune")  # these support one process only
 METHODS = (*LOMO_DS, *DEEPSPEED_ZERO3, *SINGLE_PROCESS)
@@ -30,6 +36,7 @@ DESCRIPTIONS = {
     "immediate": "lomo_ds, each shard updated as its gradient arrives",
     "two_pass": "lomo_ds, the paper's schedule: measure in a first pass, update in a second",
     "stash": "lomo_ds, gradient shards kept until the norm is known",
+    "adalomo": "lomo_ds with AdaLomo, each shard updated once its sums over the ranks are there",
     "deepspeed-sgd": "DeepSpeed's ZeRO-3 with torch.optim.SGD",
     "deepspeed-adamw": "DeepSpeed's ZeRO-3 with torch.optim.AdamW",
     "plain": "plain PyTorch, forward and backward, every gradient dropped as it arrives and nothing updated",
@@ -145,12 +152,13 @@ def build(name: str, work: Workload) -> Method:
     return {"plain": _plain, "lomo-optim": _lomo_optim, "torchtune": _torchtune}[base](work, max_norm)
 
 
-def _lomo_ds(schedule: str, work: Workload, max_norm: float | None) -> Method:
+def _lomo_ds(name: str, work: Workload, max_norm: float | None) -> Method:
     import lomo_ds
 
     ds_config = work.ds_config(max_norm)
+    kind, schedule = LOMO_DS[name]
     params = {"lr": LR, "update_schedule": schedule, **work.lomo}
-    ds_config["optimizer"] = {"type": "LOMO", "params": params}
+    ds_config["optimizer"] = {"type": kind, "params": params}
     model = work.sharded_model(ds_config)
     if work.tiled_logits:
         tile_logits(model)
@@ -158,11 +166,14 @@ def _lomo_ds(schedule: str, work: Workload, max_norm: float | None) -> Method:
 
     def gradients() -> Iterable[Any]:
         schedule: Any = engine.schedule
-        if hasattr(schedule, "buffers"):  # a stash
-            return schedule.buffers.values()
-        return getattr(schedule, "held", {}).values()
+        stash = getattr(schedule, "buffers", None) or getattr(schedule, "stashed", {})  # in host memory, on the device
+        return stash.values()
 
-    return Method(engine.module, work.rows(engine.device), engine.train_batch, gradients=gradients)
+    def rule_state() -> Iterable[Any]:
+        for state in engine.optimizer.schedule.updater.states.storage.values():
+            yield from state.values()
+
+    return Method(engine.module, work.rows(engine.device), engine.train_batch, rule_state, gradients)
 
 
 def _deepspeed(name: str, work: Workload, max_norm: float | None) -> Method:

@@ -10,7 +10,7 @@ from lomo_ds.config.lomo_config import lomo_parameters
 from lomo_ds.planner import Machine, Plan, PlannedModel, Settings, plan_run
 from lomo_ds.planner.suggest import ZERO_FIELDS
 
-OPTIMIZERS: dict[str, Any] = {"deepspeed-sgd": "sgd", "deepspeed-adamw": "adamw"}
+OPTIMIZERS: dict[str, str] = {"deepspeed-sgd": "sgd", "deepspeed-adamw": "adamw"}
 AMPLE_BYTES = 2**44  # memory of a machine on which everything fits
 
 
@@ -37,21 +37,21 @@ def plan_method(method: str, work: Workload, ranks: int, machine: Machine) -> Pl
     if not is_lomo_ds:  # see methods._deepspeed
         largest = max(parameter.numel() for parameter in model.meta_model.parameters())
         zero["reduce_bucket_size"] = min(500_000_000, largest)
+    optimizer, schedule = methods.LOMO_DS.get(base) or (OPTIMIZERS[base], "auto")
     lomo = {name: work.lomo[name] for name in lomo_parameters(Settings) if name in work.lomo}
     settings = Settings(
         gpus=ranks,
         sequence=work.sequence,
         batch=work.batch,
         precision=work.precision,  # type: ignore[arg-type]
-        optimizer=OPTIMIZERS.get(base, "lomo"),
+        optimizer=optimizer.lower(),  # type: ignore[arg-type]
         fused=False,
-        update_schedule=base if is_lomo_ds else "auto",  # type: ignore[arg-type]
         gradient_clipping=methods.MAX_NORM if methods.clips(method) else 0.0,
         gradient_checkpointing=work.checkpointing,
         tiled_logits=work.tiled_logits and is_lomo_ds,
         communication_data_type=work.communication_data_type,  # type: ignore[arg-type]
         offload_param=work.zero.get("offload_param", {}).get("device", "none"),
-        **{"stash_device": "gpu", **lomo},
+        **{"update_schedule": schedule, "stash_device": "gpu", **lomo},
         **zero,
     )
     return plan_run(model, settings, machine)

@@ -83,7 +83,8 @@ class LomoGradients:
         self.group = groups
         self.missing = {group: groups.count(group) for group in set(groups)}
         self.waiting: deque[tuple[list[int], int]] = deque()  # members and bytes of shards that wait for sums
-        self.grouped: dict[int, int] = {}  # bytes of gradient shards that wait for the rest of their clipping group
+        # members and bytes of gradient shards that wait for the rest of their clipping group
+        self.grouped: dict[int, tuple[list[int], int]] = {}
 
     def add(self, index: int) -> None:
         """Add a gradient to its bucket, like ``Reduction.add``."""
@@ -96,9 +97,9 @@ class LomoGradients:
     def flush(self) -> None:
         """Reduce every bucket that is left and wait for all copies, like ``Reduction.flush``."""
         self.buckets.flush()
-        self._limit_waiting(0)
         for group in list(self.grouped):
-            self._change(-self.grouped.pop(group))
+            self._update_soon(*self.grouped.pop(group))
+        self._limit_waiting(0)
         while self.stashing:
             self._change(-self.stashing.popleft())
         self._set_fetching(0)
@@ -107,7 +108,7 @@ class LomoGradients:
     def finish(self) -> None:
         """Implement ``LiveGradients.finish``."""
         if self.footprint.on_device or self.footprint.on_host:
-            self._update(sum(self._shard_bytes(p) for p in range(len(self.numels))))
+            self._update(list(range(len(self.numels))))
         self.stashed = 0
 
     def _launch(self, members: list[int]) -> None:
@@ -123,8 +124,14 @@ class LomoGradients:
         padded = sum(self.settings.shard_numel(self.numels[p]) for p in members)
         copied = len(members) > 1 or padded * self.settings.gpus > self.numels[members[0]]
         bucket, shards = padded * self.settings.gpus * self.reduced_itemsize, padded * self.reduced_itemsize
+        uneven = [p for p in members if self.settings.shard_numel(self.numels[p]) * self.settings.gpus > self.numels[p]]
+        padding = self.reduced_itemsize * sum(self.settings.shard_numel(self.numels[p]) for p in uneven)
+        if len(members) > 1:  # gradients are padded before they are packed, see ``interleave``
+            self._change(padding * self.settings.gpus)
         if copied:
             self._change(bucket)
+        if len(members) > 1:
+            self._change(-padding * self.settings.gpus)
         self._change(shards)
         if copied:
             self._change(-sum(sizes))
@@ -161,13 +168,13 @@ class LomoGradients:
         elif self.footprint.group:
             self._wait_for_group(members, size)
         else:
-            if self.fetches_shards:
-                self.shards += sum(self._stored_bytes(p) for p in members)
-                self._set_fetching(self._bytes_fetched_after(members[-1]))
             self._update_soon(members, size)
 
     def _update_soon(self, members: list[int], size: int) -> None:
         """Update gradient shards once the sums over the ranks that the rule asks for have arrived, like ``Updater``."""
+        if self.fetches_shards:
+            self.shards += sum(self._stored_bytes(p) for p in members)
+            self._set_fetching(self._bytes_fetched_after(members[-1]))
         self.waiting.append((members, size))
         self._limit_waiting(self.rule.sums)
 
@@ -175,7 +182,7 @@ class LomoGradients:
         """Update what waits, oldest first, until at most ``until`` buckets wait."""
         while len(self.waiting) > until:
             members, size = self.waiting.popleft()
-            self._update(size)
+            self._update(members)
             self._change(-size)
             if self.updates_gathered or self.fetches_shards:
                 self.offloading += members
@@ -224,14 +231,14 @@ class LomoGradients:
     def _wait_for_group(self, members: list[int], size: int) -> None:
         for p in members:
             group = self.group[p]
-            self.grouped[group] = self.grouped.get(group, 0) + size // len(members)
+            waiting, nbytes = self.grouped.get(group, ([], 0))
+            self.grouped[group] = [*waiting, p], nbytes + size // len(members)
             self.missing[group] -= 1
             if not self.missing[group]:
-                self._update(self.grouped[group])
-                self._change(-self.grouped.pop(group))
+                self._update_soon(*self.grouped.pop(group))
 
-    def _update(self, size: int) -> None:
-        temporary = self.rule.temporaries(size // self.reduced_itemsize)
+    def _update(self, members: list[int]) -> None:
+        temporary = self.rule.temporaries([self.settings.shard_numel(self.numels[p]) for p in members])
         self._change(temporary)
         self._change(-temporary)
 

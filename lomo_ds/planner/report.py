@@ -18,6 +18,7 @@ def format_plan(plan: Plan, advice: Advice | None) -> str:
         f"{plan.model}: {plan.numel / 1e9:.2f}B parameters in {settings.precision}"
         f"{', stored in int8' if settings.int8_weights else ''}, on {_gpus(settings.gpus)} of "
         f"{gib(machine.gpu_memory)} GiB; a step is {settings.tokens} tokens",
+        f"optimizer: {settings.optimizer}",
         f"schedule: {plan.choice}",
         f"gathered at once: {'nothing' if settings.resident else 'a ' + plan.granularity}; "
         f"logits {'in tiles' if plan.tiled else 'not tiled'}; "

@@ -41,7 +41,15 @@ class RuleMemory:
             return 0
         return FP32 * sum(program_count(self.settings.shard_numel(numel)) for numel in self.trace.numels)
 
-    def temporaries(self, numel: int) -> int:
-        """Return the bytes that an update of ``numel`` elements allocates."""
-        own = self.rule.bytes_per_element * min(numel, piece_numel_on(self.device_type))
-        return own + apply.temporary_bytes(numel, self.settings.dtype, self.device_type)
+    def temporaries(self, numels: list[int]) -> int:
+        """Return the bytes that updates of shards of ``numels`` elements allocate.
+
+        Floats that follow their gradient are updated together, all others one after the other, in pieces.
+        """
+        alone = self.settings.int8_weights or not self.rule.follows_gradient
+        numel = max(numels) if alone else sum(numels)
+        piece = min(numel, piece_numel_on(self.device_type))
+        applied = apply.temporary_bytes(numel, self.settings.dtype, self.device_type)
+        if self.rule.follows_gradient:
+            return applied
+        return max(self.rule.bytes_per_element * piece, FP32 * piece + applied)  # statistics, then the direction

@@ -54,8 +54,9 @@ def suggested_ds_config(plan: Plan, nvme_path: str | None = None) -> dict[str, A
         config[settings.precision] = {"enabled": True}
     if settings.communication_data_type is not None:
         config["communication_data_type"] = settings.communication_data_type
-    kind = OPTIMIZERS["lomo" if settings.is_baseline else settings.optimizer]  # baselines take the place of LOMO
-    config["optimizer"] = {"type": kind.type_name, "params": {"lr": "auto"} | _lomo_params(settings)}
+    # a baseline takes the place of LOMO, because of --optim
+    type_name = "LOMO" if settings.is_baseline else OPTIMIZERS[settings.optimizer].type_name
+    config["optimizer"] = {"type": type_name, "params": {"lr": "auto"} | _lomo_params(settings)}
     return config
 
 
@@ -112,7 +113,7 @@ def command_line(plan: Plan) -> str:
         words += ["--gradient_accumulation_steps", str(settings.accumulation)]
     if settings.clip_group_norm is None and settings.clip_grad_value is None:
         words += ["--max_grad_norm", f"{settings.gradient_clipping:g}"]
-    if settings.optimizer != "lomo":
+    if settings.is_baseline:  # otherwise the DeepSpeed config names it
         words += ["--optim", settings.optimizer]
     if settings.gradient_checkpointing:
         words.append("--gradient_checkpointing")

@@ -38,7 +38,7 @@ from lomo_ds.planner import (
 )
 from lomo_ds.planner.command import main
 from lomo_ds.planner.gathered_params import RELEASED
-from lomo_ds.planner.step_memory import CONTEXT, GATHERED, SHARDS, STASH
+from lomo_ds.planner.step_memory import CONTEXT, GATHERED, SHARDS, STASH, STATE
 from lomo_ds.planner.trace import trace_step
 from lomo_ds.zero3.gathering import AHEAD_NUMEL
 from tests.launching import ROOT, demo_arguments, run_main
@@ -104,8 +104,19 @@ def storages() -> set[tuple[int, int]]:
         ("immediate", 2, Workload(TINY, 64, 2, zero=LARGE | OFFLOAD)),
         ("two_pass+clip", 1, Workload(TINY, 64, 2, precision="bf16", checkpointing=True, zero=OFFLOAD)),
         ("immediate", 4, Workload(TINY, 64, 4, zero=LARGE)),
+        ("immediate", 3, Workload(TINY, 64, 2, checkpointing=True, zero=LARGE)),
+        ("immediate+int8", 2, Workload(TINY, 64, 2, precision="bf16", checkpointing=True, zero=LARGE | OFFLOAD)),
         ("immediate", 2, Workload(TINY, 64, 2, zero=LARGE | {"zero_quantized_weights": True})),
         ("stash+clip", 2, Workload(TINY, 64, 2, precision="bf16", communication_data_type="fp32", zero=LARGE)),
+        ("adalomo", 2, Workload("40m", 64, 1, checkpointing=True, zero=LARGE)),
+        ("adalomo", 1, Workload(TINY, 64, 2)),
+        ("adalomo", 3, Workload(TINY, 64, 2, checkpointing=True, zero=LARGE)),
+        ("adalomo+clip", 2, Workload(TINY, 64, 2, checkpointing=True, zero=LARGE)),
+        ("adalomo+clip", 2, Workload(TINY, 64, 4, zero=LARGE, lomo={"update_schedule": "two_pass"})),
+        ("adalomo", 2, Workload(TINY, 64, 1, checkpointing=True, zero=LARGE, lomo={"clip_group_norm": 1.0})),
+        ("adalomo", 2, Workload(TINY, 64, 2, checkpointing=True, zero=LARGE | OFFLOAD)),
+        ("adalomo+int8", 2, Workload(TINY, 64, 2, precision="bf16", checkpointing=True, zero=LARGE)),
+        ("adalomo+int8", 2, Workload(TINY, 64, 2, precision="bf16", checkpointing=True, zero=LARGE | OFFLOAD)),
     ],
 )
 def test_the_predicted_peak_equals_the_measured_one(
@@ -116,6 +127,32 @@ def test_the_predicted_peak_equals_the_measured_one(
     planned = planned_peak(method, work, world_size, "cpu")
     measured = max(ranks(world_size).run(measured_peak, method, work))
     assert planned == pytest.approx(measured, rel=0.05)
+
+
+def rule_state_bytes(method: str, work: Workload) -> int:
+    from benchmarks.lib import methods
+
+    return sum(tensor.nbytes for tensor in methods.build(method, work).optimizer_state())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_predicted_rule_state_equals_the_allocated_one(ranks: GroupOf, world_size: int) -> None:
+    from benchmarks.lib.planned import ample_machine, plan_method
+
+    for method in ("immediate", "adalomo"):
+        plan = plan_method(method, Workload(TINY, 64), world_size, ample_machine("cpu"))
+        assert plan is not None
+        allocated = ranks(world_size).run(rule_state_bytes, method, Workload(TINY, 64))
+        assert plan.memory.at_peak[STATE] == max(allocated)
+        assert (max(allocated) > 0) == (method == "adalomo")
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_adalomo_keeps_10_megabytes_for_7b_on_every_gpu(llama_7b: PlannedModel, gpus: int) -> None:
+    plan = plan_run(llama_7b, Settings(gpus=gpus, optimizer="adalomo", gradient_clipping=0.0), Machine())
+    rows_and_columns = 32 * (4 * 2 * 4096 + 3 * (4096 + 11008)) + 2 * (32000 + 4096)
+    assert plan.memory.at_peak[STATE] == 4 * (rows_and_columns + 65 * 4096 // gpus)
+    assert 4 * rows_and_columns == pytest.approx(10.3e6, rel=0.01)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -261,6 +298,7 @@ ADVISED = [
     ("7b", Settings(sequence=2048, tiled_logits=False), Machine(16 * GIB, 32 * GIB)),
     ("7b", Settings(gpus=2, sequence=1024, accumulation=4), Machine(12 * GIB, 64 * GIB)),
     ("7b", Settings(gpus=2, optimizer="adamw"), Machine(host_memory=64 * GIB)),
+    ("7b", Settings(sequence=512, batch=8, optimizer="adalomo", gradient_clipping=0.0), Machine()),
     ("65b", Settings(gpus=8), Machine(host_memory=256 * GIB)),
     ("65b", Settings(gpus=1, batch=4), Machine(12 * GIB, 64 * GIB)),
 ]
@@ -297,7 +335,7 @@ def config_as_launched(plan: Plan, folder: Path) -> dict[str, Any]:
     ds_config, arguments = reconcile(read_ds_config(str(file)), arguments, given_names, plan.settings.gpus)
     assert arguments.gradient_checkpointing == plan.settings.gradient_checkpointing
     ds_config = fill_scheduler(ds_config, arguments, total_steps=10)
-    if plan.settings.optimizer == "lomo":
+    if not plan.settings.is_baseline:
         validate_ds_config(ds_config)
     parse_ds_config(ds_config | {"train_batch_size": plan.settings.batch * plan.settings.accumulation})
     return ds_config
@@ -392,6 +430,17 @@ def test_json_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         json.loads(json.dumps(plan_as_dict(plan_run(tiny(), Settings(sequence=32), Machine()), None)))["advice"] is None
     )
+
+
+def test_a_plan_of_adalomo_names_it_and_suggests_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "ds_config.json"
+    main([*COMMAND, "--optim=adalomo", f"--suggest={file}"])
+    output = capsys.readouterr().out
+    assert "\noptimizer: adalomo\nschedule: immediate (" in output
+    assert "rule state" in output
+    assert read_ds_config(str(file))["optimizer"]["type"] == "AdaLomo"
+    main([*COMMAND, f"--deepspeed={file}"])
+    assert capsys.readouterr().out == output, "the suggested config gives the same plan"
 
 
 def test_a_suggestion_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
