@@ -128,7 +128,7 @@ def test_logits(tmp_path: Path) -> None:
 @needs_bench
 def test_memory(results_of: Callable[..., dict[str, Any]]) -> None:
     options = ["--models=toy", "--ranks", "2", "--checkpointing=on", *SMALL]
-    results = results_of(memory, *options, "--methods", "deepspeed-adamw", "immediate", "stash+clip")
+    results = results_of(memory, *options, "--methods", "deepspeed-adamw", "immediate", "stash+clip", "adalomo")
     rows = {row["method"]: row for row in results["rows"]}
     total = 4 * toy_parameters()
     for row in rows.values():
@@ -142,6 +142,9 @@ def test_memory(results_of: Callable[..., dict[str, Any]]) -> None:
     assert 0 < immediate["most_gradients"] < in_flight
     assert total / 2 < stash["most_gradients"] < total / 2 + in_flight
     assert immediate["peak"] < stash["peak"] < adamw["peak"]
+    adalomo = rows["adalomo"]
+    assert 0 < adalomo["at_peak"][OPTIMIZER] < 0.05 * total
+    assert immediate["peak"] < adalomo["peak"] < stash["peak"]
 
 
 @needs_bench
