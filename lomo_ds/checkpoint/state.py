@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,14 +119,11 @@ def check_same_model(folder: Path, record: dict[str, Any], tensors: dict[str, li
     Raises:
         CheckpointError: a tensor is missing, unknown, or has another shape or dtype; the message names the first.
     """
-    saved = record["tensors"]
-    for name in sorted(saved.keys() | tensors.keys()):
-        if saved.get(name) != tensors.get(name):
-            raise CheckpointError(
-                f"{folder} is of another model: its {name} is {_describe(saved.get(name))}, but this model's is "
-                f"{_describe(tensors.get(name))}; resume with the model and precision it was saved with, or give "
-                "another --output_dir"
-            )
+    for name, saved, current in _differences(record["tensors"], tensors):
+        raise CheckpointError(
+            f"{folder} is of another model: its {name} is {saved}, but this model's is {current}; resume with the "
+            "model and precision it was saved with, or give another --output_dir"
+        )
 
 
 def check_same_rule_state(folder: Path, record: dict[str, Any], rule_state: dict[str, list[Any]]) -> None:
@@ -138,14 +135,11 @@ def check_same_rule_state(folder: Path, record: dict[str, Any], rule_state: dict
     Raises:
         CheckpointError: a state is missing, unknown, or has another shape or dtype; the message names the first.
     """
-    saved = record["rule_state"]
-    for name in sorted(saved.keys() | rule_state.keys()):
-        if saved.get(name) != rule_state.get(name):
-            raise CheckpointError(
-                f"{folder} was saved with another optimizer: the state {name} is {_describe(saved.get(name))} in it, "
-                f"but {_describe(rule_state.get(name))} in this run; resume with the optimizer it was saved with, or "
-                f"{WITHOUT_STATE}"
-            )
+    for name, saved, current in _differences(record["rule_state"], rule_state):
+        raise CheckpointError(
+            f"{folder} was saved with another optimizer: the state {name} is {saved} in it, but {current} in this run; "
+            f"resume with the optimizer it was saved with, or {WITHOUT_STATE}"
+        )
 
 
 def check_same_blocks(
@@ -173,6 +167,13 @@ def check_same_blocks(
 def parse_dtype(name: str) -> torch.dtype:
     """Return the dtype for a name that ``describe_tensors`` wrote."""
     return getattr(torch, name)
+
+
+def _differences(saved: dict[str, list[Any]], current: dict[str, list[Any]]) -> Iterator[tuple[str, str, str]]:
+    """Iterate over the names of tensors that differ, by name, each with the saved and the current tensor in words."""
+    for name in sorted(saved.keys() | current.keys()):
+        if saved.get(name) != current.get(name):
+            yield name, _describe(saved.get(name)), _describe(current.get(name))
 
 
 def _describe(tensor: list[Any] | None) -> str:
