@@ -54,7 +54,7 @@ def test_one_rank_reports_an_error(ranks: GroupOf) -> None:
 def test_slurm_variables_are_translated_for_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     for name, value in {
         "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "gpu[03-04]",
-        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_ID": "123456", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -65,7 +65,8 @@ def test_slurm_variables_are_translated_for_torch(monkeypatch: pytest.MonkeyPatc
     os.chmod(scontrol, 0o755)  # noqa: PTH101
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert process_group._slurm_environment() == {
-        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu03", "MASTER_PORT": "23456",
+        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": "23456",
     }  # fmt: skip
 
 
