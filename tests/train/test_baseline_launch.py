@@ -114,7 +114,7 @@ def test_a_finished_baseline_is_not_a_finished_lomo(ranks: GroupOf, demo: Path, 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"save_steps": 2}, "--save_steps was asked for, but --optim adamw is there to compare LOMO with"),
+        ({"save_steps": 2}, "--save_steps was asked for, but --optim adamw is there to compare with"),
         ({"deepspeed": "{folder}/stash.json"}, "got update_schedule too; remove that, or use --optim lomo"),
         ({"deepspeed": "{folder}/stage2.json"}, "ZeRO stage 3, got zero_optimization.stage 2"),
     ],
