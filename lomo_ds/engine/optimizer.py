@@ -146,7 +146,8 @@ class LomoOptimizer(ZeROOptimizer):
         """Discard the current step while an exception that interrupted it is being raised.
 
         Training can continue with another step on one rank, or if all ranks failed at the same place. Nothing of the
-        discarded step remains, except weights that ``immediate`` has already updated; modules see the current shards.
+        discarded step remains, except weights and rule state that ``immediate`` has already updated; modules see the
+        current shards.
         If only some ranks failed, they have called fewer collectives than the others, and the job must end.
         """
         self.hooks.reset()

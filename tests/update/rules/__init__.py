@@ -1,1 +1,0 @@
-"""Tests of lomo_ds/update/rules."""
