@@ -5,7 +5,6 @@ pass through a few buffers, in pieces if they are larger, which bounds the host 
 not used either: it takes minutes to compile on each machine, and a drive error ends the process.
 """
 
-import contextlib
 import os
 import threading
 import weakref
@@ -26,7 +25,8 @@ class SwapSpace:
     """Swap file of one model on one rank, and the I/O buffers.
 
     The file is unnamed: it is deleted with the model, or with the process, however that ends. Any number of jobs and
-    ranks may share an ``nvme_path``.
+    ranks may share an ``nvme_path``. The threads end with the model too: nothing is waited for then, since the garbage
+    collector may free it in a thread that holds locks.
 
     Args:
         device: the compute device.
@@ -35,7 +35,7 @@ class SwapSpace:
     def __init__(self, settings: NvmeSettings, device: torch.device) -> None:
         self.settings = settings
         self.device = device
-        self.descriptor = nameless_file(settings.path)
+        self.file = _SwapFile(nameless_file(settings.path))
         self.requests = ThreadPoolExecutor(settings.requests_at_once, "lomo_ds-nvme")
         self.end = 0  # bytes of the file
         self.vacant: dict[int, list[int]] = defaultdict(list)  # offsets of free slots, by size
@@ -47,7 +47,6 @@ class SwapSpace:
         self.last: tuple[Group, Group] = ((), ())  # the last two groups that were gathered
         self.successors: dict[tuple[Group, Group], Group] = {}
         self.lock = threading.RLock()  # a checkpoint may be written by another thread, which reads slots
-        weakref.finalize(self, _clean_up, self.descriptor, self.buffers, self.requests, os.getpid())
 
     def accepts(self, nbytes: int) -> bool:
         """Return whether a shard is large enough to be stored here."""
@@ -63,7 +62,7 @@ class SwapSpace:
         if self.vacant[nbytes]:
             return SwapSlot(self, self.vacant[nbytes].pop(), numel, dtype)
         try:
-            os.posix_fallocate(self.descriptor, self.end, nbytes)
+            os.posix_fallocate(self.file.descriptor, self.end, nbytes)
         except OSError as error:
             raise ConfigError(
                 f"offload_param.nvme_path {self.settings.path} cannot hold a shard of {nbytes / 2**20:.1f} MiB beside "
@@ -135,7 +134,7 @@ class SwapSpace:
     def _acquire(self) -> "_IoBuffer":
         """Return an idle buffer: a new one, a free one, or one whose prefetch is dropped or whose write is awaited."""
         if not self.free and len(self.buffers) < self.settings.buffer_count:
-            self.buffers.append(_IoBuffer(self.settings, self.device, self.descriptor, self.requests))
+            self.buffers.append(_IoBuffer(self.settings, self.device, self.file, self.requests))
             return self.buffers[-1]
         if not self.free and self.ahead:
             self._cancel_read(next(iter(self.ahead)))
@@ -204,15 +203,23 @@ class SwapSlot:
         return duplicate
 
 
+class _SwapFile:
+    """Open file, closed when neither its ``SwapSpace`` nor a pending request refers to it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+
+
 class _IoBuffer:
     """Host buffer for one read or write at a time."""
 
     def __init__(
-        self, settings: NvmeSettings, device: torch.device, descriptor: int, requests: ThreadPoolExecutor
+        self, settings: NvmeSettings, device: torch.device, file: _SwapFile, requests: ThreadPoolExecutor
     ) -> None:
         self.settings = settings
         self.device = device
-        self.descriptor = descriptor
+        self.file = file
         self.requests = requests
         self.memory = torch.empty(0, dtype=torch.uint8)
         self.streams = torch.get_device_module(device)
@@ -286,30 +293,20 @@ class _IoBuffer:
         memory = self.memory.numpy().data[: self.settings.aligned(nbytes)]
         for offset in range(0, len(memory), self.settings.block_size):
             block = memory[offset : offset + self.settings.block_size]
-            self.futures.append(self.requests.submit(_transfer, call, self.descriptor, block, start + offset))
+            self.futures.append(self.requests.submit(_transfer, call, self.file, block, start + offset))
 
 
 _Call = Callable[[int, Sequence[memoryview], int], int]  # os.preadv or os.pwritev
 
 
-def _transfer(call: _Call, descriptor: int, block: memoryview, start: int) -> None:
+def _transfer(call: _Call, file: _SwapFile, block: memoryview, start: int) -> None:
     """Transfer a whole block, with repeated calls if the kernel transfers only a part.
 
     Raises:
         OSError: the drive failed.
     """
     while block:
-        moved = call(descriptor, [block], start)
+        moved = call(file.descriptor, [block], start)
         if not moved:
             raise OSError(f"the file ends at {start}")
         block, start = block[moved:], start + moved
-
-
-def _clean_up(descriptor: int, buffers: list[_IoBuffer], requests: ThreadPoolExecutor, owner: int) -> None:
-    if os.getpid() == owner:  # a forked process does not own the pending requests
-        for buffer in buffers:
-            buffer.target = None
-            with contextlib.suppress(OffloadError):  # the contents are no longer needed
-                buffer.finish()
-        requests.shutdown()
-    os.close(descriptor)

@@ -2,8 +2,10 @@
 
 import copy
 import errno
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -418,6 +420,34 @@ def test_parallel_requests_are_bounded(tmp_path: Path, monkeypatch: pytest.Monke
     place.read(20_000)
     assert len(started) == 20  # blocks of a page
     assert sum(thread.name.startswith("lomo_ds-nvme") for thread in threading.enumerate()) >= 6
+
+
+def test_a_space_is_freed_without_waiting_for_its_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may run in a thread that holds locks, such as one that starts."""
+    space = SwapSpace(nvme_settings(on_nvme(str(tmp_path)) | {"aio": AIO}, itemsize=4), torch.device("cpu"))
+    descriptor, requests = space.file.descriptor, weakref.ref(space.requests)
+    under_way, proceed, write, written = threading.Event(), threading.Event(), os.pwritev, []
+
+    def wait_and_write(*arguments: Any) -> int:
+        under_way.set()
+        proceed.wait(HUNG)
+        written.append(write(*arguments))
+        return written[-1]
+
+    monkeypatch.setattr(os, "pwritev", wait_and_write)
+    space.allocate_slot(2000, torch.float32).write(torch.zeros(2000))
+    under_way.wait(HUNG)
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("lomo_ds-nvme")]
+    del space
+    gc.collect()
+    assert requests() is None
+    assert os.fstat(descriptor).st_nlink == 0, "open until the requests have ended"
+    proceed.set()
+    for thread in threads:
+        thread.join(HUNG)
+    assert sum(written) == 2 * PAGE_BYTES
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 # what is refused
