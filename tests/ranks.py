@@ -137,6 +137,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, accele
         except BaseException:
             connection.send(("raised", traceback.format_exc()))
         _end_savers()
+        _exclude_leftovers_from_collections()
 
 
 def _end_savers() -> None:
@@ -153,3 +154,9 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def _exclude_leftovers_from_collections() -> None:
+    """Exempt what a test leaves alive from garbage collections, which would look at all of it again and again."""
+    gc.collect()
+    gc.freeze()
