@@ -16,6 +16,9 @@ RANKS  ?= 2
 MINUTES ?= 5
 FILES  := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# Tests and benchmarks start hundreds of processes, which must not compile the same modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test test-oldest fuzz figures bench bench-gpu setup lint format clean
 
 # The main job, on CPU ranks where there is no GPU: the same script that runs on 8 GPUs.
@@ -94,13 +97,13 @@ $(READY): setup.py
 	rm -f .venv/ready-*
 	touch $@
 
-# Of 13,000 files to compile, those that training, planning and tests import are compiled here, also where Python is told
-# to write no bytecode; the others when they are used.
+# Of 13,000 files to compile, those that training, planning and tests import are compiled here, before several ranks
+# import them at the same time; the others when they are used.
 IMPORTED := lomo_ds.train.job, lomo_ds.planner.command, deepspeed.launcher.runner, hypothesis, matplotlib.pyplot, pytest, \
     torch.utils.tensorboard, torch.testing._internal.distributed.fake_pg, transformers.models.llama.modeling_llama, \
     triton.compiler, triton.runtime.interpreter
 $(COMPILED): $(READY)
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c "import $(IMPORTED)"
+	$(BIN)/python -c "import $(IMPORTED)"
 	rm -f .venv/compiled-*
 	touch $@
 
