@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
@@ -253,9 +252,7 @@ class LomoEngine(TokenAveragingEngine):
         return super().zero_optimization_partition_weights() and not (built and self.optimizer.gathering.resident)
 
     def _broadcast_model(self) -> None:
-        """Skip the broadcast on one rank, where DeepSpeed would create a communicator for it."""
-        if dist.get_world_size() > 1:
-            super()._broadcast_model()
+        """Skip the broadcast: full parameters get the values of rank 0 when they are partitioned."""
 
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
         return optimizer_name.lower() in OPTIMIZERS

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import deepspeed.comm as dist
@@ -259,6 +260,29 @@ def test_deepspeeds_own_tensorboard_section(ranks: GroupOf, tmp_path: Path) -> N
     ranks(2).run(events_of_deepspeeds_tensorboard, str(tmp_path))
     events = EventAccumulator(str(tmp_path / "job")).Reload()
     assert [event.value for event in events.Scalars("Train/Samples/lr")] == pytest.approx([0.3] * 3)
+
+
+# weights at the start
+
+
+def initialize_with_own_weights(offload: str) -> None:
+    """Check that each rank starts with the weights of rank 0, which are broadcast once."""
+    model, expected = tiny_model(seed=dist.get_rank()), tiny_model(seed=0)
+    broadcast, sizes = dist.broadcast, []
+
+    def counted(tensor: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        sizes.append(tensor.nbytes)
+        return broadcast(tensor, *arguments, **keywords)
+
+    with mock.patch.object(dist, "broadcast", counted):
+        engine = make_engine(model, threshold=25, zero_optimization={"stage": 3, "offload_param": {"device": offload}})
+    assert largest_difference(weights_of(engine), expected) == 0
+    assert sum(sizes) == sum(parameter.nbytes for parameter in expected.parameters())
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_all_ranks_start_with_the_weights_of_rank_0(ranks: GroupOf, offload: str) -> None:
+    ranks(3).run(initialize_with_own_weights, offload)
 
 
 # learning rates
