@@ -150,13 +150,13 @@ def _end_savers() -> None:
                 thing.close()
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def _exclude_leftovers_from_collections() -> None:
     """Exempt what a test leaves alive from garbage collections, which would look at all of it again and again."""
     gc.collect()
     gc.freeze()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -108,7 +108,7 @@ def storages() -> set[tuple[int, int]]:
         ("immediate+int8", 2, Workload(TINY, 64, 2, precision="bf16", checkpointing=True, zero=LARGE | OFFLOAD)),
         ("immediate", 2, Workload(TINY, 64, 2, zero=LARGE | {"zero_quantized_weights": True})),
         ("stash+clip", 2, Workload(TINY, 64, 2, precision="bf16", communication_data_type="fp32", zero=LARGE)),
-        ("adalomo", 2, Workload(TINY, 64, 1, checkpointing=True, zero=LARGE)),
+        ("adalomo", 2, Workload("40m", 64, 1, checkpointing=True, zero=LARGE)),
         ("adalomo", 1, Workload(TINY, 64, 2)),
         ("adalomo", 3, Workload(TINY, 64, 2, checkpointing=True, zero=LARGE)),
         ("adalomo+clip", 2, Workload(TINY, 64, 2, checkpointing=True, zero=LARGE)),
