@@ -220,7 +220,7 @@ def _help_fields(kind: type[TrainArguments]) -> Any:
         (entry.name, hints[entry.name], field(default=entry.default, metadata={"help": entry.metadata["help"]}))
         for entry in dataclasses.fields(kind)
     ]
-    return dataclasses.make_dataclass(kind.__name__, fields, kw_only=True, repr=False, eq=False)
+    return dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
 
 
 class _Parser(HfArgumentParser):
