@@ -19,6 +19,7 @@ setup(
         "torch>=2.11",
         "deepspeed==0.19.8",  # its internals are subclassed; tests/test_deepspeed_contract.py names what is relied on
         "transformers>=5.17,<6",
+        "datasets>=4.0",  # reads parquet and arrow files, and datasets on the hub
         "huggingface_hub>=1.0",
         "safetensors>=0.8",  # writes tensors from where they lie; older ones copy them first
         "sentencepiece>=0.2",
@@ -38,16 +39,19 @@ setup(
             "matplotlib",
         ],
         "dev": [
+            "accelerate>=1.10",  # for transformers' Trainer
             "hypothesis",
             "mypy>=1.15",
             "pytest>=8",
             "pytest-xdist",
             "ruff>=0.11",
             "triton>=3.6; sys_platform == 'linux'",  # torch for CUDA brings its own; the kernels' tests need no GPU
+            "trl>=1.16",  # the reference for tokens, labels and packing, and a trainer that lomo_ds must fit into
             "types-psutil",
             "types-PyYAML",
             "types-setuptools",
             "types-tqdm",
+            "wandb",
         ],
     },
 )
