@@ -20,7 +20,10 @@ import lomo_ds
 from lomo_ds.zero3.parameter_access import ParameterAccess
 
 # Private attributes that classes of lomo_ds set themselves, and one of Python
-OWN = {"_counts_as_overflow", "_has_loss", "_in_train_batch", "_is_decided", "_loss_sum", "_parameter_access"}
+OWN = {
+    "_counts_as_overflow", "_has_loss", "_in_train_batch", "_is_decided", "_loss_sum", "_packed_rows",
+    "_parameter_access",
+}  # fmt: skip
 OF_PYTHON = {"_exit"}
 
 

@@ -17,6 +17,7 @@ from lomo_ds.engine.batches import Batch
 from lomo_ds.engine.client_arguments import validate_built_scheduler
 from lomo_ds.engine.items import LabelObserver
 from lomo_ds.engine.lr_schedulers import build_scheduler
+from lomo_ds.engine.packed_rows import PackedRows
 from lomo_ds.engine.step_batch import StepBatch
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,13 @@ def outside_zero_init() -> Iterator[None]:
 class TokenAveragingEngine(DeepSpeedEngine):
     """A ``DeepSpeedEngine`` with ``train_batch``: one step on the batches of all ranks and micro-batches together.
 
-    The loss of the step is the mean over its labelled tokens, wherever they are, and not a mean of means.
+    The loss of the step is the mean over its labelled tokens, wherever they are, and not a mean of means. Documents
+    that are packed into a row do not attend to each other.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._packed_rows = PackedRows(self.module)
 
     def train_batch(self, batch: Batch | Sequence[Batch], num_items: int | Sequence[int] | None = None) -> Tensor:
         """Run one complete optimizer step.
@@ -80,8 +86,9 @@ class TokenAveragingEngine(DeepSpeedEngine):
     def destroy(self) -> None:
         """Remove every hook from the model."""
         super().destroy()
-        if "_label_observer" in vars(self):
-            self._label_observer.remove()
+        for name in ("_label_observer", "_packed_rows"):
+            if name in vars(self):
+                vars(self)[name].remove()
 
     def _validate_train_batch(self, micro_batches: int) -> None:
         """Raise if the engine cannot run a step of so many micro-batches now."""
