@@ -46,6 +46,8 @@ def methods_of(owner: type) -> dict[str, ast.FunctionDef]:
         (DeepSpeedEngine, "_scheduler_from_config", ["self", "optimizer"]),
         (DeepSpeedEngine, "_configure_lr_scheduler", ["self"]),
         (DeepSpeedEngine, "dynamic_loss_scale_args", ["self"]),
+        (DeepSpeedEngine, "zero_gather_16bit_weights_on_model_save", ["self"]),
+        (DeepSpeedEngine, "_zero3_consolidated_16bit_state_dict", ["self", "exclude_frozen_parameters"]),
         (ZeROOptimizer, "scale_if_loss", ["self", "value"]),
         (ZeROOptimizer, "needs_scaler", ["self"]),
         (DeepSpeedZeRoOffload, "partition_all_parameters", ["self"]),

@@ -1,4 +1,4 @@
-"""Engine state: capture and restore everything that the next step depends on."""
+"""Engine state: capture and restore everything that the next step depends on, and gather the full weights."""
 
 import json
 import logging
@@ -8,7 +8,9 @@ from typing import Any
 
 import deepspeed.comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn import Module, Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
 from lomo_ds import zero3
@@ -63,6 +65,30 @@ def capture_engine(engine: DeepSpeedEngine, client_state: dict[str, Any] | None 
         rank_state=all_random_states() | {ROUNDING + name: state for name, state in noise.items()},
         record=json.loads(json.dumps(record)),  # a copy, because training continues during a background save
     )
+
+
+def full_state_dict(model: Module, exclude_frozen: bool = False) -> dict[str, Any] | None:
+    """Return the state dict of full tensors, in host memory, on rank 0; None on the others. Every rank must call this.
+
+    Parameters are gathered one at a time. Names of one tied parameter share its tensor.
+
+    Args:
+        exclude_frozen: whether to leave out parameters that are not trained.
+    """
+    is_main = dist.get_rank() == 0
+    copies: dict[int, Tensor] = {}
+    full: dict[str, Any] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Parameter):
+            full[name] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+            continue
+        if exclude_frozen and not value.requires_grad:
+            continue
+        if id(value) not in copies:
+            with zero3.gathered([value]):
+                copies[id(value)] = value.detach().to("cpu", copy=True) if is_main else value.new_empty(0)
+        full[name] = copies[id(value)]
+    return full if is_main else None
 
 
 def restore_weights(engine: DeepSpeedEngine, checkpoint: Checkpoint, group: ProcessGroup) -> None:

@@ -20,7 +20,13 @@ from lomo_ds.distributed.process_group import TIMEOUT
 from lomo_ds.engine.base import TokenAveragingEngine
 from lomo_ds.engine.build import build_optimizer
 from lomo_ds.engine.client_arguments import needs_metric
-from lomo_ds.engine.engine_state import advance_scheduler, capture_engine, restore_engine, restore_weights
+from lomo_ds.engine.engine_state import (
+    advance_scheduler,
+    capture_engine,
+    full_state_dict,
+    restore_engine,
+    restore_weights,
+)
 from lomo_ds.engine.loss import as_scalar
 from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.engine.step_batch import StepBatch
@@ -250,6 +256,13 @@ class LomoEngine(TokenAveragingEngine):
         """Return whether weights are gathered for each use; False for ``ResidentGathering``, which needs no hooks."""
         built = self.optimizer is not None
         return super().zero_optimization_partition_weights() and not (built and self.optimizer.gathering.resident)
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """Return True: ``save_model`` of transformers and accelerate always writes a model that can be loaded."""
+        return True
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
+        return full_state_dict(self.module, exclude_frozen_parameters)
 
     def _broadcast_model(self) -> None:
         """Skip the broadcast: full parameters get the values of rank 0 when they are partitioned."""
