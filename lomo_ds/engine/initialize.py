@@ -75,7 +75,7 @@ def initialize(
         model_parameters = validate_model_parameters(model, model_parameters)
         validate_scheduler_factory(lr_scheduler)
         validate_training_data(training_data, collate_fn)
-        ds_config = complete_ds_config(_load_config(args, config, config_params))
+        ds_config = complete_ds_config(load_config(args, config, config_params))
         validate_ds_config(ds_config)
         _join_process_group(distributed_port, dist_init_required)
         ds_config = complete_ds_config(ds_config, torch.distributed.get_world_size())
@@ -106,7 +106,12 @@ def _join_process_group(distributed_port: int, dist_init_required: bool | None) 
     )
 
 
-def _load_config(args: Any, config: Any, config_params: Any) -> dict[str, Any]:
+def load_config(args: Any, config: Any, config_params: Any) -> dict[str, Any]:
+    """Return the one DeepSpeed config among the arguments of ``initialize``, read from its file if it is a path.
+
+    Raises:
+        ConfigError: there is no config, there are several, or the file cannot be read.
+    """
     sources = [c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None]
     if len(sources) != 1:
         raise ConfigError(f"give one DeepSpeed config, as config= or in args.deepspeed_config, got {len(sources)}")

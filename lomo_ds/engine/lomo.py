@@ -42,6 +42,7 @@ class LomoEngine(TokenAveragingEngine):
     """
 
     optimizer: LomoOptimizer
+    checkpoint_name: Callable[[int], str] = staticmethod(checkpoint_name)  # names a checkpoint after its step
     _in_train_batch = False
 
     @property
@@ -127,7 +128,7 @@ class LomoEngine(TokenAveragingEngine):
         """Write the complete training state to ``save_dir/tag``; call it on every rank, between steps.
 
         Args:
-            tag: the folder name; ``checkpoint-<step>`` by default.
+            tag: the folder name; by default ``checkpoint-<step>``, or ``global_step<step>`` after ``install``.
             client_state: caller data for ``load_checkpoint`` to return; must be JSON and equal on every rank.
             save_latest: whether to make ``latest`` point to this checkpoint.
             add_files, after_save, in_background: see ``Saver.save``.
@@ -144,7 +145,7 @@ class LomoEngine(TokenAveragingEngine):
                 f"save_checkpoint must not run inside an unfinished step, but engine.backward has run "
                 f"{self.optimizer.backward_passes} time(s) since the last step; call engine.step() first"
             )
-        tag = tag or checkpoint_name(self.global_steps)
+        tag = tag or self.checkpoint_name(self.global_steps)
         if Path(tag).name != tag or tag == "..":
             raise CheckpointError(f"a checkpoint's tag must be the name of one folder in save_dir, got {tag!r}")
         self.saver.save(
