@@ -17,6 +17,7 @@ from lomo_ds.numerics.precision import Precision
 
 MAX_SEQ_LENGTH = 2048  # default limit; longer sequences must be requested
 BASELINE_LEARNING_RATES: dict[str, float] = {"adamw": 5e-5, "sgd": 0.03}  # defaults
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 HEADER = "# Written by lomo_ds, and written anew by the next run in this folder."  # first line of a dumped config.yaml
 
 
@@ -100,6 +101,11 @@ class JobArguments:
     gradient_checkpointing: bool = parameter(False, "Recompute activations in backward instead of keeping them.")
     activation_offload: bool = parameter(
         False, "Keep what gradient_checkpointing keeps, the input of every layer, in pinned host memory."
+    )
+    attn_implementation: Attention | None = parameter(
+        None,
+        "How attention is computed; by default as transformers chooses, sdpa for most models. flash_attention_2 and "
+        "flash_attention_3 need their package.",
     )
     tiled_logits: bool | None = parameter(
         None,

@@ -1,5 +1,6 @@
 """Models: load a Hugging Face folder or a preset into ZeRO-3 shards, and export the trained model."""
 
+from lomo_ds.models.attention import set_attention, without_flash_attention
 from lomo_ds.models.embeddings import set_vocab_size
 from lomo_ds.models.export import SAVING, Export, save_pretrained, save_settings
 from lomo_ds.models.load_model import empty_model, find_model, load_model
@@ -29,7 +30,9 @@ __all__ = [
     "saved_tensors",
     "scale_rope",
     "sequence_length",
+    "set_attention",
     "set_vocab_size",
     "tile_logits",
     "verify_export",
+    "without_flash_attention",
 ]

@@ -9,7 +9,7 @@ from lomo_ds.config.arguments import TrainArguments, help_text, parse
 from lomo_ds.config.ds_config import finalize_config, resolve_config
 from lomo_ds.config.parameter import parameter
 from lomo_ds.errors import ConfigError
-from lomo_ds.models import scale_rope, sequence_length
+from lomo_ds.models import scale_rope, sequence_length, set_attention
 from lomo_ds.planner.advice import advise
 from lomo_ds.planner.machine import Machine, parse_bytes, parse_rate
 from lomo_ds.planner.plan import PlannedModel, plan_run
@@ -96,6 +96,8 @@ def plan_settings(
     ds_config, arguments, _ = resolve_config(arguments, explicit, gpus, "bf16")
     if arguments.rope_scaling is not None:
         scale_rope(model.config, arguments.rope_scaling, arguments.max_seq_length)
+    if arguments.attn_implementation in ("sdpa", "eager"):  # flash attention keeps what sdpa keeps
+        set_attention(model.config, arguments.attn_implementation, arguments.precision)
     return settings_as(
         kind,
         finalize_config(ds_config, arguments, total_steps=1, model_config=model.config, world_size=gpus),

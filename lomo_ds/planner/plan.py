@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import HOST_SHARE
-from lomo_ds.models import can_tile_logits, load_config, meta_model
+from lomo_ds.models import can_tile_logits, load_config, meta_model, without_flash_attention
 from lomo_ds.planner.machine import Machine
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.step_memory import StepMemory, estimate_memory
@@ -31,10 +31,10 @@ class PlannedModel:
     """
 
     def __init__(self, config: PretrainedConfig, name: str = "model", trust_remote_code: bool = False) -> None:
-        self.config = config
+        self.config = without_flash_attention(config)
         self.name = name
         self.trust_remote_code = trust_remote_code
-        self.meta_model = meta_model(config, torch.bfloat16, trust_remote_code)
+        self.meta_model = meta_model(self.config, torch.bfloat16, trust_remote_code)
         self.numel = sum(parameter.numel() for parameter in self.meta_model.parameters())
         self.can_tile = can_tile_logits(self.meta_model)
         self.traces: dict[tuple[object, ...], tuple[StepTrace, StepTrace]] = {}

@@ -30,6 +30,7 @@ from lomo_ds.models import (
     load_tokenizer,
     scale_rope,
     sequence_length,
+    set_attention,
     set_vocab_size,
     verify_export,
 )
@@ -122,6 +123,8 @@ def _load_vocabulary(name: str, arguments: TrainArguments) -> tuple[PretrainedCo
     config = load_config(name, arguments.trust_remote_code)
     if arguments.rope_scaling is not None:
         scale_rope(config, arguments.rope_scaling, arguments.max_seq_length)
+    if arguments.attn_implementation is not None:
+        set_attention(config, arguments.attn_implementation, arguments.precision)
     tokenizer = load_tokenizer(arguments.tokenizer_name or name, arguments.trust_remote_code)
     add_special_tokens(tokenizer, arguments.pad_token, arguments.special_tokens)
     stored_rows, highest = config.vocab_size, highest_id(tokenizer)
