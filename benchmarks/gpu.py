@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.lib import gpu_report, methods, result_files
 from benchmarks.lib.contest import Entrant
 from benchmarks.lib.measurements import Group, Measurement, OffloadedParams, PeakMemory, Throughput, UpdateKernels
-from benchmarks.lib.row_process import Results, Row, RowOutput, run_rows
+from benchmarks.lib.row_process import BenchmarkRow, Results, RowOutput, run_rows
 from benchmarks.lib.workers import DOES_NOT_FIT, is_out_of_memory
 from benchmarks.lib.workload import Workload
 
@@ -50,7 +50,7 @@ OPTIONAL = ("triton", "lomo_optim", "torchtune", "matplotlib")
 
 @dataclass(frozen=True)
 class RowSpec:
-    """A row and its measurement; see ``Row``."""
+    """A row and its measurement; see ``BenchmarkRow``."""
 
     place: str
     title: str
@@ -101,11 +101,13 @@ def toy(spec: RowSpec) -> RowSpec:
     return replace(spec, measurement=spec.measurement.toy(), pins_memory=False, needs=1, limit=200)
 
 
-def row_of(spec: RowSpec, try_on_cpu: bool) -> Row:
+def row_of(spec: RowSpec, try_on_cpu: bool) -> BenchmarkRow:
     """Return the row with the command that measures it in its own process."""
     command = [sys.executable, str(Path(__file__).resolve()), *(["--try_on_cpu"] if try_on_cpu else [])]
     environment = PIN_FAST if spec.pins_memory else {}
-    return Row(spec.place, spec.title, spec.needs, spec.limit, [*command, "--row", spec.place, "--to"], environment)
+    return BenchmarkRow(
+        spec.place, spec.title, spec.needs, spec.limit, [*command, "--row", spec.place, "--to"], environment
+    )
 
 
 def measure_row(spec: RowSpec, device: str, path: Path) -> None:

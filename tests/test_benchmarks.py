@@ -22,7 +22,7 @@ from benchmarks import golden, gpu, memory, offload, quality, throughput, traffi
 from benchmarks.lib import gpu_report, kernels, measurements, methods
 from benchmarks.lib.contest import ratios
 from benchmarks.lib.footprint import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, TensorTracker
-from benchmarks.lib.row_process import Results, Row, run_rows
+from benchmarks.lib.row_process import BenchmarkRow, Results, run_rows
 from benchmarks.lib.workers import DoesNotFit, WorkerError, Workers
 from benchmarks.lib.workload import Workload, flops_per_token
 from lomo_ds.update.buckets import MIN_BUCKET_NUMEL
@@ -291,7 +291,7 @@ def test_terminated_gpu_rows_leave_their_results(tmp_path: Path) -> None:
     assert "| 1 | the paper's Table 1 |" in (tmp_path / "gpu.md").read_text()
 
 
-def row_running(place: str, body: str, limit: float = 200.0) -> Row:
+def row_running(place: str, body: str, limit: float = 200.0) -> BenchmarkRow:
     """Return a row whose process runs ``body``."""
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -299,7 +299,7 @@ def row_running(place: str, body: str, limit: float = 200.0) -> Row:
         "from benchmarks.lib.row_process import RowOutput\n"
         "output = RowOutput(pathlib.Path(sys.argv[1])); output.wait_to_begin()\n"
     )
-    return Row(place, place, 0.0, limit, [sys.executable, "-c", script + body])
+    return BenchmarkRow(place, place, 0.0, limit, [sys.executable, "-c", script + body])
 
 
 def has_exited(process: int) -> bool:
@@ -308,7 +308,7 @@ def has_exited(process: int) -> bool:
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def outcomes_of(rows: list[Row], folder: Path, seconds: float = 300.0) -> list[dict[str, Any]]:
+def outcomes_of(rows: list[BenchmarkRow], folder: Path, seconds: float = 300.0) -> list[dict[str, Any]]:
     results = Results(rows, lambda: None)
     run_rows(rows, results, folder, time.monotonic() + seconds)
     return results.rows

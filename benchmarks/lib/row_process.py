@@ -31,7 +31,7 @@ Part = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """A row of a benchmark.
 
     Attributes:
@@ -57,7 +57,7 @@ class RowProcess:
         folder: folder of the result file and the log; must not exist yet.
     """
 
-    def __init__(self, row: Row, folder: Path) -> None:
+    def __init__(self, row: BenchmarkRow, folder: Path) -> None:
         folder.mkdir(parents=True)
         self.log, self.results = folder / "log", folder / "results"
         self.results.touch()
@@ -118,7 +118,7 @@ class Results:
         rows: for each row ``place``, ``title``, ``outcome``, ``limit``, ``parts`` and the ``seconds`` that it took.
     """
 
-    def __init__(self, rows: list[Row], changed: Callable[[], None]) -> None:
+    def __init__(self, rows: list[BenchmarkRow], changed: Callable[[], None]) -> None:
         self.rows: list[dict[str, Any]] = [
             {"place": row.place, "title": row.title, "outcome": "not begun", "limit": row.limit, "parts": []}
             for row in rows
@@ -147,7 +147,11 @@ class Results:
 
 
 def run_rows(
-    rows: list[Row], results: Results, folder: Path, deadline: float, report: Callable[[str], None] = lambda text: None
+    rows: list[BenchmarkRow],
+    results: Results,
+    folder: Path,
+    deadline: float,
+    report: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Measure the rows one after another; all processes start during the first row, to do their imports.
 
@@ -188,7 +192,7 @@ def run_rows(
 
 
 def _measure(
-    index: int, row: Row, process: RowProcess, results: Results, deadline: float, on_begin: Callable[[], None]
+    index: int, row: BenchmarkRow, process: RowProcess, results: Results, deadline: float, on_begin: Callable[[], None]
 ) -> None:
     """Wait until the process is ready, start it, and collect its results until it ends or its time is up."""
     if not _wait_until_ready(process, min(deadline, time.monotonic() + READY_SECONDS)):
