@@ -42,6 +42,10 @@ class DataError(LomoError, ValueError):
     """A text file, one of its rows or a tokenizer lacks something that training needs."""
 
 
+class BadRowError(DataError):
+    """One row of a dataset is malformed; the others can still be read."""
+
+
 class ModelError(LomoError, ValueError):
     """A model folder is incomplete, unreadable or does not fit the data."""
 
