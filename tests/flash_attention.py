@@ -30,7 +30,7 @@ def flash_attn_func(
     hidden = (distance < 0) & causal
     if window_size[0] >= 0:
         hidden |= distance > window_size[0]
-    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).contiguous()
 
 
 def flash_attn_varlen_func(

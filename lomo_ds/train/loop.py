@@ -17,6 +17,7 @@ from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.data import PackedBlocks, TrainingSteps, evaluation_batches
 from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.engine.protocol import TrainingEngine
+from lomo_ds.engine.separation import check_separation
 from lomo_ds.models import save_pretrained
 from lomo_ds.train.checkpoint_manager import RunCheckpoints
 from lomo_ds.train.evaluate import continue_text, evaluate_loss
@@ -72,6 +73,7 @@ class Trainer:
             self._run()
 
     def _run(self) -> None:
+        self._check_separation()
         self._print(self._describe())
         if self.steps.step == 0:
             evaluation = self._evaluate()
@@ -95,6 +97,14 @@ class Trainer:
         self.bar.close()
         self._print_results(sample_after)
         return None
+
+    def _check_separation(self) -> None:
+        """Raise if packed documents would see each other in this model."""
+        arguments = self.arguments
+        if "position_ids" in self.steps.blocks[0]:
+            check_separation(
+                self.engine, max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
+            )
 
     def _train(self) -> bool:
         """Take the remaining steps; return False if a signal ended them early."""
