@@ -1,0 +1,256 @@
+"""Trainer and SFTTrainer with one line more: they train as plain SGD does, save, resume, evaluate and generate."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from tests.ranks import Ranks
+from tests.trainers import (
+    COMMON,
+    LEARNING_RATE,
+    ds_config,
+    instruction_rows,
+    largest_difference,
+    logged,
+    lomo_installed,
+    stories_model,
+    stories_tokenizer,
+    tokenized_rows,
+    train_plainly,
+)
+
+GroupOf = Callable[..., Ranks]
+STEPS = 4
+BATCH = 8  # rows of a step, on all ranks and in all micro-batches
+ACCUMULATION = 2
+TOLERANCE = 1e-5
+PROMPT = "Once upon a time"
+# the learning rates of the steps; DeepSpeed's schedulers take their first value twice
+COSINE = [LEARNING_RATE * factor for factor in (0.0, 1.0, 0.75, 0.25)]
+DECAY = [LEARNING_RATE * factor for factor in (0.0, 0.0, 0.5, 1.0)]
+
+
+def batch_sizes(world_size: int) -> dict[str, int]:
+    return {
+        "per_device_train_batch_size": BATCH // ACCUMULATION // world_size,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "per_device_eval_batch_size": 1,
+    }
+
+
+def generate(model: PreTrainedModel, folder: str, rank: int, **arguments: Any) -> list[int]:
+    """Continue a prompt greedily; another rank writes more."""
+    prompt = stories_tokenizer(folder)(PROMPT, return_tensors="pt").input_ids
+    return model.generate(prompt, max_new_tokens=4 + 5 * rank, do_sample=False, pad_token_id=0, **arguments)[0].tolist()
+
+
+class GenerateOnEvaluate(TrainerCallback):
+    """Generates during evaluation, as scripts do to show samples."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.texts: list[list[int]] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
+        self.texts.append(generate(model, self.folder, args.process_index, synced_gpus=True))
+
+
+def run_trainer(folder: str, output_dir: str, world_size: int, scheduler: str) -> dict[str, Any]:
+    with lomo_installed():
+        model = stories_model(folder)
+        params = {"warmup_type": "linear", "warmup_num_steps": 2, "warmup_min_lr": "auto", "warmup_max_lr": "auto"}
+        by_deepspeed = {"type": "WarmupDecayLR", "params": params | {"total_num_steps": "auto"}}
+        arguments = {
+            "trainer": {"lr_scheduler_type": "cosine", "warmup_steps": 1, "deepspeed": ds_config()},
+            "deepspeed": {"warmup_steps": 2, "deepspeed": ds_config(scheduler=by_deepspeed)},
+        }[scheduler]
+        args = TrainingArguments(
+            output_dir, **COMMON | batch_sizes(world_size) | arguments, eval_strategy="steps", eval_steps=2
+        )
+        rows, tokenizer = tokenized_rows(folder, STEPS * BATCH), stories_tokenizer(folder)
+        samples = GenerateOnEvaluate(folder)
+        trainer = Trainer(
+            model,
+            args,
+            DataCollatorForSeq2Seq(tokenizer),
+            train_dataset=rows,
+            eval_dataset=rows.select(range(6)),
+            processing_class=tokenizer,
+            callbacks=[samples],
+        )
+        trainer.train()
+        trainer.save_model(f"{output_dir}/final")
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        engine = type(trainer.model_wrapped).__name__
+        return {"engine": engine, "logged": logged(trainer), "eval": losses, "texts": samples.texts}
+
+
+@pytest.fixture
+def reference(assets: Path, one_thread: None) -> Callable[[list[float], int], dict[str, Any]]:
+    """Train plainly with these learning rates; evaluate and generate after the second and the fourth step.
+
+    Trainer's evaluation averages over the tokens of the rows that all ranks have at a time, and then over these means.
+    """
+
+    def train(learning_rates: list[float], world_size: int) -> dict[str, Any]:
+        folder = str(assets)
+        model, rows, tokenizer = stories_model(folder), tokenized_rows(folder, STEPS * BATCH), stories_tokenizer(folder)
+        collate = DataCollatorForSeq2Seq(tokenizer)
+        records: list[tuple[float, float]] = []
+        losses, texts = [], []
+        for half in (0, 1):
+            part = rows.select(range(half * 2 * BATCH, (half + 1) * 2 * BATCH))
+            records += train_plainly(model, part, collate, BATCH, learning_rates[2 * half : 2 * half + 2])
+            model.eval()
+            with torch.no_grad():
+                batches = [collate([rows[i + j] for j in range(world_size)]) for i in range(0, 6, world_size)]
+                losses.append(sum(float(model(**batch).loss) for batch in batches) / len(batches))
+                texts.append([generate(model, folder, rank) for rank in (0, 1)])
+        return {"model": model, "logged": records, "eval": losses, "texts": texts}
+
+    return train
+
+
+def weight_difference(saved: str, expected: PreTrainedModel) -> float:
+    """Return the largest difference of a weight in a saved folder to ``expected``."""
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    weights = dict(expected.named_parameters())
+    return max(float((p - weights[name]).detach().abs().max()) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("scheduler", "learning_rates"), [("trainer", COSINE), ("deepspeed", DECAY)])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_trainer_takes_the_steps_of_plain_sgd(
+    ranks: GroupOf,
+    assets: Path,
+    tmp_path: Path,
+    reference: Callable[[list[float], int], dict[str, Any]],
+    world_size: int,
+    scheduler: str,
+    learning_rates: list[float],
+) -> None:
+    """Rows have very different numbers of labels, so that a mean of means would differ."""
+    expected = reference(learning_rates, world_size)
+    results = ranks(world_size).run(run_trainer, str(assets), str(tmp_path), world_size, scheduler)
+    for rank, result in enumerate(results):
+        assert result["engine"] == "LomoEngine"
+        assert largest_difference(result["logged"], expected["logged"]) < TOLERANCE
+        assert result["eval"] == pytest.approx(expected["eval"], abs=TOLERANCE)
+        assert result["texts"] == [texts[rank] for texts in expected["texts"]]
+    assert weight_difference(f"{tmp_path}/final", expected["model"]) < TOLERANCE
+    assert not list(Path(tmp_path, "final").glob("global_step*")), "a folder of a model, and of nothing else"
+
+
+def run_sft(folder: str, output_dir: str, world_size: int) -> dict[str, Any]:
+    from trl import SFTConfig, SFTTrainer
+
+    with lomo_installed():
+        args = SFTConfig(
+            output_dir,
+            **COMMON
+            | batch_sizes(world_size)
+            | {"save_strategy": "steps", "save_steps": STEPS, "save_only_model": True, "deepspeed": ds_config()},
+            bf16=False,
+            packing=True,
+            max_length=64,
+        )
+        model = stories_model(folder)  # after the arguments, so that each rank loads only its shards
+        is_partitioned = all(parameter.numel() == 0 for parameter in model.parameters())
+        trainer = SFTTrainer(
+            model, args, train_dataset=instruction_rows(folder, 48), processing_class=stories_tokenizer(folder)
+        )
+        trainer.train()
+        packed = trainer.train_dataset.select(range(STEPS * BATCH)).to_list()
+        return {"logged": logged(trainer), "packed": packed, "partitioned": is_partitioned}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sft_trainer_takes_the_steps_of_plain_sgd(
+    ranks: GroupOf, assets: Path, tmp_path: Path, one_thread: None, world_size: int
+) -> None:
+    """Rows are packed, layers recomputed in backward, and ``zero.Init`` has partitioned the model."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    results = ranks(world_size).run(run_sft, str(assets), str(tmp_path), world_size)
+    model = stories_model(str(assets))
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    expected = train_plainly(model, results[0]["packed"], collate, BATCH, [LEARNING_RATE] * STEPS)
+    for result in results:
+        assert result["partitioned"]
+        assert largest_difference(result["logged"], expected) < TOLERANCE
+    assert weight_difference(f"{tmp_path}/checkpoint-4", model) < TOLERANCE
+    assert not list(tmp_path.rglob("global_step*")), "save_only_model"
+
+
+# checkpoints
+
+
+def shuffled_trainer(folder: str, output_dir: str, world_size: int, **arguments: Any) -> Trainer:
+    """Build a trainer with random numbers in every step: in the order of the rows and in dropout."""
+    model = stories_model(folder, attention_dropout=0.2)
+    chosen = {"train_sampling_strategy": "random", "lr_scheduler_type": "cosine", "deepspeed": ds_config()}
+    args = TrainingArguments(output_dir, **COMMON | batch_sizes(world_size) | chosen | arguments)
+    rows = tokenized_rows(folder, STEPS * BATCH)
+    collate = DataCollatorForSeq2Seq(stories_tokenizer(folder))
+    return Trainer(model, args, collate, train_dataset=rows, eval_dataset=rows.select(range(4)))
+
+
+def run_and_resume(folder: str, output_dir: str, world_size: int) -> list[tuple[float, float]]:
+    """Train with a checkpoint after two steps, and again from that checkpoint; both save their model."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    with lomo_installed():
+        whole = shuffled_trainer(folder, f"{output_dir}/whole", world_size, **saving)
+        whole.train()
+        whole.save_model(f"{output_dir}/expected")
+    with lomo_installed():
+        torch.manual_seed(99)
+        resumed = shuffled_trainer(folder, f"{output_dir}/resumed", world_size)
+        resumed.train(resume_from_checkpoint=f"{output_dir}/whole/checkpoint-2")
+        resumed.save_model(f"{output_dir}/resumed")
+    assert logged(resumed) == logged(whole)
+    return logged(resumed)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resuming_is_bit_exact(ranks: GroupOf, assets: Path, tmp_path: Path, world_size: int) -> None:
+    records = ranks(world_size).run(run_and_resume, str(assets), str(tmp_path), world_size)[0]
+    assert len(records) == STEPS
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def run_with_best_model(folder: str, output_dir: str, world_size: int) -> dict[str, Any]:
+    """Choose the model with the largest loss, which is the one after the first step."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    with lomo_installed():
+        trainer = shuffled_trainer(folder, output_dir, world_size, save_total_limit=2, **best, **saving)
+        trainer.train()
+        trainer.save_model(f"{output_dir}/best")
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        best_loss = trainer.evaluate()["eval_loss"]
+        return {"best": trainer.state.best_model_checkpoint, "loss": best_loss, "losses": losses}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_best_model_is_loaded_at_the_end_and_old_checkpoints_are_deleted(
+    ranks: GroupOf, assets: Path, tmp_path: Path, world_size: int
+) -> None:
+    result = ranks(world_size).run(run_with_best_model, str(assets), str(tmp_path), world_size)[0]
+    assert result["best"] == f"{tmp_path}/checkpoint-1"
+    assert result["loss"] == result["losses"][0] > max(result["losses"][1:])
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+    best, loaded = (load_file(tmp_path / name / "model.safetensors") for name in ("checkpoint-1", "best"))
+    assert all(torch.equal(best[name], loaded[name]) for name in best)
