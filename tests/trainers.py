@@ -105,7 +105,8 @@ def train_plainly(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     records = []
     for step, lr in enumerate(learning_rates):
-        batch = collate([rows[index] for index in range(step * batch_size, (step + 1) * batch_size)])
+        last = min((step + 1) * batch_size, len(rows))
+        batch = collate([rows[index] for index in range(step * batch_size, last)])
         loss: Tensor = model(**batch, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()

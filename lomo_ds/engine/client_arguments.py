@@ -1,5 +1,6 @@
 """Validation of the objects passed to ``initialize``: parameters, scheduler and training data."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -111,7 +112,10 @@ def validate_built_scheduler(scheduler: Any, optimizers: Iterable[Any]) -> None:
 
 def needs_metric(scheduler: Any) -> bool:
     """Return whether ``scheduler.step`` needs a metric, for which DeepSpeed would pass the batch size."""
-    return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    if scheduler is None:
+        return False
+    parameters = inspect.signature(scheduler.step).parameters.values()
+    return any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 def validate_training_data(training_data: Any, collate_fn: Callable[..., Any] | None) -> None:

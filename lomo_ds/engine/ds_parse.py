@@ -10,6 +10,7 @@ from deepspeed.utils.logging import get_log_level_from_string
 from pydantic import ValidationError
 
 from lomo_ds import zero3
+from lomo_ds.engine.client_arguments import needs_metric
 from lomo_ds.engine.lr_schedulers import build_scheduler
 from lomo_ds.errors import ConfigError, one_line
 
@@ -91,7 +92,7 @@ def _validate_scheduler(name: str, params: dict[str, Any]) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = build_scheduler(name, params, optimizer)
     optimizer.step()
-    if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):  # needs a metric at each step
+    if not needs_metric(scheduler):
         scheduler.step()
 
 

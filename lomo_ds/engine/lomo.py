@@ -84,13 +84,27 @@ class LomoEngine(TokenAveragingEngine):
     def _skip_reason(self) -> str | None:
         return self.optimizer.last_skip_reason
 
-    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+    def backward(
+        self,
+        loss: Tensor,
+        retain_graph: bool = False,
+        scale_wrt_gas: bool = True,
+        learning_rate: None = None,
+    ) -> Tensor:
         """Run ``DeepSpeedEngine.backward``; gradients are averaged over the ranks, as in DeepSpeed.
 
+        Args:
+            learning_rate: must be None. transformers' Trainer gives it to the optimizers of the package lomo-optim.
+
         Raises:
-            ConfigError: the active schedule does not support this call, see ``train_batch``; or ``loss`` is not a
-                scalar with a graph.
+            ConfigError: the active schedule does not support this call, see ``train_batch``; ``loss`` is not a scalar
+                with a graph; or there is a ``learning_rate``.
         """
+        if learning_rate is not None:
+            raise ConfigError(
+                f"engine.backward takes no learning_rate, got {learning_rate}, because the engine has its own and its "
+                "scheduler; leave optim out of TrainingArguments, as the DeepSpeed config names the optimizer"
+            )
         loss = as_scalar(loss)
         if not self._in_train_batch:
             self._validate_backward()
@@ -231,8 +245,8 @@ class LomoEngine(TokenAveragingEngine):
         """Raise if the scheduler needs a metric and got none; DeepSpeed would pass it the batch size instead."""
         if needs_metric(self.lr_scheduler) and not lr_kwargs:
             raise ConfigError(
-                f"{type(self.lr_scheduler).__name__} needs a metric, which train_batch does not provide; use another "
-                "scheduler, or engine.backward(loss) and engine.step({'metrics': metric})"
+                f"{type(self.lr_scheduler).__name__} needs a metric, which train_batch and transformers' Trainer do "
+                "not provide; use another scheduler, or engine.backward(loss) and engine.step({'metrics': metric})"
             )
 
     def _validate_backward(self) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
+import lomo_ds
+from lomo_ds.errors import ConfigError
 from tests.ranks import Ranks
 from tests.trainers import (
     COMMON,
@@ -34,6 +37,7 @@ from tests.trainers import (
 GroupOf = Callable[..., Ranks]
 STEPS = 4
 BATCH = 8  # rows of a step, on all ranks and in all micro-batches
+ROWS = STEPS * BATCH - 4  # the last step of the epoch has one micro-batch instead of two
 ACCUMULATION = 2
 TOLERANCE = 1e-5
 PROMPT = "Once upon a time"
@@ -79,7 +83,7 @@ def run_trainer(folder: str, output_dir: str, world_size: int, scheduler: str) -
         args = TrainingArguments(
             output_dir, **COMMON | batch_sizes(world_size) | arguments, eval_strategy="steps", eval_steps=2
         )
-        rows, tokenizer = tokenized_rows(folder, STEPS * BATCH), stories_tokenizer(folder)
+        rows, tokenizer = tokenized_rows(folder, ROWS), stories_tokenizer(folder)
         samples = GenerateOnEvaluate(folder)
         trainer = Trainer(
             model,
@@ -106,12 +110,12 @@ def reference(assets: Path, one_thread: None) -> Callable[[list[float], int], di
 
     def train(learning_rates: list[float], world_size: int) -> dict[str, Any]:
         folder = str(assets)
-        model, rows, tokenizer = stories_model(folder), tokenized_rows(folder, STEPS * BATCH), stories_tokenizer(folder)
+        model, rows, tokenizer = stories_model(folder), tokenized_rows(folder, ROWS), stories_tokenizer(folder)
         collate = DataCollatorForSeq2Seq(tokenizer)
         records: list[tuple[float, float]] = []
         losses, texts = [], []
         for half in (0, 1):
-            part = rows.select(range(half * 2 * BATCH, (half + 1) * 2 * BATCH))
+            part = rows.select(range(half * 2 * BATCH, min((half + 1) * 2 * BATCH, ROWS)))
             records += train_plainly(model, part, collate, BATCH, learning_rates[2 * half : 2 * half + 2])
             model.eval()
             with torch.no_grad():
@@ -141,7 +145,7 @@ def test_trainer_takes_the_steps_of_plain_sgd(
     scheduler: str,
     learning_rates: list[float],
 ) -> None:
-    """Rows have very different numbers of labels, so that a mean of means would differ."""
+    """Rows differ much in their numbers of labels, and the last step has fewer rows: a mean of means would differ."""
     expected = reference(learning_rates, world_size)
     results = ranks(world_size).run(run_trainer, str(assets), str(tmp_path), world_size, scheduler)
     for rank, result in enumerate(results):
@@ -254,3 +258,121 @@ def test_the_best_model_is_loaded_at_the_end_and_old_checkpoints_are_deleted(
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
     best, loaded = (load_file(tmp_path / name / "model.safetensors") for name in ("checkpoint-1", "best"))
     assert all(torch.equal(best[name], loaded[name]) for name in best)
+
+
+# refusals
+
+
+def refusal_of_trainer(folder: str, output_dir: str, params: dict[str, Any], arguments: dict[str, Any]) -> str:
+    """Return the error of a trainer with these parameters of LOMO and these arguments."""
+    config = ds_config(optimizer={"type": "LOMO", "params": {"lr": "auto", **params}})
+    with lomo_installed():
+        trainer = shuffled_trainer(folder, output_dir, 1, deepspeed=config, **arguments)
+        with pytest.raises(ConfigError) as refusal:
+            trainer.train()
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("params", "arguments", "reason"),
+    [
+        (
+            {"update_schedule": "two_pass"},
+            {"gradient_accumulation_steps": 1},
+            "update_schedule two_pass must run every batch forward and backward twice",
+        ),
+        (
+            {"update_schedule": "immediate"},
+            {"max_grad_norm": 0.0},
+            "update_schedule immediate cannot accumulate gradients",
+        ),
+        (
+            {"update_schedule": "immediate"},
+            {"gradient_accumulation_steps": 1},
+            "update_schedule immediate cannot honour gradient_clipping 1.0",
+        ),
+        ({"learning_rte": 0.1}, {}, "LOMO has no parameter 'learning_rte'"),
+        ({}, {"optim": "lomo"}, "leave optim out of TrainingArguments"),
+        (
+            {},
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+            "ReduceLROnPlateau needs a metric, which train_batch and transformers' Trainer do not provide",
+        ),
+        ({}, {"lr_scheduler_type": "greedy", "eval_strategy": "steps"}, "GreedyLR needs a metric"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_reason(
+    ranks: GroupOf, assets: Path, tmp_path: Path, params: dict[str, Any], arguments: dict[str, Any], reason: str
+) -> None:
+    assert reason in ranks(1).run(refusal_of_trainer, str(assets), str(tmp_path), params, arguments)[0]
+
+
+def test_an_optimizer_of_the_program_is_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lomo_ds.install(), pytest.raises(ConfigError, match=r"takes no optimizer, got SGD; name the optimizer in the"):
+        deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config())
+
+
+# accelerate
+
+
+def run_accelerate(folder: str, output_dir: str, world_size: int) -> dict[str, Any]:
+    """Train by a loop of one's own, save, and load again."""
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DeepSpeedPlugin, DummyOptim
+
+    with lomo_installed():
+        PartialState(cpu=True)
+        plugin = DeepSpeedPlugin(hf_ds_config=ds_config(gradient_accumulation_steps=ACCUMULATION))
+        accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=ACCUMULATION)
+        collate = DataCollatorForSeq2Seq(stories_tokenizer(folder))
+        batch_size = BATCH // ACCUMULATION // world_size
+        loader: Any = torch.utils.data.DataLoader(
+            tokenized_rows(folder, STEPS * BATCH), batch_size=batch_size, collate_fn=collate
+        )
+        model: Any = stories_model(folder)
+        model, optimizer, loader = accelerator.prepare(model, DummyOptim(model.parameters(), lr=LEARNING_RATE), loader)
+        norms = []
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                if accelerator.sync_gradients:
+                    norms.append(model.get_global_grad_norm())
+                optimizer.step()
+                optimizer.zero_grad()
+        accelerator.save_model(model, f"{output_dir}/model")
+        accelerator.save_state(f"{output_dir}/state")
+        model.global_steps = 0
+        accelerator.load_state(f"{output_dir}/state")
+        return {"norms": norms, "steps": model.global_steps}
+
+
+def train_by_means_of_means(folder: str, batch_size: int) -> tuple[list[float], PreTrainedModel]:
+    """Train plainly on the mean of the losses of ``batch_size`` rows at a time, and return the gradient norms."""
+    model, rows = stories_model(folder).train(), tokenized_rows(folder, STEPS * BATCH)
+    collate = DataCollatorForSeq2Seq(stories_tokenizer(folder))
+    norms = []
+    for first in range(0, STEPS * BATCH, BATCH):
+        for start in range(first, first + BATCH, batch_size):
+            batch = collate([rows[index] for index in range(start, start + batch_size)])
+            (model(**batch, use_cache=False).loss * batch_size / BATCH).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        torch.optim.SGD(model.parameters(), lr=LEARNING_RATE).step()
+        model.zero_grad()
+    return norms, model
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loop_with_accelerate_averages_as_deepspeed_does(
+    ranks: GroupOf, assets: Path, tmp_path: Path, one_thread: None, world_size: int
+) -> None:
+    results = ranks(world_size).run(run_accelerate, str(assets), str(tmp_path), world_size)
+    norms, model = train_by_means_of_means(str(assets), BATCH // ACCUMULATION // world_size)
+    for result in results:
+        assert result["norms"] == pytest.approx(norms, rel=TOLERANCE)
+        assert result["steps"] == STEPS
+    assert (tmp_path / "state" / "pytorch_model" / "state.json").is_file()
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    weights = dict(model.named_parameters())
+    assert max(float((weights[name] - saved[name]).detach().abs().max()) for name in weights) < TOLERANCE
