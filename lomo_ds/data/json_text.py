@@ -12,12 +12,13 @@ from lomo_ds.errors import BadRowError
 
 DECODER = json.JSONDecoder()
 SPACE = re.compile(r"[ \t\n\r]*")
-STRING = r'"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*"?'  # one without an end stops at the line's, as no string has a line break
+# a string without an end stops at the end of its line, since no string has a line break
+STRING = r'"[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+"?'
 INTEGER = re.compile(rf"{STRING}|-?(\d+)(?![\d.eE])")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-# pairs are consumed first; then the group is one without its other half, and any other escape is skipped
-SURROGATES = re.compile(
-    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\."
+# ends before the first half of a surrogate pair without its other half; it matches pairs, and the u of no other escape
+WITHOUT_LONE_SURROGATE = re.compile(
+    r"(?:[^\\]++|\\(?!u[dD][89a-fA-F]).|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})*+"
 )
 BRACKET = re.compile(rf"{STRING}|[][{{}}]")
 CLOSING = {"[": "]", "{": "}"}
@@ -101,12 +102,13 @@ class JsonText:
         return value
 
     def _check_surrogates(self, start: int, end: int) -> None:
-        for match in SURROGATES.finditer(self.text, start, end):
-            if match[1]:
-                raise BadRowError(
-                    f"{self.line(match.start())} must be Unicode text, but {match[1]} at column "
-                    f"{self.column(match.start())} is half of a surrogate pair"
-                )
+        match = WITHOUT_LONE_SURROGATE.match(self.text, start, end)
+        position = match.end() if match else start
+        if position < end:
+            raise BadRowError(
+                f"{self.line(position)} must be Unicode text, but {self.text[position : position + 6]} at column "
+                f"{self.column(position)} is half of a surrogate pair"
+            )
 
     def end_of_malformed(self, start: int) -> int | None:
         """Return the end of the malformed object at ``start`` in an array, or None if it is not certain.

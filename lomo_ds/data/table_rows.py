@@ -71,11 +71,10 @@ def _rows(table: Any, name: str, on_bad_row: OnBadRow) -> Iterator[Row]:
         try:
             row = Row(location, {column: _without_none(value) for column, value in values.items()})
         except UnicodeEncodeError as error:
-            on_bad_row(
-                BadRowError(
-                    f"{location} must be Unicode text, but {error.object[error.start]!r} is half of a surrogate pair"
-                )
-            )
+            half = repr(error.object[error.start])
+            on_bad_row(BadRowError(f"{location} must be Unicode text, but {half} is half of a surrogate pair"))
+        except RecursionError:
+            on_bad_row(BadRowError(f"{location} is nested too deep to be read"))
         else:
             yield row
 
@@ -95,7 +94,7 @@ def _without_none(value: Any) -> Any:
     """Return ``value`` without the None that Arrow adds for fields that other rows have, and check its strings.
 
     Raises:
-        UnicodeEncodeError: a string has half of a surrogate pair, which JSON within a table can hold.
+        UnicodeEncodeError: a string holds half of a surrogate pair, as JSON within a table may.
     """
     if isinstance(value, str):
         value.encode()
