@@ -18,6 +18,7 @@ from lomo_ds.numerics.precision import Precision
 MAX_SEQ_LENGTH = 2048  # default limit; longer sequences must be requested
 BASELINE_LEARNING_RATES: dict[str, float] = {"adamw": 5e-5, "sgd": 0.03}  # defaults
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+TRACKERS = ("tensorboard", "wandb")  # of --report_to
 HEADER = "# Written by lomo_ds, and written anew by the next run in this folder."  # first line of a dumped config.yaml
 
 
@@ -77,6 +78,9 @@ class JobArguments:
     )
     num_train_epochs: float = parameter(1.0, "Passes over the training text.", above=0, at_most=1e9)
     max_steps: int = parameter(-1, "Optimizer steps; above 0 it overrides num_train_epochs.")
+    report_to: str = parameter(
+        "tensorboard", "Where metrics go beside metrics.jsonl: tensorboard, wandb, both with a comma between, or none."
+    )
     logging_steps: int = parameter(10, "Steps between two lines of metrics.jsonl.", at_least=1)
     eval_steps: int | None = parameter(
         None, "Steps between evaluations; by default only before and after training.", at_least=1
@@ -132,6 +136,7 @@ class TrainArguments(LomoParameters, JobArguments):
         validate_fields(self, "--")
         if self.bf16 and self.fp16:
             raise ConfigError("bf16 and fp16 were both asked for, and weights have one precision; keep one of them")
+        self._validate_report_to()
         if self.activation_offload and not self.gradient_checkpointing:
             raise ConfigError(
                 "--activation_offload moves the activations that --gradient_checkpointing keeps, and that was not "
@@ -151,6 +156,22 @@ class TrainArguments(LomoParameters, JobArguments):
                 "--validation_file, --eval_steps and --save_steps, a multiple of it, got "
                 f"{self.validation_file}, {self.eval_steps} and {self.save_steps}"
             )
+
+    def _validate_report_to(self) -> None:
+        names = self._reported_names()
+        if not names or not {*names} <= {*TRACKERS, "none"} or ("none" in names and len(names) > 1):
+            raise ConfigError(
+                f"--report_to must be none, or one or several of {', '.join(TRACKERS)} with commas between them, got "
+                f"{self.report_to!r}"
+            )
+
+    def _reported_names(self) -> list[str]:
+        return [name.strip() for name in self.report_to.split(",") if name.strip()]
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Programs that get the metrics."""
+        return tuple(name for name in self._reported_names() if name != "none")
 
     @property
     def is_baseline(self) -> bool:

@@ -3,6 +3,7 @@
 import json
 import logging
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lomo_ds.train.progress import FINISHED, is_finished
 from lomo_ds.train.resume import log_nothing_to_do
 from lomo_ds.train.signals import StopRequest
 from lomo_ds.train.starting_point import StartingPoint, all_steps, find_starting_point
+from lomo_ds.train.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ def train(arguments: TrainArguments, explicit: frozenset[str], stop: StopRequest
     Raises:
         LomoError: on the rank that reports a user error; the others raise ``PeerError``.
     """
+    raise_on_all_ranks(lambda: check_trackers(arguments.trackers) if dist.get_rank() == 0 else None)
     fast = common_precision(gather_objects(fast_precision(compute_device().type)))  # join
     with ExitStack() as lock:
         inputs = read_inputs(arguments, explicit, fast, lock)  # read and check
@@ -115,7 +118,7 @@ def _start_records(start: StartingPoint, inputs: Inputs) -> Monitor:
             remove(folder)
         _write_settings(output_dir, inputs.arguments, start.ds_config)
     try:
-        return Monitor(output_dir, rank, start.steps.step)
+        return Monitor(output_dir, rank, start.steps.step, inputs.arguments.trackers, asdict(inputs.arguments))
     except OSError as error:
         raise ConfigError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from None
 

@@ -224,10 +224,9 @@ class Trainer:
             sample_before = self.progress.sample_before
             first_line = "" if sample_before is None else f"before: {sample_before!r}\n"
             self._print(f"{first_line}after:  {sample_after!r}")
-        self._print(
-            f"model, tokenizer and config.yaml: {output_dir}\nmetrics: {output_dir / 'metrics.jsonl'}\n"
-            f"TensorBoard: tensorboard --logdir {output_dir / 'runs'}"
-        )
+        self._print(f"model, tokenizer and config.yaml: {output_dir}\nmetrics: {output_dir / 'metrics.jsonl'}")
+        for tracker in self.monitor.trackers:
+            self._print(tracker.describe())
 
     def _print(self, text: str) -> None:
         if self.is_main:

@@ -1,17 +1,18 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events, and the memory, utilisation and power of each GPU."""
+"""Metrics of a run: metrics.jsonl, what trackers get, and the memory, utilisation and power of each GPU."""
 
 import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 import pynvml
 import torch
-from torch.utils.tensorboard import SummaryWriter
+
+from lomo_ds.train.trackers import TensorBoard, Tracker, Wandb, trainer_names
 
 logger = logging.getLogger(__name__)
 
@@ -20,29 +21,44 @@ class Monitor:
     """Writes one record per logged step: training metrics on rank 0, GPU metrics on every rank.
 
     Files in ``output_dir``: ``metrics.jsonl``, one object per record; ``runs/`` for TensorBoard, with
-    subfolders ``rank1``, ``rank2`` and so on for the GPUs of the other ranks.
+    subfolders ``rank1``, ``rank2`` and so on for the GPUs of the other ranks; ``wandb/``, for rank 0.
 
     Args:
         step: the step to resume after; later records are dropped, since these steps are repeated. 0 drops all.
+        report_to: the trackers, ``tensorboard`` and ``wandb``.
+        settings: the run's arguments, for trackers that show them.
+
+    Raises:
+        ConfigError: a tracker cannot be started.
     """
 
-    def __init__(self, output_dir: Path, rank: int, step: int = 0) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        rank: int,
+        step: int = 0,
+        report_to: tuple[str, ...] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.gpu = _nvml_handle()
         runs = output_dir / "runs"
-        self.writer = None
-        if rank == 0 or self.gpu is not None:
-            first = step + 1 if step else 0  # TensorBoard hides older events from this step on
-            self.writer = SummaryWriter(str(runs if rank == 0 else runs / f"rank{rank}"), purge_step=first)
+        self.trackers: list[Tracker] = []
+        if "tensorboard" in report_to and (rank == 0 or self.gpu is not None):
+            self.trackers.append(TensorBoard(runs if rank == 0 else runs / f"rank{rank}", step))
+        if "wandb" in report_to and rank == 0:
+            self.trackers.append(Wandb(output_dir, settings or {}, step))
         self.file = _open_records(output_dir / "metrics.jsonl", step) if rank == 0 else None
 
     def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for opened in (self.file, self.writer):
-            if opened is not None:
-                with contextlib.suppress(OSError):  # a failed write was logged before
-                    opened.close()
+        for tracker in self.trackers:
+            with contextlib.suppress(OSError):  # a failed write was logged before
+                tracker.close(failed=error is not None)
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.close()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record ``metrics`` of ``step``; ranks other than 0 record only the metrics of their GPU.
@@ -59,10 +75,10 @@ class Monitor:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self.file.write(json.dumps({"step": step, **finite}) + "\n")
             self.file.flush()
-        if self.writer is not None:
-            recorded = {f"train/{name}": value for name, value in metrics.items()} if self.file is not None else {}
-            for name, value in (recorded | self._gpu_metrics()).items():
-                self.writer.add_scalar(name, value, step)
+        if self.trackers:
+            recorded = (trainer_names(metrics) if self.file is not None else {}) | self._gpu_metrics()
+            for tracker in self.trackers:
+                tracker.log(step, recorded)
 
     def _gpu_metrics(self) -> dict[str, float]:
         if self.gpu is None:

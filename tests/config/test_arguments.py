@@ -107,7 +107,7 @@ def test_invalid_yaml_is_an_error(tmp_path: Path, text: str, message: str) -> No
         ("train_files", "train_file"),
         ("seeds", "seed"),
         *((name, None) for name in (
-            "ddp_timeout", "do_train", "do_eval", "report_to", "block_size", "save_strategy",
+            "ddp_timeout", "do_train", "do_eval", "block_size", "save_strategy",
             "eval_strategy", "logging_strategy", "logging_dir", "eval_accumulation_steps", "warmup_steps", "run_name",
             "optimizer", "dataset_name", "fp8", "tf32", "fp32", "push_to_hub", "data_seed", "lr", "batch_size",
             "epochs", "save_only_model", "adam_beta1", "dataloader_num_workers", "group_by_length", "no_cuda",

@@ -69,7 +69,7 @@ def test_metrics_have_one_object_per_logged_step(finished: tuple[Path, str]) -> 
 
 def test_tensorboard_holds_the_same(finished: tuple[Path, str]) -> None:
     events = EventAccumulator(str(finished[0] / "runs")).Reload()
-    assert {"train/loss", "train/eval_loss", "train/grad_norm", "train/learning_rate", "train/loss_scale",
+    assert {"train/loss", "eval/loss", "train/grad_norm", "train/learning_rate", "train/loss_scale",
             "train/tokens_per_second", "train/skipped_steps"} <= set(events.Tags()["scalars"])  # fmt: skip
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
 

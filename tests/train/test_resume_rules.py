@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent.parent
 BASE = TrainArguments(model_name_or_path="m", train_file="t.txt", output_dir="out")
 ARGUMENTS = [field.name for field in dataclasses.fields(TrainArguments)]
 # a valid value that is not the default, where its type does not give one; and arguments that an argument needs
-OTHER = {"warmup_ratio": 0.5, "max_seq_length": 8}
+OTHER = {"warmup_ratio": 0.5, "max_seq_length": 8, "report_to": "none"}
 NEEDED: dict[str, dict[str, Any]] = {
     "activation_offload": {"gradient_checkpointing": True},
     "load_best_model_at_end": {"validation_file": "v.txt", "save_steps": 2, "eval_steps": 2},
