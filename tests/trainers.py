@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -37,21 +38,28 @@ def ds_config(**changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def lomo_installed() -> Iterator[None]:
-    """Install lomo_ds; at the end, give accelerate and transformers the state that they have in a new process."""
+def new_process_state() -> Iterator[None]:
+    """At the end, give accelerate, transformers and DeepSpeed the state that they have in a new process."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    environment = dict(os.environ)
+    environment, initialize = dict(os.environ), deepspeed.initialize
     try:
-        with lomo_ds.install():
-            yield
+        yield
     finally:
+        deepspeed.initialize = initialize
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         unset_hf_deepspeed_config()
         os.environ.clear()
         os.environ.update(environment)
+
+
+@contextmanager
+def lomo_installed() -> Iterator[None]:
+    """Install lomo_ds in a ``new_process_state``."""
+    with new_process_state(), lomo_ds.install():
+        yield
 
 
 def stories_model(folder: str, **config: Any) -> PreTrainedModel:

@@ -1,7 +1,9 @@
 """Trainer and SFTTrainer with one line more: they train as plain SGD does, save, resume, evaluate and generate."""
 
 import math
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from tests.trainers import (
     largest_difference,
     logged,
     lomo_installed,
+    new_process_state,
     stories_model,
     stories_tokenizer,
     tokenized_rows,
@@ -72,7 +75,9 @@ class GenerateOnEvaluate(TrainerCallback):
         self.texts.append(generate(model, self.folder, args.process_index, synced_gpus=True))
 
 
-def run_trainer(folder: str, output_dir: str, world_size: int, scheduler: str) -> dict[str, Any]:
+def run_trainer(
+    folder: str, output_dir: str, world_size: int, scheduler: str, checkpoint: str | None = None
+) -> dict[str, Any]:
     with lomo_installed():
         model = stories_model(folder)
         params = {"warmup_type": "linear", "warmup_num_steps": 2, "warmup_min_lr": "auto", "warmup_max_lr": "auto"}
@@ -82,7 +87,11 @@ def run_trainer(folder: str, output_dir: str, world_size: int, scheduler: str) -
             "deepspeed": {"warmup_steps": 2, "deepspeed": ds_config(scheduler=by_deepspeed)},
         }[scheduler]
         args = TrainingArguments(
-            output_dir, **COMMON | batch_sizes(world_size) | arguments, eval_strategy="steps", eval_steps=2
+            output_dir,
+            **COMMON | batch_sizes(world_size) | arguments | {"save_strategy": "steps", "save_steps": 2},
+            eval_strategy="steps",
+            eval_steps=2,
+            eval_on_start=True,
         )
         rows, tokenizer = tokenized_rows(folder, ROWS), stories_tokenizer(folder)
         samples = GenerateOnEvaluate(folder)
@@ -95,7 +104,7 @@ def run_trainer(folder: str, output_dir: str, world_size: int, scheduler: str) -
             processing_class=tokenizer,
             callbacks=[samples],
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(f"{output_dir}/final")
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         engine = type(trainer.model_wrapped).__name__
@@ -104,7 +113,7 @@ def run_trainer(folder: str, output_dir: str, world_size: int, scheduler: str) -
 
 @pytest.fixture
 def reference(assets: Path, one_thread: None) -> Callable[[list[float], int], dict[str, Any]]:
-    """Train plainly with these learning rates; evaluate and generate after the second and the fourth step.
+    """Train plainly with these learning rates; evaluate and generate at the start and after every second step.
 
     Trainer's evaluation averages over the tokens of the rows that all ranks have at a time, and then over these means.
     """
@@ -115,9 +124,10 @@ def reference(assets: Path, one_thread: None) -> Callable[[list[float], int], di
         collate = DataCollatorForSeq2Seq(tokenizer)
         records: list[tuple[float, float]] = []
         losses, texts = [], []
-        for half in (0, 1):
-            part = rows.select(range(half * 2 * BATCH, min((half + 1) * 2 * BATCH, ROWS)))
-            records += train_plainly(model, part, collate, BATCH, learning_rates[2 * half : 2 * half + 2])
+        for done in (0, 2, 4):
+            if done:
+                part = rows.select(range((done - 2) * BATCH, min(done * BATCH, ROWS)))
+                records += train_plainly(model, part, collate, BATCH, learning_rates[done - 2 : done])
             model.eval()
             with torch.no_grad():
                 batches = [collate([rows[i + j] for j in range(world_size)]) for i in range(0, 6, world_size)]
@@ -156,6 +166,22 @@ def test_trainer_takes_the_steps_of_plain_sgd(
         assert result["texts"] == [texts[rank] for texts in expected["texts"]]
     assert weight_difference(f"{tmp_path}/final", expected["model"]) < TOLERANCE
     assert not list(Path(tmp_path, "final").glob("global_step*")), "a folder of a model, and of nothing else"
+
+
+@pytest.mark.parametrize(("saved_on", "resumed_on"), [(1, 2), (2, 1)])
+def test_another_number_of_ranks_resumes(
+    ranks: GroupOf,
+    assets: Path,
+    tmp_path: Path,
+    reference: Callable[[list[float], int], dict[str, Any]],
+    saved_on: int,
+    resumed_on: int,
+) -> None:
+    ranks(saved_on).run(run_trainer, str(assets), str(tmp_path / "first"), saved_on, "trainer")
+    checkpoint = str(tmp_path / "first" / "checkpoint-2")
+    ranks(resumed_on).run(run_trainer, str(assets), str(tmp_path / "second"), resumed_on, "trainer", checkpoint)
+    expected = reference(COSINE, 1)["model"]
+    assert weight_difference(f"{tmp_path}/second/final", expected) < TOLERANCE
 
 
 def run_sft(folder: str, output_dir: str, world_size: int, schedule: str) -> dict[str, Any]:
@@ -392,3 +418,41 @@ def test_a_loop_with_accelerate_averages_as_deepspeed_does(
     saved = load_file(tmp_path / "model" / "model.safetensors")
     weights = dict(model.named_parameters())
     assert max(float((weights[name] - saved[name]).detach().abs().max()) for name in weights) < TOLERANCE
+
+
+# the page
+
+
+def run_page(code: str) -> tuple[str, str, list[float]]:
+    """Run a script, on the CPU and in fp32, in a folder that has its files."""
+    import trl
+
+    with new_process_state(), pytest.MonkeyPatch.context() as patch:
+        here = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "logging_steps": 1}
+        patch.setattr(trl, "SFTConfig", partial(trl.SFTConfig, **here))
+        script: dict[str, Any] = {}
+        exec(compile(code, "docs/trainers.md", "exec"), script)
+        trainer = script["trainer"]
+        engine = trainer.model_wrapped
+        return type(engine).__name__, engine.optimizer.choice.schedule, [loss for loss, _ in logged(trainer)]
+
+
+def in_folder(folder: str, code: str) -> tuple[str, str, list[float]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return run_page(code)
+
+
+def test_the_script_of_the_page_trains_and_saves_a_model(ranks: GroupOf, assets: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"^```(python|json)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL))
+    (tmp_path / "ds_config.json").write_text(blocks["json"], encoding="utf-8")
+    instruction_rows(str(assets), 48).to_json(tmp_path / "instructions.json", lines=False)
+    small = {"/models/llama-7b": f"{assets}/stories260K", "max_length=1024": "max_length=64"}
+    code = re.sub("|".join(small), lambda match: small[match[0]], blocks["python"])
+    results = ranks(2).run(in_folder, str(tmp_path), code)
+    for engine, schedule, losses in results:
+        assert (engine, schedule) == ("LomoEngine", "immediate")
+        assert losses[-1] < losses[0]
+    original = stories_model(str(assets))
+    assert weight_difference(f"{tmp_path}/out", original) > 1e-3
