@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 import time
 from pathlib import Path
 from statistics import fmean
@@ -62,9 +63,9 @@ class Trainer:
         self.checkpoints = checkpoints
         self.output_dir = Path(arguments.output_dir)
         self.is_main = dist.get_rank() == 0
-        self.bar = tqdm(
-            total=steps.total, initial=steps.step, unit="step", disable=not self.is_main, dynamic_ncols=True
-        )
+        has_bar = self.is_main and sys.stderr.isatty()  # a log file gets lines instead
+        self.bar = tqdm(total=steps.total, initial=steps.step, unit="step", disable=not has_bar, dynamic_ncols=True)
+        self.started_time, self.started_step = time.perf_counter(), steps.step  # of the steps in this process
         self.logged_time, self.logged_tokens = time.perf_counter(), steps.tokens  # at the last log line
 
     def run(self) -> None:
@@ -112,6 +113,8 @@ class Trainer:
             return False
         if self._stop_requested():
             return False
+        self.bar.unpause()  # an evaluation before the first step does not count as its time
+        self.started_time = time.perf_counter()
         for micro_batches in self.steps:
             learning_rate = self.engine.get_lr()[0]
             self.progress.losses.append(float(self.engine.train_batch(micro_batches)))
@@ -119,7 +122,7 @@ class Trainer:
             record: dict[str, float] = {}
             if self._is_due(self.arguments.logging_steps):
                 record |= self._metrics(learning_rate)
-                self._update_bar(record)
+                self._show(record)
             if not self._end_step(record):
                 return False
         return True
@@ -175,11 +178,17 @@ class Trainer:
             "failed_saves": float(progress.failed_saves),
         }
 
-    def _update_bar(self, metrics: dict[str, float]) -> None:
-        self.bar.set_postfix_str(
+    def _show(self, metrics: dict[str, float]) -> None:
+        """Show the metrics beside the bar, or in a line of a log file with the time that is left."""
+        text = (
             f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s, "
             f"lr {metrics['learning_rate']:.2g}, norm {metrics['grad_norm']:.2f}"
         )
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            step, total = self.steps.step, self.steps.total
+            left = time_left(time.perf_counter() - self.started_time, step - self.started_step, total - step)
+            self._print(f"step {step} of {total}, {left} left: {text}")
 
     def _evaluate(self) -> dict[str, float] | None:
         """Return the held-out loss, empty without a validation text; None if a signal interrupted the evaluation."""
@@ -231,3 +240,9 @@ class Trainer:
     def _print(self, text: str) -> None:
         if self.is_main:
             self.bar.write(text)
+            sys.stdout.flush()  # a log file would show it minutes later
+
+
+def time_left(seconds: float, taken: int, left: int) -> str:
+    """Return the time of the steps that are left, as h:mm:ss, if they take as long as those taken in ``seconds``."""
+    return tqdm.format_interval(seconds / taken * left)
