@@ -11,16 +11,36 @@ import deepspeed
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 
 import lomo_ds
 
+STEPS = 4
+BATCH = 8  # rows of a step, on all ranks and in all micro-batches
+ACCUMULATION = 2
 LEARNING_RATE = 0.05
+TOLERANCE = 1e-5  # of losses, of norms in parts of themselves, and of weights
 COMMON: dict[str, Any] = {
     "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1, "learning_rate": LEARNING_RATE,
-    "max_steps": 4, "max_grad_norm": 1.0, "save_strategy": "no", "lr_scheduler_type": "constant",
+    "max_steps": STEPS, "max_grad_norm": 1.0, "save_strategy": "no", "lr_scheduler_type": "constant",
     "train_sampling_strategy": "sequential",  # so that the rows of a step follow from its number
 }  # fmt: skip
+
+
+def batch_sizes(world_size: int) -> dict[str, int]:
+    return {
+        "per_device_train_batch_size": BATCH // ACCUMULATION // world_size,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "per_device_eval_batch_size": 1,
+    }
 
 
 def ds_config(**changes: Any) -> dict[str, Any]:
@@ -91,6 +111,16 @@ def tokenized_rows(folder: str, count: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def shuffled_trainer(folder: str, output_dir: str, world_size: int, **arguments: Any) -> Trainer:
+    """Build a trainer with random numbers in every step: in the order of the rows and in dropout."""
+    model = stories_model(folder, attention_dropout=0.2)
+    chosen = {"train_sampling_strategy": "random", "lr_scheduler_type": "cosine", "deepspeed": ds_config()}
+    args = TrainingArguments(output_dir, **COMMON | batch_sizes(world_size) | chosen | arguments)
+    rows = tokenized_rows(folder, STEPS * BATCH)
+    collate = DataCollatorForSeq2Seq(stories_tokenizer(folder))
+    return Trainer(model, args, collate, train_dataset=rows, eval_dataset=rows.select(range(4)))
+
+
 def logged(trainer: Trainer) -> list[tuple[float, float]]:
     """Return the loss and the gradient norm of each step of a trainer."""
     return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
@@ -130,3 +160,10 @@ def largest_difference(one: list[tuple[float, float]], other: list[tuple[float, 
     assert len(one) == len(other)
     pairs = zip(one, other, strict=True)
     return max(max(abs(a[0] - b[0]), abs(a[1] - b[1]) / b[1]) for a, b in pairs)
+
+
+def weight_difference(saved: str, expected: PreTrainedModel) -> float:
+    """Return the largest difference of a weight in a saved folder to ``expected``."""
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    weights = dict(expected.named_parameters())
+    return max(float((p - weights[name]).detach().abs().max()) for name, p in model.named_parameters())
