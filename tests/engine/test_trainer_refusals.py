@@ -1,4 +1,4 @@
-"""What a trainer asks for and the engine cannot do: a ConfigError says what to do instead."""
+"""Requests of trainers that the engine cannot carry out: a ConfigError says what to do instead."""
 
 from collections.abc import Callable
 from pathlib import Path
