@@ -126,6 +126,11 @@ def logged(trainer: Trainer) -> list[tuple[float, float]]:
     return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
+def token_mean(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """Return the loss averaged over all labelled tokens of the batch."""
+    return model(**batch, use_cache=False).loss
+
+
 def train_plainly(
     model: PreTrainedModel,
     rows: Dataset,
@@ -133,11 +138,12 @@ def train_plainly(
     batch_size: int,
     learning_rates: list[float],
     max_norm: float = 1.0,
+    loss_of: Callable[[PreTrainedModel, dict[str, Any]], Tensor] = token_mean,
 ) -> list[tuple[float, float]]:
     """Train ``model`` by torch's SGD in one process, on whole batches of consecutive rows.
 
     Returns:
-        The loss, averaged over all labelled tokens of the batch, and the gradient norm of each step.
+        The loss and the gradient norm of each step.
     """
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -145,7 +151,7 @@ def train_plainly(
     for step, lr in enumerate(learning_rates):
         last = min((step + 1) * batch_size, len(rows))
         batch = collate([rows[index] for index in range(step * batch_size, last)])
-        loss: Tensor = model(**batch, use_cache=False).loss
+        loss = loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
