@@ -13,7 +13,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["lomo_ds", "lomo_ds.*"]),
-    package_data={"lomo_ds": ["py.typed", "ds_configs/*.json"]},
+    package_data={"lomo_ds": ["py.typed", "ds_configs/*.json", "chat_templates/*.jinja"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

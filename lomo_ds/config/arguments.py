@@ -5,13 +5,16 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from lomo_ds.config.lomo_config import OPTIMIZERS, LomoParameters, OptimizerName
-from lomo_ds.config.parameter import parameter, validate_fields
+from lomo_ds.config.parameter import base_type, parameter, validate_fields
+from lomo_ds.data import Format, Strategy
+from lomo_ds.data.formats import TEXT_FIELD
 from lomo_ds.errors import ConfigError, did_you_mean, one_line
 from lomo_ds.numerics.precision import Precision
 
@@ -27,12 +30,52 @@ class JobArguments:
     """Arguments of a training job beside the optimizer's parameters."""
 
     model_name_or_path: str = parameter(help="Model folder (Hugging Face layout), hub name, or 7b, 13b, 30b, 65b.")
-    train_file: str = parameter(help='Training text: .txt, or .jsonl with a "text" in every row.')
+    train_file: list[str] = parameter(
+        help="Training data: files (.jsonl, .json, .csv, .parquet, .arrow, .txt; .gz too), folders of them, or names "
+        "of datasets on the Hugging Face hub."
+    )
     output_dir: str = parameter(help="Where the model, its tokenizer, config.yaml, metrics and runs/ go.")
     overwrite_output_dir: bool = parameter(
         False, "Begin anew where another run has been: its checkpoints are deleted, its model is replaced at the end."
     )
-    validation_file: str | None = parameter(None, "Held-out text, .txt or .jsonl; without it nothing is evaluated.")
+    train_file_weights: list[float] | None = parameter(
+        None, "How often each train_file occurs in an epoch, 2 or 0.5 for example; by default once.", above=0
+    )
+    validation_file: list[str] | None = parameter(
+        None, "Held-out data, in the same forms; without it nothing is evaluated."
+    )
+    validation_split_percentage: int = parameter(
+        0,
+        "Hold out this share of train_file's rows, drawn at random, where there is no validation_file.",
+        at_least=0,
+        at_most=99,
+    )
+    dataset_format: Format | None = parameter(
+        None, "The format of all files, where their columns fit several; by default each file's columns decide."
+    )
+    dataset_text_field: str = parameter(TEXT_FIELD, "Column of a plain text.")
+    on_bad_rows: Literal["error", "skip"] = parameter("error", "Whether a malformed row ends the run, or is left out.")
+    completion_only_loss: bool | None = parameter(
+        None, "Train on the completion after a prompt alone, not on the prompt; by default so."
+    )
+    assistant_only_loss: bool | None = parameter(
+        None, "Train on the assistant's messages alone; by default so for messages, conversations and alpaca rows."
+    )
+    train_on_prompt: bool = parameter(False, "Train on prompts and all messages, too.")
+    packing: bool | None = parameter(
+        None, "Pack samples into sequences of max_seq_length; by default plain texts alone are packed."
+    )
+    packing_strategy: Strategy | None = parameter(
+        None,
+        "bfd: whole samples side by side that do not see each other, cut off at max_seq_length; bfd_split: long ones "
+        "are split; wrapped: one stream, cut anywhere. By default wrapped for plain texts, else bfd.",
+    )
+    chat_template_path: str | None = parameter(
+        None,
+        "Chat template: a .jinja file, a folder with a tokenizer, or alpaca or chatml, which come with lomo_ds; by "
+        "default the tokenizer's, or alpaca where it has none.",
+    )
+    eos_token: str | None = parameter(None, "The token that ends a text or an answer, if not the tokenizer's.")
     tokenizer_name: str | None = parameter(None, "Tokenizer folder, if not the model's own.")
     pad_token: str | None = parameter(None, "The tokenizer's padding token, added to it if it has no such token.")
     new_special_tokens: str | None = parameter(
@@ -142,6 +185,7 @@ class TrainArguments(LomoParameters, JobArguments):
                 "--activation_offload moves the activations that --gradient_checkpointing keeps, and that was not "
                 "asked for; give both"
             )
+        self._validate_data()
         for name in ("save_steps", "resume_from_checkpoint", "load_best_model_at_end"):
             if self.is_baseline and getattr(self, name):
                 raise ConfigError(
@@ -149,12 +193,34 @@ class TrainArguments(LomoParameters, JobArguments):
                     f"checkpoints; leave it out, or train with --optim {' or '.join(OPTIMIZERS)}"
                 )
         if self.load_best_model_at_end and not (
-            self.validation_file and self.save_steps and self.eval_steps and self.save_steps % self.eval_steps == 0
+            (self.validation_file or self.validation_split_percentage)
+            and self.save_steps
+            and self.eval_steps
+            and self.save_steps % self.eval_steps == 0
         ):
             raise ConfigError(
                 "--load_best_model_at_end compares the held-out losses of saved checkpoints, so it needs "
-                "--validation_file, --eval_steps and --save_steps, a multiple of it, got "
-                f"{self.validation_file}, {self.eval_steps} and {self.save_steps}"
+                "--validation_file (or --validation_split_percentage), --eval_steps and --save_steps, a multiple of "
+                f"it, got {self.validation_file}, {self.eval_steps} and {self.save_steps}"
+            )
+
+    def _validate_data(self) -> None:
+        weights = self.train_file_weights
+        if weights is not None and len(weights) != len(self.train_file):
+            raise ConfigError(
+                f"--train_file_weights must be one number for each --train_file, got {len(weights)} for "
+                f"{len(self.train_file)}"
+            )
+        if self.validation_file and self.validation_split_percentage:
+            raise ConfigError(
+                "--validation_file and --validation_split_percentage both say what is held out; give one of them"
+            )
+        masks = [name for name in ("completion_only_loss", "assistant_only_loss") if getattr(self, name)]
+        if self.train_on_prompt and masks:
+            raise ConfigError(f"--train_on_prompt and --{masks[0]} contradict each other; give one of them")
+        if self.packing is False and self.packing_strategy is not None:
+            raise ConfigError(
+                f"--packing_strategy {self.packing_strategy} was given with --packing false; leave one of them out"
             )
 
     def _validate_report_to(self) -> None:
@@ -243,10 +309,12 @@ def help_text(kind: type[TrainArguments] = TrainArguments, program: str = "train
 def _help_fields(kind: type[TrainArguments]) -> Any:
     """Return a dataclass with the fields of ``kind`` and their help alone: HfArgumentParser passes on all metadata."""
     hints = get_type_hints(kind)
-    fields = [
-        (entry.name, hints[entry.name], field(default=entry.default, metadata={"help": entry.metadata["help"]}))
-        for entry in dataclasses.fields(kind)
-    ]
+    fields = []
+    for entry in dataclasses.fields(kind):
+        metadata = {"help": entry.metadata["help"]}
+        if get_origin(base_type(hints[entry.name])) is list:
+            metadata["action"] = "extend"  # several values, and the name several times
+        fields.append((entry.name, hints[entry.name], field(default=entry.default, metadata=metadata)))
     return dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
 
 
@@ -259,6 +327,8 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             action.default = argparse.SUPPRESS
             action.required = False
+            if action.type is string_to_bool:  # where None is a default, HfArgumentParser wants a value after the name
+                action.nargs, action.const = "?", True
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.source}{one_line(message)}")
@@ -314,7 +384,10 @@ def _yaml_as_argv(file: Path) -> list[str]:
         raise ConfigError(f"--config {path} is nested too deep to be read; it must hold `name: value` lines") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path} must hold arguments as `name: value` lines, got {type(values).__name__}")
+    words: list[str] = []
     for name, value in values.items():
-        if isinstance(value, list | dict):
-            raise ConfigError(f"in {path}: {one_line(name)} must be one value, got a {type(value).__name__}")
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, list | dict) for item in items):
+            raise ConfigError(f"in {path}: {one_line(name)} must be one value or a list, got a {type(value).__name__}")
+        words += [f"--{name}={item}" for item in items if item is not None]
+    return words

@@ -57,7 +57,7 @@ def validate_value(value: Any, hint: Any, name: str, **rules: Any) -> None:
     """Validate one value; see ``parameter`` for ``rules``.
 
     Args:
-        hint: its type: ``int``, ``float``, ``bool``, ``str``, a ``Literal``, or one of these ``| None``.
+        hint: its type: ``int``, ``float``, ``bool``, ``str``, a ``Literal``, a list of one of these, or ``| None``.
 
     Raises:
         ConfigError: the value breaks its rule.
@@ -67,6 +67,10 @@ def validate_value(value: Any, hint: Any, name: str, **rules: Any) -> None:
     hint = _without_none(hint)
     if get_origin(hint) is Literal:
         _require(value in get_args(hint), name, f"one of {', '.join(map(str, get_args(hint)))}", value)
+    elif get_origin(hint) is list:
+        _require(isinstance(value, list) and bool(value), name, "a list of at least one value", value)
+        for item in value:
+            validate_value(item, get_args(hint)[0], name, **rules)
     elif hint in (int, float):
         _validate_number(value, hint, name, rules)
     elif hint is bool:

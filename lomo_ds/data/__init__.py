@@ -1,8 +1,17 @@
-"""The data pipeline: from text files to batches of packed token blocks."""
+"""The data pipeline: from rows of files to batches of training sequences.
 
+A source is read row by row (``rows``), each row is an example (``formats``) of tokens and labels (``tokens``), and
+samples are packed into sequences (``packing``) that ranks and steps share (``loader``).
+"""
+
+from lomo_ds.data.chat_tokens import end_of_turn
+from lomo_ds.data.formats import IGNORE_INDEX, Format
 from lomo_ds.data.loader import MicroBatches, Position, TrainingSteps, evaluation_batches
-from lomo_ds.data.packing import PackedBlocks
-from lomo_ds.data.tokens import tokenize_file
+from lomo_ds.data.packing import Strategy
+from lomo_ds.data.rows import RowSource
+from lomo_ds.data.samples import Samples, load_samples, needs_chat_template
+from lomo_ds.data.sequences import Mixture, PackedSequences, Sequences
+from lomo_ds.data.tokens import TokenizationOptions
 from lomo_ds.data.vocabulary import (
     check_prompt,
     check_token_ids,
@@ -11,14 +20,24 @@ from lomo_ds.data.vocabulary import (
 )
 
 __all__ = [
+    "IGNORE_INDEX",
+    "Format",
     "MicroBatches",
-    "PackedBlocks",
+    "Mixture",
+    "PackedSequences",
     "Position",
+    "RowSource",
+    "Samples",
+    "Sequences",
+    "Strategy",
+    "TokenizationOptions",
     "TrainingSteps",
     "check_prompt",
     "check_token_ids",
+    "end_of_turn",
     "evaluation_batches",
     "highest_id",
-    "tokenize_file",
+    "load_samples",
+    "needs_chat_template",
     "warn_about_unknown_tokens",
 ]

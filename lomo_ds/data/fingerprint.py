@@ -1,38 +1,50 @@
-"""A digest of everything that determines the tokens of a text file: the file, the tokenizer and the libraries."""
+"""A digest of everything that determines the tokens of a source: files, tokenizer, options and library versions."""
 
 import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from lomo_ds.data.rows import RowSource
 from lomo_ds.errors import DataError, one_line
 
-FORMAT = 2  # version of lomo_ds' own processing: how documents are split, joined and marked
+FORMAT = 3  # version of lomo_ds' own processing: how rows are read, rendered, labelled and marked
 LOCATION_SETTINGS = {"name_or_path", "is_local", "local_files_only"}  # where a tokenizer was loaded from
 
 
-def fingerprint(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest that is equal in every process for the same file, tokenizer and library versions.
+def fingerprint(source: RowSource, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
+    """Return a digest that is equal in every process for the same files, tokenizer, options and library versions.
 
-    Library versions are included because they can change how a tokenizer file is interpreted.
+    Library versions are included because they can change how a tokenizer file is interpreted. Of a dataset on the hub
+    only the name is known.
+
+    Args:
+        options: JSON values that decide how rows are read.
 
     Raises:
-        DataError: the file cannot be read, or the tokenizer cannot be saved.
+        DataError: a file cannot be read, or the tokenizer cannot be saved.
     """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    digest = hashlib.sha256(os.fsencode(path.resolve()) + f" {status.st_size} {status.st_mtime_ns}".encode())
+    digest = hashlib.sha256(json.dumps([source.split, options]).encode())
+    for part in source.parts():
+        digest.update(_identity(part) if isinstance(part, Path) else part.encode())
     digest.update(f" {FORMAT} {tokenizers.__version__} {transformers.__version__}".encode())
     digest.update(f" {tokenizer.bos_token_id} {tokenizer.eos_token_id}".encode())
     digest.update(_serialize(tokenizer))
     return digest.hexdigest()[:16]
+
+
+def _identity(file: Path) -> bytes:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    return os.fsencode(file.resolve()) + f" {status.st_size} {status.st_mtime_ns} ".encode()
 
 
 def _serialize(tokenizer: PreTrainedTokenizerBase) -> bytes:

@@ -1,47 +1,120 @@
-"""A dataset of training sequences: blocks of equal length, cut from one long token array."""
+"""Packing: which pieces of which samples form a training sequence, by TRL's strategies.
 
-import hashlib
+``bfd`` (best-fit decreasing, arXiv 2404.10830) puts whole samples side by side, each cut off at the sequence length;
+``bfd_split`` splits long samples instead; ``wrapped`` cuts the stream of all tokens, wherever samples end; and ``none``
+makes each sample a sequence of its own.
+"""
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 from lomo_ds.data.chunked_tokenization import TokenArray
-from lomo_ds.numerics.flat import ceil_div
+from lomo_ds.data.formats import IGNORE_INDEX
+from lomo_ds.data.samples import Positions, Samples
 
-DIGESTED = 256  # largest number of blocks that the digest covers
-
-IGNORE_INDEX = -100  # label that the loss ignores, as in torch.nn.functional.cross_entropy
+Strategy = Literal["none", "bfd", "bfd_split", "wrapped"]
 
 
-class PackedBlocks(Dataset[dict[str, Tensor]]):
-    """Dataset of sequences of ``length`` tokens that are their own labels; the last one may be padded.
+@dataclass(frozen=True)
+class Pieces:
+    """Ranges of tokens, in the order of the sequences that they form.
 
-    A block may hold several documents, separated only by their begin and end tokens.
+    Attributes:
+        starts, stops: the range of each piece in the tokens of all samples; int64.
+        sequences: the first piece of each sequence, and the number of pieces; int64.
     """
 
-    def __init__(self, tokens: TokenArray, length: int) -> None:
-        self.tokens = tokens
-        self.length = length
+    starts: Positions
+    stops: Positions
+    sequences: Positions
 
-    def __len__(self) -> int:
-        return ceil_div(len(self.tokens), self.length)
 
-    def digest(self) -> str:
-        """Return a checksum of sampled blocks, which distinguishes texts without reading all tokens."""
-        digest = hashlib.sha256()
-        for index in range(0, len(self), ceil_div(len(self), DIGESTED)):
-            digest.update(self.tokens[index * self.length : (index + 1) * self.length].astype("<i4").tobytes())
-        return digest.hexdigest()[:16]
+@dataclass(frozen=True)
+class Losses:
+    """Counts of what packing leaves out: tokens beyond the length, of so many samples, and samples without labels."""
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return ``input_ids`` and ``labels``, both (length,) int64."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"block {index} of {len(self)}")
-        block = torch.from_numpy(self.tokens[index * self.length : (index + 1) * self.length].astype("int64"))
-        missing = self.length - len(block)
-        return {
-            # padding at the end of a causal model's sequence does not affect the tokens before it
-            "input_ids": torch.nn.functional.pad(block, (0, missing)),
-            "labels": torch.nn.functional.pad(block, (0, missing), value=IGNORE_INDEX),
-        }
+    cut_samples: int = 0
+    cut_tokens: int = 0
+    unlabelled: int = 0
+
+
+def pack(samples: Samples, chosen: Positions, length: int, strategy: Strategy) -> tuple[Pieces, Losses]:
+    """Return the pieces of the ``chosen`` samples that form sequences of at most ``length`` tokens.
+
+    Pieces without a label that the model can predict are left out, except by ``wrapped``.
+    """
+    starts, stops = samples.starts[chosen], samples.starts[chosen + 1]
+    if strategy == "wrapped":
+        return _wrap(starts, stops, length), Losses()
+    if strategy == "bfd_split":
+        starts, stops = _split(starts, stops, length)
+    cut = np.maximum(stops - starts - length, 0)
+    stops = stops - cut
+    kept = _has_labels(samples.labels, starts, stops)
+    losses = Losses(int((cut > 0).sum()), int(cut.sum()), int((~kept).sum()))
+    starts, stops = starts[kept], stops[kept]
+    if strategy == "none":
+        return Pieces(starts, stops, np.arange(len(starts) + 1)), losses
+    order, sequences = best_fit_decreasing(stops - starts, length)
+    return Pieces(starts[order], stops[order], sequences), losses
+
+
+def best_fit_decreasing(lengths: Positions, capacity: int) -> tuple[Positions, Positions]:
+    """Distribute items over bins: each, from the longest, goes into the bin that it leaves the least space in.
+
+    Args:
+        lengths: of the items, each at most ``capacity``.
+
+    Returns:
+        The items in the order of the bins, and the position of each bin's first item, with the number of items.
+    """
+    bins: list[list[int]] = []
+    bins_with: defaultdict[int, deque[int]] = defaultdict(deque)  # bins by their space, oldest first
+    spaces = 0  # bit s is set if a bin has space s
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[item])
+        fitting = spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1  # the lowest bit is the smallest space
+            number = bins_with[space].popleft()
+            spaces ^= 0 if bins_with[space] else 1 << space
+        else:
+            space, number = capacity, len(bins)
+            bins.append([])
+        bins[number].append(item)
+        if space > length:
+            bins_with[space - length].append(number)
+            spaces |= 1 << (space - length)
+    order = np.asarray([item for items in bins for item in items], dtype=np.int64)
+    return order, np.cumsum([0, *map(len, bins)], dtype=np.int64)
+
+
+def _split(starts: Positions, stops: Positions, length: int) -> tuple[Positions, Positions]:
+    """Split every range into ranges of ``length`` tokens and a shorter last one."""
+    counts = (stops - starts + length - 1) // length
+    which = np.repeat(np.arange(len(starts)), counts)
+    number = np.arange(len(which)) - (np.cumsum(counts) - counts)[which]  # of the piece in its range
+    pieces = starts[which] + number * length
+    return pieces, np.minimum(pieces + length, stops[which])
+
+
+def _wrap(starts: Positions, stops: Positions, length: int) -> Pieces:
+    """Cut the stream of all ranges, one behind the other, into sequences of ``length`` tokens."""
+    ends = np.cumsum(stops - starts)
+    total = int(ends[-1])
+    sequence_starts = np.arange(0, total, length)
+    cuts = np.union1d(sequence_starts, ends)  # 0, every end of a range or a sequence, and the total
+    which = np.searchsorted(ends, cuts[:-1], side="right")
+    pieces = stops[which] - ends[which] + cuts[:-1]
+    sequences = np.append(np.searchsorted(cuts, sequence_starts), len(pieces))
+    return Pieces(pieces, pieces + np.diff(cuts), sequences)
+
+
+def _has_labels(labels: TokenArray, starts: Positions, stops: Positions) -> np.ndarray:
+    """Return for each range whether a token behind its first, which nothing predicts, has a label."""
+    trained = np.append(labels != IGNORE_INDEX, False)
+    limits = np.stack([np.minimum(starts + 1, stops), stops], axis=1).ravel()
+    return np.logical_or.reduceat(trained, limits)[::2] & (stops - starts > 1)

@@ -1,71 +1,71 @@
-"""Tokenization of a text file into one long array, cached once per host and memory-mapped by its ranks."""
+"""Tokenization of examples: the ids of each, and the labels of the tokens that are trained."""
 
-import uuid
-from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lomo_ds.data.chat_tokens import chat_tokens, tokens_within
 from lomo_ds.data.chunked_tokenization import TokenArray, token_ids
-from lomo_ds.data.fingerprint import fingerprint
-from lomo_ds.data.text import read_documents
-from lomo_ds.errors import DataError, one_line
+from lomo_ds.data.formats import IGNORE_INDEX, TEXT_FIELD, Completion, Example, Format, Text, Tokens
+
+Labelled = tuple[TokenArray, TokenArray]  # ids, and the label of each token itself
 
 
-def tokenize_file(path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -> TokenArray:
-    """Return all tokens of ``path``, with the tokenizer's begin and end tokens around each document.
+@dataclass(frozen=True)
+class TokenizationOptions:
+    """Options that decide the tokens and labels of a dataset, beside its rows and the tokenizer.
 
-    The array is stored in ``cache`` under a name that identifies the file and tokenizer, so that a second run and the
-    other ranks of this host map it instead of tokenizing again.
+    Attributes:
+        dataset_format: the format of every file; None detects it for each.
+        text_field: the column of a plain text.
+        completion_only_loss: whether only the completion after a prompt is trained.
+        assistant_only_loss: whether only the assistant's messages are trained where no prompt is given.
+        on_bad_rows: whether a malformed row is an error, or skipped and counted.
+    """
 
-    Returns:
-        1-D, int32, memory-mapped read-only.
+    dataset_format: Format | None = None
+    text_field: str = TEXT_FIELD
+    completion_only_loss: bool = True
+    assistant_only_loss: bool = True
+    on_bad_rows: Literal["error", "skip"] = "error"
+
+
+def tokenize_example(example: Example, tokenizer: PreTrainedTokenizerBase, options: TokenizationOptions) -> Labelled:
+    """Return the token ids and labels of ``example``, both int32.
 
     Raises:
-        DataError: see ``document_ids`` and ``fingerprint``; or ``cache`` cannot be written.
+        DataError: the chat template does not fit the messages.
     """
-    cached = cache / f"{path.stem[:50]}-{fingerprint(path, tokenizer)}.npy"
-    if not cached.exists():
-        _store(np.concatenate(list(document_ids(path, tokenizer))), cached)
-    try:
-        return np.load(cached, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{cached}, which caches the tokens of {path}, is damaged ({error}); delete it") from None
+    if isinstance(example, Text):
+        ids = _with_marks(token_ids(example.text, tokenizer), tokenizer)
+        return ids, ids
+    if isinstance(example, Completion):
+        return _completion_tokens(example, tokenizer, options.completion_only_loss)
+    if isinstance(example, Tokens):
+        return np.asarray(example.ids, dtype=np.int32), np.asarray(example.labels, dtype=np.int32)
+    only_answers = options.assistant_only_loss if example.prompt_length is None else options.completion_only_loss
+    return _labelled(*chat_tokens(example, tokenizer, only_answers))
 
 
-def _store(tokens: TokenArray, path: Path) -> None:
-    partial = path.with_name(f"{uuid.uuid4().hex}.partial")  # process ids may repeat on hosts that share the folder
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.save(file, tokens, allow_pickle=False)
-        partial.replace(path)
-    except OSError as error:
-        raise DataError(f"tokens cannot be cached in {path.parent}: {error.strerror}") from None
-
-
-def document_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenArray]:
-    """Yield the token ids of each document in ``path``, with begin and end tokens.
-
-    Raises:
-        DataError: see ``read_documents``; or the tokenizer fails at a document or gives no tokens for all of them.
-    """
+def _with_marks(ids: TokenArray, tokenizer: PreTrainedTokenizerBase) -> TokenArray:
     marks = tokenizer.bos_token_id, tokenizer.eos_token_id
     begin, end = (np.asarray([] if mark is None else [mark], dtype=np.int32) for mark in marks)
-    documents = tqdm(read_documents(path), desc=f"tokenizing {path.name}", unit=" documents", leave=False)
-    empty = True
-    for number, document in enumerate(documents, start=1):
-        try:
-            ids = token_ids(document, tokenizer)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # tokenizers raises any Exception, and Rust panics, which are not Exceptions
-            raise DataError(f"the tokenizer fails at document {number} of {path}: {one_line(error)}") from error
-        empty = empty and not len(ids)
-        yield np.concatenate([begin, ids, end])
-    if empty:
-        raise DataError(
-            f"the tokenizer has no token for any text in {path}; it is incomplete or not made for such text"
-        )
+    return np.concatenate([begin, ids, end])
+
+
+def _completion_tokens(example: Completion, tokenizer: PreTrainedTokenizerBase, only_completion: bool) -> Labelled:
+    """Return the tokens of a prompt and its completion, which ends with the end token."""
+    text, end = example.prompt + example.completion, tokenizer.eos_token_id
+    ids, trained = tokens_within(text, [(len(example.prompt), len(text))], tokenizer, add_special_tokens=True)
+    if end is not None and ids[-1:] == [end]:
+        trained[-1] = True  # it may have been added by the tokenizer, as a token of no characters
+    elif end is not None:
+        ids, trained = [*ids, end], [*trained, True]
+    return _labelled(ids, trained if only_completion else [True] * len(ids))
+
+
+def _labelled(ids: list[int], trained: list[bool]) -> Labelled:
+    array = np.asarray(ids, dtype=np.int32)
+    return array, np.where(np.asarray(trained, dtype=bool), array, IGNORE_INDEX).astype(np.int32)

@@ -1,13 +1,14 @@
 """Checks that a model's embedding has a row for every token of a text, and that few tokens are unknown."""
 
 import logging
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lomo_ds.data.chunked_tokenization import TokenArray
-from lomo_ds.data.tokens import document_ids
+from lomo_ds.data.rows import RowSource
+from lomo_ds.data.samples import RowCounts, Samples, read_samples
+from lomo_ds.data.tokens import TokenizationOptions
 from lomo_ds.errors import DataError, one_line
 
 SAMPLED = 2**20  # number of tokens from which the share of unknown tokens is estimated
@@ -20,16 +21,18 @@ def highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values(), default=-1)
 
 
-def check_token_ids(tokens: TokenArray, path: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Check that an embedding of ``rows`` rows has one for each of ``tokens``, the tokens of ``path``.
+def check_token_ids(
+    samples: Samples, source: RowSource, tokenizer: PreTrainedTokenizerBase, rows: int, options: TokenizationOptions
+) -> None:
+    """Check that an embedding of ``rows`` rows has one for each token of ``samples``, which are those of ``source``.
 
     Raises:
-        DataError: a token has no row; the message names the first one and its document.
+        DataError: a token has no row; the message names the first one and the row of the data that it is in.
     """
-    if highest_id(tokenizer) < rows or not len(tokens) or tokens.max() < rows:
+    if not len(samples.ids) or samples.ids.max() < rows:
         return
-    for number, ids in enumerate(document_ids(path, tokenizer), start=1):
-        _check_ids(ids, f"document {number} of {path}", tokenizer, rows)
+    for location, (ids, _) in read_samples(source, tokenizer, options, RowCounts()):
+        _check_ids(ids, location, tokenizer, rows)
 
 
 def check_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
@@ -58,7 +61,7 @@ def _check_ids(ids: TokenArray, location: str, tokenizer: PreTrainedTokenizerBas
         )
 
 
-def warn_about_unknown_tokens(tokens: TokenArray, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def warn_about_unknown_tokens(tokens: TokenArray, source: RowSource, tokenizer: PreTrainedTokenizerBase) -> None:
     """Log a warning if most of ``tokens`` are the unknown token, from which a model learns little."""
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
@@ -67,5 +70,5 @@ def warn_about_unknown_tokens(tokens: TokenArray, path: Path, tokenizer: PreTrai
     if share > 0.5:
         logger.warning(
             "%.0f%% of the tokens of %s are %s, the unknown token: the tokenizer is not made for such text",
-            100 * share, path, tokenizer.unk_token,
+            100 * share, source, tokenizer.unk_token,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lomo_ds.data.packing import IGNORE_INDEX
+from lomo_ds.data.formats import IGNORE_INDEX
 from lomo_ds.errors import ConfigError
 
 NUM_ITEMS_HINT = "give num_items to train_batch, the number of items each loss is averaged over"

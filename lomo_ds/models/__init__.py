@@ -1,6 +1,7 @@
 """Models: load a Hugging Face folder or a preset into ZeRO-3 shards, and export the trained model."""
 
 from lomo_ds.models.attention import set_attention, without_flash_attention
+from lomo_ds.models.chat_template import add_stop_token, set_chat_template, set_eos_token
 from lomo_ds.models.embeddings import set_vocab_size
 from lomo_ds.models.export import SAVING, Export, save_pretrained, save_settings
 from lomo_ds.models.load_model import empty_model, find_model, load_model
@@ -16,6 +17,7 @@ __all__ = [
     "SAVING",
     "Export",
     "add_special_tokens",
+    "add_stop_token",
     "can_tile_logits",
     "empty_model",
     "find_model",
@@ -31,6 +33,8 @@ __all__ = [
     "scale_rope",
     "sequence_length",
     "set_attention",
+    "set_chat_template",
+    "set_eos_token",
     "set_vocab_size",
     "tile_logits",
     "verify_export",

@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from lomo_ds.data.packing import IGNORE_INDEX
+from lomo_ds.data.formats import IGNORE_INDEX
 from lomo_ds.errors import ModelError
 from lomo_ds.models.tiled_loss import TILE_BYTES, tiled_cross_entropy
 

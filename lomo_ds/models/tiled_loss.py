@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lomo_ds.data.packing import IGNORE_INDEX
+from lomo_ds.data.formats import IGNORE_INDEX
 
 TILE_BYTES = 2**26  # 64 MiB of fp32 logits: large enough for matrix products at full speed
 MAX_BLOCKS = 4  # blocks of the vocabulary; the fp32 sum of one takes half the bytes of the weight's bf16 gradient

@@ -26,7 +26,7 @@ class PlanArguments(TrainArguments):
     machine that is always busy, an upper bound on speed.
     """
 
-    train_file: str = parameter("", "Not read by a plan.")
+    train_file: list[str] | None = parameter(None, "Not read by a plan.")  # type: ignore[assignment]
     output_dir: str = parameter("", "Not written by a plan.")
     num_gpus: int = parameter(1, "GPUs of each machine, as of the deepspeed launcher.", at_least=1)
     num_nodes: int = parameter(1, "Machines, as of the deepspeed launcher.", at_least=1)

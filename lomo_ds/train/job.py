@@ -69,7 +69,7 @@ def _train_from(start: StartingPoint, inputs: Inputs, stop: StopRequest) -> None
             engine,
             inputs.tokenizer,
             start.steps,
-            inputs.validation,
+            inputs.datasets.validation,
             monitor,
             start.progress,
             stop,

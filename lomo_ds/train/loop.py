@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lomo_ds import zero3
 from lomo_ds.config.arguments import TrainArguments
-from lomo_ds.data import PackedBlocks, TrainingSteps, evaluation_batches
+from lomo_ds.data import Sequences, TrainingSteps, evaluation_batches
 from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.engine.protocol import TrainingEngine
 from lomo_ds.engine.separation import check_separation
@@ -44,7 +44,7 @@ class Trainer:
         engine: TrainingEngine,
         tokenizer: PreTrainedTokenizerBase,
         steps: TrainingSteps,
-        validation: PackedBlocks | None,
+        validation: Sequences | None,
         monitor: Monitor,
         progress: Progress,
         stop: StopRequest,
@@ -102,7 +102,7 @@ class Trainer:
     def _check_separation(self) -> None:
         """Raise if packed documents would see each other in this model."""
         arguments = self.arguments
-        if "position_ids" in self.steps.blocks[0]:
+        if self.steps.sequences.has_documents:
             check_separation(
                 self.engine, max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
             )
@@ -206,15 +206,15 @@ class Trainer:
         return continue_text(self.engine, self.tokenizer, self.arguments.sample_prompt, self.arguments.sample_tokens)
 
     def _describe(self) -> str:
-        arguments, gpus, blocks = self.arguments, dist.get_world_size(), self.steps.blocks
+        arguments, gpus, data = self.arguments, dist.get_world_size(), self.steps.sequences
         sequences = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         numel = sum(zero3.full_shape(parameter).numel() for parameter in self.engine.module.parameters())
         return (
             f"model: {numel / 1e6:.2f}M parameters, all trained, on {gpus} ranks\n"
             f"batch: {arguments.per_device_train_batch_size} sequences x {arguments.gradient_accumulation_steps} "
             f"accumulated = {sequences} per GPU, x {gpus} GPUs = {sequences * gpus} in total; "
-            f"{sequences * gpus * blocks.length} tokens per step\n"
-            f"steps: {self.steps.total} ({self.steps.per_epoch} per epoch of {len(blocks)} sequences)"
+            f"{sequences * gpus * data.length} tokens per step at most\n"
+            f"steps: {self.steps.total} ({self.steps.per_epoch} per epoch of {len(data)} sequences)"
         )
 
     def _print_stopped(self) -> None:

@@ -77,12 +77,12 @@ def check_input_files(arguments: TrainArguments) -> None:
     """
     written = {(Path(arguments.output_dir) / name).resolve() for name in (*RECORDS, FINISHED)}
     for name in ("train_file", "validation_file"):
-        file = getattr(arguments, name)
-        if file is not None and Path(file).resolve() in written:
-            raise ConfigError(
-                f"--{name} {file} would be overwritten by this run, because it is in --output_dir; give another "
-                "--output_dir"
-            )
+        for file in getattr(arguments, name) or []:
+            if Path(file).resolve() in written:
+                raise ConfigError(
+                    f"--{name} {file} would be overwritten by this run, because it is in --output_dir; give another "
+                    "--output_dir"
+                )
 
 
 def check_other_run(arguments: TrainArguments, resumed: Path | None, other_checkpoints: list[Path]) -> None:

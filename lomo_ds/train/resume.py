@@ -7,7 +7,7 @@ import json
 import logging
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
 import yaml
 from transformers import PretrainedConfig
@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from lomo_ds.checkpoint import MODEL, Checkpoint, list_checkpoints
 from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.config.ds_config import shared_fields
+from lomo_ds.config.parameter import base_type
 from lomo_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,18 @@ RULE_MEANINGS: dict[Rule, str] = {
 RULES: dict[str, Rule] = {  # by argument; all others are "free"
     "model_name_or_path": "movable",
     "train_file": "movable",
+    "train_file_weights": "movable",
+    "validation_split_percentage": "movable",
+    "dataset_format": "movable",
+    "dataset_text_field": "movable",
+    "on_bad_rows": "movable",
+    "completion_only_loss": "movable",
+    "assistant_only_loss": "movable",
+    "train_on_prompt": "movable",
+    "packing": "movable",
+    "packing_strategy": "movable",
+    "chat_template_path": "movable",
+    "eos_token": "movable",
     "tokenizer_name": "movable",
     "output_dir": "ignored",
     "overwrite_output_dir": "ignored",
@@ -173,13 +186,18 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 def _saved_arguments(folder: Path) -> dict[str, Any]:
     """Return the arguments that a checkpoint or run was saved with; empty if there is no readable config.yaml.
 
-    A user may have edited the config.yaml of a run's folder into invalid YAML, or into something else than a mapping.
+    A user may have edited the config.yaml of a run's folder into invalid YAML, or into something else than a mapping,
+    and may have given one value where a list is expected.
     """
     try:
         saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return saved if isinstance(saved, dict) else {}
+    if not isinstance(saved, dict):
+        return {}
+    hints = get_type_hints(TrainArguments)
+    lists = [name for name in saved if name in hints and get_origin(base_type(hints[name])) is list]
+    return saved | {name: [saved[name]] for name in lists if isinstance(saved[name], str | float | int)}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -97,8 +97,8 @@ def _check_same_run(inputs: Inputs, folder: Path, record: dict[str, Any]) -> Non
     saved, data = record["client_state"].get("data"), all_steps(inputs).data
     if saved != data:
         raise CheckpointError(
-            f"{folder} was saved while training on {saved}, but --train_file, --max_seq_length and --seed give "
-            f"{data}; resume with the same text, length and seed, or give another --output_dir"
+            f"{folder} was saved while training on {saved}, but --train_file, --max_seq_length, --seed and the other "
+            f"arguments of the data give {data}; resume with the same ones, or give another --output_dir"
         )
 
 
@@ -127,7 +127,7 @@ def _start_at(checkpoint: Checkpoint | None, inputs: Inputs) -> StartingPoint:
 
 def _progress(checkpoint: Checkpoint | None, inputs: Inputs) -> Progress:
     """Return the progress of the run in ``checkpoint``."""
-    held_out = None if inputs.validation is None else inputs.validation.digest()
+    held_out = None if inputs.datasets.validation is None else inputs.datasets.validation.digest()
     prompt = inputs.arguments.sample_prompt
     if checkpoint is None:
         return Progress(held_out=held_out, prompt=prompt)
@@ -139,7 +139,7 @@ def _steps(inputs: Inputs, progress: Progress) -> TrainingSteps:
     """Return the remaining steps of the run after ``progress``."""
     arguments = inputs.arguments
     return TrainingSteps(
-        inputs.training,
+        inputs.datasets.training,
         arguments.per_device_train_batch_size,
         arguments.gradient_accumulation_steps,
         dist.get_rank(),

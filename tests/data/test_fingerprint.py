@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lomo_ds.data import fingerprint as fingerprint_module
-from lomo_ds.data import tokenize_file
-from lomo_ds.data.fingerprint import fingerprint
 from lomo_ds.errors import DataError
+from tests.data.datasets import load, source
 from tests.data.tokenizers import Letters, byte_level
+
+
+def fingerprint(file: Path, tokenizer: Any, **options: Any) -> str:
+    return fingerprint_module.fingerprint(source(file), tokenizer, options)
 
 
 def set_part(name: str, part: Any) -> Callable[[PreTrainedTokenizerFast], None]:
@@ -43,13 +45,13 @@ def test_a_changed_tokenizer_invalidates_the_cache(
     file, cache = tmp_path / "a.txt", tmp_path / "cache"
     file.write_text("The quick brown fox</s>")
     before = byte_level()
-    tokenize_file(file, before, cache)
+    load(file, before, cache)
     after = byte_level()
     change(after)
     after.save_pretrained(tmp_path / "changed")
     after = AutoTokenizer.from_pretrained(tmp_path / "changed")
     assert fingerprint(file, before) != fingerprint(file, after)
-    cached, uncached = (tokenize_file(file, after, folder).tolist() for folder in (cache, tmp_path / "empty"))
+    cached, uncached = (load(file, after, folder).ids.tolist() for folder in (cache, tmp_path / "empty"))
     assert cached == uncached
 
 
@@ -75,7 +77,9 @@ def test_the_fingerprint_does_not_depend_on_the_folder(tmp_path: Path) -> None:
     assert len(fingerprints) == 1
 
 
-@pytest.mark.parametrize(("module", "name"), [(transformers, "__version__"), (fingerprint_module, "FORMAT")])
+@pytest.mark.parametrize(
+    ("module", "name"), [(fingerprint_module.transformers, "__version__"), (fingerprint_module, "FORMAT")]
+)
 def test_another_library_version_changes_the_fingerprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
 ) -> None:

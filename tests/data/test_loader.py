@@ -1,48 +1,17 @@
-"""Tests of the path from a text file to the batches of each rank."""
+"""Tests of the path from samples to the batches of each rank."""
 
 import itertools
-import os
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from lomo_ds.data import PackedBlocks, Position, TrainingSteps, evaluation_batches, tokenize_file
-from lomo_ds.data.packing import IGNORE_INDEX
-from tests.data.tokenizers import Letters
+from lomo_ds.data import IGNORE_INDEX, PackedSequences, Position, TrainingSteps, evaluation_batches
+from tests.data.datasets import text_blocks
 
 
-def letters() -> Any:
-    return Letters()
-
-
-def ids(text: str) -> list[int]:
-    return [ord(letter) for letter in text]
-
-
-def test_each_document_has_begin_and_end_tokens(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"text": "ab"}\n{"text": "c"}\n')
-    assert tokenize_file(file, letters(), tmp_path / "cache").tolist() == [0, *ids("ab"), 1, 0, *ids("c"), 1]
-
-
-def test_tokens_are_cached_until_the_file_changes(tmp_path: Path) -> None:
-    file = tmp_path / "a.txt"
-    file.write_text("ab")
-    tokenizer = letters()
-    for _ in range(2):
-        assert tokenize_file(file, tokenizer, tmp_path / "cache").tolist() == [0, *ids("ab"), 1]
-    assert tokenizer.calls == 1
-    file.write_text("abc")
-    os.utime(file, (1, 1))
-    assert tokenize_file(file, tokenizer, tmp_path / "cache").tolist() == [0, *ids("abc"), 1]
-    assert not list((tmp_path / "cache").glob("*.partial"))
-
-
-def blocks(count: int, length: int = 4) -> PackedBlocks:
-    return PackedBlocks(np.arange(count, dtype=np.int32), length)
+def blocks(count: int, length: int = 4) -> PackedSequences:
+    return text_blocks(range(count), length)
 
 
 def test_blocks_cover_every_token_once() -> None:
@@ -60,8 +29,8 @@ def test_blocks_cover_every_token_once() -> None:
 
 def training_steps(rank: int, world_size: int, **changes: Any) -> TrainingSteps:
     arguments: dict[str, Any] = {"batch_size": 2, "accumulation": 2, "seed": 5, "epochs": 2.0} | changes
-    blocks_ = arguments.pop("blocks", blocks(4 * 23))
-    return TrainingSteps(blocks_, rank=rank, world_size=world_size, **arguments)
+    sequences = arguments.pop("sequences", blocks(4 * 23))
+    return TrainingSteps(sequences, rank=rank, world_size=world_size, **arguments)
 
 
 def trained_on(step: list[dict[str, torch.Tensor]]) -> list[int]:
@@ -123,7 +92,7 @@ def test_number_of_steps(epochs: float, max_steps: int, total: int) -> None:
 
 
 @pytest.mark.parametrize(("count", "world_size", "batch_size"), [(12, 3, 2), (13, 3, 2), (1, 4, 2), (7, 2, 8)])
-def test_evaluation_has_each_block_once_and_equal_batches_per_rank(
+def test_evaluation_has_each_sequence_once_and_equal_batches_per_rank(
     count: int, world_size: int, batch_size: int
 ) -> None:
     packed = blocks(4 * count)

@@ -28,7 +28,7 @@ NESTED = [{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "call
 def write(folder: Path, name: str, content: str | bytes) -> Path:
     path = folder / name
     data = content if isinstance(content, bytes) else content.encode()
-    path.write_bytes(gzip.compress(data) if name.endswith(".gz") and isinstance(content, str) else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") and isinstance(content, str) else data)
     return path
 
 
@@ -86,7 +86,7 @@ def test_text_files(tmp_path: Path, name: str, content: str, suffix: str) -> Non
 def test_a_txt_is_one_row(tmp_path: Path, name: str) -> None:
     content = "\ufeffone\r\n\r\ntwo\n"
     path = tmp_path / name
-    path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+    path.write_bytes(gzip.compress(content.encode(), mtime=0) if name.endswith(".gz") else content.encode())
     assert read(path) == [Row(str(path), {"text": "one\n\ntwo\n"})]
 
 
@@ -151,6 +151,10 @@ def test_numbers_stay_numbers(tmp_path: Path) -> None:
     assert row["a"] == int(number)
     assert row["b"] == -500.0
     assert row["c"] != row["c"]
+    [row] = values(write(tmp_path, "b.jsonl", f'{{"id": {number}1, "text": "one"}}'))
+    assert row == {"id": float("inf"), "text": "one"}, (
+        "Python reads no integer of so many digits, and no column has one"
+    )
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
@@ -298,11 +302,6 @@ DEEP = "[" * 100_000
          "in .json"),
         (b'{"text": "caf\xe9"}', "must be UTF-8 text, but its byte 13 is not: invalid continuation byte"),
         (b'{"caf\xe9": oops}', "must be UTF-8 text, but its byte 5 is not: invalid continuation byte"),
-        (r'{"a": "\\ud83d \ud83d\ude00", "b": "\ud83d\n"}',
-         r"must be Unicode text, but \ud83d at column 37 is half of a surrogate pair"),
-        (r'{"\uDE00\ud83d": 1}', r"must be Unicode text, but \uDE00 at column 3 is half of a surrogate pair"),
-        (f'{{"{INTEGER}": {INTEGER}.5, "a": [-{INTEGER}]}}',
-         "must have integers of at most 4300 digits, got one of 4301 at column 8618; write it as a string"),
         (f'{{"text": {DEEP}', "is nested too deep to be read"),
     ],
 )  # fmt: skip
@@ -321,14 +320,12 @@ def test_malformed_json_lines(tmp_path: Path, row: str | bytes, message: str) ->
     ("rows", "messages"),
     [
         ('{"a": 1}, [{"a": 0}], {"a": 2}', ['line 1 must be an object such as {"text": "..."}, got an array']),
-        ('{"a": 1}, {"a": "\\ud800"}, {"a": 2}', ["line 1 must be Unicode text"]),
         (b'{"a": 1},\n{"a":\n "\xff"}, {"a": 2}', ["line 3 must be UTF-8 text, but its byte 2 is not"]),
         ('\n  {"a": 1},\n  {"a": oops, "b": [{}]},\n  {"a": 2}\n',
          ["line 3 is not valid JSON: Expecting value at column 9"]),
         (' {"a": 1},\n {"a" 0},\n\n {"a": oops}\r\n,\n {"a": 2}', ["line 2 is not valid", "line 4 is not valid"]),
         ('\n {"a": 1},\n {\n  "a": [\n   {"b": "]" "}"}\n  ]\n },\n {"a": 2}', ["line 5 is not valid JSON"]),
         ('{"a": 1},\n{"a": 2},\n{"a": "say "hi" now"}', ["line 3 is not valid JSON"]),
-        (f'{{"a": 1}}, {{"a": {INTEGER}}},\n{{"a": 2}}', ["line 1 must have integers of at most 4300 digits"]),
         (f'{{"a": 1}}, {{"a": {DEEP}{"]" * 100_000}}},\n{{"a": 2}}', ["line 1 is nested too deep"]),
     ],
 )  # fmt: skip
@@ -375,8 +372,8 @@ def test_unreadable_json(tmp_path: Path, content: str, message: str | None) -> N
 
 
 def test_a_json_of_one_malformed_row(tmp_path: Path) -> None:
-    rows, errors = read_all(write(tmp_path, "a.json", '\n{"text":\n "\\ud800"}'))
-    assert (rows, errors) == ([], [r"line 3 must be Unicode text, but \ud800 at column 3 is half of a surrogate pair"])
+    rows, errors = read_all(write(tmp_path, "a.json", b'\n{"text":\n "\xff"}'))
+    assert (rows, errors) == ([], ["line 3 must be UTF-8 text, but its byte 2 is not: invalid start byte"])
 
 
 def test_malformed_rows_of_a_csv(tmp_path: Path) -> None:
@@ -406,7 +403,7 @@ def test_unreadable_csv(tmp_path: Path, content: str | bytes, message: str) -> N
 
 # --- faults of whole files
 
-GZIPPED = gzip.compress(lines_of(ROWS).encode())
+GZIPPED = gzip.compress(lines_of(ROWS).encode(), mtime=0)
 
 
 def table_bytes(write_table: WriteTable, rows: list[dict[str, Any]]) -> bytes:
@@ -429,7 +426,7 @@ PARQUET, STREAM = table_bytes(write_parquet, ROWS), table_bytes(write_stream, RO
         ("a.arrow", table_bytes(write_stream, []), "holds no rows"),
         ("a.txt", "\ufeff \n\n", "holds no text; training needs at least one word"),
         ("a.txt", b"caf\xe9", "must be UTF-8 text, but its byte 3 is not: unexpected end of data"),
-        ("a.jsonl", "text".encode("utf-16"), "must be UTF-8 text, but it is UTF-16; save it again as UTF-8"),
+        ("a.jsonl", "text".encode("utf-16"), "line 1 must be UTF-8 text, but the file is UTF-16; save it again"),
         ("a.xlsx", "x", r"must end in .jsonl, .ndjson, .json, .csv, .*\.parquet or .arrow, got .*a\.xlsx"),
         ("a.parquet.gz", "x", "must end in"),
         ("jsonl", "x", "must end in"),
@@ -530,7 +527,7 @@ def test_folders_without_data_files(tmp_path: Path) -> None:
     (tmp_path / "a.md").touch()
     with pytest.raises(DataError, match=r"must end in .*, got .*a\.md"):
         data_files(f"{tmp_path}/a.md")
-    with pytest.raises(DataError, match="nowhere cannot be read: No such file or folder"):
+    with pytest.raises(DataError, match="nowhere cannot be read: No such file or directory"):
         data_files(f"{tmp_path}/nowhere")
 
 
@@ -587,10 +584,9 @@ def test_hub_errors(hub: list[tuple[Any, ...]], name: str, split: str, message: 
 
 
 def test_hub_rows_that_fail_midway(monkeypatch: pytest.MonkeyPatch) -> None:
-    """JSON within a table may hold half of a surrogate pair or be nested deep, and the network may fail at any row."""
+    """JSON within a table may be nested deep, and the network may fail at any row."""
 
     def rows() -> Any:
-        yield {"text": {"a": ["\ud800"]}}
         yield {"text": json.loads("[" * 900 + "]" * 900)}
         yield {"text": "b"}
         raise ConnectionError("reset\nby peer")
@@ -598,10 +594,9 @@ def test_hub_rows_that_fail_midway(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": rows()})
     errors: list[DataError] = []
     read_so_far = read_hub_rows("me/data", "train", errors.append)
-    assert next(read_so_far) == Row("me/data row 3", {"text": "b"})
+    assert next(read_so_far) == Row("me/data row 2", {"text": "b"})
     assert [str(error) for error in errors] == [
-        r"me/data row 1 must be Unicode text, but '\ud800' is half of a surrogate pair",
-        "me/data row 2 is nested too deep to be read",
+        "me/data row 1 is nested too deep to be read",
     ]
     with pytest.raises(DataError, match="me/data cannot be read: reset by peer"):
         next(read_so_far)

@@ -8,14 +8,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lomo_ds.data import (
-    check_prompt,
-    check_token_ids,
-    highest_id,
-    tokenize_file,
-    warn_about_unknown_tokens,
-)
+from lomo_ds.data import TokenizationOptions, check_prompt, check_token_ids, highest_id, warn_about_unknown_tokens
 from lomo_ds.errors import DataError
+from tests.data.datasets import load, source
 from tests.data.tokenizers import Letters, byte_level
 
 
@@ -30,7 +25,7 @@ def padded() -> tuple[PreTrainedTokenizerFast, int]:
 
 def check(file: Path, tokenizer: Any, rows: int) -> None:
     for _ in range(2):  # first from the file, then from the cache
-        check_token_ids(tokenize_file(file, tokenizer, file.parent / "cache"), file, tokenizer, rows)
+        check_token_ids(load(file, tokenizer), source(file), tokenizer, rows, TokenizationOptions())
 
 
 def test_the_tokenizer_may_have_a_token_without_a_row(tmp_path: Path, padded: tuple[Any, int]) -> None:
@@ -43,7 +38,7 @@ def test_a_text_must_not_have_a_token_without_a_row(tmp_path: Path, padded: tupl
     tokenizer, rows = padded
     (tmp_path / "a.jsonl").write_text('{"text": "the"}\n{"text": "fox"}\n{"text": "a <pad>"}\n{"text": "<pad>"}\n')
     message = f"has the token '<pad>', number {rows}, .* has {rows} rows.* --resize_embeddings"
-    with pytest.raises(DataError, match=rf"^document 3 of .*a\.jsonl {message}"):
+    with pytest.raises(DataError, match=rf"^.*a\.jsonl line 3 {message}"):
         check(tmp_path / "a.jsonl", tokenizer, rows)
     with pytest.raises(DataError, match=f"^--sample_prompt {message}"):
         check_prompt("<pad>", tokenizer, rows)
@@ -76,10 +71,10 @@ def test_a_text_without_any_token(tmp_path: Path) -> None:
     deaf: Any = Deaf()
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "xx"}\n{"text": "axb"}\n')
-    assert tokenize_file(file, deaf, tmp_path).tolist() == [0, 1, 0, ord("a"), ord("b"), 1]
+    assert load(file, deaf).ids.tolist() == [0, 1, 0, ord("a"), ord("b"), 1]
     file.write_text('{"text": "xx"}\n{"text": "xxx"}\n')
     with pytest.raises(DataError, match=r"has no token for any text in .*a\.jsonl"):
-        tokenize_file(file, deaf, tmp_path)
+        load(file, deaf)
     with pytest.raises(DataError, match="--sample_prompt must hold at least one token"):
         check_prompt("xx", deaf, 128)
 
@@ -93,8 +88,8 @@ def test_ids_that_are_not_numbers(tmp_path: Path) -> None:
 
     (tmp_path / "a.txt").write_text("text")
     strange: Any = Strange()
-    with pytest.raises(DataError, match="fails at document 1 of"):
-        tokenize_file(tmp_path / "a.txt", strange, tmp_path)
+    with pytest.raises(DataError, match=r"the tokenizer fails at .*a\.txt"):
+        load(tmp_path / "a.txt", strange)
     with pytest.raises(DataError, match="fails at --sample_prompt"):
         check_prompt("text", strange, 128)
 
@@ -105,9 +100,9 @@ def test_a_text_of_mostly_unknown_tokens_is_logged(tmp_path: Path, caplog: pytes
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     for name, text in (("known.txt", "the quick fox"), ("unknown.txt", "der schnelle the Fuchs")):
         (tmp_path / name).write_text(text)
-        tokens = tokenize_file(tmp_path / name, tokenizer, tmp_path)
+        samples = load(tmp_path / name, tokenizer)
         with caplog.at_level(logging.WARNING, "lomo_ds"):
-            warn_about_unknown_tokens(tokens, tmp_path / name, tokenizer)
+            warn_about_unknown_tokens(samples.ids, source(tmp_path / name), tokenizer)
     assert len(caplog.messages) == 1
     assert "75% of the tokens of " in caplog.messages[0]
     assert "unknown.txt are <unk>" in caplog.messages[0]

@@ -7,15 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lomo_ds.data import PackedBlocks
 from lomo_ds.engine import separation
 from lomo_ds.engine.packed_rows import PackedRows
 from lomo_ds.engine.separation import check_separation, sees_other_documents
 from lomo_ds.errors import ConfigError
-from lomo_ds.train import inputs
+from tests.data.datasets import write_jsonl
 from tests.engine.test_packed_batches import documents, packed, separate_loss
 from tests.engines import make_engine, weights_of
 from tests.flash_attention import replaced_flash_attention
@@ -98,29 +96,19 @@ def test_an_engine_is_checked_and_left_as_it_was(ranks: GroupOf, family: str) ->
             assert message == ""
 
 
-class PackedDocuments(PackedBlocks):
-    """Blocks of documents of 16 tokens."""
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        block = super().__getitem__(index)
-        position_ids = torch.arange(self.length) % 16
-        return {**block, "labels": block["labels"].masked_fill(position_ids == 0, -100), "position_ids": position_ids}
-
-
 def train_on_documents(arguments: list[str], sees_others: bool) -> tuple[int, str]:
     original = sees_other_documents
-    with (
-        mock.patch.object(inputs, "PackedBlocks", PackedDocuments),
-        mock.patch.object(separation, "sees_other_documents", lambda *given: sees_others or original(*given)),
-    ):
+    with mock.patch.object(separation, "sees_other_documents", lambda *given: sees_others or original(*given)):
         status, _, said = run_main(arguments)
     return status, said
 
 
 def test_a_job_trains_on_documents_or_refuses_to(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
-    arguments = demo_arguments(demo, tmp_path, max_steps=1)
+    rows = [{"text": line} for line in (demo / "train.txt").read_text().splitlines()[:40]]
+    more = {"train_file": write_jsonl(tmp_path / "a.jsonl", rows), "packing_strategy": "bfd", "max_steps": 1}
+    arguments = demo_arguments(demo, tmp_path, **more)
     assert [status for status, _ in ranks(2).run(train_on_documents, arguments, False)] == [0, 0]
-    refused = demo_arguments(demo, tmp_path / "other", max_steps=1)
+    refused = demo_arguments(demo, tmp_path / "other", **more)
     results = ranks(2).run(train_on_documents, refused, True)
     assert [status for status, _ in results] == [2, 2]
     assert "train it without packing" in results[0][1]

@@ -32,6 +32,7 @@ from lomo_ds.models import (
     verify_export,
 )
 from lomo_ds.models.meta_model import meta_model
+from tests.data.datasets import source
 from tests.engines import make_engine
 from tests.ranks import Ranks
 
@@ -317,7 +318,7 @@ def test_a_folder_without_config_or_tokenizer(tmp_path: Path) -> None:
 
 
 def kept_tokens_name(file: str, folder: str) -> str:
-    return fingerprint(Path(file), load_tokenizer(folder))
+    return fingerprint(source(Path(file)), load_tokenizer(folder), {})
 
 
 def test_all_ranks_use_the_same_token_cache(ranks: GroupOf, demo: Path, assets: Path) -> None:

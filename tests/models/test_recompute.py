@@ -58,4 +58,4 @@ def test_a_model_without_checkpointing_support(monkeypatch: pytest.MonkeyPatch) 
 
 def test_offload_needs_gradient_checkpointing() -> None:
     with pytest.raises(ConfigError, match="give both"):
-        TrainArguments(model_name_or_path="m", train_file="t.txt", output_dir="out", activation_offload=True)
+        TrainArguments(model_name_or_path="m", train_file=["t.txt"], output_dir="out", activation_offload=True)

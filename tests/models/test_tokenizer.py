@@ -10,10 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lomo_ds.data import tokenize_file
 from lomo_ds.errors import DataError, ModelError
 from lomo_ds.models import load_config, load_tokenizer
 from lomo_ds.models.meta_model import meta_model
+from tests.data.datasets import load
 from tests.data.tokenizers import byte_level
 
 JSON = dict[str, Any]
@@ -203,7 +203,7 @@ def check_folder(folder: Path, changes: tuple[str, JSON, JSON, JSON], text: str)
     (folder / "a.txt").write_text(text)
     message = ""
     try:
-        tokenize_file(folder / "a.txt", load_tokenizer(str(folder)), folder / "cache")
+        load(folder / "a.txt", load_tokenizer(str(folder)))
     except (ModelError, DataError) as error:
         message = str(error)
     assert len(message.splitlines()) <= 1, message

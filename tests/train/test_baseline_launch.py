@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lomo_ds.data import PackedBlocks, tokenize_file
+from lomo_ds.data import PackedSequences
 from lomo_ds.engine.baseline import BaselineEngine
+from tests.data.datasets import load
 from tests.launching import ROOT, demo_arguments, run_main
 from tests.ranks import Ranks
 
@@ -32,7 +33,7 @@ def short(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loss_in_transformers(folder: Path, text: Path, cache: Path) -> float:
     """Held-out loss per token of an exported model, without lomo_ds's engines."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    blocks = PackedBlocks(tokenize_file(text, AutoTokenizer.from_pretrained(folder), cache), length=32)
+    blocks = PackedSequences(load(text, AutoTokenizer.from_pretrained(folder), cache), length=32)
     total, tokens = 0.0, 0
     for index in range(len(blocks)):
         batch = {name: value.unsqueeze(0) for name, value in blocks[index].items()}

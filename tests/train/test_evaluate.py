@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from lomo_ds.data import PackedBlocks, evaluation_batches
+from lomo_ds.data import PackedSequences, evaluation_batches
 from lomo_ds.train.evaluate import evaluate_loss
+from tests.data.datasets import text_blocks
 from tests.engines import make_engine
 from tests.ranks import Ranks
 from tests.reference import VOCABULARY, tiny_model
 
 
-def blocks() -> PackedBlocks:
+def blocks() -> PackedSequences:
     """Seven sequences, the last of five tokens only."""
     generator = np.random.default_rng(0)
-    return PackedBlocks(generator.integers(VOCABULARY, size=6 * 12 + 5, dtype=np.int32), length=12)
+    return text_blocks(generator.integers(VOCABULARY, size=6 * 12 + 5), length=12)
 
 
 def evaluate() -> tuple[float | None, bool]:

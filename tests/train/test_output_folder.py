@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,8 @@ from lomo_ds.train.output_folder import (
 from lomo_ds.train.progress import FINISHED
 
 
-def arguments(output_dir: Path, **more: str | bool) -> TrainArguments:
-    return TrainArguments(**{"model_name_or_path": "m", "train_file": "t.txt", "output_dir": str(output_dir), **more})  # type: ignore[arg-type]
+def arguments(output_dir: Path, **more: Any) -> TrainArguments:
+    return TrainArguments(**{"model_name_or_path": "m", "train_file": ["t.txt"], "output_dir": str(output_dir), **more})
 
 
 def checkpoint(folder: Path) -> Path:
@@ -111,7 +112,7 @@ def test_a_run_overwrites_its_own_records(tmp_path: Path) -> None:
 def test_an_input_text_is_not_overwritten(tmp_path: Path, name: str) -> None:
     text = file(run_folder(tmp_path) / "metrics.jsonl")
     with pytest.raises(ConfigError, match=f"--{name} .*metrics.jsonl would be overwritten"):
-        check_input_files(arguments(tmp_path, **{name: str(text)}))
+        check_input_files(arguments(tmp_path, **{name: ["a.txt", str(text)]}))
 
 
 # another run

@@ -35,13 +35,13 @@ from tests.reference import tiny_model, whole_batch
 
 GroupOf = Callable[..., Ranks]
 ROOT = Path(__file__).parent.parent.parent
-BASE = TrainArguments(model_name_or_path="m", train_file="t.txt", output_dir="out")
+BASE = TrainArguments(model_name_or_path="m", train_file=["t.txt"], output_dir="out")
 ARGUMENTS = [field.name for field in dataclasses.fields(TrainArguments)]
 # a valid value that is not the default, where its type does not give one; and arguments that an argument needs
-OTHER = {"warmup_ratio": 0.5, "max_seq_length": 8, "report_to": "none"}
+OTHER = {"warmup_ratio": 0.5, "max_seq_length": 8, "report_to": "none", "train_file_weights": [2.0]}
 NEEDED: dict[str, dict[str, Any]] = {
     "activation_offload": {"gradient_checkpointing": True},
-    "load_best_model_at_end": {"validation_file": "v.txt", "save_steps": 2, "eval_steps": 2},
+    "load_best_model_at_end": {"validation_file": ["v.txt"], "save_steps": 2, "eval_steps": 2},
 }
 
 
@@ -57,6 +57,8 @@ def other_value(name: str) -> Any:
         return not value
     if base_type(hint) is str:
         return f"{value or ''}x"
+    if get_origin(base_type(hint)) is list:
+        return ["x"]
     return 7 if value is None else value + 1
 
 

@@ -140,7 +140,7 @@ def test_a_run_that_wandb_cannot_start_is_refused(tmp_path: Path) -> None:
 
 
 def arguments_with(report_to: str) -> TrainArguments:
-    return TrainArguments(model_name_or_path="m", train_file="t", output_dir="o", report_to=report_to)
+    return TrainArguments(model_name_or_path="m", train_file=["t"], output_dir="o", report_to=report_to)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lomo_ds.data.row_file import OnBadRow, Row
+from lomo_ds.data.rows.row_file import OnBadRow, Row
 from lomo_ds.errors import BadRowError, DataError, one_line
 
 BATCH = 1024  # rows of a Parquet file in memory at once
@@ -70,9 +70,6 @@ def _rows(table: Any, name: str, on_bad_row: OnBadRow) -> Iterator[Row]:
         number += 1
         try:
             row = Row(location, {column: _without_none(value) for column, value in values.items()})
-        except UnicodeEncodeError as error:
-            half = repr(error.object[error.start])
-            on_bad_row(BadRowError(f"{location} must be Unicode text, but {half} is half of a surrogate pair"))
         except RecursionError:
             on_bad_row(BadRowError(f"{location} is nested too deep to be read"))
         else:
@@ -91,15 +88,9 @@ def _damaged(name: str, error: Exception) -> DataError:
 
 
 def _without_none(value: Any) -> Any:
-    """Return ``value`` without the None that Arrow adds for fields that other rows have, and check its strings.
-
-    Raises:
-        UnicodeEncodeError: a string holds half of a surrogate pair, as JSON within a table may.
-    """
-    if isinstance(value, str):
-        value.encode()
-    elif isinstance(value, dict):
+    """Return ``value`` without the None that Arrow adds for fields that other rows have."""
+    if isinstance(value, dict):
         return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
-    elif isinstance(value, list):
+    if isinstance(value, list):
         return [_without_none(inner) for inner in value]
     return value

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from lomo_ds.data.csv_rows import read_csv
-from lomo_ds.data.json_rows import read_json, read_json_lines
-from lomo_ds.data.row_file import OnBadRow, Row, decode, not_utf8, open_text_file
-from lomo_ds.data.table_rows import read_hub_rows, read_table
+from lomo_ds.data.rows.csv_rows import read_csv
+from lomo_ds.data.rows.json_rows import read_json, read_json_lines
+from lomo_ds.data.rows.row_file import OnBadRow, Row, decode, not_utf8, open_text_file
+from lomo_ds.data.rows.table_rows import read_hub_rows, read_table
 from lomo_ds.errors import DataError
 
 __all__ = ["OnBadRow", "Row", "data_files", "read_hub_rows", "read_rows"]
@@ -27,12 +27,11 @@ def data_files(source: str) -> list[Path]:
     """
     path = Path(source)
     try:
+        path.stat()  # raises a clear error if there is no such file
         names = sorted(path.iterdir()) if path.is_dir() else None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     if names is None:
-        if not path.exists():
-            raise DataError(f"{path} cannot be read: No such file or folder")
         _reader(path)
         return [path]
     files = [file for file in names if _is_data_file(file)]

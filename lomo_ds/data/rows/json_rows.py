@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lomo_ds.data.json_text import STRING, JsonText
-from lomo_ds.data.row_file import BYTE_ORDER_MARK, OnBadRow, Row, decode, open_text_file
+from lomo_ds.data.rows.json_text import STRING, JsonText
+from lomo_ds.data.rows.row_file import BYTE_ORDER_MARK, OnBadRow, Row, decode, open_text_file
 from lomo_ds.errors import BadRowError, DataError
 
 WRAPPER = re.compile(rf"\{{\s*{STRING}\s*:\s*\[")  # an object whose first field holds an array
@@ -47,7 +47,7 @@ def read_json(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
 
 def _line_rows(file: IO[bytes], path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
-        text = JsonText(path, decode(line.rstrip(b"\r\n")), number)
+        text = JsonText(path, decode(line.rstrip(b"\r\n"), is_start=number == 1), number)
         if text.text.strip():
             try:
                 row = Row(f"{path} line {number}", _decode_line(text))

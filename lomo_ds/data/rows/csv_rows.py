@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
 
-from lomo_ds.data.row_file import OnBadRow, Row, not_utf8, open_text_file
+from lomo_ds.data.rows.row_file import OnBadRow, Row, not_utf8, open_text_file
 from lomo_ds.errors import BadRowError, DataError
 
 LARGEST_FIELD = 2**31 - 1  # characters

@@ -39,7 +39,7 @@ def open_text_file(path: Path) -> Iterator[IO[bytes]]:
     try:
         with _open(path) as file:
             if file.read(2) in UTF_16:
-                raise DataError(f"{path} must be UTF-8 text, but it is UTF-16; save it again as UTF-8")
+                raise DataError(f"{path} line 1 must be UTF-8 text, but the file is UTF-16; save it again as UTF-8")
             file.seek(0)
             yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -54,12 +54,16 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def decode(data: bytes) -> str:
+def decode(data: bytes, is_start: bool = True) -> str:
     """Return UTF-8 text in which a half of a surrogate pair stands for each byte that is not UTF-8.
 
     So the rows around such a byte can be read; ``not_utf8`` names it.
+
+    Args:
+        is_start: whether ``data`` begins a file, where a byte order mark is left out.
     """
-    return data.decode("utf-8", "surrogateescape").removeprefix(BYTE_ORDER_MARK)
+    text = data.decode("utf-8", "surrogateescape")
+    return text.removeprefix(BYTE_ORDER_MARK) if is_start else text
 
 
 def not_utf8(text: str) -> str | None:

@@ -1,0 +1,124 @@
+"""Tokens of a conversation, rendered by the tokenizer's chat template, and which of them are answers."""
+
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lomo_ds.data.formats import Chat
+from lomo_ds.errors import DataError, one_line
+
+MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")  # begins an answer in a chat template
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase, only_answers: bool) -> tuple[list[int], list[bool]]:
+    """Return the token ids of ``chat``, and whether each is trained.
+
+    Answers are what the template's ``{% generation %}`` encloses. Without it, an answer begins where the prompt before
+    it ends, rendered with the generation prompt, and ends where the messages up to it end.
+
+    Args:
+        only_answers: whether only answers are trained; otherwise all tokens are.
+
+    Raises:
+        DataError: the template cannot render the messages, or it renders them differently when others follow.
+    """
+    if not only_answers:
+        ids = _render(chat, len(chat.messages), tokenizer, tokenize=True)["input_ids"]
+        return ids, [True] * len(ids)
+    if chat.prompt_length is None and tokenizer.is_fast and has_generation_markers(tokenizer):
+        rendered = _render(chat, len(chat.messages), tokenizer, tokenize=True, return_assistant_tokens_mask=True)
+        return rendered["input_ids"], [bool(is_answer) for is_answer in rendered["assistant_masks"]]
+    text = _render(chat, len(chat.messages), tokenizer)
+    spans = [_answer_span(chat, first, last, text, tokenizer) for first, last in _answers(chat)]
+    return tokens_within(text, spans, tokenizer)
+
+
+def tokens_within(
+    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> tuple[list[int], list[bool]]:
+    """Return the token ids of ``text``, and whether each is in one of ``spans``, which are ranges of characters.
+
+    A token that lies across the beginning of a span is in it; one that the tokenizer adds around the text is in none.
+
+    Args:
+        options: arguments of the tokenizer.
+    """
+    options = {"add_special_tokens": False, "verbose": False} | options
+    if not tokenizer.is_fast:  # it does not say which characters a token is made of
+        return _tokens_by_prefixes(text, spans, tokenizer, options)
+    tokenized = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **options)
+    trained = [
+        not is_mark and any((stop > begin or start >= begin) and start < end for begin, end in spans)
+        for (start, stop), is_mark in zip(tokenized["offset_mapping"], tokenized["special_tokens_mask"], strict=True)
+    ]
+    return tokenized["input_ids"], trained
+
+
+def has_generation_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the chat template says which part of a conversation are answers."""
+    return bool(MARKER.search(tokenizer.get_chat_template()))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of the special token with which the chat template ends an answer, None if there is none."""
+    try:
+        ids, trained = chat_tokens(Chat(PROBE), tokenizer, only_answers=True)
+    except DataError:  # a template that needs a system message, for example
+        return None
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    answer = [number for number, is_answer in zip(ids, trained, strict=True) if is_answer]
+    return next((number for number in reversed(answer) if number in special), None)
+
+
+def _answers(chat: Chat) -> list[tuple[int, int]]:
+    """Return the first message of each answer, and the first after it."""
+    if chat.prompt_length is not None:
+        return [(chat.prompt_length, len(chat.messages))]
+    return [(k, k + 1) for k, message in enumerate(chat.messages) if message["role"] == "assistant"]
+
+
+def _answer_span(chat: Chat, first: int, last: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Return the range of characters in ``text``, the whole conversation, of the messages ``first`` to ``last``."""
+    before = _render(chat, first, tokenizer, add_generation_prompt=True)
+    until = text if last == len(chat.messages) else _render(chat, last, tokenizer)
+    for prefix in (before, until):
+        if not text.startswith(prefix):
+            raise DataError(
+                "the tokenizer's chat template renders messages differently when others follow, so where an answer "
+                "begins and ends is unknown; give a template that marks answers with {% generation %} with "
+                "--chat_template_path, or train on whole conversations with --train_on_prompt"
+            )
+    return len(before), len(until)
+
+
+def _render(chat: Chat, count: int, tokenizer: PreTrainedTokenizerBase, tokenize: bool = False, **options: Any) -> Any:
+    """Render the first ``count`` messages as text, or as a dict of tokens."""
+    try:
+        return tokenizer.apply_chat_template(
+            chat.messages[:count],
+            tools=chat.tools,
+            tokenize=tokenize,
+            return_dict=tokenize,
+            **options,
+            **chat.template_arguments,
+        )
+    except Exception as error:  # templates raise jinja2's errors, and TypeError and others of their expressions
+        raise DataError(f"the tokenizer's chat template cannot render the messages: {one_line(error)}") from error
+
+
+def _tokens_by_prefixes(
+    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> tuple[list[int], list[bool]]:
+    ids = tokenizer(text, **options)["input_ids"]
+    trained = [False] * len(ids)
+    for begin, end in spans:
+        first, last = (_common_prefix(ids, tokenizer(text[:place], **options)["input_ids"]) for place in (begin, end))
+        trained[first:last] = [True] * (last - first)
+    return ids, trained
+
+
+def _common_prefix(ids: list[int], others: list[int]) -> int:
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((place for place, (number, other) in pairs if number != other), min(len(ids), len(others)))

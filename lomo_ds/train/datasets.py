@@ -1,0 +1,142 @@
+"""The datasets of a training job: samples of its files, packed into sequences for training and validation."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lomo_ds.config.arguments import TrainArguments
+from lomo_ds.data import (
+    Mixture,
+    PackedSequences,
+    RowSource,
+    Samples,
+    Sequences,
+    Strategy,
+    TokenizationOptions,
+    check_token_ids,
+    load_samples,
+    warn_about_unknown_tokens,
+)
+from lomo_ds.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Sequences to train on and to evaluate with; no rank holds a copy of the tokens, which are memory-mapped."""
+
+    training: Sequences
+    validation: Sequences | None
+
+
+def tokenization_options(arguments: TrainArguments) -> TokenizationOptions:
+    """Return the options that ``arguments`` give; only answers are trained unless they say otherwise."""
+    return TokenizationOptions(
+        arguments.dataset_format,
+        arguments.dataset_text_field,
+        _default_true(arguments.completion_only_loss) and not arguments.train_on_prompt,
+        _default_true(arguments.assistant_only_loss) and not arguments.train_on_prompt,
+        arguments.on_bad_rows,
+    )
+
+
+def load_datasets(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase, rows: int) -> Datasets:
+    """Tokenize the files of a job, or map the tokens of an earlier time, and pack them into sequences.
+
+    Args:
+        rows: of the model's embeddings.
+
+    Raises:
+        DataError: a file or row cannot be used, or nothing is left to train on or to evaluate with.
+    """
+    training, held_out = [], []
+    for source in training_sources(arguments):
+        samples = _load(source, tokenizer, rows, arguments)
+        kept, others = _split(len(samples), arguments, source)
+        training.append(_pack(samples, kept, source, arguments))
+        if len(others):
+            held_out.append(_pack(samples, others, source, arguments))
+    if arguments.validation_file:
+        source = RowSource(tuple(arguments.validation_file), "validation")
+        samples = _load(source, tokenizer, rows, arguments)
+        held_out = [_pack(samples, np.arange(len(samples)), source, arguments)]
+    weights = arguments.train_file_weights or [1.0]
+    return Datasets(_mix(training, weights), _mix(held_out, [1.0] * len(held_out)) if held_out else None)
+
+
+def training_sources(arguments: TrainArguments) -> list[RowSource]:
+    """Return the sources to train on: all files together, or one for each weight."""
+    names = arguments.train_file
+    return [RowSource((name,)) for name in names] if arguments.train_file_weights else [RowSource(tuple(names))]
+
+
+def _load(source: RowSource, tokenizer: PreTrainedTokenizerBase, rows: int, arguments: TrainArguments) -> Samples:
+    options = tokenization_options(arguments)
+    samples = load_samples(source, tokenizer, Path(arguments.output_dir) / "cache", options)
+    check_token_ids(samples, source, tokenizer, rows, options)
+    warn_about_unknown_tokens(samples.ids, source, tokenizer)
+    counts = samples.counts
+    if counts.bad:
+        logger.warning("%s: %d of %d rows are malformed and left out, the first: %s",
+                       source, counts.bad, counts.rows, counts.first_bad)  # fmt: skip
+    if counts.empty:
+        logger.info("%s: %d of %d rows are empty and left out", source, counts.empty, counts.rows)
+    return samples
+
+
+def _split(count: int, arguments: TrainArguments, source: RowSource) -> tuple[np.ndarray, np.ndarray]:
+    """Return the samples to train on and those to hold out, both in order."""
+    held_out = round(count * arguments.validation_split_percentage / 100)
+    if not arguments.validation_split_percentage:
+        return np.arange(count), np.arange(0)
+    if not 0 < held_out < count:
+        raise DataError(
+            f"--validation_split_percentage {arguments.validation_split_percentage} holds out {held_out} of the "
+            f"{count} samples of {source}, and both parts need at least one; give a --validation_file"
+        )
+    order = np.random.default_rng(arguments.seed).permutation(count)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def _pack(samples: Samples, chosen: np.ndarray, source: RowSource, arguments: TrainArguments) -> PackedSequences:
+    assert arguments.max_seq_length is not None
+    strategy = packing_strategy(arguments, samples.is_text)
+    sequences = PackedSequences(samples, arguments.max_seq_length, strategy, chosen)
+    losses, count = sequences.losses, len(chosen)
+    if losses.cut_samples:
+        logger.warning(
+            "%s: %d of %d samples are longer than --max_seq_length %d and cut off, by %d tokens in all",
+            source, losses.cut_samples, count, sequences.length, losses.cut_tokens,
+        )  # fmt: skip
+    if losses.unlabelled:
+        logger.warning("%s: %d samples have no token to learn (of the part within --max_seq_length) and are left out",
+                       source, losses.unlabelled)  # fmt: skip
+    if not len(sequences) or sequences.sizes.max() < 2:
+        raise DataError(
+            f"{source} has nothing to learn: none of its {count} samples has a token to predict among the first "
+            f"{sequences.length}; give a larger --max_seq_length, or other data"
+        )
+    logger.info(
+        "%s: %d samples, %d tokens in %d sequences, %.1f%% padding (packing: %s)",
+        source, count, sequences.sizes.sum(), len(sequences), 100 * sequences.padding, strategy,
+    )  # fmt: skip
+    return sequences
+
+
+def packing_strategy(arguments: TrainArguments, is_text: bool) -> Strategy:
+    """Return how samples are packed: plain texts as one stream by default, others not at all unless it is asked for."""
+    if arguments.packing is False or not (arguments.packing or arguments.packing_strategy or is_text):
+        return "none"
+    return arguments.packing_strategy or ("wrapped" if is_text else "bfd")
+
+
+def _mix(parts: list[PackedSequences], weights: list[float]) -> Sequences:
+    return parts[0] if len(parts) == 1 and weights == [1.0] else Mixture(parts, weights)
+
+
+def _default_true(value: bool | None) -> bool:
+    return value is not False

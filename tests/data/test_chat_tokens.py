@@ -1,0 +1,119 @@
+"""Tests of which tokens of a conversation are trained, by templates of several kinds."""
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lomo_ds.data.chat_tokens import chat_tokens, end_of_turn, tokens_within
+from lomo_ds.data.formats import Chat
+from lomo_ds.errors import DataError
+from lomo_ds.models.chat_template import SHIPPED
+from tests.data.tokenizers import KINDS, Letters, byte_level
+
+SHIPPED_TEMPLATES = {file.stem: file.read_text() for file in SHIPPED.glob("*.jinja")}
+# like Qwen3's, it drops what was thought in all answers but the last
+FORGETFUL = """{%- for message in messages %}
+    {{- '<' + message.role + '>' }}
+    {%- if message.role == 'assistant' and loop.last %}{{- 'thinking ' }}{%- endif %}
+    {{- message.content + '</s>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<assistant>' }}{%- endif %}"""
+PICKY = "{{ raise_exception('roles must alternate') }}"
+
+
+def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat(*contents: str, **more: Any) -> Chat:
+    """Return a conversation of user and assistant in turns."""
+    roles = ["user", "assistant"] * len(contents)
+    return Chat([{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)], **more)
+
+
+def trained_text(conversation: Chat, tokenizer: Any) -> str:
+    ids, trained = chat_tokens(conversation, tokenizer, only_answers=True)
+    return tokenizer.decode([number for number, is_trained in zip(ids, trained, strict=True) if is_trained])
+
+
+@pytest.mark.parametrize("name", SHIPPED_TEMPLATES)
+def test_shipped_templates_give_the_same_mask_by_markers_and_by_prefixes(name: str) -> None:
+    template = SHIPPED_TEMPLATES[name]
+    unmarked = template.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": [1, "é"]}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "the fox"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "", "tool_calls": [call, call]},
+        {"role": "tool", "content": "dog"},
+        {"role": "assistant", "content": " two\n\n"},
+        {"role": "user", "content": "three"},
+    ]
+    for tools in (None, [call]):
+        conversation = Chat(messages, tools)
+        marked = chat_tokens(conversation, tokenizer_with(template), only_answers=True)
+        assert marked == chat_tokens(conversation, tokenizer_with(unmarked), only_answers=True)
+        text = tokenizer_with(template).decode(marked[0])
+        assert ("x" in text, "the fox" in text, "dog" in text) == (True, True, True)
+        assert trained_text(conversation, tokenizer_with(template)).count('"é"') == 2, "both calls are trained"
+
+
+def test_the_alpaca_template_is_alpacas_prompt() -> None:
+    tokenizer = tokenizer_with(SHIPPED_TEMPLATES["alpaca"])
+    ids, _ = chat_tokens(chat("Say no.", "No."), tokenizer, only_answers=True)
+    assert tokenizer.decode(ids) == (
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nSay no.\n\n### Response:\nNo.</s>"
+    )
+
+
+def test_the_prompt_of_a_completion_may_hold_answers() -> None:
+    tokenizer = tokenizer_with(SHIPPED_TEMPLATES["chatml"])
+    assert trained_text(chat("a", "b", "c", "d", prompt_length=3), tokenizer) == "d<|im_end|>\n"
+    assert trained_text(chat("a", "b", "c", "d"), tokenizer) == "b<|im_end|>\nd<|im_end|>\n"
+
+
+def test_a_template_that_changes_earlier_messages_is_refused() -> None:
+    assert trained_text(chat("a", "b"), tokenizer_with(FORGETFUL)) == "thinking b</s>"
+    with pytest.raises(DataError, match=r"renders messages differently when others follow.*--chat_template_path"):
+        trained_text(chat("a", "b", "c", "d"), tokenizer_with(FORGETFUL))
+    ids, trained = chat_tokens(chat("a", "b", "c", "d"), tokenizer_with(FORGETFUL), only_answers=False)
+    assert trained == [True] * len(ids)
+
+
+def test_a_template_that_refuses_messages() -> None:
+    with pytest.raises(DataError, match=r"cannot render the messages: roles must alternate"):
+        trained_text(chat("a", "b"), tokenizer_with(PICKY))
+
+
+@pytest.mark.parametrize(
+    ("template", "token"),
+    [(SHIPPED_TEMPLATES["alpaca"], "</s>"), (SHIPPED_TEMPLATES["chatml"], "<|im_end|>"), (FORGETFUL, "</s>"),
+     ("{% for m in messages %}{{ m.content }}{% endfor %}", None), (PICKY, None)],
+)  # fmt: skip
+def test_the_token_that_ends_an_answer(template: str, token: str | None) -> None:
+    tokenizer = tokenizer_with(template)
+    stop = end_of_turn(tokenizer)
+    assert stop == (None if token is None else tokenizer.convert_tokens_to_ids(token))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_span_has_the_tokens_of_its_words(kind: str) -> None:
+    tokenizer, text = KINDS[kind](), "the quick brown fox jumps over the lazy dog"
+    begin, end = text.index("brown"), text.index(" over")
+    ids, trained = tokens_within(text, [(begin, end)], tokenizer)
+    inside = [number for number, is_trained in zip(ids, trained, strict=True) if is_trained]
+    words = "".join(tokenizer.convert_ids_to_tokens(inside)).replace("\u0120", "").replace("\u2581", "")
+    assert "brownfoxjumps" in words
+    assert "the" not in words, "a token across the beginning is in the span, but no token before it"
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_that_does_not_say_where_its_tokens_are() -> None:
+    letters: Any = Letters()
+    ids, trained = tokens_within("abcdef", [(1, 3), (5, 6)], letters)
+    assert (ids, trained) == ([*map(ord, "abcdef")], [False, True, True, False, False, True])
