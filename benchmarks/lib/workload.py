@@ -42,6 +42,7 @@ class Workload:
         lomo: further parameters of LOMO in the DeepSpeed config.
         zero: further fields of zero_optimization, for all methods with ZeRO-3.
         communication_data_type: precision that gradients are reduced in; None for their own.
+        documents: documents of a row that must not see each other.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Workload:
     lomo: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     communication_data_type: str | None = None
+    documents: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,7 +117,11 @@ class Workload:
         """Draw this rank's batch; every token is a label."""
         generator = torch.Generator().manual_seed(1 + torch.distributed.get_rank())
         ids = torch.randint(self.config().vocab_size, (self.batch, self.sequence), generator=generator).to(device)
-        return {"input_ids": ids, "labels": ids.clone()}
+        rows = {"input_ids": ids, "labels": ids.clone()}
+        if self.documents > 1:
+            count = torch.arange(self.sequence, device=device) % (self.sequence // self.documents)
+            rows["position_ids"] = count.repeat(self.batch, 1)
+        return rows
 
     def _prepared(self, model: Any) -> Any:
         if self.checkpointing:

@@ -254,6 +254,12 @@ class TrainArguments(LomoParameters, JobArguments):
         """Tokens to add to the tokenizer beside the padding token."""
         return [token.strip() for token in (self.new_special_tokens or "").split(",") if token.strip()]
 
+    def packing_strategy_of(self, is_text: bool) -> Strategy:
+        """Return how samples are packed: plain texts as one stream by default, others not at all unless asked for."""
+        if self.packing is False or not (self.packing or self.packing_strategy or is_text):
+            return "none"
+        return self.packing_strategy or ("wrapped" if is_text else "bfd")
+
     def dump(self, path: Path) -> None:
         """Write every argument as YAML that ``--config`` reads back to the same run."""
         values = dataclasses.asdict(self)

@@ -7,7 +7,7 @@ samples are packed into sequences (``packing``) that ranks and steps share (``lo
 from lomo_ds.data.chat_tokens import end_of_turn
 from lomo_ds.data.formats import IGNORE_INDEX, Format
 from lomo_ds.data.loader import MicroBatches, Position, TrainingSteps, evaluation_batches
-from lomo_ds.data.packing import Strategy
+from lomo_ds.data.packing import SIDE_BY_SIDE, Strategy
 from lomo_ds.data.rows import RowSource
 from lomo_ds.data.samples import Samples, load_samples, needs_chat_template
 from lomo_ds.data.sequences import Mixture, PackedSequences, Sequences
@@ -21,6 +21,7 @@ from lomo_ds.data.vocabulary import (
 
 __all__ = [
     "IGNORE_INDEX",
+    "SIDE_BY_SIDE",
     "Format",
     "MicroBatches",
     "Mixture",

@@ -16,6 +16,7 @@ from lomo_ds.data.formats import IGNORE_INDEX
 from lomo_ds.data.samples import Positions, Samples
 
 Strategy = Literal["none", "bfd", "bfd_split", "wrapped"]
+SIDE_BY_SIDE: tuple[Strategy, ...] = ("bfd", "bfd_split")  # these put samples that must not see each other in a row
 
 
 @dataclass(frozen=True)

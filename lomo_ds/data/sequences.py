@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lomo_ds.data.formats import IGNORE_INDEX
-from lomo_ds.data.packing import Losses, Positions, Strategy, pack
+from lomo_ds.data.packing import SIDE_BY_SIDE, Losses, Positions, Strategy, pack
 from lomo_ds.data.samples import Samples
 from lomo_ds.numerics.flat import ceil_div
 
@@ -52,7 +52,7 @@ class PackedSequences(Dataset[Item]):
         self.samples = samples
         self.length = length
         self.strategy = strategy
-        self.has_documents = strategy in ("bfd", "bfd_split")
+        self.has_documents = strategy in SIDE_BY_SIDE
         self.losses: Losses
         self.pieces, self.losses = pack(
             samples, np.arange(len(samples)) if chosen is None else chosen, length, strategy

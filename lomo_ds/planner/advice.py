@@ -127,6 +127,8 @@ def _variants(change: Change, settings: Settings) -> list[_Variant]:
 def _cheap_changes(plan: Plan, model: PlannedModel) -> list[Change]:
     """Return the changes that cost nothing but time, in the order of that cost."""
     changes: list[Change] = [_checkpointing]
+    if plan.machine.device == "gpu" and model.meta_model._supports_flash_attn:
+        changes.insert(0, _flash_attention)
     if model.can_tile and not plan.tiled and not plan.settings.is_baseline:
         changes.append(_tiled_logits)
     return [*changes, _gather_by_module, _disable_prefetch, _schedule, _offloaded_activations, _offload, _int8]
@@ -135,6 +137,11 @@ def _cheap_changes(plan: Plan, model: PlannedModel) -> list[Change]:
 def _costly_changes(plan: Plan) -> list[Change]:
     """Return the changes that alter the training run or need other machines."""
     return [_smaller_batch, _shorter, _more_gpus, *([_nvme] if plan.machine.nvme else [])]
+
+
+def _flash_attention(settings: Settings) -> Iterator[_Variant]:
+    if settings.masked and settings.attention != "eager" and settings.precision != "fp32":
+        yield _Variant("--attn_implementation flash_attention_2", settings.but(attention="flash_attention_2"))
 
 
 def _checkpointing(settings: Settings) -> Iterator[_Variant]:

@@ -8,6 +8,7 @@ from typing import Any
 from lomo_ds.config.arguments import TrainArguments, help_text, parse
 from lomo_ds.config.ds_config import finalize_config, resolve_config
 from lomo_ds.config.parameter import parameter
+from lomo_ds.data import SIDE_BY_SIDE
 from lomo_ds.errors import ConfigError
 from lomo_ds.models import scale_rope, sequence_length, set_attention
 from lomo_ds.planner.advice import advise
@@ -104,6 +105,8 @@ def plan_settings(
         gpus=gpus,
         hosts=arguments.num_nodes,
         sequence=sequence_length(model.config, arguments.max_seq_length),
+        documents=arguments.packing_strategy_of(is_text=False) in SIDE_BY_SIDE,  # the data are not read
+        attention=arguments.attn_implementation,
         gradient_checkpointing=arguments.gradient_checkpointing,
         tiled_logits=arguments.tiled_logits,
         activation_offload=arguments.activation_offload,

@@ -53,6 +53,7 @@ class PlannedModel:
         key = (
             settings.batch,
             settings.sequence,
+            settings.masked,
             settings.precision,
             settings.gradient_checkpointing,
             settings.resident,

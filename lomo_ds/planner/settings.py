@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import torch
 
+from lomo_ds.config.arguments import Attention
 from lomo_ds.config.lomo_config import OPTIMIZERS, LomoParameters, OptimizerName
 from lomo_ds.config.parameter import parameter, validate_fields
 from lomo_ds.errors import ConfigError
+from lomo_ds.models.attention import FLASH
 from lomo_ds.numerics import int8
 from lomo_ds.numerics.flat import ceil_div
 from lomo_ds.numerics.precision import DTYPES, Precision
@@ -26,6 +28,8 @@ class Settings(LomoParameters):
         sequence: tokens per row.
         batch: rows per micro-batch and rank.
         accumulation: micro-batches per step.
+        documents: whether a row holds several documents that must not see each other.
+        attention: implementation of attention; None for the model's own.
         precision: precision of weights and gradients.
         optimizer: one that updates during backward, or torch.optim's on DeepSpeed's own ZeRO-3, with fp32 master
             weights.
@@ -46,6 +50,8 @@ class Settings(LomoParameters):
     sequence: int = parameter(1024, at_least=2)
     batch: int = parameter(1, at_least=1)
     accumulation: int = parameter(1, at_least=1)
+    documents: bool = False
+    attention: Attention | None = None
     precision: Precision = "bf16"
     optimizer: OptimizerName = "lomo"
     fused: bool = True
@@ -93,6 +99,11 @@ class Settings(LomoParameters):
     def tokens(self) -> int:
         """Tokens of all ranks in a step."""
         return self.gpus * self.batch * self.accumulation * self.sequence
+
+    @property
+    def masked(self) -> bool:
+        """Return whether attention needs a mask of queries x keys to keep documents apart; flash attention does not."""
+        return self.documents and self.attention not in FLASH
 
     @property
     def is_baseline(self) -> bool:

@@ -119,6 +119,8 @@ def command_line(plan: Plan) -> str:
         words.append("--gradient_checkpointing")
     if settings.activation_offload:
         words.append("--activation_offload")
+    if settings.attention is not None:
+        words += ["--attn_implementation", settings.attention]
     if settings.tiled_logits is not None:
         words += ["--tiled_logits", str(settings.tiled_logits).lower()]
     return shlex.join([*words, "--deepspeed", "FILE", "..."])

@@ -91,7 +91,7 @@ def _trace_without_events(model: PreTrainedModel) -> StepTrace:
 
 def _run(model: PreTrainedModel, vocabulary: int, settings: Settings) -> StepTrace:
     trace = _trace_without_events(model)
-    recorder = TraceRecorder(trace, vocabulary)
+    recorder = TraceRecorder(trace, vocabulary, settings.masked)
     record_modules(model, recorder)
     try:
         with replaced_functions(_linear(settings), recorder), recorder:
@@ -114,7 +114,10 @@ def _linear(settings: Settings) -> Callable[..., Tensor]:
 
 def _step(model: PreTrainedModel, settings: Settings, recorder: TraceRecorder) -> None:
     ids = torch.zeros(settings.batch, settings.sequence, dtype=torch.int64, device="meta")
-    loss = model(input_ids=ids, labels=torch.zeros_like(ids), use_cache=False).loss
+    inputs = {"input_ids": ids, "labels": torch.zeros_like(ids)}
+    if settings.masked:
+        inputs["position_ids"] = torch.zeros_like(ids)
+    loss = model(**inputs, use_cache=False).loss
     recorder.trace.forward_flops = recorder.flops
     recorder.record(EventKind.LOSS)
     (loss * 1.0).backward()

@@ -22,12 +22,19 @@ CHECKPOINT = "inputs of the decoder layers"  # name of activation checkpoints
 
 
 class TraceRecorder(TorchDispatchMode):
-    """Follows every storage that is created while the mode is active, and records events."""
+    """Follows every storage that is created while the mode is active, and records events.
 
-    def __init__(self, trace: StepTrace, vocabulary: int) -> None:
+    Args:
+        trace: where events are recorded.
+        vocabulary: size of the last dimension of logits.
+        masked: whether the model is to find several documents in a row, and to make a mask.
+    """
+
+    def __init__(self, trace: StepTrace, vocabulary: int, masked: bool = False) -> None:
         super().__init__()
         self.trace = trace
         self.vocabulary = vocabulary
+        self.masked = masked
         self.flops = 0
         self.level = self.peak = self.logits = self.logits_at_peak = 0
         # by storage: its bytes (0 for parameters and buffers), and whether its last dimension is the vocabulary
@@ -42,7 +49,7 @@ class TraceRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return True  # transformers tests whether the mask is trivial, which it is
+            return not self.masked  # transformers tests whether the mask is trivial
         result = func(*args, **(kwargs or {}))
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
@@ -236,6 +243,8 @@ def _attention(recorder: TraceRecorder) -> Any:
         flops = (
             2 * query.numel() * key.shape[-2] + 2 * query.numel() // query.shape[-1] * key.shape[-2] * value.shape[-1]
         )
+        if attn_mask is not None and attn_mask.dtype == torch.bool:  # the kernels add a mask to the scores
+            attn_mask = query.new_empty(attn_mask.shape)
         return _Attention.apply(query, key, value, attn_mask, flops // 2 if is_causal else flops, recorder)
 
     return attend

@@ -14,7 +14,6 @@ from lomo_ds.data import (
     RowSource,
     Samples,
     Sequences,
-    Strategy,
     TokenizationOptions,
     check_token_ids,
     load_samples,
@@ -104,7 +103,7 @@ def _split(count: int, arguments: TrainArguments, source: RowSource) -> tuple[np
 
 def _pack(samples: Samples, chosen: np.ndarray, source: RowSource, arguments: TrainArguments) -> PackedSequences:
     assert arguments.max_seq_length is not None
-    strategy = packing_strategy(arguments, samples.is_text)
+    strategy = arguments.packing_strategy_of(samples.is_text)
     sequences = PackedSequences(samples, arguments.max_seq_length, strategy, chosen)
     losses, count = sequences.losses, len(chosen)
     if losses.cut_samples:
@@ -125,13 +124,6 @@ def _pack(samples: Samples, chosen: np.ndarray, source: RowSource, arguments: Tr
         source, count, sequences.sizes.sum(), len(sequences), 100 * sequences.padding, strategy,
     )  # fmt: skip
     return sequences
-
-
-def packing_strategy(arguments: TrainArguments, is_text: bool) -> Strategy:
-    """Return how samples are packed: plain texts as one stream by default, others not at all unless it is asked for."""
-    if arguments.packing is False or not (arguments.packing or arguments.packing_strategy or is_text):
-        return "none"
-    return arguments.packing_strategy or ("wrapped" if is_text else "bfd")
 
 
 def _mix(parts: list[PackedSequences], weights: list[float]) -> Sequences:

@@ -28,12 +28,16 @@ class MemoryPreflight:
         config: configuration of the model.
         ds_config: complete, without ``auto``.
         arguments: resolved, including the sequence length.
+        documents: whether a row holds several documents that must not see each other.
     """
 
-    def __init__(self, config: PretrainedConfig, ds_config: dict[str, Any], arguments: TrainArguments) -> None:
+    def __init__(
+        self, config: PretrainedConfig, ds_config: dict[str, Any], arguments: TrainArguments, documents: bool
+    ) -> None:
         self.config = config
         self.ds_config = ds_config
         self.arguments = arguments
+        self.documents = documents
 
     def log(self) -> None:
         """Log the plan on rank 0; a job trains without one if the planner fails.
@@ -88,6 +92,8 @@ class MemoryPreflight:
             gpus=world_size,
             hosts=max(1, world_size // local_ranks),
             sequence=self.arguments.max_seq_length,
+            documents=self.documents,
+            attention=self.arguments.attn_implementation,
             gradient_checkpointing=self.arguments.gradient_checkpointing,
             tiled_logits=self.arguments.tiled_logits,
             activation_offload=self.arguments.activation_offload,

@@ -118,7 +118,7 @@ def _start_at(checkpoint: Checkpoint | None, inputs: Inputs) -> StartingPoint:
         _with_saved_choices(inputs.ds_config, checkpoint), arguments, steps.total, inputs.config, dist.get_world_size()
     )
     parse_ds_config(ds_config)
-    preflight = MemoryPreflight(inputs.config, ds_config, arguments)
+    preflight = MemoryPreflight(inputs.config, ds_config, arguments, inputs.datasets.training.has_documents)
     preflight.log()
     if checkpoint and dist.get_rank() == 0:
         log_changes(checkpoint, arguments, ds_config)

@@ -117,6 +117,8 @@ def storages() -> set[tuple[int, int]]:
         ("adalomo", 2, Workload(TINY, 64, 2, checkpointing=True, zero=LARGE | OFFLOAD)),
         ("adalomo+int8", 2, Workload(TINY, 64, 2, precision="bf16", checkpointing=True, zero=LARGE)),
         ("adalomo+int8", 2, Workload(TINY, 64, 2, precision="bf16", checkpointing=True, zero=LARGE | OFFLOAD)),
+        ("immediate", 1, Workload(TINY, 512, 2, documents=3)),
+        ("stash+clip", 2, Workload(TINY, 1024, 1, precision="bf16", checkpointing=True, documents=2)),
     ],
 )
 def test_the_predicted_peak_equals_the_measured_one(

@@ -11,7 +11,7 @@ from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.data import Mixture, PackedSequences, Sequences
 from lomo_ds.errors import ConfigError, DataError
 from lomo_ds.models import set_chat_template
-from lomo_ds.train.datasets import Datasets, load_datasets, packing_strategy
+from lomo_ds.train.datasets import Datasets, load_datasets
 from tests.data.datasets import write_jsonl
 from tests.data.tokenizers import byte_level
 
@@ -51,7 +51,7 @@ def texts(sequences: Sequences, tokenizer: PreTrainedTokenizerFast) -> list[str]
 )
 def test_plain_texts_alone_are_packed_by_default(given: dict[str, Any], of_texts: str, of_others: str) -> None:
     run = arguments(Path("out"), Path("a.jsonl"), **given)
-    assert (packing_strategy(run, is_text=True), packing_strategy(run, is_text=False)) == (of_texts, of_others)
+    assert (run.packing_strategy_of(is_text=True), run.packing_strategy_of(is_text=False)) == (of_texts, of_others)
 
 
 def test_a_share_of_the_rows_is_held_out(tmp_path: Path) -> None:
