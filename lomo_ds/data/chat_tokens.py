@@ -12,27 +12,38 @@ MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")  # begins an answer in a chat
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase, only_answers: bool) -> tuple[list[int], list[bool]]:
+MessageRange = tuple[int, int]  # the first message of an answer, and the first after it
+
+
+def chat_tokens(
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, answers: list[MessageRange] | None
+) -> tuple[list[int], list[bool]]:
     """Return the token ids of ``chat``, and whether each is trained.
 
-    Answers are what the template's ``{% generation %}`` encloses. Without it, an answer begins where the prompt before
-    it ends, rendered with the generation prompt, and ends where the messages up to it end.
+    The assistant's messages are what the template's ``{% generation %}`` encloses. Without it, and for other answers,
+    an answer begins where the prompt before it ends, rendered with the generation prompt, and ends where the messages
+    up to it end.
 
     Args:
-        only_answers: whether only answers are trained; otherwise all tokens are.
+        answers: the messages to train on; None for all tokens.
 
     Raises:
         DataError: the template cannot render the messages, or it renders them differently when others follow.
     """
-    if not only_answers:
+    if answers is None:
         ids = _render(chat, len(chat.messages), tokenizer, tokenize=True)["input_ids"]
         return ids, [True] * len(ids)
-    if chat.prompt_length is None and tokenizer.is_fast and has_generation_markers(tokenizer):
+    if answers == assistant_messages(chat) and tokenizer.is_fast and has_generation_markers(tokenizer):
         rendered = _render(chat, len(chat.messages), tokenizer, tokenize=True, return_assistant_tokens_mask=True)
         return rendered["input_ids"], [bool(is_answer) for is_answer in rendered["assistant_masks"]]
     text = _render(chat, len(chat.messages), tokenizer)
-    spans = [_answer_span(chat, first, last, text, tokenizer) for first, last in _answers(chat)]
+    spans = [_answer_span(chat, first, last, text, tokenizer) for first, last in answers]
     return tokens_within(text, spans, tokenizer)
+
+
+def assistant_messages(chat: Chat) -> list[MessageRange]:
+    """Return the assistant's messages of ``chat``, each an answer."""
+    return [(k, k + 1) for k, message in enumerate(chat.messages) if message["role"] == "assistant"]
 
 
 def tokens_within(
@@ -64,19 +75,12 @@ def has_generation_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the id of the special token with which the chat template ends an answer, None if there is none."""
     try:
-        ids, trained = chat_tokens(Chat(PROBE), tokenizer, only_answers=True)
+        ids, trained = chat_tokens(Chat(PROBE), tokenizer, assistant_messages(Chat(PROBE)))
     except DataError:  # a template that needs a system message, for example
         return None
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     answer = [number for number, is_answer in zip(ids, trained, strict=True) if is_answer]
     return next((number for number in reversed(answer) if number in special), None)
-
-
-def _answers(chat: Chat) -> list[tuple[int, int]]:
-    """Return the first message of each answer, and the first after it."""
-    if chat.prompt_length is not None:
-        return [(chat.prompt_length, len(chat.messages))]
-    return [(k, k + 1) for k, message in enumerate(chat.messages) if message["role"] == "assistant"]
 
 
 def _answer_span(chat: Chat, first: int, last: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

@@ -6,10 +6,12 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lomo_ds.data.chat_tokens import chat_tokens, tokens_within
+from lomo_ds.data.chat_tokens import MessageRange, assistant_messages, chat_tokens, tokens_within
 from lomo_ds.data.chunked_tokenization import TokenArray, token_ids
-from lomo_ds.data.formats import IGNORE_INDEX, TEXT_FIELD, Completion, Example, Format, Text, Tokens
+from lomo_ds.data.formats import IGNORE_INDEX, TEXT_FIELD, Chat, Completion, Example, Format, Text, Tokens
+from lomo_ds.errors import DataError
 
+NAMES: dict[type, str] = {Text: "a plain text", Completion: "a prompt and its completion", Tokens: "token ids"}
 Labelled = tuple[TokenArray, TokenArray]  # ids, and the label of each token itself
 
 
@@ -21,14 +23,14 @@ class TokenizationOptions:
         dataset_format: the format of every file; None detects it for each.
         text_field: the column of a plain text.
         completion_only_loss: whether only the completion after a prompt is trained.
-        assistant_only_loss: whether only the assistant's messages are trained where no prompt is given.
+        assistant_only_loss: whether only the assistant's messages are trained; None where no prompt is given.
         on_bad_rows: whether a malformed row is an error, or skipped and counted.
     """
 
     dataset_format: Format | None = None
     text_field: str = TEXT_FIELD
     completion_only_loss: bool = True
-    assistant_only_loss: bool = True
+    assistant_only_loss: bool | None = None
     on_bad_rows: Literal["error", "skip"] = "error"
 
 
@@ -38,15 +40,27 @@ def tokenize_example(example: Example, tokenizer: PreTrainedTokenizerBase, optio
     Raises:
         DataError: the chat template does not fit the messages.
     """
+    if isinstance(example, Chat):
+        return _labelled(*chat_tokens(example, tokenizer, _answers(example, options)))
+    if options.assistant_only_loss:
+        raise DataError(f"--assistant_only_loss needs conversations, got {NAMES[type(example)]}; leave it out")
     if isinstance(example, Text):
         ids = _with_marks(token_ids(example.text, tokenizer), tokenizer)
         return ids, ids
     if isinstance(example, Completion):
         return _completion_tokens(example, tokenizer, options.completion_only_loss)
-    if isinstance(example, Tokens):
-        return np.asarray(example.ids, dtype=np.int32), np.asarray(example.labels, dtype=np.int32)
-    only_answers = options.assistant_only_loss if example.prompt_length is None else options.completion_only_loss
-    return _labelled(*chat_tokens(example, tokenizer, only_answers))
+    return np.asarray(example.ids, dtype=np.int32), np.asarray(example.labels, dtype=np.int32)
+
+
+def _answers(chat: Chat, options: TokenizationOptions) -> list[MessageRange] | None:
+    """Return the messages of ``chat`` to train on, None for all; a ``weight`` of 0 leaves one out, as at OpenAI."""
+    assistant = [answer for answer in assistant_messages(chat) if chat.messages[answer[0]].get("weight") != 0]
+    prompt = chat.prompt_length
+    if prompt is None:
+        return None if options.assistant_only_loss is False else assistant
+    if options.assistant_only_loss:
+        return [answer for answer in assistant if answer[0] >= prompt or not options.completion_only_loss]
+    return [(prompt, len(chat.messages))] if options.completion_only_loss else None
 
 
 def _with_marks(ids: TokenArray, tokenizer: PreTrainedTokenizerBase) -> TokenArray:

@@ -37,8 +37,8 @@ def tokenization_options(arguments: TrainArguments) -> TokenizationOptions:
     return TokenizationOptions(
         arguments.dataset_format,
         arguments.dataset_text_field,
-        _default_true(arguments.completion_only_loss) and not arguments.train_on_prompt,
-        _default_true(arguments.assistant_only_loss) and not arguments.train_on_prompt,
+        arguments.completion_only_loss is not False and not arguments.train_on_prompt,
+        False if arguments.train_on_prompt else arguments.assistant_only_loss,
         arguments.on_bad_rows,
     )
 
@@ -128,7 +128,3 @@ def _pack(samples: Samples, chosen: np.ndarray, source: RowSource, arguments: Tr
 
 def _mix(parts: list[PackedSequences], weights: list[float]) -> Sequences:
     return parts[0] if len(parts) == 1 and weights == [1.0] else Mixture(parts, weights)
-
-
-def _default_true(value: bool | None) -> bool:
-    return value is not False

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lomo_ds.data.chat_tokens import chat_tokens, end_of_turn, tokens_within
-from lomo_ds.data.formats import Chat
+from lomo_ds.data.chat_tokens import assistant_messages, chat_tokens, end_of_turn, tokens_within
+from lomo_ds.data.formats import IGNORE_INDEX, Chat
+from lomo_ds.data.tokens import TokenizationOptions, tokenize_example
 from lomo_ds.errors import DataError
 from lomo_ds.models.chat_template import SHIPPED
 from tests.data.tokenizers import KINDS, Letters, byte_level
@@ -29,14 +30,14 @@ def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def chat(*contents: str, **more: Any) -> Chat:
+def chat(*contents: str) -> Chat:
     """Return a conversation of user and assistant in turns."""
     roles = ["user", "assistant"] * len(contents)
-    return Chat([{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)], **more)
+    return Chat([{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)])
 
 
 def trained_text(conversation: Chat, tokenizer: Any) -> str:
-    ids, trained = chat_tokens(conversation, tokenizer, only_answers=True)
+    ids, trained = chat_tokens(conversation, tokenizer, assistant_messages(conversation))
     return tokenizer.decode([number for number, is_trained in zip(ids, trained, strict=True) if is_trained])
 
 
@@ -55,8 +56,9 @@ def test_shipped_templates_give_the_same_mask_by_markers_and_by_prefixes(name: s
     ]
     for tools in (None, [call]):
         conversation = Chat(messages, tools)
-        marked = chat_tokens(conversation, tokenizer_with(template), only_answers=True)
-        assert marked == chat_tokens(conversation, tokenizer_with(unmarked), only_answers=True)
+        answers = assistant_messages(conversation)
+        marked = chat_tokens(conversation, tokenizer_with(template), answers)
+        assert marked == chat_tokens(conversation, tokenizer_with(unmarked), answers)
         text = tokenizer_with(template).decode(marked[0])
         assert ("x" in text, "the fox" in text, "dog" in text) == (True, True, True)
         assert trained_text(conversation, tokenizer_with(template)).count('"é"') == 2, "both calls are trained"
@@ -64,24 +66,36 @@ def test_shipped_templates_give_the_same_mask_by_markers_and_by_prefixes(name: s
 
 def test_the_alpaca_template_is_alpacas_prompt() -> None:
     tokenizer = tokenizer_with(SHIPPED_TEMPLATES["alpaca"])
-    ids, _ = chat_tokens(chat("Say no.", "No."), tokenizer, only_answers=True)
+    ids, _ = chat_tokens(chat("Say no.", "No."), tokenizer, None)
     assert tokenizer.decode(ids) == (
         "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nSay no.\n\n### Response:\nNo.</s>"
     )
 
 
-def test_the_prompt_of_a_completion_may_hold_answers() -> None:
+def test_some_answers_of_a_conversation() -> None:
     tokenizer = tokenizer_with(SHIPPED_TEMPLATES["chatml"])
-    assert trained_text(chat("a", "b", "c", "d", prompt_length=3), tokenizer) == "d<|im_end|>\n"
-    assert trained_text(chat("a", "b", "c", "d"), tokenizer) == "b<|im_end|>\nd<|im_end|>\n"
+    conversation = chat("a", "b", "c", "d")
+    assert trained_text(conversation, tokenizer) == "b<|im_end|>\nd<|im_end|>\n"
+    for answer, text in ((1, 3), "b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"), ((3, 4), "d<|im_end|>\n"):
+        ids, trained = chat_tokens(conversation, tokenizer, [answer])
+        assert tokenizer.decode([number for number, is_trained in zip(ids, trained, strict=True) if is_trained]) == text
+
+
+def test_messages_of_weight_0_are_not_trained() -> None:
+    """OpenAI's format has a weight of 0 or 1 for each message of the assistant."""
+    tokenizer = tokenizer_with(SHIPPED_TEMPLATES["chatml"])
+    conversation = chat("a", "b", "c", "d")
+    conversation.messages[1]["weight"], conversation.messages[3]["weight"] = 0, 1
+    _, labels = tokenize_example(conversation, tokenizer, TokenizationOptions())
+    assert tokenizer.decode(labels[labels != IGNORE_INDEX]) == "d<|im_end|>\n"
 
 
 def test_a_template_that_changes_earlier_messages_is_refused() -> None:
     assert trained_text(chat("a", "b"), tokenizer_with(FORGETFUL)) == "thinking b</s>"
     with pytest.raises(DataError, match=r"renders messages differently when others follow.*--chat_template_path"):
         trained_text(chat("a", "b", "c", "d"), tokenizer_with(FORGETFUL))
-    ids, trained = chat_tokens(chat("a", "b", "c", "d"), tokenizer_with(FORGETFUL), only_answers=False)
+    ids, trained = chat_tokens(chat("a", "b", "c", "d"), tokenizer_with(FORGETFUL), None)
     assert trained == [True] * len(ids)
 
 

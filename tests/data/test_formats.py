@@ -83,6 +83,17 @@ def test_calls_of_functions_in_sharegpts_form() -> None:
     ]
 
 
+@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
+def test_arguments_of_calls_are_objects(arguments: Any) -> None:
+    """OpenAI writes them as JSON, which templates would write as JSON once more."""
+    for call in ({"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}},
+                 {"name": "f", "arguments": arguments}):  # fmt: skip
+        parsed = example(messages=[{"role": "assistant", "content": None, "tool_calls": [call]}])
+        assert isinstance(parsed, Chat)
+        [parsed_call] = parsed.messages[0]["tool_calls"]
+        assert parsed_call.get("function", parsed_call) == {"name": "f", "arguments": {"x": 1}}
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -105,7 +116,9 @@ def test_calls_of_functions_in_sharegpts_form() -> None:
         ({"messages": [USER], "tools": {"name": "f"}}, "'tools' must be a list of JSON schemas, got dict"),
         ({"messages": [USER], "chat_template_kwargs": [1]}, "'chat_template_kwargs' must be an object, got list"),
         ({"conversations": [{"from": "human"}]}, r"'conversations\[0\]\.value' must be text, got null"),
-        ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, r"must be JSON such as \{\"name\""),
+        ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, r"\.value\[0\]' must be a call such as"),
+        ({"messages": [ANSWER | {"tool_calls": "f(1)"}]}, r"'messages\[0\]\.tool_calls' must be a list of calls"),
+        ({"messages": [ANSWER | {"tool_calls": [{"name": 3}]}]}, r"tool_calls\[0\]' must be a call such as"),
         ({"prompt": "p", "completion": 3}, "'completion' must be text, got int 3"),
         ({"prompt": [USER], "completion": "c"}, "'completion' must be a list of messages, got str 'c'"),
         ({"instruction": "q", "output": ["a"]}, "'output' must be text, got list"),

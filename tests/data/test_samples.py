@@ -94,6 +94,12 @@ def test_bad_and_empty_rows_are_counted(tmp_path: Path) -> None:
     assert samples.counts.first_bad == f"{file} line 2: 'text' must be text, got int 1"
 
 
+@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"input_ids": [1, 2]}])
+def test_only_conversations_have_an_assistant(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"line 1: --assistant_only_loss needs conversations, got "):
+        load(write_jsonl(tmp_path / "a.jsonl", [row]), letters(), assistant_only_loss=True)
+
+
 def test_a_source_without_a_sample(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": " "}, {"text": 1}])
     with pytest.raises(DataError, match="no example to train on: of 2 rows 1 are empty, 1 are malformed, the first: "):

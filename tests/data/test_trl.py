@@ -127,6 +127,12 @@ def test_all_turns_of_the_assistant_are_trained(assets: Path, tmp_path: Path, te
     ("rows", "options", "trl_options"),
     [
         ([{"messages": CONVERSATION}], {"assistant_only_loss": False}, {}),
+        ([{"prompt": CONVERSATION[:2], "completion": CONVERSATION[2:]}], {}, {}),
+        ([{"prompt": CONVERSATION[:2], "completion": CONVERSATION[2:]}], {"assistant_only_loss": True},
+         {"assistant_only_loss": True}),
+        ([{"prompt": CONVERSATION[:4], "completion": CONVERSATION[4:]}],
+         {"assistant_only_loss": True, "completion_only_loss": False},
+         {"assistant_only_loss": True, "completion_only_loss": False}),
         ([{"prompt": "Once upon", "completion": " a time"}], {}, {}),
         ([{"prompt": "Once upon", "completion": " a time</s>"}], {}, {}),
         ([{"prompt": "Once upon ", "completion": "a time"}], {"completion_only_loss": False},
@@ -136,7 +142,8 @@ def test_all_turns_of_the_assistant_are_trained(assets: Path, tmp_path: Path, te
         ([{"story": "Once upon a time"}], {"text_field": "story"}, {"dataset_text_field": "story"}),
         ([{"input_ids": [1, 5, 6], "labels": [-100, 5, 6]}, {"input_ids": [1, 7], "labels": [1, 7]}], {}, {}),
     ],
-    ids=["whole chat", "completion", "ended completion", "whole text", "no prompt", "text", "text field", "tokenized"],
+    ids=["whole chat", "completion of turns", "answers of a completion", "answers of both", "completion",
+         "ended completion", "whole text", "no prompt", "text", "text field", "tokenized"],
 )  # fmt: skip
 def test_other_masks_and_formats(
     assets: Path, tmp_path: Path, rows: list[Row], options: dict[str, Any], trl_options: dict[str, Any]

@@ -77,9 +77,11 @@ def _parse_message(row: Row, place: str, message: Any) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise bad_column(row, f"{place}.role", "text", role)
-    if content is None and not message.get("tool_calls"):
+    calls = message.get("tool_calls")
+    if content is None and not calls:
         raise bad_column(row, f"{place}.content", "text, as there are no tool_calls", content)
-    return dict(message) | {"content": _parse_content(row, f"{place}.content", content)}
+    parsed = dict(message) | {"content": _parse_content(row, f"{place}.content", content)}
+    return parsed | {"tool_calls": _parse_calls(row, f"{place}.tool_calls", calls)} if calls else parsed
 
 
 def _parse_content(row: Row, place: str, content: Any) -> str:
@@ -102,18 +104,23 @@ def _from_sharegpt(row: Row, place: str, message: dict[str, Any]) -> dict[str, A
     if not isinstance(value, str):
         raise bad_column(row, f"{place}.value", "text", value)
     renamed = message | {"role": ROLES.get(sender, sender), "content": value}
-    return (
-        renamed
-        if sender != "function_call"
-        else renamed | {"content": "", "tool_calls": _tool_calls(row, place, value)}
-    )
-
-
-def _tool_calls(row: Row, place: str, value: str) -> list[dict[str, Any]]:
-    """Return the calls in the value of a ``function_call``: the JSON of one ``{"name", "arguments"}``, or of a list."""
+    if sender != "function_call":
+        return renamed
     parsed = json_value(value)
-    calls = parsed if isinstance(parsed, list) else [parsed]
-    for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise bad_column(row, f"{place}.value", 'JSON such as {"name": "f", "arguments": {}}', value)
-    return [{"type": "function", "function": call} for call in calls]
+    calls = [{"type": "function", "function": call} for call in (parsed if isinstance(parsed, list) else [parsed])]
+    return renamed | {"content": "", "tool_calls": _parse_calls(row, f"{place}.value", calls)}
+
+
+def _parse_calls(row: Row, place: str, calls: Any) -> list[dict[str, Any]]:
+    """Return calls of functions, whose arguments OpenAI writes as JSON, but chat templates expect as an object."""
+    if not isinstance(calls, list):
+        raise bad_column(row, place, "a list of calls", calls)
+    parsed = []
+    for position, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            expected = 'a call such as {"function": {"name": "f", "arguments": {}}}'
+            raise bad_column(row, f"{place}[{position}]", expected, call)
+        function = dict(function) | {"arguments": json_value(function.get("arguments", {}))}
+        parsed.append(dict(call) | {"function": function} if "function" in call else function)
+    return parsed
