@@ -4,7 +4,6 @@ A source is read row by row (``rows``), each row is an example (``formats``) of 
 samples are packed into sequences (``packing``) that ranks and steps share (``loader``).
 """
 
-from lomo_ds.data.chat_tokens import end_of_turn
 from lomo_ds.data.formats import IGNORE_INDEX, Format
 from lomo_ds.data.loader import MicroBatches, Position, TrainingSteps, evaluation_batches
 from lomo_ds.data.packing import SIDE_BY_SIDE, Strategy
@@ -15,6 +14,7 @@ from lomo_ds.data.tokens import TokenizationOptions
 from lomo_ds.data.vocabulary import (
     check_prompt,
     check_token_ids,
+    end_token,
     highest_id,
     warn_about_unknown_tokens,
 )
@@ -35,7 +35,7 @@ __all__ = [
     "TrainingSteps",
     "check_prompt",
     "check_token_ids",
-    "end_of_turn",
+    "end_token",
     "evaluation_batches",
     "highest_id",
     "load_samples",

@@ -9,9 +9,6 @@ from lomo_ds.data.formats import Chat
 from lomo_ds.errors import DataError, one_line
 
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")  # begins an answer in a chat template
-PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
-
 MessageRange = tuple[int, int]  # the first message of an answer, and the first after it
 
 
@@ -70,17 +67,6 @@ def tokens_within(
 def has_generation_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the chat template says which part of a conversation are answers."""
     return bool(MARKER.search(tokenizer.get_chat_template()))
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of the special token with which the chat template ends an answer, None if there is none."""
-    try:
-        ids, trained = chat_tokens(Chat(PROBE), tokenizer, assistant_messages(Chat(PROBE)))
-    except DataError:  # a template that needs a system message, for example
-        return None
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    answer = [number for number, is_answer in zip(ids, trained, strict=True) if is_answer]
-    return next((number for number in reversed(answer) if number in special), None)
 
 
 def _answer_span(chat: Chat, first: int, last: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

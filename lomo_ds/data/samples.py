@@ -31,6 +31,7 @@ class RowCounts:
 
     rows: int = 0
     texts: int = 0  # samples that are plain texts
+    chats: int = 0  # samples that are conversations
     empty: int = 0
     bad: int = 0
     first_bad: str = ""  # the error of the first bad row
@@ -108,6 +109,7 @@ def read_samples(
                 counts.empty += 1
             elif sample := _tokenize(row, example, tokenizer, options, on_bad_row):
                 counts.texts += isinstance(example, Text)
+                counts.chats += isinstance(example, Chat)
                 yield row.location, sample
             else:
                 continue
@@ -170,7 +172,7 @@ def _check_not_empty(
         bad = f", {counts.bad} are malformed, the first: {counts.first_bad}" if counts.bad else ""
         raise DataError(f"{source} holds no example to train on: of {counts.rows} rows {counts.empty} are empty{bad}")
     marks = sum(mark is not None for mark in (tokenizer.bos_token_id, tokenizer.eos_token_id))
-    if all(len(ids) <= marks for ids, _ in samples):
+    if counts.texts == len(samples) and all(len(ids) <= marks for ids, _ in samples):
         raise DataError(
             f"the tokenizer has no token for any text in {source}; it is incomplete or not made for such text"
         )

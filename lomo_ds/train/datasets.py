@@ -1,4 +1,4 @@
-"""The datasets of a training job: samples of its files, packed into sequences for training and validation."""
+"""The datasets of a training job: its files, tokenized and packed into sequences for training and validation."""
 
 import logging
 from dataclasses import dataclass
@@ -16,20 +16,42 @@ from lomo_ds.data import (
     Sequences,
     TokenizationOptions,
     check_token_ids,
+    end_token,
     load_samples,
+    needs_chat_template,
     warn_about_unknown_tokens,
 )
 from lomo_ds.errors import DataError
+from lomo_ds.models import set_chat_template, set_eos_token
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """Sequences to train on and to evaluate with; no rank holds a copy of the tokens, which are memory-mapped."""
+    """Sequences to train on and to evaluate with; no rank holds a copy of the tokens, which are memory-mapped.
+
+    Attributes:
+        end_token: id of the token that ends the samples to train on, at which generation should stop.
+    """
 
     training: Sequences
     validation: Sequences | None
+    end_token: int | None
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, arguments: TrainArguments) -> None:
+    """Set the end token and the chat template that ``arguments`` name; conversations need a template.
+
+    Raises:
+        LomoError: there is no such token or template, or the data cannot be read.
+    """
+    if arguments.eos_token is not None:
+        set_eos_token(tokenizer, arguments.eos_token)
+    options = tokenization_options(arguments)
+    needed = any(needs_chat_template(source, options) for source in training_sources(arguments))
+    if needed or arguments.chat_template_path is not None:
+        set_chat_template(tokenizer, arguments.chat_template_path, arguments.trust_remote_code)
 
 
 def tokenization_options(arguments: TrainArguments) -> TokenizationOptions:
@@ -52,9 +74,10 @@ def load_datasets(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase,
     Raises:
         DataError: a file or row cannot be used, or nothing is left to train on or to evaluate with.
     """
-    training, held_out = [], []
+    training, held_out, end_tokens = [], [], []
     for source in training_sources(arguments):
         samples = _load(source, tokenizer, rows, arguments)
+        end_tokens.append(_end_token(samples, source, tokenizer))
         kept, others = _split(len(samples), arguments, source)
         training.append(_pack(samples, kept, source, arguments))
         if len(others):
@@ -64,7 +87,8 @@ def load_datasets(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase,
         samples = _load(source, tokenizer, rows, arguments)
         held_out = [_pack(samples, np.arange(len(samples)), source, arguments)]
     weights = arguments.train_file_weights or [1.0]
-    return Datasets(_mix(training, weights), _mix(held_out, [1.0] * len(held_out)) if held_out else None)
+    validation = _mix(held_out, [1.0] * len(held_out)) if held_out else None
+    return Datasets(_mix(training, weights), validation, end_tokens[0])
 
 
 def training_sources(arguments: TrainArguments) -> list[RowSource]:
@@ -85,6 +109,16 @@ def _load(source: RowSource, tokenizer: PreTrainedTokenizerBase, rows: int, argu
     if counts.empty:
         logger.info("%s: %d of %d rows are empty and left out", source, counts.empty, counts.rows)
     return samples
+
+
+def _end_token(samples: Samples, source: RowSource, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    token = end_token(samples, tokenizer)
+    if token is None and samples.counts.chats:
+        raise DataError(
+            f"{source}: the chat template ends an answer with no special token, so the model would not learn to stop; "
+            "give another with --chat_template_path, or make its end token special with --new_special_tokens"
+        )
+    return token
 
 
 def _split(count: int, arguments: TrainArguments, source: RowSource) -> tuple[np.ndarray, np.ndarray]:

@@ -12,10 +12,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.config.ds_config import resolve_config
-from lomo_ds.data import check_prompt, end_of_turn, highest_id, needs_chat_template
+from lomo_ds.data import check_prompt, highest_id
 from lomo_ds.distributed.collectives import raise_on_all_ranks
 from lomo_ds.distributed.process_group import is_local_main_process
-from lomo_ds.errors import ConfigError, DataError
+from lomo_ds.errors import ConfigError
 from lomo_ds.models import (
     add_special_tokens,
     find_model,
@@ -24,13 +24,11 @@ from lomo_ds.models import (
     scale_rope,
     sequence_length,
     set_attention,
-    set_chat_template,
-    set_eos_token,
     set_vocab_size,
     verify_export,
 )
 from lomo_ds.numerics.precision import FastPrecision
-from lomo_ds.train.datasets import Datasets, load_datasets, tokenization_options, training_sources
+from lomo_ds.train.datasets import Datasets, load_datasets, prepare_tokenizer
 from lomo_ds.train.output_folder import check_foreign_files, check_input_files, check_input_overlap, lock_folder
 
 logger = logging.getLogger(__name__)
@@ -46,7 +44,6 @@ class Inputs:
         model_name: the model's folder, or the name of a preset.
         config: of the model to be trained, whose embeddings may have more rows than are stored.
         stored_rows: rows of the stored embeddings.
-        stop_token: id of the token that ends an answer, for the model's generation configuration; None for plain text.
     """
 
     arguments: TrainArguments
@@ -56,7 +53,6 @@ class Inputs:
     stored_rows: int
     tokenizer: PreTrainedTokenizerBase
     datasets: Datasets
-    stop_token: int | None
 
     @property
     def output_dir(self) -> Path:
@@ -93,9 +89,9 @@ def _read(
         lock.enter_context(lock_folder(output_dir))
     config, stored_rows, tokenizer = _load_vocabulary(name, arguments)
     arguments = dataclasses.replace(arguments, max_seq_length=sequence_length(config, arguments.max_seq_length))
-    stop_token = _prepare_chats(tokenizer, arguments)
+    prepare_tokenizer(tokenizer, arguments)
     datasets = load_datasets(arguments, tokenizer, config.vocab_size)
-    return Inputs(arguments, ds_config, name, config, stored_rows, tokenizer, datasets, stop_token)
+    return Inputs(arguments, ds_config, name, config, stored_rows, tokenizer, datasets)
 
 
 def _claim_folder(output_dir: Path, model: str, arguments: TrainArguments) -> None:
@@ -122,8 +118,6 @@ def _load_vocabulary(name: str, arguments: TrainArguments) -> tuple[PretrainedCo
         set_attention(config, arguments.attn_implementation, arguments.precision)
     tokenizer = load_tokenizer(arguments.tokenizer_name or name, arguments.trust_remote_code)
     add_special_tokens(tokenizer, arguments.pad_token, arguments.special_tokens)
-    if arguments.eos_token is not None:
-        set_eos_token(tokenizer, arguments.eos_token)
     stored_rows, highest = config.vocab_size, highest_id(tokenizer)
     if arguments.resize_embeddings and highest >= stored_rows:
         set_vocab_size(config, highest + 1)
@@ -146,24 +140,3 @@ def _has_new_padding(
     """Return whether the padding token was requested, or had no embedding row before, and has one now."""
     pad = tokenizer.pad_token_id
     return pad is not None and pad < rows and (arguments.pad_token is not None or pad >= stored_rows)
-
-
-def _prepare_chats(tokenizer: PreTrainedTokenizerBase, arguments: TrainArguments) -> int | None:
-    """Set the chat template if there are conversations or one was given; return the id of the token that ends answers.
-
-    Raises:
-        DataError: the chat template ends answers with no token of its own.
-    """
-    options = tokenization_options(arguments)
-    has_chats = any(needs_chat_template(source, options) for source in training_sources(arguments))
-    if has_chats or arguments.chat_template_path is not None:
-        set_chat_template(tokenizer, arguments.chat_template_path, arguments.trust_remote_code)
-    if not has_chats:
-        return tokenizer.eos_token_id if arguments.eos_token is not None else None
-    stop_token = end_of_turn(tokenizer)
-    if stop_token is None:
-        raise DataError(
-            "the chat template ends an answer with no special token, so the model would not learn to stop; give "
-            "another with --chat_template_path, or make its end token special with --new_special_tokens"
-        )
-    return stop_token

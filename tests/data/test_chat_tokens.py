@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lomo_ds.data.chat_tokens import assistant_messages, chat_tokens, end_of_turn, tokens_within
+from lomo_ds.data.chat_tokens import assistant_messages, chat_tokens, tokens_within
 from lomo_ds.data.formats import IGNORE_INDEX, Chat
 from lomo_ds.data.tokens import TokenizationOptions, tokenize_example
 from lomo_ds.errors import DataError
@@ -102,17 +102,6 @@ def test_a_template_that_changes_earlier_messages_is_refused() -> None:
 def test_a_template_that_refuses_messages() -> None:
     with pytest.raises(DataError, match=r"cannot render the messages: roles must alternate"):
         trained_text(chat("a", "b"), tokenizer_with(PICKY))
-
-
-@pytest.mark.parametrize(
-    ("template", "token"),
-    [(SHIPPED_TEMPLATES["alpaca"], "</s>"), (SHIPPED_TEMPLATES["chatml"], "<|im_end|>"), (FORGETFUL, "</s>"),
-     ("{% for m in messages %}{{ m.content }}{% endfor %}", None), (PICKY, None)],
-)  # fmt: skip
-def test_the_token_that_ends_an_answer(template: str, token: str | None) -> None:
-    tokenizer = tokenizer_with(template)
-    stop = end_of_turn(tokenizer)
-    assert stop == (None if token is None else tokenizer.convert_tokens_to_ids(token))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -120,6 +120,16 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert "% padding (packing: bfd)" in said
 
 
+def test_a_template_without_an_end_of_answers_is_refused(tmp_path: Path) -> None:
+    """A model that is trained on it would not learn to stop."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat}])
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    with pytest.raises(DataError, match="ends an answer with no special token, so the model would not learn to stop"):
+        load_datasets(arguments(tmp_path, file), tokenizer, WORDS)
+
+
 def test_a_dataset_with_nothing_to_learn(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "the " * 40, "completion": "end"}])
     with pytest.raises(DataError, match=r"has nothing to learn: none of its 1 samples .* among the first 16; give a"):
