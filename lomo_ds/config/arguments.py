@@ -164,7 +164,10 @@ class JobArguments:
         "which come with lomo_ds. What is absent or auto in it takes the argument's value.",
     )
     sample_prompt: str | None = parameter(
-        None, "Print how the model continues this text before and after training.", multiline=True
+        None,
+        "Print how the model continues this text, or answers it where conversations are trained, before and after "
+        "training.",
+        multiline=True,
     )
     sample_tokens: int = parameter(40, "Tokens in that continuation.", at_least=1)
     debug: bool = parameter(False, "Show the traceback behind an error message, too.")

@@ -33,11 +33,13 @@ class Datasets:
 
     Attributes:
         end_token: id of the token that ends the samples to train on, at which generation should stop.
+        has_chats: whether conversations are among them.
     """
 
     training: Sequences
     validation: Sequences | None
     end_token: int | None
+    has_chats: bool
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, arguments: TrainArguments) -> None:
@@ -74,10 +76,11 @@ def load_datasets(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase,
     Raises:
         DataError: a file or row cannot be used, or nothing is left to train on or to evaluate with.
     """
-    training, held_out, end_tokens = [], [], []
+    training, held_out, end_tokens, chats = [], [], [], 0
     for source in training_sources(arguments):
         samples = _load(source, tokenizer, rows, arguments)
         end_tokens.append(_end_token(samples, source, tokenizer))
+        chats += samples.counts.chats
         kept, others = _split(len(samples), arguments, source)
         training.append(_pack(samples, kept, source, arguments))
         if len(others):
@@ -88,7 +91,7 @@ def load_datasets(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase,
         held_out = [_pack(samples, np.arange(len(samples)), source, arguments)]
     weights = arguments.train_file_weights or [1.0]
     validation = _mix(held_out, [1.0] * len(held_out)) if held_out else None
-    return Datasets(_mix(training, weights), validation, end_tokens[0])
+    return Datasets(_mix(training, weights), validation, end_tokens[0], chats > 0)
 
 
 def training_sources(arguments: TrainArguments) -> list[RowSource]:

@@ -44,14 +44,34 @@ def evaluate_loss(
     return loss_sum / total_items(count_totals)
 
 
-@torch.no_grad()
 def continue_text(engine: TrainingEngine, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
     """Return ``prompt`` with the model's greedy continuation; every rank takes part and gets the same text."""
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    return str(tokenizer.decode(_generate(engine, tokenizer, ids, tokens), skip_special_tokens=True))
+
+
+def answer(engine: TrainingEngine, tokenizer: PreTrainedTokenizerBase, question: str, tokens: int) -> str:
+    """Return the model's greedy answer to ``question``, a user's message; every rank takes part, as above."""
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ids = prompt["input_ids"]
+    generated = _generate(engine, tokenizer, ids, tokens)
+    return str(tokenizer.decode(generated[ids.shape[1] :], skip_special_tokens=True))
+
+
+@torch.no_grad()
+def _generate(engine: TrainingEngine, tokenizer: PreTrainedTokenizerBase, ids: Tensor, tokens: int) -> Tensor:
+    """Return the ids of the prompt, (1, length), and of at most ``tokens`` more; 1-D."""
     training = engine.module.training
     engine.eval()
-    inputs = tokenizer(prompt, return_tensors="pt").to(engine.device)
+    ids = ids.to(engine.device)
     output = engine.module.generate(
-        **inputs, max_new_tokens=tokens, do_sample=False, synced_gpus=True, pad_token_id=tokenizer.eos_token_id
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        synced_gpus=True,
+        pad_token_id=tokenizer.eos_token_id,
     )
     engine.train(training)
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+    return output[0]

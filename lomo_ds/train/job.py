@@ -69,7 +69,7 @@ def _train_from(start: StartingPoint, inputs: Inputs, stop: StopRequest) -> None
             engine,
             inputs.tokenizer,
             start.steps,
-            inputs.datasets.validation,
+            inputs.datasets,
             monitor,
             start.progress,
             stop,

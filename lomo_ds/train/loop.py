@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lomo_ds import zero3
 from lomo_ds.config.arguments import TrainArguments
-from lomo_ds.data import Sequences, TrainingSteps, evaluation_batches
+from lomo_ds.data import TrainingSteps, evaluation_batches
 from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.engine.protocol import TrainingEngine
 from lomo_ds.engine.separation import check_separation
 from lomo_ds.models import save_pretrained
 from lomo_ds.train.checkpoint_manager import RunCheckpoints
-from lomo_ds.train.evaluate import continue_text, evaluate_loss
+from lomo_ds.train.datasets import Datasets
+from lomo_ds.train.evaluate import answer, continue_text, evaluate_loss
 from lomo_ds.train.metrics import Monitor
 from lomo_ds.train.progress import Progress, mark_finished
 from lomo_ds.train.signals import StopRequest
@@ -44,7 +45,7 @@ class Trainer:
         engine: TrainingEngine,
         tokenizer: PreTrainedTokenizerBase,
         steps: TrainingSteps,
-        validation: Sequences | None,
+        datasets: Datasets,
         monitor: Monitor,
         progress: Progress,
         stop: StopRequest,
@@ -55,7 +56,7 @@ class Trainer:
         self.engine = engine
         self.tokenizer = tokenizer
         self.steps = steps
-        self.validation = validation
+        self.datasets = datasets
         self.monitor = monitor
         self.progress = progress
         self.stop = stop
@@ -192,10 +193,10 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float] | None:
         """Return the held-out loss, empty without a validation text; None if a signal interrupted the evaluation."""
-        if self.validation is None:
+        if self.datasets.validation is None:
             return {}
         batches = evaluation_batches(
-            self.validation, self.arguments.per_device_eval_batch_size, dist.get_rank(), dist.get_world_size()
+            self.datasets.validation, self.arguments.per_device_eval_batch_size, dist.get_rank(), dist.get_world_size()
         )
         loss = evaluate_loss(self.engine, batches, self._stop_requested)
         return None if loss is None else {"eval_loss": loss}
@@ -203,7 +204,8 @@ class Trainer:
     def _sample(self) -> str | None:
         if self.arguments.sample_prompt is None:
             return None
-        return continue_text(self.engine, self.tokenizer, self.arguments.sample_prompt, self.arguments.sample_tokens)
+        sample = answer if self.datasets.has_chats else continue_text
+        return sample(self.engine, self.tokenizer, self.arguments.sample_prompt, self.arguments.sample_tokens)
 
     def _describe(self) -> str:
         arguments, gpus, data = self.arguments, dist.get_world_size(), self.steps.sequences

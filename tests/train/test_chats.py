@@ -32,7 +32,8 @@ def losses(out: Path) -> list[float]:
 
 def test_answers_are_learnt_and_the_exported_folder_chats(ranks: GroupOf, assets: Path, tmp_path: Path) -> None:
     """Take the README's steps: the held-out loss of the answers falls by at least 1.5 nats per token."""
-    run = alpaca_arguments(assets, tmp_path, max_steps=200, validation_split_percentage=10, logging_steps=50)
+    run = alpaca_arguments(assets, tmp_path, max_steps=200, validation_split_percentage=10, logging_steps=50,
+                           sample_prompt="Name a color.", sample_tokens=8)  # fmt: skip
     results = ranks(2).run(run_main, run)
     assert [status for status, _, _ in results] == [0, 0], results
     before, after = losses(tmp_path)
@@ -46,6 +47,7 @@ def test_answers_are_learnt_and_the_exported_folder_chats(ranks: GroupOf, assets
     *_, answer = answered["generated_text"]
     assert answer["role"] == "assistant"
     assert answer["content"].strip()
+    assert f"after:  {answer['content']!r}" in results[0][1]
 
 
 def test_resuming_within_a_packed_epoch_is_bit_exact(ranks: GroupOf, assets: Path, tmp_path: Path) -> None:
