@@ -189,10 +189,10 @@ def _store(samples: list[Labelled], counts: RowCounts, folder: Path) -> None:
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array, allow_pickle=False)
         (partial / ROWS).write_text(json.dumps(dataclasses.asdict(counts)), encoding="utf-8")
-        if not folder.exists():  # another host that shares the folder may have been faster
-            partial.rename(folder)
+        partial.rename(folder)
     except OSError as error:
-        raise DataError(f"tokens cannot be cached in {folder.parent}: {error.strerror}") from None
+        if not folder.exists():  # another host that shares the cache may have been faster
+            raise DataError(f"tokens cannot be cached in {folder.parent}: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -82,10 +82,9 @@ class PackedSequences(Dataset[Item]):
             "labels": _concatenate([self.samples.labels[tokens] for tokens in ranges]),
         }
         if self.has_documents:
-            sizes = [tokens.stop - tokens.start for tokens in ranges]
-            padding = self.length - sum(sizes)
-            item["position_ids"] = torch.cat([torch.arange(size) for size in [*sizes, padding]])
-            item["labels"][item["position_ids"][: len(item["labels"])] == 0] = IGNORE_INDEX
+            positions = torch.cat([torch.arange(tokens.stop - tokens.start) for tokens in ranges])
+            item["labels"].masked_fill_(positions == 0, IGNORE_INDEX)
+            item["position_ids"] = torch.cat([positions, torch.arange(self.length - len(positions))])
         return item if self.strategy == "none" else pad(item, self.length)
 
     def digest(self) -> str:

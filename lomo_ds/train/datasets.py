@@ -82,13 +82,13 @@ def load_datasets(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase,
         end_tokens.append(_end_token(samples, source, tokenizer))
         chats += samples.counts.chats
         kept, others = _split(len(samples), arguments, source)
-        training.append(_pack(samples, kept, source, arguments))
+        training.append(_pack(samples, kept, source, "trains on", arguments))
         if len(others):
-            held_out.append(_pack(samples, others, source, arguments))
+            held_out.append(_pack(samples, others, source, "holds out", arguments))
     if arguments.validation_file:
         source = RowSource(tuple(arguments.validation_file), "validation")
         samples = _load(source, tokenizer, rows, arguments)
-        held_out = [_pack(samples, np.arange(len(samples)), source, arguments)]
+        held_out = [_pack(samples, np.arange(len(samples)), source, "holds out", arguments)]
     weights = arguments.train_file_weights or [1.0]
     validation = _mix(held_out, [1.0] * len(held_out)) if held_out else None
     return Datasets(_mix(training, weights), validation, end_tokens[0], chats > 0)
@@ -138,7 +138,9 @@ def _split(count: int, arguments: TrainArguments, source: RowSource) -> tuple[np
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def _pack(samples: Samples, chosen: np.ndarray, source: RowSource, arguments: TrainArguments) -> PackedSequences:
+def _pack(
+    samples: Samples, chosen: np.ndarray, source: RowSource, use: str, arguments: TrainArguments
+) -> PackedSequences:
     assert arguments.max_seq_length is not None
     strategy = arguments.packing_strategy_of(samples.is_text)
     sequences = PackedSequences(samples, arguments.max_seq_length, strategy, chosen)
@@ -149,16 +151,16 @@ def _pack(samples: Samples, chosen: np.ndarray, source: RowSource, arguments: Tr
             source, losses.cut_samples, count, sequences.length, losses.cut_tokens,
         )  # fmt: skip
     if losses.unlabelled:
-        logger.warning("%s: %d samples have no token to learn (of the part within --max_seq_length) and are left out",
-                       source, losses.unlabelled)  # fmt: skip
+        logger.warning("%s: %d of %d samples have nothing to learn within --max_seq_length and are left out",
+                       source, losses.unlabelled, count)  # fmt: skip
     if not len(sequences) or sequences.sizes.max() < 2:
         raise DataError(
             f"{source} has nothing to learn: none of its {count} samples has a token to predict among the first "
             f"{sequences.length}; give a larger --max_seq_length, or other data"
         )
     logger.info(
-        "%s: %d samples, %d tokens in %d sequences, %.1f%% padding (packing: %s)",
-        source, count, sequences.sizes.sum(), len(sequences), 100 * sequences.padding, strategy,
+        "%s: %s %d samples, %d tokens in %d sequences, %.1f%% padding (packing: %s)",
+        source, use, count, sequences.sizes.sum(), len(sequences), 100 * sequences.padding, strategy,
     )  # fmt: skip
     return sequences
 

@@ -115,8 +115,8 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert "line 4: 'prompt' must be text, got int 3" in said
         assert "1 of 5 rows are empty and left out" in said
         assert "2 of 3 samples are longer than --max_seq_length 32 and cut off, by" in said
-        assert "1 samples have no token to learn (of the part within --max_seq_length) and are left out" in said
-        assert "3 samples, " in said
+        assert "1 of 3 samples have nothing to learn within --max_seq_length and are left out" in said
+        assert "trains on 3 samples, " in said
         assert "% padding (packing: bfd)" in said
 
 
