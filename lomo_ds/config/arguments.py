@@ -311,6 +311,7 @@ def optimizer_defaults(optim: str) -> dict[str, float]:
 def help_text(kind: type[TrainArguments] = TrainArguments, program: str = "train.py") -> str:
     """Return the text that ``--help`` prints."""
     parser = HfArgumentParser(_help_fields(kind), prog=program, description=kind.__doc__)
+    _make_flags(parser)
     parser.add_argument("--config", metavar="FILE", help="YAML file of these arguments; the command line wins.")
     return parser.format_help()
 
@@ -327,17 +328,23 @@ def _help_fields(kind: type[TrainArguments]) -> Any:
     return dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
 
 
+def _make_flags(parser: HfArgumentParser) -> None:
+    """Let the name of a boolean alone mean true: where its default is None, HfArgumentParser expects a value."""
+    for action in parser._actions:
+        if action.type is string_to_bool:
+            action.nargs, action.const = "?", True
+
+
 class _Parser(HfArgumentParser):
     """Keeps only the arguments that were given, and raises instead of exiting."""
 
     def __init__(self, kind: type[TrainArguments], source: str) -> None:
         super().__init__(_help_fields(kind), add_help=False, allow_abbrev=False)
+        _make_flags(self)
         self.source = source
         for action in self._actions:
             action.default = argparse.SUPPRESS
             action.required = False
-            if action.type is string_to_bool:  # where None is a default, HfArgumentParser wants a value after the name
-                action.nargs, action.const = "?", True
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.source}{one_line(message)}")

@@ -4,7 +4,8 @@ A source is read row by row (``rows``), each row is an example (``formats``) of 
 samples are packed into sequences (``packing``) that ranks and steps share (``loader``).
 """
 
-from lomo_ds.data.formats import IGNORE_INDEX, Format
+from lomo_ds.data.end_tokens import end_tokens
+from lomo_ds.data.formats import IGNORE_INDEX, Chat, Format, Text
 from lomo_ds.data.loader import MicroBatches, Position, TrainingSteps, evaluation_batches
 from lomo_ds.data.packing import SIDE_BY_SIDE, Strategy
 from lomo_ds.data.rows import RowSource
@@ -14,7 +15,6 @@ from lomo_ds.data.tokens import TokenizationOptions
 from lomo_ds.data.vocabulary import (
     check_prompt,
     check_token_ids,
-    end_token,
     highest_id,
     warn_about_unknown_tokens,
 )
@@ -22,6 +22,7 @@ from lomo_ds.data.vocabulary import (
 __all__ = [
     "IGNORE_INDEX",
     "SIDE_BY_SIDE",
+    "Chat",
     "Format",
     "MicroBatches",
     "Mixture",
@@ -31,11 +32,12 @@ __all__ = [
     "Samples",
     "Sequences",
     "Strategy",
+    "Text",
     "TokenizationOptions",
     "TrainingSteps",
     "check_prompt",
     "check_token_ids",
-    "end_token",
+    "end_tokens",
     "evaluation_batches",
     "highest_id",
     "load_samples",

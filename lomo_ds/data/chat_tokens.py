@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lomo_ds.data.formats import Chat
@@ -30,7 +31,7 @@ def chat_tokens(
     if answers is None:
         ids = _render(chat, len(chat.messages), tokenizer, tokenize=True)["input_ids"]
         return ids, [True] * len(ids)
-    if answers == assistant_messages(chat) and tokenizer.is_fast and has_generation_markers(tokenizer):
+    if answers == assistant_messages(chat) and tokenizer.is_fast and _has_generation_markers(chat, tokenizer):
         rendered = _render(chat, len(chat.messages), tokenizer, tokenize=True, return_assistant_tokens_mask=True)
         return rendered["input_ids"], [bool(is_answer) for is_answer in rendered["assistant_masks"]]
     text = _render(chat, len(chat.messages), tokenizer)
@@ -57,30 +58,40 @@ def tokens_within(
     if not tokenizer.is_fast:  # it does not say which characters a token is made of
         return _tokens_by_prefixes(text, spans, tokenizer, options)
     tokenized = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **options)
-    trained = [
-        not is_mark and any((stop > begin or start >= begin) and start < end for begin, end in spans)
-        for (start, stop), is_mark in zip(tokenized["offset_mapping"], tokenized["special_tokens_mask"], strict=True)
-    ]
-    return tokenized["input_ids"], trained
+    starts, stops = np.asarray(tokenized["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    trained = np.zeros(len(starts), dtype=bool)
+    for begin, end in spans:
+        trained |= ((stops > begin) | (starts >= begin)) & (starts < end)
+    trained &= ~np.asarray(tokenized["special_tokens_mask"], dtype=bool)
+    return tokenized["input_ids"], trained.tolist()
 
 
-def has_generation_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the chat template says which part of a conversation are answers."""
-    return bool(MARKER.search(tokenizer.get_chat_template()))
+def _has_generation_markers(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the chat template for ``chat`` says which parts of a conversation are answers."""
+    return bool(MARKER.search(tokenizer.get_chat_template(tools=chat.tools)))
 
 
 def _answer_span(chat: Chat, first: int, last: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Return the range of characters in ``text``, the whole conversation, of the messages ``first`` to ``last``."""
-    before = _render(chat, first, tokenizer, add_generation_prompt=True)
     until = text if last == len(chat.messages) else _render(chat, last, tokenizer)
-    for prefix in (before, until):
-        if not text.startswith(prefix):
-            raise DataError(
-                "the tokenizer's chat template renders messages differently when others follow, so where an answer "
-                "begins and ends is unknown; give a template that marks answers with {% generation %} with "
-                "--chat_template_path, or train on whole conversations with --train_on_prompt"
-            )
+    before = _render(chat, first, tokenizer, add_generation_prompt=True) if first else _opening(chat, text, tokenizer)
+    if not (before and text.startswith(until) and until.startswith(before)):
+        raise DataError(
+            "the tokenizer's chat template renders messages differently when others follow, so where an answer begins "
+            "and ends is unknown; give a template that marks answers with {% generation %} with --chat_template_path, "
+            "or train on whole conversations with --train_on_prompt"
+        )
     return len(before), len(until)
+
+
+def _opening(chat: Chat, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what precedes a first message of the assistant, since most templates render no empty conversation.
+
+    It ends with the generation prompt; empty if that is unknown.
+    """
+    message, prompted = _render(chat, 1, tokenizer), _render(chat, 1, tokenizer, add_generation_prompt=True)
+    prompt = prompted.removeprefix(message) if prompted.startswith(message) else ""
+    return text[: text.index(prompt) + len(prompt)] if prompt and prompt in text else ""
 
 
 def _render(chat: Chat, count: int, tokenizer: PreTrainedTokenizerBase, tokenize: bool = False, **options: Any) -> Any:

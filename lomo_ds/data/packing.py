@@ -35,11 +35,18 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Losses:
-    """Counts of what packing leaves out: tokens beyond the length, of so many samples, and samples without labels."""
+    """Counts of what packing leaves out.
+
+    Attributes:
+        cut_samples, cut_tokens: samples that are cut off, and their tokens beyond the length.
+        unlabelled_samples: samples that have no label within the length.
+        unlabelled_tokens: tokens of these, and of pieces of other samples without a label.
+    """
 
     cut_samples: int = 0
     cut_tokens: int = 0
-    unlabelled: int = 0
+    unlabelled_samples: int = 0
+    unlabelled_tokens: int = 0
 
 
 def pack(samples: Samples, chosen: Positions, length: int, strategy: Strategy) -> tuple[Pieces, Losses]:
@@ -50,12 +57,18 @@ def pack(samples: Samples, chosen: Positions, length: int, strategy: Strategy) -
     starts, stops = samples.starts[chosen], samples.starts[chosen + 1]
     if strategy == "wrapped":
         return _wrap(starts, stops, length), Losses()
+    which = np.arange(len(starts))  # of the samples each piece is of
     if strategy == "bfd_split":
-        starts, stops = _split(starts, stops, length)
+        which, starts, stops = _split(starts, stops, length)
     cut = np.maximum(stops - starts - length, 0)
     stops = stops - cut
     kept = _has_labels(samples.labels, starts, stops)
-    losses = Losses(int((cut > 0).sum()), int(cut.sum()), int((~kept).sum()))
+    losses = Losses(
+        cut_samples=int((cut > 0).sum()),
+        cut_tokens=int(cut.sum()),
+        unlabelled_samples=len(chosen) - len(np.unique(which[kept])),
+        unlabelled_tokens=int((stops - starts)[~kept].sum()),
+    )
     starts, stops = starts[kept], stops[kept]
     if strategy == "none":
         return Pieces(starts, stops, np.arange(len(starts) + 1)), losses
@@ -93,13 +106,13 @@ def best_fit_decreasing(lengths: Positions, capacity: int) -> tuple[Positions, P
     return order, np.cumsum([0, *map(len, bins)], dtype=np.int64)
 
 
-def _split(starts: Positions, stops: Positions, length: int) -> tuple[Positions, Positions]:
-    """Split every range into ranges of ``length`` tokens and a shorter last one."""
+def _split(starts: Positions, stops: Positions, length: int) -> tuple[Positions, Positions, Positions]:
+    """Split every range into pieces of ``length`` tokens and a shorter last one; return which range each is of, too."""
     counts = (stops - starts + length - 1) // length
     which = np.repeat(np.arange(len(starts)), counts)
     number = np.arange(len(which)) - (np.cumsum(counts) - counts)[which]  # of the piece in its range
     pieces = starts[which] + number * length
-    return pieces, np.minimum(pieces + length, stops[which])
+    return which, pieces, np.minimum(pieces + length, stops[which])
 
 
 def _wrap(starts: Positions, stops: Positions, length: int) -> Pieces:

@@ -16,12 +16,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lomo_ds.data.chunked_tokenization import TokenArray
 from lomo_ds.data.fingerprint import fingerprint
-from lomo_ds.data.formats import Chat, Example, Text, detect_format, is_empty, parse_row
+from lomo_ds.data.formats import KINDS, Chat, Example, Text, detect_format, is_empty, parse_row
 from lomo_ds.data.rows import Row, RowSource
 from lomo_ds.data.tokens import Labelled, TokenizationOptions, tokenize_example
 from lomo_ds.errors import DataError, one_line
 
 Positions = np.ndarray[tuple[int], np.dtype[np.int64]]
+Kinds = np.ndarray[tuple[int], np.dtype[np.uint8]]
+Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
+Sample = tuple[str, type[Example], Labelled]  # the location of its row, its kind, and its ids and labels
 ROWS = "rows.json"
 
 
@@ -30,8 +33,6 @@ class RowCounts:
     """Rows that were read from a source, and those among them that are no sample."""
 
     rows: int = 0
-    texts: int = 0  # samples that are plain texts
-    chats: int = 0  # samples that are conversations
     empty: int = 0
     bad: int = 0
     first_bad: str = ""  # the error of the first bad row
@@ -45,20 +46,21 @@ class Samples:
         ids: of all samples, one behind the other; int32.
         labels: of each token itself, not of the next; -100 where it is not trained; int32.
         starts: where each sample begins, and the end of the last one; int64.
+        kinds: of the example that each sample was, as its position in ``KINDS``; uint8.
     """
 
     ids: TokenArray
     labels: TokenArray
     starts: Positions
+    kinds: Kinds
     counts: RowCounts
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @property
-    def is_text(self) -> bool:
-        """Return whether every sample is a plain text, which may be cut anywhere."""
-        return self.counts.texts == len(self)
+    def are(self, kind: type[Example]) -> Mask:
+        """Return for each sample whether it was an example of ``kind``."""
+        return self.kinds == KINDS.index(kind)
 
 
 def load_samples(
@@ -75,21 +77,21 @@ def load_samples(
     folder = cache / f"{source.stem}-{fingerprint(source, tokenizer, dataclasses.asdict(options))}"
     if not folder.exists():
         counts = RowCounts()
-        samples = [sample for _, sample in read_samples(source, tokenizer, options, counts)]
+        samples = list(read_samples(source, tokenizer, options, counts))
         _check_not_empty(samples, source, counts, tokenizer)
         _store(samples, counts, folder)
     try:
-        ids, starts = _load(folder / "ids.npy"), _load(folder / "starts.npy")
+        ids, starts, kinds = (_load(folder / f"{name}.npy") for name in ("ids", "starts", "kinds"))
         labels = _load(folder / "labels.npy") if (folder / "labels.npy").exists() else ids
-        return Samples(ids, labels, starts, RowCounts(**json.loads((folder / ROWS).read_text(encoding="utf-8"))))
+        return Samples(ids, labels, starts, kinds, RowCounts(**json.loads((folder / ROWS).read_text(encoding="utf-8"))))
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise DataError(f"{folder}, which caches the tokens of {source}, is damaged ({error}); delete it") from None
 
 
 def read_samples(
     source: RowSource, tokenizer: PreTrainedTokenizerBase, options: TokenizationOptions, counts: RowCounts
-) -> Iterator[tuple[str, Labelled]]:
-    """Yield the location, token ids and labels of each example that is not empty; count the rows in ``counts``.
+) -> Iterator[Sample]:
+    """Yield the sample of each example that is not empty; count the rows in ``counts``.
 
     Raises:
         DataError: the source cannot be read, a row is malformed (unless such rows are skipped), or the tokenizer fails.
@@ -107,10 +109,8 @@ def read_samples(
             progress.update()
             if is_empty(example):
                 counts.empty += 1
-            elif sample := _tokenize(row, example, tokenizer, options, on_bad_row):
-                counts.texts += isinstance(example, Text)
-                counts.chats += isinstance(example, Chat)
-                yield row.location, sample
+            elif labelled := _tokenize(row, example, tokenizer, options, on_bad_row):
+                yield row.location, type(example), labelled
             else:
                 continue
             counts.rows += 1
@@ -166,22 +166,26 @@ def _tokenize(
 
 
 def _check_not_empty(
-    samples: list[Labelled], source: RowSource, counts: RowCounts, tokenizer: PreTrainedTokenizerBase
+    samples: list[Sample], source: RowSource, counts: RowCounts, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     if not samples:
         bad = f", {counts.bad} are malformed, the first: {counts.first_bad}" if counts.bad else ""
         raise DataError(f"{source} holds no example to train on: of {counts.rows} rows {counts.empty} are empty{bad}")
     marks = sum(mark is not None for mark in (tokenizer.bos_token_id, tokenizer.eos_token_id))
-    if counts.texts == len(samples) and all(len(ids) <= marks for ids, _ in samples):
+    if all(kind is Text and len(ids) <= marks for _, kind, (ids, _) in samples):
         raise DataError(
             f"the tokenizer has no token for any text in {source}; it is incomplete or not made for such text"
         )
 
 
-def _store(samples: list[Labelled], counts: RowCounts, folder: Path) -> None:
+def _store(samples: list[Sample], counts: RowCounts, folder: Path) -> None:
     partial = folder.with_name(f"{uuid.uuid4().hex}.partial")  # process ids may repeat on hosts that share the folder
-    ids, labels = (np.concatenate([sample[kind] for sample in samples]) for kind in (0, 1))
-    arrays = {"ids": ids, "starts": np.cumsum([0, *(len(sample[0]) for sample in samples)], dtype=np.int64)}
+    ids, labels = (np.concatenate([labelled[part] for *_, labelled in samples]) for part in (0, 1))
+    arrays: dict[str, np.ndarray] = {
+        "ids": ids,
+        "starts": np.cumsum([0, *(len(sample_ids) for *_, (sample_ids, _) in samples)], dtype=np.int64),
+        "kinds": np.asarray([KINDS.index(kind) for _, kind, _ in samples], dtype=np.uint8),
+    }
     if not np.array_equal(ids, labels):
         arrays["labels"] = labels
     try:

@@ -109,11 +109,10 @@ class Mixture(Dataset[Item]):
         self.has_documents = any(part.has_documents for part in parts)
         counts = [max(1, round(weight * len(part))) for weight, part in zip(weights, parts, strict=True)]
         self.part_of = np.repeat(np.arange(len(parts)), counts)
-        # evenly spread over the part, so that a fraction of it is not its beginning
+        # evenly spread over the part, whose longest samples may come first
         self.index_of = np.concatenate(
-            [np.arange(count) * len(part) // count if count < len(part) else np.arange(count) % len(part)
-             for count, part in zip(counts, parts, strict=True)]
-        )  # fmt: skip
+            [np.arange(count) * len(part) // count for count, part in zip(counts, parts, strict=True)]
+        )
         self.sizes = np.concatenate(
             [part.sizes[self.index_of[self.part_of == number]] for number, part in enumerate(parts)]
         )
@@ -128,7 +127,8 @@ class Mixture(Dataset[Item]):
     def digest(self) -> str:
         """Return a checksum of the parts and of how often each occurs."""
         digest = hashlib.sha256("".join(part.digest() for part in self.parts).encode())
-        digest.update(np.bincount(self.part_of).astype("<i8").tobytes())
+        for indices in (self.part_of, self.index_of):
+            digest.update(indices.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
 

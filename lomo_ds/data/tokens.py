@@ -11,7 +11,7 @@ from lomo_ds.data.chunked_tokenization import TokenArray, token_ids
 from lomo_ds.data.formats import IGNORE_INDEX, TEXT_FIELD, Chat, Completion, Example, Format, Text, Tokens
 from lomo_ds.errors import DataError
 
-NAMES: dict[type, str] = {Text: "a plain text", Completion: "a prompt and its completion", Tokens: "token ids"}
+NAMES: dict[type, str] = {Text: "a plain text", Completion: "a prompt and its completion"}
 Labelled = tuple[TokenArray, TokenArray]  # ids, and the label of each token itself
 
 
@@ -42,7 +42,7 @@ def tokenize_example(example: Example, tokenizer: PreTrainedTokenizerBase, optio
     """
     if isinstance(example, Chat):
         return _labelled(*chat_tokens(example, tokenizer, _answers(example, options)))
-    if options.assistant_only_loss:
+    if options.assistant_only_loss and not isinstance(example, Tokens):
         raise DataError(f"--assistant_only_loss needs conversations, got {NAMES[type(example)]}; leave it out")
     if isinstance(example, Text):
         ids = _with_marks(token_ids(example.text, tokenizer), tokenizer)

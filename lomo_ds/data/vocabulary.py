@@ -1,13 +1,11 @@
-"""Checks of the tokens of a dataset: each has a row in the embedding, few are unknown, and an end token is learnt."""
+"""Checks that a model's embedding has a row for every token of a dataset, and that few tokens are unknown."""
 
-import itertools
 import logging
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lomo_ds.data.chunked_tokenization import TokenArray
-from lomo_ds.data.formats import IGNORE_INDEX
 from lomo_ds.data.rows import RowSource
 from lomo_ds.data.samples import RowCounts, Samples, read_samples
 from lomo_ds.data.tokens import TokenizationOptions
@@ -33,7 +31,7 @@ def check_token_ids(
     """
     if not len(samples.ids) or samples.ids.max() < rows:
         return
-    for location, (ids, _) in read_samples(source, tokenizer, options, RowCounts()):
+    for location, _, (ids, _) in read_samples(source, tokenizer, options, RowCounts()):
         _check_ids(ids, location, tokenizer, rows)
 
 
@@ -61,22 +59,6 @@ def _check_ids(ids: TokenArray, location: str, tokenizer: PreTrainedTokenizerBas
             f"embedding has {rows} rows, the last for number {rows - 1}; add rows with --resize_embeddings, remove the "
             "token from the text, or give the model's own tokenizer with --tokenizer_name"
         )
-
-
-def end_token(samples: Samples, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of the special token that ends the first sample with labels; white space may follow it.
-
-    None if that sample ends with another token: a model that learns it will not know when to stop.
-    """
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    for start, stop in itertools.pairwise(samples.starts):
-        labels = samples.labels[start:stop]
-        for number in reversed(labels[labels != IGNORE_INDEX].tolist()):
-            if number in special:
-                return number
-            if tokenizer.decode([number]).strip():
-                return None
-    return None
 
 
 def warn_about_unknown_tokens(tokens: TokenArray, source: RowSource, tokenizer: PreTrainedTokenizerBase) -> None:

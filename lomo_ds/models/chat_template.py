@@ -9,6 +9,7 @@ from lomo_ds.errors import ModelError
 from lomo_ds.models.tokenizer import load_tokenizer
 
 SHIPPED = Path(__file__).parent.parent / "chat_templates"
+TOKENS = {"chatml": ["<|im_start|>", "<|im_end|>"]}  # that a shipped template needs
 DEFAULT = "alpaca"  # it needs no token beyond the end token
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,14 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None, trus
         path: a .jinja file, a folder with a tokenizer whose template is taken, or the name of a shipped template.
 
     Raises:
-        ModelError: there is no such template.
+        ModelError: there is no such template, or the tokenizer lacks a token that it needs.
     """
+    missing = [token for token in TOKENS.get(path or "", []) if token not in tokenizer.get_vocab()]
+    if missing:
+        raise ModelError(
+            f"--chat_template_path {path} needs the tokens {' and '.join(missing)}, which the tokenizer does not have; "
+            f"add --new_special_tokens '{','.join(missing)}' --resize_embeddings mean"
+        )
     if path is not None:
         tokenizer.chat_template = _read_template(path, trust_remote_code)
     elif not tokenizer.chat_template:

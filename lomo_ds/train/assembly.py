@@ -53,8 +53,8 @@ def _build_model(inputs: Inputs, start: StartingPoint, free_host_bytes: int) -> 
     load_generation_config(model, str(start.checkpoint.folder / MODEL) if start.checkpoint else inputs.model_name)
     if arguments.pad_token or arguments.resize_embeddings:
         model.generation_config.pad_token_id = inputs.config.pad_token_id
-    if inputs.datasets.end_token is not None:
-        add_stop_token(model, inputs.datasets.end_token)
+    for token in reversed(inputs.datasets.end_tokens):
+        add_stop_token(model, token)
     if arguments.tiled_logits or (arguments.tiled_logits is None and can_tile_logits(model)):
         tile_logits(model)
         logger.info("the loss is computed one tile of logits at a time; --tiled_logits false computes all at once")

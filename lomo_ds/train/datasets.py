@@ -9,14 +9,16 @@ from transformers import PreTrainedTokenizerBase
 
 from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.data import (
+    Chat,
     Mixture,
     PackedSequences,
     RowSource,
     Samples,
     Sequences,
+    Text,
     TokenizationOptions,
     check_token_ids,
-    end_token,
+    end_tokens,
     load_samples,
     needs_chat_template,
     warn_about_unknown_tokens,
@@ -32,13 +34,13 @@ class Datasets:
     """Sequences to train on and to evaluate with; no rank holds a copy of the tokens, which are memory-mapped.
 
     Attributes:
-        end_token: id of the token that ends the samples to train on, at which generation should stop.
+        end_tokens: ids of the tokens that end the samples to train on, at which generation should stop.
         has_chats: whether conversations are among them.
     """
 
     training: Sequences
     validation: Sequences | None
-    end_token: int | None
+    end_tokens: list[int]
     has_chats: bool
 
 
@@ -51,7 +53,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, arguments: TrainArgume
     if arguments.eos_token is not None:
         set_eos_token(tokenizer, arguments.eos_token)
     options = tokenization_options(arguments)
-    needed = any(needs_chat_template(source, options) for source in training_sources(arguments))
+    sources = training_sources(arguments) + _validation_sources(arguments)
+    needed = any(needs_chat_template(source, options) for source in sources)
     if needed or arguments.chat_template_path is not None:
         set_chat_template(tokenizer, arguments.chat_template_path, arguments.trust_remote_code)
 
@@ -76,28 +79,34 @@ def load_datasets(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase,
     Raises:
         DataError: a file or row cannot be used, or nothing is left to train on or to evaluate with.
     """
-    training, held_out, end_tokens, chats = [], [], [], 0
-    for source in training_sources(arguments):
+    training, held_out, weights, stops = [], [], [], []
+    for source, weight in zip(training_sources(arguments), arguments.train_file_weights or [1.0], strict=True):
         samples = _load(source, tokenizer, rows, arguments)
-        end_tokens.append(_end_token(samples, source, tokenizer))
-        chats += samples.counts.chats
+        stops += _end_tokens(samples, source, tokenizer)
         kept, others = _split(len(samples), arguments, source)
-        training.append(_pack(samples, kept, source, "trains on", arguments))
-        if len(others):
-            held_out.append(_pack(samples, others, source, "holds out", arguments))
-    if arguments.validation_file:
-        source = RowSource(tuple(arguments.validation_file), "validation")
+        parts = _pack(samples, kept, source, "trains on", arguments)
+        training += parts
+        weights += [weight] * len(parts)
+        held_out += _pack(samples, others, source, "holds out", arguments) if len(others) else []
+    for source in _validation_sources(arguments):
         samples = _load(source, tokenizer, rows, arguments)
-        held_out = [_pack(samples, np.arange(len(samples)), source, "holds out", arguments)]
-    weights = arguments.train_file_weights or [1.0]
-    validation = _mix(held_out, [1.0] * len(held_out)) if held_out else None
-    return Datasets(_mix(training, weights), validation, end_tokens[0], chats > 0)
+        held_out += _pack(samples, np.arange(len(samples)), source, "holds out", arguments)
+    return Datasets(
+        _mix(training, weights),
+        _mix(held_out, [1.0] * len(held_out)) if held_out else None,
+        list(dict.fromkeys(stops)),
+        any(part.samples.are(Chat).any() for part in training),
+    )
 
 
 def training_sources(arguments: TrainArguments) -> list[RowSource]:
     """Return the sources to train on: all files together, or one for each weight."""
     names = arguments.train_file
     return [RowSource((name,)) for name in names] if arguments.train_file_weights else [RowSource(tuple(names))]
+
+
+def _validation_sources(arguments: TrainArguments) -> list[RowSource]:
+    return [RowSource(tuple(arguments.validation_file), "validation")] if arguments.validation_file else []
 
 
 def _load(source: RowSource, tokenizer: PreTrainedTokenizerBase, rows: int, arguments: TrainArguments) -> Samples:
@@ -114,14 +123,16 @@ def _load(source: RowSource, tokenizer: PreTrainedTokenizerBase, rows: int, argu
     return samples
 
 
-def _end_token(samples: Samples, source: RowSource, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    token = end_token(samples, tokenizer)
-    if token is None and samples.counts.chats:
+def _end_tokens(samples: Samples, source: RowSource, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end samples, those of conversations first."""
+    chats = samples.are(Chat)
+    of_chats, of_others = (end_tokens(samples, np.flatnonzero(kind), tokenizer) for kind in (chats, ~chats))
+    if of_chats == [None]:
         raise DataError(
             f"{source}: the chat template ends an answer with no special token, so the model would not learn to stop; "
             "give another with --chat_template_path, or make its end token special with --new_special_tokens"
         )
-    return token
+    return [token for token in of_chats + of_others if token is not None]
 
 
 def _split(count: int, arguments: TrainArguments, source: RowSource) -> tuple[np.ndarray, np.ndarray]:
@@ -140,29 +151,43 @@ def _split(count: int, arguments: TrainArguments, source: RowSource) -> tuple[np
 
 def _pack(
     samples: Samples, chosen: np.ndarray, source: RowSource, use: str, arguments: TrainArguments
-) -> PackedSequences:
+) -> list[PackedSequences]:
+    """Pack the ``chosen`` samples, plain texts and others by the strategy of each, and log what comes of them."""
     assert arguments.max_seq_length is not None
-    strategy = arguments.packing_strategy_of(samples.is_text)
-    sequences = PackedSequences(samples, arguments.max_seq_length, strategy, chosen)
-    losses, count = sequences.losses, len(chosen)
+    is_text = samples.are(Text)[chosen]
+    strategies = {arguments.packing_strategy_of(kind) for kind in (True, False) if (is_text == kind).any()}
+    groups = [chosen] if len(strategies) == 1 else [chosen[is_text], chosen[~is_text]]
+    parts = []
+    for group in groups:
+        strategy = arguments.packing_strategy_of(bool(samples.are(Text)[group[0]]))
+        sequences = PackedSequences(samples, arguments.max_seq_length, strategy, group)
+        _log_losses(sequences, len(group), source)
+        if not len(sequences) or sequences.sizes.max() < 2:
+            raise DataError(
+                f"{source} has nothing to learn: none of {len(group)} samples has an answer, or a token to predict, "
+                f"among the first {sequences.length} tokens; give a larger --max_seq_length, or other data"
+            )
+        logger.info(
+            "%s: %s %d samples, %d tokens in %d sequences (%s)",
+            source, use, len(group) - sequences.losses.unlabelled_samples, sequences.sizes.sum(), len(sequences),
+            "not packed" if strategy == "none" else f"packing {strategy}, {sequences.padding:.1%} padding",
+        )  # fmt: skip
+        parts.append(sequences)
+    return parts
+
+
+def _log_losses(sequences: PackedSequences, count: int, source: RowSource) -> None:
+    losses = sequences.losses
     if losses.cut_samples:
         logger.warning(
             "%s: %d of %d samples are longer than --max_seq_length %d and cut off, by %d tokens in all",
             source, losses.cut_samples, count, sequences.length, losses.cut_tokens,
         )  # fmt: skip
-    if losses.unlabelled:
-        logger.warning("%s: %d of %d samples have nothing to learn within --max_seq_length and are left out",
-                       source, losses.unlabelled, count)  # fmt: skip
-    if not len(sequences) or sequences.sizes.max() < 2:
-        raise DataError(
-            f"{source} has nothing to learn: none of its {count} samples has a token to predict among the first "
-            f"{sequences.length}; give a larger --max_seq_length, or other data"
-        )
-    logger.info(
-        "%s: %s %d samples, %d tokens in %d sequences, %.1f%% padding (packing: %s)",
-        source, use, count, sequences.sizes.sum(), len(sequences), 100 * sequences.padding, strategy,
-    )  # fmt: skip
-    return sequences
+    if losses.unlabelled_tokens:
+        logger.warning(
+            "%s: %d of %d samples have nothing to learn within --max_seq_length and are left out, with pieces of "
+            "others %d tokens", source, losses.unlabelled_samples, count, losses.unlabelled_tokens,
+        )  # fmt: skip
 
 
 def _mix(parts: list[PackedSequences], weights: list[float]) -> Sequences:

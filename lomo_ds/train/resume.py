@@ -116,6 +116,13 @@ def check_fixed_arguments(folder: Path, arguments: TrainArguments) -> None:
         )
 
 
+def changed_data_arguments(folder: Path, arguments: TrainArguments) -> str:
+    """Return a list of the arguments that may move only with the data, and have changed since ``folder`` was saved."""
+    differences = _differences(_saved_arguments(folder), vars(arguments))
+    changes = {f"--{name}": pair for name, pair in differences.items() if resume_rule(name) == "movable"}
+    return _format_changes(changes) if changes else "none of these arguments, but their files"
+
+
 def check_same_model_function(folder: Path, config: PretrainedConfig) -> None:
     """Check that the model of the checkpoint in ``folder`` computes the same function as ``config`` describes.
 

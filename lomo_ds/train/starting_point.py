@@ -29,7 +29,13 @@ from lomo_ds.train.inputs import Inputs
 from lomo_ds.train.output_folder import check_input_overlap, check_other_run, checkpoints_of_other_run
 from lomo_ds.train.preflight import MemoryPreflight
 from lomo_ds.train.progress import Progress
-from lomo_ds.train.resume import check_fixed_arguments, check_same_model_function, log_changes, requested_checkpoint
+from lomo_ds.train.resume import (
+    changed_data_arguments,
+    check_fixed_arguments,
+    check_same_model_function,
+    log_changes,
+    requested_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,9 @@ def _check_same_run(inputs: Inputs, folder: Path, record: dict[str, Any]) -> Non
     saved, data = record["client_state"].get("data"), all_steps(inputs).data
     if saved != data:
         raise CheckpointError(
-            f"{folder} was saved while training on {saved}, but --train_file, --max_seq_length, --seed and the other "
-            f"arguments of the data give {data}; resume with the same ones, or give another --output_dir"
+            f"{folder} was saved while training on other data ({saved}) than --train_file and the other arguments of "
+            f"the data give ({data}); changed: {changed_data_arguments(folder, inputs.arguments)}; resume with the "
+            "same ones, or give another --output_dir"
         )
 
 

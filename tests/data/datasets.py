@@ -14,7 +14,9 @@ from lomo_ds.data.samples import RowCounts
 def text_blocks(tokens: Any, length: int) -> PackedSequences:
     """Return blocks of ``length`` tokens of one text."""
     ids = np.asarray(tokens, dtype=np.int32)
-    return PackedSequences(Samples(ids, ids, np.asarray([0, len(ids)]), RowCounts(rows=1, texts=1)), length)
+    return PackedSequences(
+        Samples(ids, ids, np.asarray([0, len(ids)]), np.zeros(1, np.uint8), RowCounts(rows=1)), length
+    )
 
 
 def make_samples(lengths: Sequence[int], prompts: Sequence[int] | None = None) -> Samples:
@@ -24,7 +26,7 @@ def make_samples(lengths: Sequence[int], prompts: Sequence[int] | None = None) -
     labels = ids.copy()
     for start, prompt in zip(starts, prompts or [0] * len(lengths), strict=False):
         labels[start : start + prompt] = IGNORE_INDEX
-    return Samples(ids, labels, starts, RowCounts(rows=len(lengths)))
+    return Samples(ids, labels, starts, np.ones(len(lengths), np.uint8), RowCounts(rows=len(lengths)))
 
 
 def load(file: Path, tokenizer: Any, cache: Path | None = None, **options: Any) -> Samples:

@@ -91,12 +91,48 @@ def test_messages_of_weight_0_are_not_trained() -> None:
     assert tokenizer.decode(labels[labels != IGNORE_INDEX]) == "d<|im_end|>\n"
 
 
+@pytest.mark.parametrize("name", SHIPPED_TEMPLATES)
+def test_arguments_of_calls_may_be_json(name: str) -> None:
+    """OpenAI's client gives them to the exported template so, while a dataset's are objects."""
+    texts = set()
+    for arguments in ({"x": [1, 2]}, '{"x": [1, 2]}'):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        conversation = chat("a", "b")
+        conversation.messages[1]["tool_calls"] = [call]
+        texts.add(trained_text(conversation, tokenizer_with(SHIPPED_TEMPLATES[name])))
+    assert len(texts) == 1
+    assert '{"name": "f", "arguments": {"x": [1, 2]}}' in texts.pop()
+
+
 def test_a_template_that_changes_earlier_messages_is_refused() -> None:
     assert trained_text(chat("a", "b"), tokenizer_with(FORGETFUL)) == "thinking b</s>"
     with pytest.raises(DataError, match=r"renders messages differently when others follow.*--chat_template_path"):
         trained_text(chat("a", "b", "c", "d"), tokenizer_with(FORGETFUL))
     ids, trained = chat_tokens(chat("a", "b", "c", "d"), tokenizer_with(FORGETFUL), None)
     assert trained == [True] * len(ids)
+
+
+SYSTEM_FIRST = """{%- if not messages %}{{ raise_exception('empty') }}{%- endif %}
+{{- '<system>be kind</s>' }}""" + FORGETFUL.replace("'thinking '", "''")
+
+
+def test_a_conversation_may_begin_with_the_assistant() -> None:
+    """Most templates render no empty conversation, which the prompt of such an answer would be."""
+    assert trained_text(Chat(chat("a", "b", "c").messages[1:]), tokenizer_with(SYSTEM_FIRST)) == "b</s>"
+    for template in SHIPPED_TEMPLATES.values():
+        unmarked = template.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+        conversation = Chat(chat("a", "b", "c", "d").messages[1:])
+        texts = {trained_text(conversation, tokenizer_with(kind)) for kind in (template, unmarked)}
+        assert len(texts) == 1
+
+
+def test_templates_by_name() -> None:
+    """Check that markers are looked for in the template that is used, which may be another one for tools."""
+    plain = SHIPPED_TEMPLATES["chatml"].replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+    tokenizer: Any = tokenizer_with("")
+    tokenizer.chat_template = {"default": SHIPPED_TEMPLATES["chatml"], "tool_use": plain}
+    conversation = Chat(chat("a", "b").messages, [{"type": "function", "function": {"name": "f"}}])
+    assert trained_text(conversation, tokenizer) == "b<|im_end|>\n"
 
 
 def test_a_template_that_refuses_messages() -> None:

@@ -27,9 +27,14 @@ def example(**columns: Any) -> Example:
         ({"text": "t", "id": 3}, Text("t")),
         ({"prompt": "p", "completion": "c"}, Completion("p", "c")),
         ({"prompt": "[1, 2]", "completion": "{}"}, Completion("[1, 2]", "{}")),
+        ({"prompt": "a", "completion": '[{"role": "CEO"}]'}, Completion("a", '[{"role": "CEO"}]')),
+        ({"prompt": "[]", "completion": "[]"}, Completion("[]", "[]")),
         ({"prompt": [USER], "completion": [ANSWER]}, Chat([USER, ANSWER], prompt_length=1)),
         ({"messages": [USER, ANSWER], "prompt": "of UltraChat"}, Chat([USER, ANSWER])),
         ({"messages": [USER, ANSWER], "tools": [TOOL]}, Chat([USER, ANSWER], [TOOL])),
+        ({"messages": [USER], "tools": "", "chat_template_kwargs": ""}, Chat([USER])),
+        ({"conversations": [{"from": "Human", "value": "q"}, {"from": "Assistant", "value": "a"}]},
+         Chat([USER, ANSWER])),
         ({"messages": [USER], "tools": "[]", "chat_template_kwargs": {"thinking": False}},
          Chat([USER], None, {"thinking": False})),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
@@ -42,6 +47,9 @@ def example(**columns: Any) -> Example:
         ({"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["q", "a"]]},
          Chat([{"role": "system", "content": "s"}, USER, ANSWER, {"role": "user", "content": "q\ni"}, ANSWER])),
         ({"input_ids": [1, 2, 3]}, Tokens([1, 2, 3], [1, 2, 3])),
+        ({"input_ids": [1, 2, 3], "labels": "", "attention_mask": None}, Tokens([1, 2, 3], [1, 2, 3])),
+        ({"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1], "assistant_masks": [0, 1, 0]},
+         Tokens([1, 2, 3], [-100, 2, -100])),
         ({"input_ids": [1, 2, 0], "labels": [-100, 2, -100], "attention_mask": [1, 1, 0]}, Tokens([1, 2], [-100, 2])),
     ],
 )  # fmt: skip
@@ -99,9 +107,10 @@ def test_arguments_of_calls_are_objects(arguments: Any) -> None:
     [
         ({"messages": [USER], "text": "t"}, "has the columns of several formats, messages and text .*--dataset_format"),
         ({"instruction": "q", "output": "a", "text": "t"}, "several formats, alpaca and text"),
-        ({"mesages": [USER]}, r"must have the columns of a format .*got the columns mesages; did you mean 'messages'"),
-        ({"story": "t"}, "got the columns story; --dataset_text_field names another"),
-        ({}, "got the columns none"),
+        ({"mesages": [USER]}, r"must have the columns of a format .* 'mesages'; did you mean 'messages'"),
+        ({"story": "t"}, "got the columns 'story'; --dataset_text_field names another"),
+        ({}, "got no columns"),
+        ({"prompt": "p", "response": "r"}, "got the columns 'prompt', 'response', but no 'completion'; --dataset_text"),
         ({"text": 3}, "'text' must be text, got int 3"),
         ({"text": None}, "'text' must be text, got null"),
         ({"text": "a\ud800"}, r"'text' must be Unicode text, but '\\ud800' is half of a surrogate pair"),
@@ -128,7 +137,8 @@ def test_arguments_of_calls_are_objects(arguments: Any) -> None:
         ({"input_ids": [1, 2**31]}, r"'input_ids\[1\]' must be an integer of 32 bits"),
         ({"input_ids": [1, -100]}, '"input_ids" must be token ids, .* got -100'),
         ({"input_ids": [1], "labels": [-1]}, '"labels" too, or -100, got -1'),
-        ({"input_ids": [1, 2], "labels": [1]}, "must have one length, got 2, 1 and 2"),
+        ({"input_ids": [1, 2], "labels": [1]}, '"labels" and masks must be as long as "input_ids", which has 2 tokens'),
+        ({"input_ids": [1, 2], "assistant_masks": [1, 1, 1]}, "must be as long as"),
     ],
 )  # fmt: skip
 def test_messages_name_the_row_the_column_and_the_rule(columns: dict[str, Any], message: str) -> None:
@@ -136,8 +146,15 @@ def test_messages_name_the_row_the_column_and_the_rule(columns: dict[str, Any], 
         example(**columns)
 
 
+def test_a_text_file_has_no_other_column() -> None:
+    """Read a .txt file beside files whose texts are in another column."""
+    assert detect_format(row(text="t"), "story") == "text"
+    assert parse_row(row(text="t"), "text", "story") == Text("t")
+    assert parse_row(row(text="t", story="s"), "text", "story") == Text("s")
+
+
 def test_a_named_format_needs_its_columns() -> None:
-    with pytest.raises(DataError, match="'messages' must be a list of messages, got no such column among text"):
+    with pytest.raises(DataError, match=r"must have the column 'messages', as .* decides, got the columns 'text'$"):
         parse_row(row(text="t"), "messages")
 
 

@@ -379,7 +379,7 @@ def test_a_json_of_one_malformed_row(tmp_path: Path) -> None:
 def test_malformed_rows_of_a_csv(tmp_path: Path) -> None:
     content = b'text,b\n"one\n",1\n\n2\ncaf\xe9,2\n3,4,5\n,\n"two",2\n'
     rows, errors = read_all(write(tmp_path, "a.csv", content))
-    assert rows == [{"text": "one\n", "b": "1"}, {"text": "two", "b": "2"}]
+    assert rows == [{"text": "one\n", "b": "1"}, {"text": "", "b": ""}, {"text": "two", "b": "2"}]
     assert [error.partition(";")[0] for error in errors] == [
         "line 5 must have 2 fields, one for each column, got 1",
         "line 6: column 'text' must be UTF-8 text, but its byte 3 is not: unexpected end of data",
@@ -510,11 +510,27 @@ def test_a_damaged_array_loses_only_damaged_rows(rows: list[dict[str, Any]], ind
 
 @pytest.mark.parametrize("names", [["b.jsonl", "a.json.gz", "c.CSV", "d.parquet"], ["a.txt", "b.txt.gz"]])
 def test_the_data_files_of_a_folder(tmp_path: Path, names: list[str]) -> None:
-    for name in [*names, "README.md", "state.json", ".hidden.jsonl"]:
+    for name in [*names, "README.md", "state.json", ".hidden.jsonl", "cache-1f.arrow"]:
         (tmp_path / name).touch()
-    (tmp_path / "e.jsonl").mkdir()
+    (tmp_path / ".cache").mkdir()
     assert data_files(str(tmp_path)) == [tmp_path / name for name in sorted(names)]
     assert data_files(f"{tmp_path}/{names[0]}") == [tmp_path / names[0]]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"],
+         r"must hold files of one split, got .*test-.*; give the files"),
+        (["a.jsonl", "b/"], "must hold files or folders, got both a.jsonl and b/; give the files"),
+        (["a.jsonl", "b.jsonl.zst"], r"b\.jsonl\.zst is compressed in a way that cannot be read; decompress it"),
+    ],
+)  # fmt: skip
+def test_folders_of_which_a_part_would_be_read(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    with pytest.raises(DataError, match=message):
+        data_files(str(tmp_path))
 
 
 def test_folders_without_data_files(tmp_path: Path) -> None:
@@ -575,7 +591,7 @@ def test_hub_rows(hub: list[tuple[Any, ...]], name: str, download: tuple[Any, ..
         ("me", "train", 'must be named "owner/name" or "owner/name:config", got \'me\''),
         ("me/a/b", "train", "must be named"),
         ("me/data", "valid", "the dataset me/data must have a split 'valid', got only train, test; choose one"),
-        ("nobody/x", "train", "the dataset nobody/x cannot be read from .*: Dataset 'nobody/x' doesn't exist; check"),
+        ("nobody/x", "train", "no file is named nobody/x, .*: Dataset 'nobody/x' doesn't exist; check"),
     ],
 )  # fmt: skip
 def test_hub_errors(hub: list[tuple[Any, ...]], name: str, split: str, message: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lomo_ds.data import IGNORE_INDEX, RowSource, TokenizationOptions
+from lomo_ds.data import IGNORE_INDEX, RowSource, Text, TokenizationOptions
+from lomo_ds.data.formats import Completion
 from lomo_ds.data.samples import RowCounts, needs_chat_template, read_samples
 from lomo_ds.errors import DataError
 from tests.data.datasets import load, source, write_jsonl
@@ -30,14 +31,14 @@ def test_each_document_has_begin_and_end_tokens(tmp_path: Path) -> None:
     samples = load(write_jsonl(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "c"}]), letters())
     assert samples.ids.tolist() == samples.labels.tolist() == [0, *ids("ab"), 1, 0, *ids("c"), 1]
     assert samples.starts.tolist() == [0, 4, 7]
-    assert samples.is_text
+    assert samples.are(Text).all()
 
 
 def test_a_completion_ends_with_the_end_token_and_its_prompt_has_no_label(tmp_path: Path) -> None:
     samples = load(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "c"}]), letters())
     assert samples.ids.tolist() == [*ids("abc"), 1]
     assert samples.labels.tolist() == [IGNORE_INDEX, IGNORE_INDEX, *ids("c"), 1]
-    assert not samples.is_text
+    assert samples.are(Completion).all()
 
 
 def test_samples_are_cached_until_the_file_or_an_option_changes(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_files_of_several_formats_are_one_source(tmp_path: Path) -> None:
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "x"}).encode()))
     (tmp_path / "c.txt").write_text("yz")
     samples = read_samples(source(folder, tmp_path / "c.txt"), letters(), TokenizationOptions(), RowCounts())
-    read = [(Path(location).name, "".join(map(chr, tokens[tokens > 1]))) for location, (tokens, _) in samples]
+    read = [(Path(location).name, "".join(map(chr, tokens[tokens > 1]))) for location, _, (tokens, _) in samples]
     assert read == [("a.jsonl.gz line 1", "x"), ("b.csv line 2", "a, b1"), ("c.txt", "yz")]
 
 
@@ -94,7 +95,7 @@ def test_bad_and_empty_rows_are_counted(tmp_path: Path) -> None:
     assert samples.counts.first_bad == f"{file} line 2: 'text' must be text, got int 1"
 
 
-@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"input_ids": [1, 2]}])
+@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
 def test_only_conversations_have_an_assistant(tmp_path: Path, row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"line 1: --assistant_only_loss needs conversations, got "):
         load(write_jsonl(tmp_path / "a.jsonl", [row]), letters(), assistant_only_loss=True)
@@ -118,7 +119,8 @@ def test_sources_of_conversations_need_a_chat_template(tmp_path: Path, rows: lis
 
 def test_a_hub_dataset_is_read_where_no_file_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert RowSource(("owner/name", "owner/other:config")).parts() == ["owner/name", "owner/other:config"]
+    names = ["owner/name", "owner/other:config", "teknium/OpenHermes-2.5"]
+    assert RowSource(tuple(names)).parts() == names
     (tmp_path / "owner").mkdir()
     write_jsonl(tmp_path / "owner/name.jsonl", [{"text": "a"}])
     assert RowSource(("owner/name.jsonl",)).parts() == [Path("owner/name.jsonl")]

@@ -75,7 +75,8 @@ def test_samples_without_anything_to_learn_are_left_out_and_counted(strategy: An
     learnt = [token for tokens in contents(packed) for token in tokens]
     assert learnt == ([7, 8, 9, 10, 4, 5] if strategy == "bfd_split" else [7, 8, 9, 10])
     losses = packed.losses
-    assert losses.unlabelled == 3
+    assert losses.unlabelled_samples == (2 if strategy == "bfd_split" else 3)
+    assert losses.unlabelled_tokens == 4 + 1 + 3
     assert (losses.cut_samples, losses.cut_tokens) == ((0, 0) if strategy == "bfd_split" else (1, 2))
 
 
@@ -95,7 +96,7 @@ def test_a_batch_of_texts_and_of_samples() -> None:
 @pytest.mark.parametrize(
     ("weights", "counts"),
     [([1, 1], [1] * 8), ([2, 1], [2] * 5 + [1] * 3), ([0.4, 1], [1, 0, 1, 0, 0] + [1] * 3),
-     ([1, 2.34], [1] * 5 + [3, 2, 2])],
+     ([1, 2.34], [1] * 5 + [3, 2, 2]), ([1.4, 1], [2, 1, 2, 1, 1] + [1] * 3)],
 )  # fmt: skip
 def test_a_mixture_has_each_sequence_as_often_as_its_weight(weights: Sequence[float], counts: list[int]) -> None:
     parts = [text_blocks(range(20), 4), text_blocks(range(20, 31), 4)]

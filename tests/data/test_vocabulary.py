@@ -12,12 +12,11 @@ from lomo_ds.data import (
     TokenizationOptions,
     check_prompt,
     check_token_ids,
-    end_token,
     highest_id,
     warn_about_unknown_tokens,
 )
 from lomo_ds.errors import DataError
-from tests.data.datasets import load, source, write_jsonl
+from tests.data.datasets import load, source
 from tests.data.tokenizers import Letters, byte_level
 
 
@@ -99,23 +98,6 @@ def test_ids_that_are_not_numbers(tmp_path: Path) -> None:
         load(tmp_path / "a.txt", strange)
     with pytest.raises(DataError, match="fails at --sample_prompt"):
         check_prompt("text", strange, 128)
-
-
-UNENDED = "{% for message in messages %}{{ message.content }}{% endfor %}"
-ENDED = UNENDED.replace("}}", "+ '</s> \n' }}")
-CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-
-
-@pytest.mark.parametrize(
-    ("template", "row", "token"),
-    [(ENDED, CHAT, "</s>"), (UNENDED, CHAT, None), ("", {"prompt": "a", "completion": "b"}, "</s>"),
-     ("", {"text": "a"}, "</s>"), ("", {"input_ids": [9, 10, 11]}, None)],
-)  # fmt: skip
-def test_the_token_that_ends_a_sample(tmp_path: Path, template: str, row: dict[str, Any], token: str | None) -> None:
-    tokenizer = byte_level()
-    tokenizer.chat_template = template
-    samples = load(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer)
-    assert end_token(samples, tokenizer) == (token and tokenizer.convert_tokens_to_ids(token))
 
 
 def test_a_text_of_mostly_unknown_tokens_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,6 +20,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("name", ["alpaca", "chatml"])
 def test_a_shipped_template(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
     set_chat_template(tokenizer, name)
     assert tokenizer.chat_template == (SHIPPED / f"{name}.jinja").read_text()
 
@@ -51,6 +52,12 @@ def test_templates_that_cannot_be_read(tokenizer: PreTrainedTokenizerFast, tmp_p
     tokenizer.save_pretrained(tmp_path / "without")
     with pytest.raises(ModelError, match="without is a tokenizer without a chat template"):
         set_chat_template(tokenizer, str(tmp_path / "without"))
+
+
+def test_chatml_needs_its_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_tokens(["<|im_end|>"])
+    with pytest.raises(ModelError, match=r"chatml needs the tokens <\|im_start\|>, .*; add --new_special_tokens '"):
+        set_chat_template(tokenizer, "chatml")
 
 
 def test_another_end_token(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -79,7 +79,6 @@ def test_files_with_weights_are_a_mixture(tmp_path: Path) -> None:
     first = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "the", "completion": "dog"}])
     second = write_jsonl(tmp_path / "b.jsonl", [{"text": "the quick brown fox"}])
     together = datasets(tmp_path, first, second)
-    assert isinstance(together.training, PackedSequences)
     assert len(together.training) == 2
     mixture = datasets(tmp_path, first, second, train_file_weights=[3.0, 1.0]).training
     assert isinstance(mixture, Mixture)
@@ -115,9 +114,10 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert "line 4: 'prompt' must be text, got int 3" in said
         assert "1 of 5 rows are empty and left out" in said
         assert "2 of 3 samples are longer than --max_seq_length 32 and cut off, by" in said
-        assert "1 of 3 samples have nothing to learn within --max_seq_length and are left out" in said
-        assert "trains on 3 samples, " in said
-        assert "% padding (packing: bfd)" in said
+        assert "1 of 3 samples have nothing to learn within --max_seq_length and are left out, with" in said
+        assert "trains on 2 samples, " in said
+        assert "% padding)" in said
+        assert "(packing bfd, " in said
 
 
 def test_a_template_without_an_end_of_answers_is_refused(tmp_path: Path) -> None:
@@ -130,9 +130,30 @@ def test_a_template_without_an_end_of_answers_is_refused(tmp_path: Path) -> None
         load_datasets(arguments(tmp_path, file), tokenizer, WORDS)
 
 
+def test_texts_and_conversations_of_one_run(tmp_path: Path) -> None:
+    """Texts are one stream, conversations are not packed; generation stops at the end of answers and of texts."""
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "a.txt").write_text("the quick brown fox " * 20)
+    chats = write_jsonl(tmp_path / "b.jsonl", [chat])
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    set_chat_template(tokenizer, "chatml")
+    for more in ({}, {"train_file_weights": [0.5, 1.0]}):
+        run = arguments(tmp_path, tmp_path / "a.txt", chats, max_seq_length=32, **more)
+        loaded = load_datasets(run, tokenizer, WORDS)
+        ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "</s>")]
+        assert set(loaded.end_tokens) == set(ends)
+        assert loaded.has_chats
+        assert isinstance(loaded.training, Mixture)
+        texts, others = loaded.training.parts
+        assert isinstance(texts, PackedSequences)
+        assert isinstance(others, PackedSequences)
+        assert (texts.strategy, texts.losses.cut_samples, others.strategy) == ("wrapped", 0, "none")
+
+
 def test_a_dataset_with_nothing_to_learn(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "the " * 40, "completion": "end"}])
-    with pytest.raises(DataError, match=r"has nothing to learn: none of its 1 samples .* among the first 16; give a"):
+    with pytest.raises(DataError, match=r"nothing to learn: none of 1 samples .* the first 16 tokens; give a larger"):
         datasets(tmp_path, file, max_seq_length=16)
 
 

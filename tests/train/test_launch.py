@@ -151,7 +151,7 @@ def broken(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"train_file": "{broken}/nowhere.txt"}, "nowhere.txt cannot be read: No such file"),
         ({"train_file": "{broken}/empty.txt"}, "empty.txt holds no text"),
         ({"train_file": "{broken}/json.jsonl"}, "json.jsonl line 2 is not valid JSON"),
-        ({"train_file": "{broken}/fields.jsonl"}, r"fields.jsonl line 2: 'text' must be text, got no such column"),
+        ({"train_file": "{broken}/fields.jsonl"}, r"fields.jsonl line 2 must have the column 'text', as the first"),
         ({"validation_file": "{broken}/empty.txt"}, "empty.txt holds no text"),
         ({"model_name_or_path": "{broken}/empty_folder"}, "holds a config.json"),
         (

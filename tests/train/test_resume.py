@@ -313,8 +313,10 @@ def test_damaged_checkpoints_are_passed_over(ranks: GroupOf, dropout: Path, two_
 def test_another_text_or_order_is_refused(ranks: GroupOf, dropout: Path, two_saved: Path, tmp_path: Path) -> None:
     argv = arguments(dropout, tmp_path, max_steps=9, train_file=dropout / "validation.txt")
     said = refused(ranks(2), [*argv, f"--resume_from_checkpoint={two_saved}/checkpoint-2"])
-    assert "and the other arguments of the data give {" in said
-    assert "resume with the same ones" in said
+    assert "was saved while training on other data ({" in said
+    assert (
+        f"changed: --train_file ['{dropout}/train.txt'] -> ['{dropout}/validation.txt']; resume with the same" in said
+    )
     assert "there is no checkpoint" in refused(ranks(2), [*argv, "--resume_from_checkpoint=nowhere"])
     argv = [*arguments(dropout, two_saved, seed=43), f"--resume_from_checkpoint={two_saved}/checkpoint-4"]
     assert "--seed 43 (saved: 42)" in refused(ranks(2), argv)

@@ -6,7 +6,7 @@ from typing import Any
 from lomo_ds.data.formats.fields import bad_column, json_value, text
 from lomo_ds.data.rows import Row
 
-ROLES = {  # of ShareGPT's "from"; any other name is the role itself
+ROLES = {  # of ShareGPT's "from", in lower case; any other name is the role itself
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -103,6 +103,7 @@ def _from_sharegpt(row: Row, place: str, message: dict[str, Any]) -> dict[str, A
         raise bad_column(row, f"{place}.from", "text", sender)
     if not isinstance(value, str):
         raise bad_column(row, f"{place}.value", "text", value)
+    sender = sender.lower()
     renamed = message | {"role": ROLES.get(sender, sender), "content": value}
     if sender != "function_call":
         return renamed

@@ -47,6 +47,7 @@ class Tokens:
 
 
 Example = Text | Completion | Chat | Tokens
+KINDS: tuple[type[Example], ...] = (Text, Completion, Chat, Tokens)  # stored by their positions here
 
 
 def is_empty(example: Example) -> bool:

@@ -5,7 +5,7 @@ import textwrap
 from typing import Any
 
 from lomo_ds.data.rows import Row
-from lomo_ds.errors import DataError
+from lomo_ds.errors import DataError, did_you_mean
 
 MAX_ID = 2**31 - 1  # token ids are stored as int32
 
@@ -35,16 +35,18 @@ def check_unicode(row: Row, name: str, value: Any) -> None:
 def mapping(row: Row, name: str) -> dict[str, Any]:
     """Return the JSON object in a column, empty if it is absent."""
     value = json_value(row.values.get(name))
-    if value is None:
+    if value is None or value == "":  # an empty field of a csv file
         return {}
     if not isinstance(value, dict):
         raise bad_column(row, name, "an object", value)
     return value
 
 
-def integers(row: Row, name: str) -> list[int]:
-    """Return the list of token ids or labels in a column."""
+def integers(row: Row, name: str, default: list[int] | None = None) -> list[int]:
+    """Return the list of token ids or labels in a column; ``default``, unless it is None, stands for an absent one."""
     value = json_value(row.values.get(name))
+    if default is not None and value in (None, ""):
+        return default
     if not isinstance(value, list):
         raise bad_column(row, name, "a list of integers", value)
     for position, number in enumerate(value):
@@ -65,8 +67,15 @@ def json_value(value: Any) -> Any:
 
 def bad_column(row: Row, name: str, expected: str, value: Any) -> DataError:
     """Return the error that a column is not what it must be."""
-    if name in row.values or "[" in name or "." in name:
-        got = "null" if value is None else f"{type(value).__name__} {textwrap.shorten(repr(value), 60)}"
-    else:
-        got = f"no such column among {textwrap.shorten(', '.join(row.values) or 'none', 200)}"
+    if name not in row.values and not ("[" in name or "." in name):
+        return DataError(
+            f"{row.location} must have the column {name!r}, as the first row of a file or --dataset_format decides, "
+            f"got {column_names(row)}{did_you_mean(name, list(row.values))}"
+        )
+    got = "null" if value is None else f"{type(value).__name__} {textwrap.shorten(repr(value), 60)}"
     return DataError(f"{row.location}: {name!r} must be {expected}, got {got}")
+
+
+def column_names(row: Row) -> str:
+    """Return the names of a row's columns as an error message lists them."""
+    return textwrap.shorten(f"the columns {', '.join(map(repr, row.values))}", 200) if row.values else "no columns"

@@ -1,17 +1,17 @@
 """Dataset formats: detected by the columns of a file, and read into examples."""
 
 from collections.abc import Callable, Mapping
-from textwrap import shorten
 from typing import Any, Literal
 
 from lomo_ds.data.formats.chats import alpaca_messages, parse_messages, parse_tools
 from lomo_ds.data.formats.examples import IGNORE_INDEX, Chat, Completion, Example, Text, Tokens
-from lomo_ds.data.formats.fields import check_unicode, integers, json_value, mapping, text
+from lomo_ds.data.formats.fields import check_unicode, column_names, integers, json_value, mapping, text
 from lomo_ds.data.rows import Row
 from lomo_ds.errors import DataError, did_you_mean
 
 Format = Literal["messages", "conversations", "prompt_completion", "alpaca", "text", "tokenized"]
 TEXT_FIELD = "text"
+MASKS = ("attention_mask", "completion_mask", "assistant_masks")  # of tokenized rows; the last two are TRL's
 
 
 def detect_format(row: Row, text_field: str = TEXT_FIELD) -> Format:
@@ -23,22 +23,32 @@ def detect_format(row: Row, text_field: str = TEXT_FIELD) -> Format:
     Raises:
         DataError: it has the columns of no format or of several.
     """
+    if row.values.keys() == {TEXT_FIELD}:
+        return "text"  # of a .txt file, too, which has no other name for it
     matching = [name for name, columns in _columns(text_field).items() if set(columns) <= row.values.keys()]
     if len(matching) == 1:
         return matching[0]
-    got = shorten(", ".join(row.values) or "none", 200)
+    got = column_names(row)
     if matching:
         raise DataError(
-            f"{row.location} has the columns of several formats, {' and '.join(matching)} (columns: {got}); name one "
-            "with --dataset_format"
+            f"{row.location} has the columns of several formats, {' and '.join(matching)} ({got}); name one with "
+            "--dataset_format"
         )
-    known = [column for columns in _columns(text_field).values() for column in columns]
-    hint = next((hint for column in row.values if (hint := did_you_mean(column, known))), "")
     expected = "; ".join(" and ".join(columns) for columns in _columns(text_field).values())
     raise DataError(
-        f"{row.location} must have the columns of a format ({expected}), got the columns {got}{hint}; "
+        f"{row.location} must have the columns of a format ({expected}), got {got}{_hint(row, text_field)}; "
         "--dataset_text_field names another column of a plain text"
     )
+
+
+def _hint(row: Row, text_field: str) -> str:
+    """Return the end of an error message: a column that is missing beside another one, or that is misspelt."""
+    for columns in _columns(text_field).values():
+        missing = [column for column in columns if column not in row.values]
+        if len(missing) < len(columns):
+            return f", but no {missing[0]!r}"
+    known = [column for columns in _columns(text_field).values() for column in columns]
+    return next((hint for column in row.values if (hint := did_you_mean(column, known))), "")
 
 
 def parse_row(row: Row, name: Format, text_field: str = TEXT_FIELD) -> Example:
@@ -48,7 +58,7 @@ def parse_row(row: Row, name: Format, text_field: str = TEXT_FIELD) -> Example:
         DataError: a column is missing or malformed; the message names the row and the column.
     """
     if name == "text":
-        return Text(text(row, text_field))
+        return Text(text(row, text_field if text_field in row.values else TEXT_FIELD))
     return _PARSERS[name](row)
 
 
@@ -72,18 +82,20 @@ def _parse_conversations(row: Row) -> Chat:
 
 
 def _parse_prompt_completion(row: Row) -> Chat | Completion:
-    are_messages = [_are_messages(row.values.get(name)) for name in ("prompt", "completion")]
-    if are_messages == [False, False]:
+    columns = [row.values.get(name) for name in ("prompt", "completion")]
+    if not (any(isinstance(column, list) for column in columns) or all(map(_is_json_of_messages, columns))):
         return Completion(text(row, "prompt"), text(row, "completion"))
     prompt = parse_messages(row, "prompt")
     return _chat(row, prompt + parse_messages(row, "completion"), len(prompt))
 
 
-def _are_messages(value: Any) -> bool:
-    """Return whether a prompt or completion is a list of messages, or the JSON of one, rather than a text."""
+def _is_json_of_messages(value: Any) -> bool:
+    """Return whether a prompt or completion of a csv file is the JSON of messages, rather than a text."""
     parsed = json_value(value)
-    return isinstance(value, list) or (
-        isinstance(parsed, list) and all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in parsed)
+    return (
+        isinstance(parsed, list)
+        and bool(parsed)
+        and all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in parsed)
     )
 
 
@@ -93,19 +105,21 @@ def _parse_alpaca(row: Row) -> Chat:
 
 def _parse_tokenized(row: Row) -> Tokens:
     ids = integers(row, "input_ids")
-    labels = integers(row, "labels") if row.values.get("labels") is not None else ids
-    mask = integers(row, "attention_mask") if row.values.get("attention_mask") is not None else [1] * len(ids)
-    if not len(ids) == len(labels) == len(mask):
+    labels, attended, *masks = (
+        integers(row, name, default) for name, default in [("labels", ids), *((name, [1] * len(ids)) for name in MASKS)]
+    )
+    if {len(column) for column in (labels, attended, *masks)} != {len(ids)}:
         raise DataError(
-            f'{row.location}: "input_ids", "labels" and "attention_mask" must have one length, got {len(ids)}, '
-            f"{len(labels)} and {len(mask)}"
+            f'{row.location}: "labels" and masks must be as long as "input_ids", which has {len(ids)} tokens'
         )
+    if not row.values.get("labels"):
+        labels = [number if all(bits) else IGNORE_INDEX for number, *bits in zip(ids, *masks, strict=True)]
     negative = [number for number in [*ids, *(label for label in labels if label != IGNORE_INDEX)] if number < 0]
     if negative:
         raise DataError(
             f'{row.location}: "input_ids" must be token ids, and "labels" too, or {IGNORE_INDEX}, got {negative[0]}'
         )
-    kept = [position for position, attended in enumerate(mask) if attended]
+    kept = [position for position, is_attended in enumerate(attended) if is_attended]
     return Tokens([ids[position] for position in kept], [labels[position] for position in kept])
 
 

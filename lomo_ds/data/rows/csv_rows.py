@@ -34,7 +34,7 @@ def read_csv(path: Path, on_bad_row: OnBadRow, delimiter: str = ",") -> Iterator
 
 
 def _records(text: TextIOWrapper, delimiter: str, path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the location and the fields of each record, except for those without any text."""
+    """Yield the location and the fields of each record; a blank line is none."""
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     fields: list[str] | None = []
     while fields is not None:
@@ -49,7 +49,7 @@ def _records(text: TextIOWrapper, delimiter: str, path: Path) -> Iterator[tuple[
             ) from None
         finally:
             csv.field_size_limit(before)
-        if fields and any(field.strip() for field in fields):
+        if fields:
             yield location, fields
 
 

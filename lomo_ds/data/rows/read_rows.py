@@ -1,5 +1,6 @@
 """Rows of a dataset, read from files of any type that datasets are kept in."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -7,13 +8,13 @@ from pathlib import Path
 from lomo_ds.data.rows.csv_rows import read_csv
 from lomo_ds.data.rows.json_rows import read_json, read_json_lines
 from lomo_ds.data.rows.row_file import OnBadRow, Row, decode, not_utf8, open_text_file
-from lomo_ds.data.rows.table_rows import read_hub_rows, read_table
+from lomo_ds.data.rows.table_rows import read_table
 from lomo_ds.errors import DataError
 
-__all__ = ["OnBadRow", "Row", "data_files", "read_hub_rows", "read_rows"]
-
 # files that datasets writes beside those with rows
-METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+METADATA = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|cache-[0-9a-f]+\.arrow")
+COMPRESSED = {".zst", ".xz", ".bz2", ".lz4", ".zip"}
+SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)[-_.]")  # begins the name of a file on the hub
 
 Reader = Callable[[Path, OnBadRow], Iterator[Row]]
 
@@ -40,7 +41,9 @@ def data_files(source: str) -> list[Path]:
 
 
 def _is_data_file(path: Path) -> bool:
-    return _type(path) in READERS and path.is_file() and path.name not in METADATA and not path.name.startswith(".")
+    return (
+        has_known_type(path) and path.is_file() and not METADATA.fullmatch(path.name) and not path.name.startswith(".")
+    )
 
 
 def _check_folder(folder: Path, names: list[Path], files: list[Path]) -> None:
@@ -48,7 +51,18 @@ def _check_folder(folder: Path, names: list[Path], files: list[Path]) -> None:
         folders = ", ".join(name.name for name in names if name.is_dir())
         way_out = f"; give one of its folders: {folders}" if folders else ""
         raise DataError(f"{folder} holds no data file, whose name ends in {TYPES}{way_out}")
-    texts = [file for file in files if _type(file).startswith(".txt")]
+    splits = {match[1]: file.name for file in files if (match := SPLIT.match(file.name.lower()))}
+    if len(splits) > 1:
+        raise DataError(f"{folder} must hold files of one split, got {' and '.join(splits.values())}; give the files")
+    inner = [name.name for name in names if name.is_dir() and not name.name.startswith(".")]
+    if inner:
+        raise DataError(
+            f"{folder} must hold files or folders, got both {files[0].name} and {inner[0]}/; give the files"
+        )
+    compressed = [name for name in names if name.suffix in COMPRESSED and has_known_type(name.with_suffix(""))]
+    if compressed:
+        raise DataError(f"{compressed[0]} is compressed in a way that cannot be read; decompress it")
+    texts = [file for file in files if is_text_file(file)]
     if texts and len(texts) < len(files):
         other = next(file for file in files if file not in texts)
         raise DataError(
@@ -80,9 +94,19 @@ def read_rows(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
 
 
 def _reader(path: Path) -> Reader:
-    if _type(path) not in READERS:
+    if not has_known_type(path):
         raise DataError(f"a dataset's file must end in {TYPES}, got {path}")
     return READERS[_type(path)]
+
+
+def is_text_file(path: Path) -> bool:
+    """Return whether a file is one plain text."""
+    return _type(path) in (".txt", ".txt.gz")
+
+
+def has_known_type(path: Path) -> bool:
+    """Return whether the name of a file tells that it holds rows."""
+    return _type(path) in READERS
 
 
 def _type(path: Path) -> str:

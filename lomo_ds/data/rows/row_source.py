@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lomo_ds.data.rows.read_rows import data_files, read_rows
+from lomo_ds.data.rows.read_rows import data_files, has_known_type, is_text_file, read_rows
 from lomo_ds.data.rows.row_file import Row
 from lomo_ds.data.rows.table_rows import read_hub_rows
 from lomo_ds.errors import DataError
@@ -50,7 +50,7 @@ class RowSource:
         """Yield the rows of each part, see ``read_rows``; perhaps without those of .txt files, each one long row."""
         for part in self.parts():
             if isinstance(part, Path):
-                if not (without_texts and ".txt" in part.suffixes):
+                if not (without_texts and is_text_file(part)):
                     yield read_rows(part, on_bad_row)
             else:
                 yield read_hub_rows(part, self.split, on_bad_row)
@@ -59,4 +59,6 @@ class RowSource:
 def _is_hub_name(name: str) -> bool:
     """Return whether ``name`` is that of a dataset on the hub, owner/name, and not of a local file."""
     path = Path(name)
-    return not path.suffix and not path.is_absolute() and len(path.parts) == 2 and not path.exists()
+    return (
+        len(path.parts) == 2 and not name.startswith((".", "/", "~")) and not has_known_type(path) and not path.exists()
+    )

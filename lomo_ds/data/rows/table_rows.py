@@ -54,7 +54,8 @@ def read_hub_rows(name: str, split: str, on_bad_row: OnBadRow) -> Iterator[Row]:
         splits = datasets.load_dataset(match[1], match[2], streaming=True)
     except Exception as error:  # of datasets, huggingface_hub and the network
         raise DataError(
-            f"the dataset {name} cannot be read from the Hugging Face hub: {one_line(error)}; check its name, its "
+            f"no file is named {name}, and there is no such dataset on the Hugging Face hub, or it cannot be read: "
+            f"{one_line(error)}; check its name, its "
             f"config ({match[1]}:CONFIG) and the network, or download its files and give their folder"
         ) from error
     if split not in splits:
