@@ -1,4 +1,4 @@
-"""The inputs of a training job: configuration, model folder, tokenizer and texts, read before anything is built."""
+"""The inputs of a training job: configuration, model folder, tokenizer and data, read before anything is built."""
 
 import dataclasses
 import logging
@@ -61,7 +61,7 @@ class Inputs:
 
 
 def read_inputs(arguments: TrainArguments, explicit: frozenset[str], fast: FastPrecision, lock: ExitStack) -> Inputs:
-    """Read the inputs on all ranks; the first rank of each host downloads the model and tokenizes the texts.
+    """Read the inputs on all ranks; the first rank of each host downloads the model and tokenizes the data.
 
     Args:
         explicit: names of the arguments that the user set, rather than left at their default.
