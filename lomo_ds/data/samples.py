@@ -136,13 +136,16 @@ def read_examples(
 
 def needs_chat_template(source: RowSource, options: TokenizationOptions) -> bool:
     """Return whether the first example of a file in ``source`` is a conversation."""
-    for rows in source.rows_by_part(lambda error: None, without_texts=True):
+    parts = source.rows_by_part(lambda error: None, without_texts=True)
+    return any(_begins_with_chat(rows, options) for rows in parts)
+
+
+def _begins_with_chat(rows: Iterator[Row], options: TokenizationOptions) -> bool:
+    with contextlib.suppress(DataError):  # reported when all rows are read, which they need not be if they are cached
         for row in rows:
-            with contextlib.suppress(DataError):  # reported when all rows are read
+            with contextlib.suppress(DataError):
                 name = options.dataset_format or detect_format(row, options.text_field)
-                if isinstance(parse_row(row, name, options.text_field), Chat):
-                    return True
-                break
+                return isinstance(parse_row(row, name, options.text_field), Chat)
     return False
 
 

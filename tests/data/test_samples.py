@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
 from lomo_ds.data import IGNORE_INDEX, RowSource, Text, TokenizationOptions
 from lomo_ds.data.formats import Completion
-from lomo_ds.data.samples import RowCounts, needs_chat_template, read_samples
+from lomo_ds.data.samples import RowCounts, load_samples, needs_chat_template, read_samples
 from lomo_ds.errors import DataError
 from tests.data.datasets import load, source, write_jsonl
 from tests.data.tokenizers import Letters
@@ -115,6 +116,20 @@ def test_a_source_without_a_sample(tmp_path: Path) -> None:
 def test_sources_of_conversations_need_a_chat_template(tmp_path: Path, rows: list[Any], needed: bool) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     assert needs_chat_template(source(file), TokenizationOptions()) == needed
+
+
+def test_a_cached_hub_dataset_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub: dict[str, Any] = {"train": [{"text": "ab"}]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    options, name = TokenizationOptions(), RowSource(("me/data",))
+    before = load_samples(name, letters(), tmp_path, options)
+
+    def offline(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    assert not needs_chat_template(name, options)
+    assert load_samples(name, letters(), tmp_path, options).ids.tolist() == before.ids.tolist() == [0, *ids("ab"), 1]
 
 
 def test_a_hub_dataset_is_read_where_no_file_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
