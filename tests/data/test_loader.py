@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lomo_ds.data import IGNORE_INDEX, PackedSequences, Position, TrainingSteps, evaluation_batches
-from tests.data.datasets import text_blocks
+from tests.data.datasets import make_samples, text_blocks
 
 
 def blocks(count: int, length: int = 4) -> PackedSequences:
@@ -55,6 +55,25 @@ def test_an_epoch_has_every_sequence_once_and_a_new_order(world_size: int) -> No
     first, second = epoch_by_epoch(world_size)
     assert sorted(first) == sorted(second) == list(range(0, 92, 4))
     assert first != second
+
+
+@pytest.mark.parametrize("strategy", ["none", "bfd", "bfd_split"])
+def test_a_packed_epoch_has_every_sample_once_on_changing_ranks(strategy: Any) -> None:
+    """Use 2, 3 and 1 ranks; samples are told by their tokens, of which no two are equal."""
+    samples = make_samples([3 + 5 * number % 11 for number in range(40)], prompts=[1] * 40)
+    sequences = PackedSequences(samples, 8, strategy)
+    position, tokens = Position(), []
+    for world_size, count in ((2, 1), (3, 1), (1, 99)):
+        more = {"sequences": sequences, "start": position, "batch_size": 1, "epochs": 1.0}
+        ranks = [training_steps(rank, world_size, **more) for rank in range(world_size)]
+        for parts in itertools.islice(zip(*ranks, strict=True), count):
+            labels = [batch["labels"] for part in parts for batch in part]
+            tokens += [int(label) for rows in labels for label in rows.flatten() if label != IGNORE_INDEX]
+        position = ranks[0].position
+    all_labels = [sequences[index]["labels"] for index in range(len(sequences))]
+    assert sorted(tokens) == sorted(int(label) for row in all_labels for label in row if label != IGNORE_INDEX)
+    assert len(set(tokens)) == len(tokens)
+    assert ranks[0].tokens == sequences.sizes.sum()
 
 
 def test_a_step_has_the_same_sequences_for_any_world_size() -> None:
