@@ -6,6 +6,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lomo_ds.data.chunked_tokenization import TokenArray
+from lomo_ds.data.formats import Tokens
 from lomo_ds.data.rows import RowSource
 from lomo_ds.data.samples import RowCounts, Samples, read_samples
 from lomo_ds.data.tokens import TokenizationOptions
@@ -24,15 +25,18 @@ def highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def check_token_ids(
     samples: Samples, source: RowSource, tokenizer: PreTrainedTokenizerBase, rows: int, options: TokenizationOptions
 ) -> None:
-    """Check that an embedding of ``rows`` rows has one for each token of ``samples``, which are those of ``source``.
+    """Check that an embedding of ``rows`` rows has one for each token and label of ``samples``, those of ``source``.
 
     Raises:
         DataError: a token has no row; the message names the first one and the row of the data that it is in.
     """
-    if not len(samples.ids) or samples.ids.max() < rows:
+    if highest_id(tokenizer) < rows and not samples.are(Tokens).any():
+        return  # without reading all tokens
+    if max(samples.ids.max(), samples.labels.max()) < rows:
         return
-    for location, _, (ids, _) in read_samples(source, tokenizer, options, RowCounts()):
-        _check_ids(ids, location, tokenizer, rows)
+    for location, _, labelled in read_samples(source, tokenizer, options, RowCounts()):
+        for numbers in labelled:
+            _check_ids(numbers, location, tokenizer, rows)
 
 
 def check_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:

@@ -103,7 +103,7 @@ class Trainer:
     def _check_separation(self) -> None:
         """Raise if packed documents would see each other in this model."""
         arguments = self.arguments
-        if self.steps.sequences.has_documents:
+        if any(data is not None and data.has_documents for data in (self.datasets.training, self.datasets.validation)):
             check_separation(
                 self.engine, max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
             )

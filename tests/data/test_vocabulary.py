@@ -16,7 +16,7 @@ from lomo_ds.data import (
     warn_about_unknown_tokens,
 )
 from lomo_ds.errors import DataError
-from tests.data.datasets import load, source
+from tests.data.datasets import load, source, write_jsonl
 from tests.data.tokenizers import Letters, byte_level
 
 
@@ -49,6 +49,14 @@ def test_a_text_must_not_have_a_token_without_a_row(tmp_path: Path, padded: tupl
     with pytest.raises(DataError, match=f"^--sample_prompt {message}"):
         check_prompt("<pad>", tokenizer, rows)
     check(tmp_path / "a.jsonl", tokenizer, rows + 1)
+
+
+@pytest.mark.parametrize("row", [{"input_ids": [5, 999]}, {"input_ids": [5, 6], "labels": [5, 999]}])
+def test_tokenized_rows_must_not_have_an_id_without_a_row(tmp_path: Path, row: dict[str, Any]) -> None:
+    """Check them even if the tokenizer has no token without a row, since another one may have made them."""
+    tokenizer = byte_level()
+    with pytest.raises(DataError, match=r"^.*a\.jsonl line 1 has the token None, number 999"):
+        check(write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer, len(tokenizer))
 
 
 def test_ids_with_a_gap(tmp_path: Path) -> None:
