@@ -18,8 +18,8 @@ FLOORS = [
     {"zero3"},
     {"config"},
     {"update", "checkpoint"},
-    {"models", "engine"},
-    {"planner"},
+    {"models"},
+    {"engine", "planner"},
     {"train"},
 ]
 FLOOR_OF = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}

@@ -13,6 +13,7 @@ StashDevice = Literal["auto", "cpu", "gpu"]
 Rounding = Literal["auto", "nearest", "stochastic"]
 GatherGranularity = Literal["auto", "module", "layer"]
 Weights = Literal["auto", "int8"]
+Accumulation = Literal["auto", "layered", "stash"]
 # names of --optim: those of ``OPTIMIZERS``, and the baselines to compare them with
 OptimizerName = Literal["lomo", "adalomo", "adamw", "sgd"]
 
@@ -45,6 +46,12 @@ class LomoParameters:
         "auto",
         "What parameters are gathered for at once: each module, or a whole decoder layer; auto is layer wherever two "
         "layers fit. On one rank without offload nothing is gathered.",
+    )
+    accumulation: Accumulation = lomo_parameter(
+        "auto",
+        "How gradients of several micro-batches are added up: layered runs all of them through one layer before the "
+        "next, and recomputes its activations in backward; stash adds up gradient shards; auto is layered wherever the "
+        "model allows it.",
     )
     weights: Weights = lomo_parameter(
         "auto",

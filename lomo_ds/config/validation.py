@@ -181,11 +181,15 @@ def _validate_schedule(ds_config: dict[str, Any], lomo: LomoConfig) -> None:
                 "update_schedule immediate cannot train in fp16, because an overflow may be found after weights have "
                 f"changed; {alternatives}, or bf16"
             )
-    if schedule in ("immediate", "two_pass") and accumulation > 1:
+    if schedule in ("immediate", "two_pass") and accumulation > 1 and lomo.accumulation == "stash":
         raise ConfigError(
-            f"update_schedule {schedule} cannot accumulate gradients (gradient_accumulation_steps {accumulation}), "
-            "because it keeps none; use update_schedule stash, or a larger micro-batch with "
-            "gradient_accumulation_steps 1"
+            f"update_schedule {schedule} keeps no gradients, which accumulation stash needs for "
+            f"gradient_accumulation_steps {accumulation}; use accumulation layered, or update_schedule stash"
+        )
+    if lomo.accumulation == "layered" and lomo.gather_granularity == "module":
+        raise ConfigError(
+            "accumulation layered gathers whole layers, and gather_granularity module gathers their modules one by "
+            "one; leave one of the two out"
         )
 
 

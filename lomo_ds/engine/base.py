@@ -65,8 +65,8 @@ class TokenAveragingEngine(DeepSpeedEngine):
                 loss; or the weights of the micro-batch losses are unknown.
             PeerError: the model returns no loss on another rank.
         """
-        step_batch = StepBatch(batch, num_items, self._label_observer, self.device, self._data_parallel_group)
-        self._validate_train_batch(len(step_batch))
+        step_batch = self._build_step_batch(batch, num_items)
+        self._validate_train_batch()
         try:
             loss = self._take_step(step_batch)
         except BaseException:
@@ -90,8 +90,12 @@ class TokenAveragingEngine(DeepSpeedEngine):
             if name in vars(self):
                 vars(self)[name].remove()
 
-    def _validate_train_batch(self, micro_batches: int) -> None:
-        """Raise if the engine cannot run a step of so many micro-batches now."""
+    def _build_step_batch(self, batch: Batch | Sequence[Batch], num_items: int | Sequence[int] | None) -> StepBatch:
+        """Return the batches of a step, which are run forward and backward one after the other."""
+        return StepBatch(batch, num_items, self._label_observer, self.device, self._data_parallel_group)
+
+    def _validate_train_batch(self) -> None:
+        """Raise if the engine cannot run a step now."""
 
     @abstractmethod
     def _take_step(self, step_batch: StepBatch) -> float:

@@ -18,7 +18,9 @@ from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import format_bytes, free_bytes
 from lomo_ds.memory.host_memory import storage_bytes
+from lomo_ds.models.layered import reason_not_layered
 from lomo_ds.numerics.rounding_noise import RoundingNoise
+from lomo_ds.update.accumulation import AccumulationChoice, choose_accumulation
 from lomo_ds.update.clipping import Clipping, clipping_groups
 from lomo_ds.update.hooks import BackwardHooks
 from lomo_ds.update.rules import RULES, Rule
@@ -51,16 +53,19 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
     """
     options = {id(parameter): group for group in groups.param_groups for parameter in group["params"]}
     trained = _trained_parameters(engine.module, set(options))
-    gathering = _build_gathering(engine, lomo)
+    against_layered = reason_not_layered(engine.module)
+    gathering = _build_gathering(engine, lomo, against_layered)
+    accumulation = _choose_accumulation(engine, lomo, gathering, against_layered)
     shards = [zero3.Shard.of(name, parameter) for name, parameter in trained.items()]
     targets = [
         Target(shard.name, shard.shape, shard.start, shard.stop, group, options[id(parameter)])
         for shard, group, parameter in zip(shards, clipping_groups(list(trained)), trained.values(), strict=True)
     ]
     clipping = Clipping(lomo.clip_grad_value, lomo.clip_group_norm, engine.gradient_clipping() or None)
-    stash_dtype = torch.float32 if engine.gradient_accumulation_steps() > 1 else _communication_dtype(engine)
+    adds_up = engine.gradient_accumulation_steps() > 1 and lomo.accumulation != "layered"
+    stash_dtype = torch.float32 if adds_up else _communication_dtype(engine)
     stash_bytes = sum(t.numel for t in targets) * (stash_dtype or engine.get_data_types()[0]).itemsize
-    choice = _choose_schedule(engine, lomo, clipping, stash_bytes)
+    choice = _choose_schedule(engine, lomo, clipping, accumulation.layered, stash_bytes)
     _log_host_memory(engine, shards, choice, stash_bytes)
     updater = Updater(
         targets,
@@ -79,12 +84,24 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
         ),
         schedule=schedule,
         choice=choice,
+        accumulation=accumulation,
         loss_scaler=_build_loss_scaler(engine),
         process_group=engine.seq_data_parallel_group,
     )
 
 
-def _build_gathering(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
+def _choose_accumulation(
+    engine: DeepSpeedEngine, lomo: LomoConfig, gathering: Gathering, against_layered: str | None
+) -> AccumulationChoice:
+    if against_layered is None and gathering.granularity == "module":
+        against_layered = "parameters are gathered by module, as a layer does not fit or was not asked for"
+    choice = choose_accumulation(lomo.accumulation, against_layered)
+    if engine.gradient_accumulation_steps() > 1 and engine.global_rank == 0:
+        logger.info("accumulation %s: %s", lomo.accumulation, choice)
+    return choice
+
+
+def _build_gathering(engine: DeepSpeedEngine, lomo: LomoConfig, against_layered: str | None) -> Gathering:
     dtype = engine.get_data_types()[0]
     free_host = _min_free_bytes(engine)[1]  # before any rank allocates host memory
     raise_on_all_ranks(
@@ -92,7 +109,9 @@ def _build_gathering(engine: DeepSpeedEngine, lomo: LomoConfig) -> Gathering:
     )
     if zero3.is_resident_config(engine.config) and zero3.is_resident(engine.module):
         return ResidentGathering(engine.module)
-    granularity = choose_granularity(lomo.gather_granularity, engine.module, _min_free_bytes(engine)[0])
+    accumulates = lomo.accumulation == "layered" or engine.gradient_accumulation_steps() > 1
+    layered = accumulates and lomo.accumulation != "stash" and against_layered is None
+    granularity = choose_granularity(lomo.gather_granularity, engine.module, _min_free_bytes(engine)[0], layered)
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
     undo, uses_wire_format, limits = _configure_gathering(engine, granularity)
@@ -206,13 +225,16 @@ def _build_noise(engine: DeepSpeedEngine, lomo: LomoConfig) -> RoundingNoise | N
     return RoundingNoise(torch.Generator(engine.device).manual_seed(lomo.seed + rank))
 
 
-def _choose_schedule(engine: DeepSpeedEngine, lomo: LomoConfig, clipping: Clipping, stash_bytes: int) -> Choice:
+def _choose_schedule(
+    engine: DeepSpeedEngine, lomo: LomoConfig, clipping: Clipping, layered: bool, stash_bytes: int
+) -> Choice:
     free_device, free_host = _min_free_bytes(engine)
     choice = choose_schedule(
         lomo,
         gradient_clipping=engine.gradient_clipping(),
         fp16=engine.fp16_enabled(),
         accumulation_steps=engine.gradient_accumulation_steps(),
+        layered=layered,
         stash_bytes=stash_bytes,
         free_device_bytes=free_device,
         free_host_bytes=free_host,

@@ -4,7 +4,8 @@
 complete optimizer step under any update schedule.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lomo_ds.config.lomo_config import OPTIMIZERS, read_lomo_config
 from lomo_ds.distributed.collectives import all_reduce_sum, gather_objects
 from lomo_ds.distributed.process_group import TIMEOUT
 from lomo_ds.engine.base import TokenAveragingEngine
+from lomo_ds.engine.batches import Batch, as_micro_batches
 from lomo_ds.engine.build import build_optimizer
 from lomo_ds.engine.client_arguments import needs_metric
 from lomo_ds.engine.engine_state import (
@@ -27,10 +29,13 @@ from lomo_ds.engine.engine_state import (
     restore_engine,
     restore_weights,
 )
+from lomo_ds.engine.items import count_items, parse_num_items
+from lomo_ds.engine.joined_batch import join, reason_not_joined
 from lomo_ds.engine.loss import as_scalar
 from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.engine.step_batch import StepBatch
 from lomo_ds.errors import CheckpointError, ConfigError
+from lomo_ds.models.layered import layered
 from lomo_ds.update.schedules import Schedule
 from lomo_ds.zero3.parameter_access import ParameterAccess
 
@@ -55,13 +60,39 @@ class LomoEngine(TokenAveragingEngine):
         """Active update schedule."""
         return self.optimizer.schedule
 
-    def _validate_train_batch(self, micro_batches: int) -> None:
+    def _build_step_batch(self, batch: Batch | Sequence[Batch], num_items: int | Sequence[int] | None) -> StepBatch:
+        """Return the batches of a step; with layered accumulation they are joined to one."""
+        micro_batches = as_micro_batches(batch)
+        if max(len(micro_batches), self.gradient_accumulation_steps()) > 1:
+            reason = self._reason_not_layered(micro_batches, num_items)
+            if reason is None:
+                joined = join(micro_batches)
+                step_batch = super()._build_step_batch(joined.batch, None)
+                step_batch.joined = joined.micro_batches
+                return step_batch
+            if len(micro_batches) > 1 and not self.schedule.keeps_gradients:
+                raise ConfigError(
+                    f"train_batch got {len(micro_batches)} micro-batches, but this update schedule keeps no gradients "
+                    f"to add up, and layered accumulation is not possible: {reason}; use update_schedule stash, or one "
+                    "larger micro-batch"
+                )
+        return super()._build_step_batch(batch, num_items)
+
+    def _reason_not_layered(self, micro_batches: Sequence[Batch], num_items: int | Sequence[int] | None) -> str | None:
+        """Return the reason why these micro-batches cannot be accumulated inside the layers; None if they can."""
+        accumulation = self.optimizer.accumulation
+        if not accumulation.layered:
+            return accumulation.reason
+        reason = reason_not_joined(micro_batches)
+        if reason is None and num_items is not None:
+            shifts = self._label_observer.shifts
+            counts = [count_items(micro_batch, shifts) for micro_batch in micro_batches]
+            if parse_num_items(num_items, len(micro_batches)) != counts:
+                return "num_items are not the numbers of their labels"
+        return reason
+
+    def _validate_train_batch(self) -> None:
         self._validate_scheduler_metric(None)
-        if micro_batches > 1 and not self.schedule.keeps_gradients:
-            raise ConfigError(
-                f"train_batch got {micro_batches} micro-batches, but this update schedule cannot accumulate gradients; "
-                "use update_schedule stash, or one larger micro-batch"
-            )
         if self.optimizer.backward_passes:
             raise ConfigError(
                 f"train_batch must not run inside an unfinished step, but engine.backward has run "
@@ -71,11 +102,17 @@ class LomoEngine(TokenAveragingEngine):
     def _take_step(self, step_batch: StepBatch) -> float:
         self._in_train_batch = True
         try:
-            self.schedule.run(_Passes(self, step_batch))
+            with self._accumulating(step_batch):
+                self.schedule.run(_Passes(self, step_batch))
             self._finish_step()
         finally:
             self._in_train_batch = False
         return self.optimizer.loss
+
+    def _accumulating(self, step_batch: StepBatch) -> AbstractContextManager[None]:
+        if step_batch.joined is None:
+            return nullcontext()
+        return layered(self.module, step_batch.joined, self.optimizer.hooks.summed)
 
     def _abort_step(self) -> None:
         self.optimizer.abort_step()

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from lomo_ds.distributed.collectives import all_reduce_sum
 from lomo_ds.errors import NonFiniteGradientError
+from lomo_ds.update.accumulation import AccumulationChoice
 from lomo_ds.update.hooks import BackwardHooks
 from lomo_ds.update.schedules import Choice, Schedule
 from lomo_ds.zero3.gathering import Gathering
@@ -39,6 +40,7 @@ class LomoOptimizer(ZeROOptimizer):
         gathering: gathers full parameters for the modules.
         hooks: pass the gradients to ``schedule``.
         choice: the resolved schedule settings.
+        accumulation: how ``train_batch`` accumulates micro-batches.
         process_group: the process group of the data-parallel ranks.
     """
 
@@ -49,6 +51,7 @@ class LomoOptimizer(ZeROOptimizer):
         hooks: BackwardHooks,
         schedule: Schedule,
         choice: Choice,
+        accumulation: AccumulationChoice,
         loss_scaler: LossScalerBase,
         process_group: ProcessGroup,
     ) -> None:
@@ -58,6 +61,7 @@ class LomoOptimizer(ZeROOptimizer):
         self.hooks = hooks
         self.schedule = schedule
         self.choice = choice
+        self.accumulation = accumulation
         self.loss_scaler = loss_scaler
         self.process_group = process_group
         # read by ZeROOptimizer.scale_if_loss and needs_scaler

@@ -8,11 +8,12 @@ import inspect
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
+
+from lomo_ds.models.attention import document_boundaries
 
 
 class PackedRows:
@@ -67,17 +68,3 @@ def _needs_boundaries(module: PreTrainedModel, parameters: dict[str, Any], named
 def _position_ids_of_all_rows(named: dict[str, Any]) -> Tensor:
     tokens = named["inputs_embeds"] if named.get("input_ids") is None else named["input_ids"]
     return named["position_ids"].expand(tokens.shape[0], -1)
-
-
-def document_boundaries(position_ids: Tensor) -> dict[str, Any]:
-    """Return transformers' arguments for flash attention on rows of packed documents, one after the other.
-
-    Args:
-        position_ids: (rows, length) integers; where they do not count up by 1, a document begins.
-    """
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids.diff(dim=-1) != 1
-    starts = begins.flatten().nonzero().flatten()
-    offsets = torch.nn.functional.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
-    longest = int(offsets.diff().max())
-    return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}

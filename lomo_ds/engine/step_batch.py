@@ -22,6 +22,7 @@ from lomo_ds.engine.items import (
 )
 from lomo_ds.engine.loss import extract_loss
 from lomo_ds.errors import ConfigError, PeerError
+from lomo_ds.models.layered import MicroBatch
 
 
 class StepBatch:
@@ -55,6 +56,7 @@ class StepBatch:
             move_to_device(micro_batch if any(count) else with_dummy_labels(micro_batch), device)
             for micro_batch, count in zip(micro_batches, self.counts, strict=True)
         ]
+        self.joined: list[MicroBatch] | None = None  # micro-batches that the only batch consists of, if it was joined
         self.has_num_items = num_items is not None
         self.label_observer = label_observer
         self.device = device

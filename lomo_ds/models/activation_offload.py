@@ -58,14 +58,19 @@ class ActivationOffload:
         self.released: deque[tuple[Tensor, Fetch | None]] = deque()  # filled by the thread that frees the graph
         self.newest: weakref.ref[_Packed] | None = None
 
-    def checkpoint(self, layer: Callable[..., Any], *inputs: Any) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ActivationOffload":
+        """Return this offload, which copies of a model share."""
+        return self
+
+    def __call__(self, layer: Callable[..., Any], *inputs: Any) -> Any:
         """Run a layer as a checkpoint whose inputs are offloaded; its activations are recomputed in backward."""
         if any(isinstance(value, Parameter) for value in inputs):  # parameters stay on the device anyway
             return checkpoint(layer, *inputs, use_reentrant=False)
-        with saved_tensors_hooks(self._pack, self._unpack):
+        with saved_tensors_hooks(self.pack, self.unpack):
             return checkpoint(layer, *inputs, use_reentrant=False)
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Packed:
+    def pack(self, tensor: Tensor) -> Tensor | _Packed:
+        """Start to move a tensor to host memory, unless it is small; return what ``unpack`` takes."""
         if not tensor.is_floating_point() or tensor.nbytes < MIN_BYTES:
             return tensor
         if self.transfer is None:
@@ -77,7 +82,8 @@ class ActivationOffload:
         self.transfer.offload(tensor.detach(), packed.host_tensor)
         return packed
 
-    def _unpack(self, packed: Tensor | _Packed) -> Tensor:
+    def unpack(self, packed: Tensor | _Packed) -> Tensor:
+        """Return the tensor on its device again, and start to fetch the one that was packed before it."""
         if isinstance(packed, Tensor):
             return packed
         assert self.transfer is not None

@@ -1,8 +1,14 @@
-"""The implementation of attention that a model is built with; configurations are exported without it."""
+"""The implementation of attention that a model is built with, and what flash attention must be told about documents.
+
+Configurations are exported without it.
+"""
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils.generic import is_flash_attention_requested
@@ -61,3 +67,17 @@ def without_flash_attention(config: PretrainedConfig) -> PretrainedConfig:
     config = copy.deepcopy(config)
     config._attn_implementation = "sdpa"
     return config
+
+
+def document_boundaries(position_ids: Tensor) -> dict[str, Any]:
+    """Return transformers' arguments for flash attention on rows of packed documents, one after the other.
+
+    Args:
+        position_ids: (rows, length) integers; where they do not count up by 1, a document begins.
+    """
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=-1) != 1
+    starts = begins.flatten().nonzero().flatten()
+    offsets = torch.nn.functional.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
+    longest = int(offsets.diff().max())
+    return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}

@@ -1,8 +1,5 @@
 """Activation checkpointing: only the input of each layer is kept until backward, on the device or in host memory."""
 
-from collections.abc import Callable
-from typing import Any
-
 from transformers import PreTrainedModel
 
 from lomo_ds.errors import ConfigError
@@ -27,10 +24,5 @@ def recompute_activations(model: PreTrainedModel, offload: bool = False) -> None
     if offload:
         modules = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
         offloading = ActivationOffload(len(modules))
-
-        # a function, not a bound method, so that deep copies of the model share the offload
-        def checkpoint(layer: Callable[..., Any], *inputs: Any) -> Any:
-            return offloading.checkpoint(layer, *inputs)
-
         for module in modules:
-            module._gradient_checkpointing_func = checkpoint
+            module._gradient_checkpointing_func = offloading

@@ -3,7 +3,9 @@
 ZeRO-3 gathers ``lm_head.weight`` only around the forward of ``lm_head``, so the loss is computed there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from lomo_ds.data.formats import IGNORE_INDEX
 from lomo_ds.errors import ModelError
+from lomo_ds.models.replaced_forward import replaced_forward
 from lomo_ds.models.tiled_loss import TILE_BYTES, tiled_cross_entropy
 
 
@@ -32,7 +35,7 @@ def tile_logits(model: PreTrainedModel, tile_bytes: int = TILE_BYTES) -> None:
     Raises:
         ModelError: the model does not compute its loss from logits like transformers' LLaMA.
     """
-    reason = _reason_not_tileable(model)
+    reason = reason_not_tileable(model)
     if reason is not None:
         raise ModelError(
             "tiled logits need a model that computes its loss like transformers' LlamaForCausalLM (Mistral, Qwen2, "
@@ -42,9 +45,25 @@ def tile_logits(model: PreTrainedModel, tile_bytes: int = TILE_BYTES) -> None:
     model.forward = MethodType(_forward, model)
 
 
+@contextmanager
+def tiled_logits(model: PreTrainedModel, tile_bytes: int = TILE_BYTES) -> Iterator[None]:
+    """Compute the loss of ``model`` as ``tile_logits`` does, until the context ends."""
+    if is_tiled(model):
+        yield
+        return
+    head = partial(_head_forward, model.lm_head, tile_bytes)
+    with replaced_forward(model, MethodType(_forward, model)), replaced_forward(model.lm_head, head):
+        yield
+
+
+def is_tiled(model: PreTrainedModel) -> bool:
+    """Return whether ``tile_logits`` has changed ``model``."""
+    return isinstance(getattr(model, "lm_head", None), TiledHead)
+
+
 def can_tile_logits(model: PreTrainedModel) -> bool:
     """Return whether ``tile_logits`` supports ``model``."""
-    return _reason_not_tileable(model) is None
+    return reason_not_tileable(model) is None
 
 
 class TiledHead(Linear):
@@ -63,11 +82,16 @@ class TiledHead(Linear):
 
     def forward(self, input: Tensor, labels: Tensor | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
         """Return the logits of ``input``, or the sum of their cross-entropies with ``labels`` (one for each row)."""
-        if labels is None:
-            return super().forward(input)
-        return tiled_cross_entropy(
-            input.flatten(0, -2), self.weight, self.bias, labels.flatten(), ignore_index, self.tile_bytes
-        )
+        return _head_forward(self, self.tile_bytes, input, labels, ignore_index)
+
+
+def _head_forward(
+    head: Linear, tile_bytes: int, input: Tensor, labels: Tensor | None = None, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """Run the forward of a ``TiledHead``."""
+    if labels is None:
+        return Linear.forward(head, input)
+    return tiled_cross_entropy(input.flatten(0, -2), head.weight, head.bias, labels.flatten(), ignore_index, tile_bytes)
 
 
 @can_return_tuple
@@ -84,15 +108,16 @@ def _forward(
     **kwargs: Any,
 ) -> CausalLMOutputWithPast:
     """Do the same as transformers' LlamaForCausalLM.forward, but return no logits if there are labels."""
-    inputs = {
+    named = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
         "past_key_values": past_key_values,
         "inputs_embeds": inputs_embeds,
         "use_cache": use_cache,
-        **kwargs,
     }
+    # transformers warns about deprecated names even if they are None
+    inputs = {name: value for name, value in named.items() if value is not None} | kwargs
     if labels is None or isinstance(logits_to_keep, Tensor) or logits_to_keep:
         return type(self).forward(self, **inputs, labels=labels, logits_to_keep=logits_to_keep)
     outputs = self.model(**inputs)
@@ -105,7 +130,7 @@ def _forward(
 
 
 def _loss(
-    head: TiledHead,
+    head: Linear,
     hidden: Tensor,
     labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
@@ -124,7 +149,7 @@ def _loss(
     return head(hidden, labels=shift_labels, ignore_index=ignore_index) / num_items_in_batch
 
 
-def _reason_not_tileable(model: PreTrainedModel) -> str | None:
+def reason_not_tileable(model: PreTrainedModel) -> str | None:
     """Return the reason why the logits of ``model`` cannot be tiled, or None if they can."""
     if "forward" in vars(model) or _bytecode(type(model).forward) != _bytecode(LlamaForCausalLM.forward):
         return "which has a forward of its own"

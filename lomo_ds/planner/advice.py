@@ -170,14 +170,14 @@ def _disable_prefetch(settings: Settings) -> Iterator[_Variant]:
 def _schedule(settings: Settings) -> Iterator[_Variant]:
     if settings.is_baseline:
         return
-    if settings.accumulation == 1 and not settings.gradient_clipping and settings.precision != "fp16":
+    if settings.accumulation_steps == 1 and not settings.gradient_clipping and settings.precision != "fp16":
         if settings.update_schedule not in ("immediate", "auto"):
             yield _Variant("update_schedule immediate", settings.but(update_schedule="immediate"))
         return
     if settings.stash_device != "cpu" and settings.update_schedule != "two_pass":
         stash = {"update_schedule": "stash", "stash_device": "cpu"}
         yield _Variant("update_schedule stash with stash_device cpu", settings.but(**stash))
-    if settings.accumulation == 1 and settings.update_schedule != "two_pass":
+    if settings.accumulation_steps == 1 and settings.update_schedule != "two_pass":
         yield _Variant("update_schedule two_pass", settings.but(update_schedule="two_pass", stash_device="auto"))
 
 

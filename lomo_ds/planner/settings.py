@@ -27,7 +27,7 @@ class Settings(LomoParameters):
         hosts: machines that the ranks are distributed over evenly.
         sequence: tokens per row.
         batch: rows per micro-batch and rank.
-        accumulation: micro-batches per step.
+        accumulation_steps: micro-batches per step.
         documents: whether a row holds several documents that must not see each other.
         attention: implementation of attention; None for the model's own.
         precision: precision of weights and gradients.
@@ -49,7 +49,7 @@ class Settings(LomoParameters):
     hosts: int = parameter(1, at_least=1)
     sequence: int = parameter(1024, at_least=2)
     batch: int = parameter(1, at_least=1)
-    accumulation: int = parameter(1, at_least=1)
+    accumulation_steps: int = parameter(1, at_least=1)
     documents: bool = False
     attention: Attention | None = None
     precision: Precision = "bf16"
@@ -86,7 +86,7 @@ class Settings(LomoParameters):
     @property
     def stash_dtype(self) -> torch.dtype | None:
         """Data type of stashed gradient shards; None for the one they arrive in."""
-        if self.accumulation > 1:
+        if self.accumulation_steps > 1:
             return torch.float32
         return DTYPES[self.communication_data_type] if self.communication_data_type else None
 
@@ -98,7 +98,7 @@ class Settings(LomoParameters):
     @property
     def tokens(self) -> int:
         """Tokens of all ranks in a step."""
-        return self.gpus * self.batch * self.accumulation * self.sequence
+        return self.gpus * self.batch * self.accumulation_steps * self.sequence
 
     @property
     def masked(self) -> bool:

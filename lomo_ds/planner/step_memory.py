@@ -104,7 +104,7 @@ class _PeakTracker:
     def run(self) -> StepMemory:
         """Simulate a step. Two micro-batches are enough: the second finds the stash of the first."""
         self._count_host()
-        for _ in range(min(2, self.settings.accumulation)):
+        for _ in range(min(2, self.settings.accumulation_steps)):
             before = self.gathered.moved
             for event in self.trace.events:
                 self._handle(event)

@@ -90,7 +90,7 @@ def settings_as(kind: type[PlanSettings], ds_config: dict[str, Any], **others: A
     communication = ds_config.get("communication_data_type")
     return kind(
         batch=ds_config["train_micro_batch_size_per_gpu"],
-        accumulation=ds_config["gradient_accumulation_steps"],
+        accumulation_steps=ds_config["gradient_accumulation_steps"],
         gradient_clipping=ds_config["gradient_clipping"],
         precision=precision,  # type: ignore[arg-type]
         optimizer=str(optimizer["type"]).lower(),  # type: ignore[arg-type]
@@ -109,8 +109,8 @@ def command_line(plan: Plan) -> str:
         words += ["--num_nodes", str(settings.hosts), "--hostfile", "HOSTS"]
     words += ["launch/train.py", "--model_name_or_path", plan.model, "--max_seq_length", str(settings.sequence)]
     words += ["--per_device_train_batch_size", str(settings.batch)]
-    if settings.accumulation > 1:
-        words += ["--gradient_accumulation_steps", str(settings.accumulation)]
+    if settings.accumulation_steps > 1:
+        words += ["--gradient_accumulation_steps", str(settings.accumulation_steps)]
     if settings.clip_group_norm is None and settings.clip_grad_value is None:
         words += ["--max_grad_norm", f"{settings.gradient_clipping:g}"]
     if settings.is_baseline:  # otherwise the DeepSpeed config names it

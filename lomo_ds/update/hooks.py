@@ -1,8 +1,11 @@
 """Gradient hooks: take each parameter's gradient from autograd, pass it to the reduction and free it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
@@ -34,10 +37,21 @@ class BackwardHooks:
         self.schedule = schedule
         self.reduction = Reduction(targets, process_group, communication_dtype, schedule.receive)
         self.arrived: set[Target] = set()  # those whose gradient has arrived in this backward
+        self.sums: dict[Target, Tensor] | None = None  # gradients that are being added up, see ``summed``
+        self.parameter_of = dict(zip(targets, parameters, strict=True))
         self.handles: list[RemovableHandle] = [
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, target))
-            for target, parameter in zip(targets, parameters, strict=True)
+            for target, parameter in self.parameter_of.items()
         ]
+
+    @contextmanager
+    def summed(self) -> Iterator[None]:
+        """Add up the gradients of each parameter that arrive in this context, and process their sums at its end."""
+        self.sums = {}
+        yield
+        sums, self.sums = self.sums, None
+        for target in list(sums):
+            self._process(target, self.parameter_of[target], sums.pop(target))
 
     def end_backward(self) -> None:
         """Reduce and process the remaining gradients; call this after each backward pass."""
@@ -49,6 +63,7 @@ class BackwardHooks:
     def reset(self) -> None:
         """Discard the gradients of a backward pass that an exception has interrupted."""
         self.arrived.clear()
+        self.sums = None
         self.reduction.reset()
 
     def remove(self) -> None:
@@ -59,6 +74,14 @@ class BackwardHooks:
     def _on_gradient(self, target: Target, parameter: Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
+        if self.sums is None:
+            self._process(target, parameter, gradient)
+        elif target in self.sums:
+            self.sums[target] += gradient
+        else:
+            self.sums[target] = gradient
+
+    def _process(self, target: Target, parameter: Parameter, gradient: Tensor) -> None:
         if target in self.arrived and not self.schedule.keeps_gradients:
             self._raise_second_gradient(target)
         self.arrived.add(target)

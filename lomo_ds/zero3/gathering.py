@@ -22,6 +22,8 @@ from lomo_ds.zero3.transport import reset_unregistered_gathers
 
 # Share of free memory for gathered layers; the rest is for activations, gradients and a stash.
 LAYERS_SHARE = 0.25
+# The same where layered accumulation needs whole layers: one in use with its receive buffer, and its gradient.
+LAYERED_SHARE = 0.75
 # Elements that may be requested beyond the prefetch bucket before the device has reached earlier ones; see
 # ``LookaheadLimit``. For small matrices this hides the host's launch time; a large matrix keeps the device busy for
 # much longer than a launch takes, so it needs no lookahead. 64 MiB in half precision.
@@ -203,12 +205,13 @@ def default_overlap_comm(offload: str) -> bool:
     return offload != "none"
 
 
-def choose_granularity(requested: str, model: Module, free_device_bytes: int) -> str:
+def choose_granularity(requested: str, model: Module, free_device_bytes: int, layered: bool = False) -> str:
     """Return ``module`` or ``layer``; ``auto`` becomes ``layer`` if two gathered layers fit in memory.
 
     A layer takes one collective for all of its parameters; with ``module``, each module takes one.
 
     Args:
+        layered: whether micro-batches are to be accumulated inside the layers, for which one layer must fit.
         free_device_bytes: minimum over all ranks.
 
     Raises:
@@ -225,7 +228,9 @@ def choose_granularity(requested: str, model: Module, free_device_bytes: int) ->
             )
         return requested
     # one layer in use and the next in flight; each also needs a receive buffer of its size
-    return "layer" if sizes and 2 * 2 * max(sizes) <= LAYERS_SHARE * free_device_bytes else "module"
+    fits = bool(sizes) and 2 * 2 * max(sizes) <= LAYERS_SHARE * free_device_bytes
+    fits_layered = layered and 3 * max(sizes, default=0) <= LAYERED_SHARE * free_device_bytes
+    return "layer" if fits or fits_layered else "module"
 
 
 def _numel(parameters: Iterable[Parameter]) -> int:

@@ -305,7 +305,7 @@ def test_llama_factorys_file_trains_with_lomo_as_it_is(caplog: pytest.LogCapture
         "type": "LOMO",
         "params": {
             "lr": 0.03, "weight_decay": 0.0, "update_schedule": "auto", "stash_device": "auto", "rounding": "auto",
-            "seed": 42, "gather_granularity": "auto", "weights": "auto",
+            "seed": 42, "gather_granularity": "auto", "accumulation": "auto", "weights": "auto",
         },
     }  # fmt: skip
     assert "optimizer: LOMO, as the DeepSpeed config names none" in caplog.text

@@ -135,7 +135,7 @@ def test_the_dict_agrees_with_deepspeeds_parsed_config(top: dict[str, Any], zero
     ):
         assert config[name] == getattr(parsed, name)
     planned = settings_of(config)
-    assert planned.accumulation == parsed.gradient_accumulation_steps
+    assert planned.accumulation_steps == parsed.gradient_accumulation_steps
     assert planned.gradient_clipping == parsed.gradient_clipping
     halves = {"bf16": parsed.bfloat16_config.enabled, "fp16": parsed.float16_config.enabled}
     assert planned.precision == next((name for name, enabled in halves.items() if enabled), "fp32")
@@ -154,8 +154,8 @@ def test_the_dict_agrees_with_deepspeeds_parsed_config(top: dict[str, Any], zero
 
 def test_accumulation_that_deepspeed_derives_is_seen() -> None:
     assert settled(train_batch_size=4)["gradient_accumulation_steps"] == 4
-    with pytest.raises(ConfigError, match=r"immediate cannot accumulate gradients \(gradient_accumulation_steps 4\)"):
-        settled({"update_schedule": "immediate"}, train_batch_size=4)
+    with pytest.raises(ConfigError, match=r"immediate keeps no gradients, .* gradient_accumulation_steps 4"):
+        settled({"update_schedule": "immediate", "accumulation": "stash"}, train_batch_size=4)
     with pytest.raises(ConfigError, match=r"train_batch_size 7 .* is not .* 2 x gradient_accumulation_steps 3 x 1 GPU"):
         settled(train_batch_size=7, train_micro_batch_size_per_gpu=2)
 

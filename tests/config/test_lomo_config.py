@@ -60,12 +60,16 @@ def test_reads_the_optimizer_section() -> None:
             "immediate cannot honour gradient_clipping 1.0, because .* norm is known; use update_schedule stash",
         ),
         (
-            ds_config({"update_schedule": "immediate"}, gradient_accumulation_steps=4),
-            "immediate cannot accumulate gradients .*4.*use update_schedule stash",
+            ds_config({"update_schedule": "immediate", "accumulation": "stash"}, gradient_accumulation_steps=4),
+            "immediate keeps no gradients, which accumulation stash needs for .*4; use accumulation layered, or",
         ),
         (
-            ds_config({"update_schedule": "two_pass"}, gradient_accumulation_steps=2),
-            "two_pass cannot accumulate gradients",
+            ds_config({"update_schedule": "two_pass", "accumulation": "stash"}, gradient_accumulation_steps=2),
+            "two_pass keeps no gradients",
+        ),
+        (
+            ds_config({"gather_granularity": "module", "accumulation": "layered"}),
+            "accumulation layered gathers whole layers, and gather_granularity module .* leave one of the two out",
         ),
         (ds_config({"update_schedule": "immediate"}, fp16={"enabled": True}), "cannot train in fp16.*or bf16"),
         (

@@ -240,8 +240,10 @@ def schedule_and_log(sections: dict[str, Any]) -> tuple[str, list[str]]:
 def test_auto_is_resolved_and_logged_once(ranks: GroupOf, sections: dict[str, Any], schedule: str) -> None:
     (chosen, records), (also, silent) = ranks(2).run(schedule_and_log, sections)
     assert (chosen, also, silent) == (schedule, schedule, [])
-    granularity, update_schedule = records
+    granularity, *accumulation, update_schedule = records
     assert granularity == "gather_granularity auto: layer"
+    own_loss = "accumulation auto: stash (OddForCausalLM does not compute its loss like LlamaForCausalLM: "
+    assert [message.startswith(own_loss) for message in accumulation] == [True] * ("accumulation" in sections)
     assert update_schedule.startswith(f"update_schedule auto: {schedule.lower()}")
     limit = "the global gradient norm to 1 (gradient_clipping)" if "global_norm" in sections else "none"
     assert update_schedule.endswith(f"; clipping: {limit}")

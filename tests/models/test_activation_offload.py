@@ -57,9 +57,9 @@ def test_gradients_are_exact_in_any_order_of_streams(monkeypatch: pytest.MonkeyP
         offload = ActivationOffload(LAYERS)
         gradients = []
         for rows in (3, 5, 3):
-            forward(given, rows, offload.checkpoint)  # whose backward never comes
-            fail_in_backward(given, forward(given, rows, offload.checkpoint))
-            gradients.append(gradients_of(given, forward(given, rows, offload.checkpoint)))
+            forward(given, rows, offload)  # whose backward never comes
+            fail_in_backward(given, forward(given, rows, offload))
+            gradients.append(gradients_of(given, forward(given, rows, offload)))
     assert device.reused
     for actual, reference in zip(gradients, expected, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(actual, reference, strict=True))
@@ -79,7 +79,7 @@ def test_backward_prefetches_one_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(activation_offload, "HostTransfer", Noted)
     given = weights()
-    gradients_of(given, forward(given, 3, ActivationOffload(LAYERS).checkpoint))
+    gradients_of(given, forward(given, 3, ActivationOffload(LAYERS)))
     assert log == ["fetch", *["fetch", "use"] * (LAYERS - 1), "use"]
 
 
@@ -90,10 +90,10 @@ def test_buffers_are_reused() -> None:
     taken = []
     for _ in range(3):
         for _ in range(2):
-            forward(given, 3, offload.checkpoint)  # whose backward never comes
-        fail_in_backward(given, forward(given, 3, offload.checkpoint))
+            forward(given, 3, offload)  # whose backward never comes
+        fail_in_backward(given, forward(given, 3, offload))
         for _ in range(2):
-            gradients_of(given, forward(given, 3, offload.checkpoint))
+            gradients_of(given, forward(given, 3, offload))
         taken.append(len(offload.free) + len(offload.released))
     assert LAYERS <= taken[0] <= 2 * LAYERS
     assert taken == [taken[0]] * 3
@@ -102,7 +102,7 @@ def test_buffers_are_reused() -> None:
 
 def test_backward_can_be_run_twice() -> None:
     given = weights()
-    loss = forward(given, 3, ActivationOffload(LAYERS).checkpoint)
+    loss = forward(given, 3, ActivationOffload(LAYERS))
     first = torch.autograd.grad(loss, given, retain_graph=True)
     assert all(torch.equal(one, other) for one, other in zip(first, gradients_of(given, loss), strict=True))
 
@@ -110,8 +110,8 @@ def test_backward_can_be_run_twice() -> None:
 def test_other_tensors_are_not_offloaded() -> None:
     offload = ActivationOffload(LAYERS)
     weight = Parameter(torch.ones(3))
-    (gradient,) = torch.autograd.grad(offload.checkpoint(lambda given: given * given, weight).sum(), [weight])
+    (gradient,) = torch.autograd.grad(offload(lambda given: given * given, weight).sum(), [weight])
     assert gradient.tolist() == [2.0] * 3
     scale = torch.ones(3, requires_grad=True)
-    offload.checkpoint(lambda numbers: scale * numbers, torch.arange(3)).sum().backward()
+    offload(lambda numbers: scale * numbers, torch.arange(3)).sum().backward()
     assert offload.transfer is None

@@ -298,7 +298,7 @@ ADVISED = [
     ("7b", Settings(sequence=512, batch=8), Machine()),
     ("7b", Settings(sequence=4096, batch=8), Machine()),
     ("7b", Settings(sequence=2048, tiled_logits=False), Machine(16 * GIB, 32 * GIB)),
-    ("7b", Settings(gpus=2, sequence=1024, accumulation=4), Machine(12 * GIB, 64 * GIB)),
+    ("7b", Settings(gpus=2, sequence=1024, accumulation_steps=4), Machine(12 * GIB, 64 * GIB)),
     ("7b", Settings(gpus=2, optimizer="adamw"), Machine(host_memory=64 * GIB)),
     ("7b", Settings(sequence=512, batch=8, optimizer="adalomo", gradient_clipping=0.0), Machine()),
     ("65b", Settings(gpus=8), Machine(host_memory=256 * GIB)),
@@ -339,7 +339,7 @@ def config_as_launched(plan: Plan, folder: Path) -> dict[str, Any]:
     ds_config = fill_scheduler(ds_config, arguments, total_steps=10)
     if not plan.settings.is_baseline:
         validate_ds_config(ds_config)
-    parse_ds_config(ds_config | {"train_batch_size": plan.settings.batch * plan.settings.accumulation})
+    parse_ds_config(ds_config | {"train_batch_size": plan.settings.batch * plan.settings.accumulation_steps})
     return ds_config
 
 

@@ -17,6 +17,7 @@ from tests.engines import make_engine
 from tests.ranks import Ranks
 
 GroupOf = Callable[..., Ranks]
+KEEPS_NOTHING = {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
 
 
 def build_model(layers: int = 4, width: int = 1) -> LlamaForCausalLM:
@@ -64,7 +65,7 @@ def traffic(schedule: str, threshold: int, large: bool) -> tuple[float, dict[str
     parameter_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
     zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
     if large:
-        zero |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}
+        zero |= KEEPS_NOTHING
     engine = make_engine(model, schedule, bf16={"enabled": True}, zero_optimization=zero)
     for _ in range(3):
         engine.train_batch(batch())
@@ -81,6 +82,41 @@ def test_bytes_on_the_wire(ranks: GroupOf, schedule: str, limit: float, threshol
         assert 1.9 < total <= limit, by_collective
         if large:
             assert total > 0.95 * limit, "a large model communicates all of it"
+
+
+def layered_traffic(accumulation: int) -> dict[str, float]:
+    """Return the bytes of gathers and of reductions in a layered step of ``accumulation`` micro-batches, in P.
+
+    DeepSpeed keeps no gathered parameter from forward to backward.
+    """
+    model = build_model()
+    parameter_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0} | KEEPS_NOTHING
+    params = {"accumulation": "layered"}
+    engine = make_engine(
+        model, "immediate", accumulation=accumulation, params=params, bf16={"enabled": True}, zero_optimization=zero
+    )
+    for _ in range(3):
+        engine.train_batch([batch()] * accumulation)
+    with WireBytes() as wire:
+        engine.train_batch([batch()] * accumulation)
+    gathered = sum(size for name, size in wire.counted.items() if "gather" in name)
+    reduced = sum(size for name, size in wire.counted.items() if "scatter" in name)
+    rest = sum(wire.counted.values()) - gathered - reduced
+    return {
+        kind: size / parameter_bytes for kind, size in (("gathered", gathered), ("reduced", reduced), ("rest", rest))
+    }
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (2, 4), (2, 16), (4, 1), (4, 4), (4, 16)])
+def test_layered_accumulation_moves_3_p_whatever_the_step_holds(
+    ranks: GroupOf, world_size: int, accumulation: int
+) -> None:
+    for counted in ranks(world_size).run(layered_traffic, accumulation):
+        print(f"{world_size} ranks, {accumulation} micro-batches: {counted} P")
+        assert counted["gathered"] == pytest.approx(2, abs=0.01)
+        assert counted["reduced"] == pytest.approx(1, abs=0.01)
+        assert counted["rest"] < 0.01
 
 
 def after_gloo(count: Callable[[], int], at_most: int = 0) -> int:

@@ -1,0 +1,254 @@
+"""Layered accumulation: all micro-batches of a step run through one layer before the next layer begins.
+
+In backward likewise, so that a layer's parameters are gathered once for all micro-batches, and its gradient is complete
+when backward leaves it (arXiv 2106.02679, 2211.05953). The rows of all micro-batches pass through the model as one
+batch. Each layer runs one micro-batch after the other. It keeps its inputs only, and recomputes the rest in backward.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Module
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lomo_ds.checkpoint.random_states import RandomStates
+from lomo_ds.errors import ModelError
+from lomo_ds.models.activation_offload import ActivationOffload
+from lomo_ds.models.attention import document_boundaries
+from lomo_ds.models.replaced_forward import replaced_forward
+from lomo_ds.models.tiled_logits import is_tiled, reason_not_tileable, tiled_logits
+from lomo_ds.zero3.gathering import layers
+
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")  # whose masks can be divided by rows
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The place of a micro-batch in the batch of all rows of a step, which is padded to the longest row.
+
+    Attributes:
+        start, stop: its rows.
+        length: tokens of each of its rows.
+    """
+
+    start: int
+    stop: int
+    length: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return a view of its part of ``values``: (rows of the step or 1, length of the step, ...)."""
+        return self._rows_of(values)[:, : self.length]
+
+    def of_argument(self, value: Any) -> Any:
+        """Return its part of an argument of a layer: a mask, position_ids, or the cosines and sines of positions."""
+        if isinstance(value, tuple):
+            return tuple(self.of_argument(item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() == 4:  # a mask of (rows or 1, heads or 1, queries, keys)
+            return self._rows_of(value)[..., : self.length, : self.length]
+        return self.of(value)
+
+    def _rows_of(self, values: Tensor) -> Tensor:
+        return values if values.shape[0] == 1 else values[self.start : self.stop]
+
+
+def reason_not_layered(model: Module) -> str | None:
+    """Return the reason why the layers of ``model`` cannot run micro-batches one after the other; None if they can."""
+    if not isinstance(model, PreTrainedModel):
+        return f"{type(model).__name__} is not a model of transformers"
+    reason = None if is_tiled(model) else reason_not_tileable(model)
+    if reason is not None:
+        return f"{type(model).__name__} does not compute its loss like LlamaForCausalLM: it is a model {reason}"
+    if model.config._attn_implementation not in ATTENTION:
+        return f"the masks of attention {model.config._attn_implementation} cannot be divided by rows"
+    decoder = layers(model)
+    for layer in decoder:
+        first = next(iter(inspect.signature(layer.forward).parameters), None)
+        if not isinstance(layer, GradientCheckpointingLayer) or first != "hidden_states":
+            return f"its layer {type(layer).__name__} is no GradientCheckpointingLayer that takes hidden_states first"
+    return None if decoder else "it has no numbered layers"
+
+
+@contextmanager
+def layered(
+    model: PreTrainedModel,
+    micro_batches: Sequence[MicroBatch],
+    summed: Callable[[], AbstractContextManager[None]],
+) -> Iterator[None]:
+    """Let a batch of all rows of a step pass through ``model`` by layered accumulation, forward and backward.
+
+    The loss is computed in tiles, see ``tile_logits``.
+
+    Args:
+        micro_batches: where the rows of the step belong.
+        summed: returns a context in which backward runs through one layer, for one micro-batch after the other; at its
+            end the sum of each parameter's gradients is complete.
+    """
+    decoder = layers(model)
+    with ExitStack() as stack:
+        stack.enter_context(tiled_logits(model))
+        offload = _activation_offload(decoder)
+        for layer in [*decoder, *_final_norm(model)]:
+            stack.enter_context(_running_micro_batches(_LayeredModule(layer, micro_batches, summed, offload)))
+        yield
+
+
+def _activation_offload(decoder: list[Module]) -> ActivationOffload | None:
+    """Return the offload that ``recompute_activations`` has installed, if any."""
+    functions = (getattr(layer, "_gradient_checkpointing_func", None) for layer in decoder)
+    return next((function for function in functions if isinstance(function, ActivationOffload)), None)
+
+
+def _final_norm(model: PreTrainedModel) -> list[Module]:
+    """Return the norm after the last layer, whose activations are several times as large as a layer's input."""
+    norm = getattr(model.base_model, "norm", None)
+    return [norm] if isinstance(norm, Module) else []
+
+
+class _LayeredModule:
+    """A layer that runs the micro-batches of a step one after the other.
+
+    Args:
+        module: a module whose first argument is (rows, length, hidden size), and which returns the same shape.
+        micro_batches, summed: see ``layered``.
+        offload: moves the inputs of the layer to host memory until backward needs them.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        micro_batches: Sequence[MicroBatch],
+        summed: Callable[[], AbstractContextManager[None]],
+        offload: ActivationOffload | None,
+    ) -> None:
+        self.module = module
+        self.run = module.forward
+        self.micro_batches = micro_batches
+        self.summed = summed
+        self.offload = offload
+        self.is_padded = len({micro_batch.length for micro_batch in micro_batches}) > 1
+
+    def __call__(self, hidden_states: Tensor, *arguments: Any, **inputs: Any) -> Tensor:
+        """Run the module on all rows of the step."""
+        needs_backward = torch.is_grad_enabled() and (hidden_states.requires_grad or _is_trained(self.module))
+        call = _Call(self, arguments, inputs)
+        if not needs_backward:
+            return call.forward(hidden_states, keep=lambda part: None)
+        # without an input that requires a gradient, no backward would reach the parameters of the first layer
+        anchor = torch.zeros((), device=hidden_states.device, requires_grad=True)
+        output: Tensor = _InMicroBatches.apply(hidden_states, anchor, call)
+        return output
+
+    def empty_like(self, hidden_states: Tensor) -> Tensor:
+        """Return a tensor for the results of all micro-batches; padding is 0, so that it never contributes."""
+        return torch.zeros_like(hidden_states) if self.is_padded else torch.empty_like(hidden_states)
+
+
+class _Call:
+    """One call of a ``_LayeredModule``."""
+
+    def __init__(self, layer: _LayeredModule, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        self.layer, self.arguments, self.inputs = layer, arguments, inputs
+
+    def forward(self, hidden_states: Tensor, keep: Callable[[Tensor], None]) -> Tensor:
+        """Run every micro-batch; ``keep`` is called with the input of each before it runs."""
+        output = self.layer.empty_like(hidden_states)
+        for micro_batch in self.layer.micro_batches:
+            part = micro_batch.of(hidden_states)
+            keep(part)
+            micro_batch.of(output).copy_(self.run(part, micro_batch))
+        return output
+
+    def run(self, part: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Run one micro-batch with its part of the arguments."""
+        arguments = [micro_batch.of_argument(value) for value in self.arguments]
+        inputs = {
+            name: value if name in _BOUNDARIES else micro_batch.of_argument(value)
+            for name, value in self.inputs.items()
+        }
+        if inputs.get("cu_seq_lens_q") is not None:
+            inputs |= document_boundaries(inputs["position_ids"].expand(part.shape[0], -1))
+        output = self.layer.run(part, *arguments, **inputs)
+        if not isinstance(output, Tensor) or output.shape != part.shape:
+            raise ModelError(
+                f"layered accumulation needs layers that return hidden states like those they get, and "
+                f"{type(self.layer.module).__name__} does not; use accumulation stash"
+            )
+        return output
+
+
+# arguments of flash attention for all rows of a step
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class _InMicroBatches(torch.autograd.Function):
+    """Runs a layer on each micro-batch, keeping only its input, and again in backward, in the opposite order."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, anchor: Tensor, call: _Call) -> Tensor:
+        ctx.call, ctx.random_states, ctx.offloaded = call, [], []
+        offload = call.layer.offload
+
+        def keep(part: Tensor) -> None:
+            ctx.random_states.append(RandomStates.capture())
+            if offload is not None:
+                ctx.offloaded.append(offload.pack(part))
+
+        if offload is None:
+            ctx.save_for_backward(hidden_states)
+        return call.forward(hidden_states, keep)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        call: _Call = ctx.call
+        layer, needs_gradient = call.layer, ctx.needs_input_grad[0]
+        input_gradient = layer.empty_like(gradient) if needs_gradient else None
+        later = RandomStates.capture()
+        with layer.summed():
+            for micro_batch in reversed(layer.micro_batches):
+                part = _kept_input(ctx, micro_batch).detach().requires_grad_(needs_gradient)
+                ctx.random_states.pop().restore()  # so that dropout draws the same masks
+                with torch.enable_grad():
+                    output = call.run(part, micro_batch)
+                torch.autograd.backward(output, micro_batch.of(gradient))
+                if input_gradient is not None:
+                    assert part.grad is not None
+                    micro_batch.of(input_gradient).copy_(part.grad)
+        later.restore()
+        return input_gradient, None, None
+
+
+def _kept_input(ctx: Any, micro_batch: MicroBatch) -> Tensor:
+    """Return the input of the newest micro-batch whose backward is still to run."""
+    offload = ctx.call.layer.offload
+    if offload is None:
+        return micro_batch.of(ctx.saved_tensors[0])
+    return offload.unpack(ctx.offloaded.pop())
+
+
+def _is_trained(module: Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+@contextmanager
+def _running_micro_batches(layer: _LayeredModule) -> Iterator[None]:
+    """Let a module run micro-batches, and leave activation checkpointing to ``_InMicroBatches``."""
+    module: Any = layer.module
+    recomputes = getattr(module, "gradient_checkpointing", False)
+    with replaced_forward(module, layer):
+        if recomputes:
+            module.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            if recomputes:
+                module.gradient_checkpointing = True
