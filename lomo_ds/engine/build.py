@@ -13,7 +13,8 @@ from torch.nn import Module, Parameter
 
 from lomo_ds import zero3
 from lomo_ds.config.lomo_config import LomoConfig, optimizer_name
-from lomo_ds.distributed.collectives import all_reduce_min, raise_on_all_ranks
+from lomo_ds.distributed.collectives import raise_on_all_ranks
+from lomo_ds.engine.build_schedule import build_schedule, communication_dtype, min_free_bytes
 from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import format_bytes, free_bytes
@@ -24,10 +25,6 @@ from lomo_ds.update.accumulation import AccumulationChoice, choose_accumulation
 from lomo_ds.update.clipping import Clipping, clipping_groups
 from lomo_ds.update.hooks import BackwardHooks
 from lomo_ds.update.rules import RULES, Rule
-from lomo_ds.update.schedules import Choice, Schedule, choose_schedule
-from lomo_ds.update.schedules.immediate import Immediate
-from lomo_ds.update.schedules.stash import HostStash, Stash
-from lomo_ds.update.schedules.two_pass import TwoPass
 from lomo_ds.update.target import Target
 from lomo_ds.update.updater import Updater
 from lomo_ds.zero3.gathering import (
@@ -62,11 +59,6 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
         for shard, group, parameter in zip(shards, clipping_groups(list(trained)), trained.values(), strict=True)
     ]
     clipping = Clipping(lomo.clip_grad_value, lomo.clip_group_norm, engine.gradient_clipping() or None)
-    adds_up = engine.gradient_accumulation_steps() > 1 and lomo.accumulation != "layered"
-    stash_dtype = torch.float32 if adds_up else _communication_dtype(engine)
-    stash_bytes = sum(t.numel for t in targets) * (stash_dtype or engine.get_data_types()[0]).itemsize
-    choice = _choose_schedule(engine, lomo, clipping, accumulation.layered, stash_bytes)
-    _log_host_memory(engine, shards, choice, stash_bytes)
     updater = Updater(
         targets,
         _rules_of(targets, optimizer_name(engine.config)),
@@ -75,12 +67,14 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
         engine.seq_data_parallel_group,
         engine.device,
     )
-    schedule = _build_schedule(choice, updater, clipping, stash_dtype)
+    accumulates = engine.gradient_accumulation_steps() > 1 and not accumulation.layered
+    choice, schedule = build_schedule(engine, updater, clipping, accumulates)
+    _log_host_memory(engine, shards)
     return LomoOptimizer(
         groups=groups,
         gathering=gathering,
         hooks=BackwardHooks(
-            list(trained.values()), targets, schedule, engine.seq_data_parallel_group, _communication_dtype(engine)
+            list(trained.values()), targets, schedule, engine.seq_data_parallel_group, communication_dtype(engine)
         ),
         schedule=schedule,
         choice=choice,
@@ -103,7 +97,7 @@ def _choose_accumulation(
 
 def _build_gathering(engine: DeepSpeedEngine, lomo: LomoConfig, against_layered: str | None) -> Gathering:
     dtype = engine.get_data_types()[0]
-    free_host = _min_free_bytes(engine)[1]  # before any rank allocates host memory
+    free_host = min_free_bytes(engine)[1]  # before any rank allocates host memory
     raise_on_all_ranks(
         lambda: zero3.split(engine.module, engine.config, dtype, free_host), engine.seq_data_parallel_group
     )
@@ -111,7 +105,7 @@ def _build_gathering(engine: DeepSpeedEngine, lomo: LomoConfig, against_layered:
         return ResidentGathering(engine.module)
     accumulates = lomo.accumulation == "layered" or engine.gradient_accumulation_steps() > 1
     layered = accumulates and lomo.accumulation != "stash" and against_layered is None
-    granularity = choose_granularity(lomo.gather_granularity, engine.module, _min_free_bytes(engine)[0], layered)
+    granularity = choose_granularity(lomo.gather_granularity, engine.module, min_free_bytes(engine)[0], layered)
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
     undo, uses_wire_format, limits = _configure_gathering(engine, granularity)
@@ -225,41 +219,12 @@ def _build_noise(engine: DeepSpeedEngine, lomo: LomoConfig) -> RoundingNoise | N
     return RoundingNoise(torch.Generator(engine.device).manual_seed(lomo.seed + rank))
 
 
-def _choose_schedule(
-    engine: DeepSpeedEngine, lomo: LomoConfig, clipping: Clipping, layered: bool, stash_bytes: int
-) -> Choice:
-    free_device, free_host = _min_free_bytes(engine)
-    choice = choose_schedule(
-        lomo,
-        gradient_clipping=engine.gradient_clipping(),
-        fp16=engine.fp16_enabled(),
-        accumulation_steps=engine.gradient_accumulation_steps(),
-        layered=layered,
-        stash_bytes=stash_bytes,
-        free_device_bytes=free_device,
-        free_host_bytes=free_host,
-    )
-    if engine.global_rank == 0:
-        logger.info("update_schedule %s: %s; clipping: %s", lomo.update_schedule, choice, clipping)
-    return choice
-
-
-def _log_host_memory(engine: DeepSpeedEngine, shards: list[zero3.Shard], choice: Choice, stash_bytes: int) -> None:
-    """Log the pinned host memory of a rank, once, on rank 0."""
-    pinned = {}
-    if zero3.offload_device(engine.config) == "cpu":
-        pinned["parameters"] = storage_bytes(shard.storage for shard in shards)
-    if choice.settings == {"update_schedule": "stash", "stash_device": "cpu"}:
-        pinned["gradient shards"] = stash_bytes
-    if pinned and engine.global_rank == 0:
-        parts = ", ".join(f"{format_bytes(size)} of {what}" for what, size in pinned.items())
-        logger.info("pinned host memory per rank: %s; %s per rank remain free", parts, format_bytes(free_bytes()[1]))
-
-
-def _min_free_bytes(engine: DeepSpeedEngine) -> list[int]:
-    """Return the free bytes of the device and of a rank's share of host memory, each the minimum over all ranks."""
-    local = torch.tensor(free_bytes(), device=engine.device)
-    return all_reduce_min(local, engine.seq_data_parallel_group).tolist()
+def _log_host_memory(engine: DeepSpeedEngine, shards: list[zero3.Shard]) -> None:
+    """Log the pinned host memory of a rank's parameters, once, on rank 0."""
+    if zero3.offload_device(engine.config) == "cpu" and engine.global_rank == 0:
+        pinned = format_bytes(storage_bytes(shard.storage for shard in shards))
+        free = format_bytes(free_bytes()[1])
+        logger.info("pinned host memory per rank: %s of parameters; %s per rank remain free", pinned, free)
 
 
 def _build_loss_scaler(engine: DeepSpeedEngine) -> LossScalerBase:
@@ -271,19 +236,3 @@ def _build_loss_scaler(engine: DeepSpeedEngine) -> LossScalerBase:
         dynamic_scaling=engine.dynamic_loss_scale(),
         dynamic_loss_args=arguments,
     )
-
-
-def _communication_dtype(engine: DeepSpeedEngine) -> torch.dtype | None:
-    """Return ``communication_data_type`` of the ds_config; None keeps the gradients' own dtype."""
-    return engine.communication_data_type if engine._config.communication_data_type else None
-
-
-def _build_schedule(choice: Choice, updater: Updater, clipping: Clipping, stash_dtype: torch.dtype | None) -> Schedule:
-    """Build the schedule that ``choice`` selects; see ``Stash`` for ``stash_dtype``."""
-    if choice.schedule == "immediate":
-        return Immediate(updater, clipping)
-    if choice.schedule == "two_pass":
-        return TwoPass(updater, clipping)
-    if choice.stash_device == "cpu" and updater.device.type != "cpu":
-        return HostStash(updater, clipping, stash_dtype)
-    return Stash(updater, clipping, stash_dtype)

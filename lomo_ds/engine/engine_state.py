@@ -49,7 +49,7 @@ def capture_engine(engine: DeepSpeedEngine, client_state: dict[str, Any] | None 
     record = {
         "counters": {name: getattr(engine, name) for name in COUNTERS},
         "optimizer": engine.optimizer.state_dict(),
-        "schedule": engine.optimizer.choice.settings | {"gather_granularity": engine.optimizer.gathering.granularity},
+        "schedule": engine.optimizer.chosen_settings,
         "device_type": engine.device.type,
         "lr_scheduler_type": type(engine.lr_scheduler).__name__,
         "lr_scheduler": _encode_mappings(engine.lr_scheduler.state_dict()) if engine.lr_scheduler is not None else None,

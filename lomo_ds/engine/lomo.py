@@ -21,6 +21,7 @@ from lomo_ds.distributed.process_group import TIMEOUT
 from lomo_ds.engine.base import TokenAveragingEngine
 from lomo_ds.engine.batches import Batch, as_micro_batches
 from lomo_ds.engine.build import build_optimizer
+from lomo_ds.engine.build_schedule import build_schedule
 from lomo_ds.engine.client_arguments import needs_metric
 from lomo_ds.engine.engine_state import (
     advance_scheduler,
@@ -36,6 +37,7 @@ from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.engine.step_batch import StepBatch
 from lomo_ds.errors import CheckpointError, ConfigError
 from lomo_ds.models.layered import layered
+from lomo_ds.update.accumulation import AccumulationChoice
 from lomo_ds.update.schedules import Schedule
 from lomo_ds.zero3.parameter_access import ParameterAccess
 
@@ -291,18 +293,30 @@ class LomoEngine(TokenAveragingEngine):
 
         ``_backward_prologue`` calls this too, so a plain ``loss.backward()`` is also checked.
         """
+        ends_step = self.is_gradient_accumulation_boundary()
+        if not ends_step and self.optimizer.accumulation.layered and not self.optimizer.backward_passes:
+            self._accumulate_in_stash()
         if self.schedule.passes == 2:
             raise ConfigError(
                 "update_schedule two_pass must run every batch forward and backward twice, which engine.backward "
                 "cannot do; call engine.train_batch(batch), or use update_schedule stash"
             )
-        if not self.schedule.keeps_gradients and (
-            self.optimizer.backward_passes or not self.is_gradient_accumulation_boundary()
-        ):
+        if not self.schedule.keeps_gradients and (self.optimizer.backward_passes or not ends_step):
             raise ConfigError(
                 "update_schedule immediate cannot accumulate gradients, but got several backward passes in one step; "
                 "call engine.step() after each backward, or use update_schedule stash"
             )
+
+    def _accumulate_in_stash(self) -> None:
+        """Give up layered accumulation, because the caller runs each micro-batch forward and backward by itself."""
+        if read_lomo_config(self.config).accumulation == "layered":
+            raise ConfigError(
+                "accumulation layered needs all micro-batches of a step at once, but engine.backward got one of "
+                "several; call engine.train_batch with the list of them, or leave accumulation out"
+            )
+        self.optimizer.accumulation = AccumulationChoice(False, "engine.backward runs each micro-batch by itself")
+        updater, clipping = self.schedule.updater, self.schedule.clipping
+        self.optimizer.use_schedule(*build_schedule(self, updater, clipping, accumulates=True))
 
     def zero_optimization_partition_weights(self) -> bool:
         """Return whether weights are gathered for each use; False for ``ResidentGathering``, which needs no hooks."""

@@ -83,6 +83,12 @@ class LomoOptimizer(ZeROOptimizer):
         return self.optimizer.param_groups
 
     @property
+    def chosen_settings(self) -> dict[str, str]:
+        """Parameters of LOMO that request explicitly what was chosen for ``auto``."""
+        settings = self.choice.settings | {"gather_granularity": self.gathering.granularity}
+        return settings | {"accumulation": self.accumulation.name}
+
+    @property
     def cur_scale(self) -> float:
         """Loss scale of the next step; 1 unless training in fp16."""
         return float(self.loss_scaler.loss_scale)
@@ -91,6 +97,12 @@ class LomoOptimizer(ZeROOptimizer):
     def overflow(self) -> bool:
         """Return whether the last step was skipped."""
         return self.last_skip_reason is not None
+
+    def use_schedule(self, choice: Choice, schedule: Schedule) -> None:
+        """Replace the update schedule between two steps."""
+        self.choice, self.schedule = choice, schedule
+        self.hooks.use_schedule(schedule)
+        self._start_step()
 
     def set_loss(self, contribution: Tensor) -> None:
         """Set this rank's part of the step's loss (0-dim, detached); it is all-reduced together with the norm."""

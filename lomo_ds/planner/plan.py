@@ -246,7 +246,6 @@ def _choice(settings: Settings, shard_numel: int, free_gpu: int, free_host: int)
             settings.gradient_clipping,
             settings.precision == "fp16",
             settings.accumulation_steps,
-            False,
             shard_numel * stash_dtype.itemsize,
             free_gpu,
             free_host,

@@ -17,8 +17,13 @@ class AccumulationChoice:
     layered: bool
     reason: str
 
+    @property
+    def name(self) -> Accumulation:
+        """Value of ``accumulation`` that requests this choice explicitly."""
+        return "layered" if self.layered else "stash"
+
     def __str__(self) -> str:
-        return f"{'layered' if self.layered else 'stash'} ({self.reason})"
+        return f"{self.name} ({self.reason})"
 
 
 def choose_accumulation(requested: Accumulation, against_layered: str | None) -> AccumulationChoice:

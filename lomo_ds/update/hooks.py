@@ -60,6 +60,11 @@ class BackwardHooks:
             self.reduction.flush()
             self.schedule.flush()
 
+    def use_schedule(self, schedule: Schedule) -> None:
+        """Pass gradient shards to another schedule from now on."""
+        self.schedule = schedule
+        self.reduction.on_reduced = schedule.receive
+
     def reset(self) -> None:
         """Discard the gradients of a backward pass that an exception has interrupted."""
         self.arrived.clear()

@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed.comm as dist
 import pytest
 
-from lomo_ds.engine import build as schedule_builder
+from lomo_ds.engine import build_schedule as schedule_builder
 from tests.engines import WHOLE_THRESHOLD
 from tests.ranks import Ranks
 from tests.reference import part, tiny_model, whole_batch

@@ -33,7 +33,6 @@ def choose_schedule(
     gradient_clipping: float,
     fp16: bool,
     accumulation_steps: int,
-    layered: bool,
     stash_bytes: int,
     free_device_bytes: int,
     free_host_bytes: int,
@@ -43,9 +42,7 @@ def choose_schedule(
     Args:
         gradient_clipping: the limit of the global norm; 0 does not clip.
         fp16: whether training is in fp16, which must detect overflow before any update.
-        accumulation_steps: micro-batches per step.
-        layered: whether micro-batches can be accumulated inside the layers. Unless that was requested, a stash is still
-            preferred for several micro-batches, since ``engine.backward`` for each of them needs one.
+        accumulation_steps: gradients of a parameter that the schedule gets in a step; 1 with layered accumulation.
         stash_bytes: bytes of one rank's stash.
         free_device_bytes: free memory of the compute device, the minimum over all ranks.
         free_host_bytes: a rank's share of the available host memory, the minimum over all ranks.
@@ -54,14 +51,12 @@ def choose_schedule(
         ConfigError: the stash is required but does not fit, or does not fit on the requested device; or the requested
             schedule cannot accumulate gradients.
     """
-    if lomo.accumulation == "layered":
-        accumulation_steps = 1
     against_immediate = _reason_against_immediate(gradient_clipping, fp16, accumulation_steps)
     if lomo.update_schedule in ("immediate", "two_pass"):
-        if accumulation_steps > 1 and not layered:
+        if accumulation_steps > 1:
             raise ConfigError(
-                f"update_schedule {lomo.update_schedule} keeps no gradients, and gradient_accumulation_steps "
-                f"{accumulation_steps} needs them for this model; use update_schedule stash"
+                f"update_schedule {lomo.update_schedule} keeps no gradients, which gradient_accumulation_steps "
+                f"{accumulation_steps} needs without layered accumulation; use update_schedule stash"
             )
         return Choice(lomo.update_schedule, "gpu", "as configured")
     if lomo.update_schedule == "auto" and against_immediate is None:
@@ -82,9 +77,8 @@ def choose_schedule(
         f"{stash_size} fit neither the device ({format_bytes(free_device_bytes)} free) nor host memory "
         f"({format_bytes(free_host_bytes)} free per rank)"
     )
-    if lomo.update_schedule == "auto" and (accumulation_steps == 1 or layered):
-        needs_norm = _reason_against_immediate(gradient_clipping, fp16, accumulation_steps=1) is not None
-        return Choice("two_pass" if needs_norm else "immediate", "gpu", f"{reason}; {does_not_fit}")
+    if lomo.update_schedule == "auto" and accumulation_steps == 1:
+        return Choice("two_pass", "gpu", f"{reason}; {does_not_fit}")
     raise ConfigError(
         f"update_schedule {lomo.update_schedule} needs a stash, but {does_not_fit}; use more ranks, "
         "update_schedule two_pass with gradient_accumulation_steps 1, or set stash_device yourself"

@@ -17,8 +17,6 @@ def choose(
     clipping: float = 1.0,
     fp16: bool = False,
     accumulation: int = 1,
-    requested: str = "auto",
-    layered: bool = False,
     stash: int = 2 * GIB,
     device: int = 100 * GIB,
     host: int = 100 * GIB,
@@ -27,9 +25,8 @@ def choose(
         lr=0.1,
         update_schedule=schedule,  # type: ignore[arg-type]
         stash_device=stash_device,  # type: ignore[arg-type]
-        accumulation=requested,  # type: ignore[arg-type]
     )
-    return choose_schedule(lomo, clipping, fp16, accumulation, layered, stash, device, host)
+    return choose_schedule(lomo, clipping, fp16, accumulation, stash, device, host)
 
 
 def test_immediate_when_no_setting_needs_all_gradients() -> None:
