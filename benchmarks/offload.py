@@ -143,7 +143,7 @@ def measure(state: RankState, work: Workload, steps: int) -> Row:
     from lomo_ds.memory.host_memory import storage_bytes
 
     built, traffic = state["built"], state["traffic"]
-    built.batch = work.rows(built.device)
+    built.micro_batches = work.micro_batches(built.device)
     for _ in range(TRACED):
         built.step()
     accelerator = get_accelerator()

@@ -5,18 +5,22 @@ scattered, and twice the full tensor that is all-reduced, because an all-reduce 
 ring moves (ranks - 1) / ranks of that over each link. The unit is P, the bytes of all parameters as stored.
 
 Weights that are gathered in int8 (+qgather, zero_quantized_weights; +int8, which also stores them in int8) halve the
-gathers. DeepSpeed keeps the parameters that forward has gathered for backward if the model has less than a billion
-parameters. So each method is counted both as in a large model (nothing is kept) and as it runs on this small one.
+gathers. With several micro-batches in a step, all parameters are gathered and all gradients reduced once for each of
+them, in DeepSpeed and where lomo_ds adds up gradients in the stash, but once for all of them in layered accumulation
+(+layered). So bytes per micro-batch, and with them bytes per token, are what to compare.
+
+DeepSpeed keeps the parameters that forward has gathered for backward if the model has less than a billion parameters.
+So each method is counted both as in a large model (nothing is kept) and as it runs on this small one.
 
 The published LOMO (arXiv 2306.09782) fails on current DeepSpeed, so its traffic is derived from its code: a pass
 gathers every parameter in forward and again in backward, and all-reduces every gradient; exact clipping takes two
 passes.
 """
 
-import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from benchmarks.lib.workers import RankState, Workers
 from benchmarks.lib.workload import LARGE, Workload
 
 METHODS = ["immediate", "stash+clip", "two_pass+clip", "immediate+qgather", "immediate+int8", "deepspeed-sgd+clip"]
+ACCUMULATING = ["immediate+layered", "stash+clip+layered", "stash", "deepspeed-sgd"]  # with several micro-batches
 TRACED = 3  # steps in which DeepSpeed traces the model
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "other")
 COLORS = dict(zip(KINDS, ("#1b7f79", "#e08e45", "#c0392b", "#b9c4c9"), strict=True))
@@ -99,38 +104,77 @@ def count_all(args: Any, write: Callable[[dict[str, Any]], None]) -> dict[str, A
         "rows": rows,
     }
     for clips in (False, True):
-        moved = published(clips)
-        name = PUBLISHED + (methods.CLIP if clips else "")
-        rows.append({"method": name, "large": True, "moved": moved, "total": sum(moved.values())})
-    for method in tqdm(args.methods, desc="counting", unit=" methods"):
+        rows.append(row_of(PUBLISHED + (methods.CLIP if clips else ""), 1, True, published(clips)))
+    for method, accumulation in tqdm(requested_rows(args), desc="counting", unit=" methods"):
         for large in (True, False):
-            work = dataclasses.replace(unchanged, zero=LARGE) if large else unchanged
+            work = replace(unchanged, accumulation=accumulation, zero=LARGE if large else {})
             with Workers(1 if args.simulate_world else args.ranks, args.device, args.simulate_world) as workers:
                 of_ranks = workers.call(count, method, work)
             highest = max(of_ranks, key=lambda moved: sum(moved.values()))
-            rows.append({"method": method, "large": large, "moved": highest, "total": sum(highest.values())})
+            rows.append(row_of(method, accumulation, large, highest))
             write(results)
     return results
+
+
+def requested_rows(args: Any) -> list[tuple[str, int]]:
+    """Return the methods to count, each with the micro-batches of its steps."""
+    return [(method, 1) for method in args.methods] + [(method, args.accumulation) for method in args.accumulating]
+
+
+def row_of(method: str, accumulation: int, large: bool, moved: dict[str, float]) -> Row:
+    """Return the row of a method whose step of ``accumulation`` micro-batches moves ``moved``."""
+    total = sum(moved.values())
+    return {
+        "method": method,
+        "accumulation": accumulation,
+        "large": large,
+        "moved": moved,
+        "total": total,
+        "of_micro_batch": total / accumulation,
+    }
 
 
 def describe(results: dict[str, Any]) -> str:
     """Format the rows as Markdown."""
     work = results["workload"]
     lines = [
-        [row["method"], counted_as(row), *(f"{row['moved'][kind]:.2f}" for kind in KINDS), f"**{row['total']:.2f}**"]
+        [
+            row["method"],
+            str(row["accumulation"]),
+            counted_as(row),
+            *(f"{row['moved'][kind]:.2f}" for kind in KINDS),
+            f"{row['total']:.2f}",
+            f"**{row['of_micro_batch']:.2f}**",
+        ]
         for row in results["rows"]
     ]
+    header = ["method", "micro-batches", "counted as", *KINDS, "total", "**per micro-batch**"]
     recomputes = ", activations recomputed in backward" if work["checkpointing"] else ""
     return (
         "# Bytes between ranks in a step\n\n"
         f"{work['model']}, {results['ranks']} ranks, {work['precision']}{recomputes}. "
         "In units of P, the bytes of all parameters: the full tensors that are gathered or scattered, twice the full "
         "tensors that are all-reduced.\n\n"
-        + result_files.table(["method", "counted as", *KINDS, "**total**"], lines)
+        + "".join(f"- {finding}\n" for finding in findings(results["rows"]))
+        + "\n"
+        + result_files.table(header, lines)
         + "\nAs a large model: backward gathers all parameters again, as DeepSpeed does with more than a billion "
         "parameters. The traffic of the published scheme is derived from its code: with clipping two passes, each with "
         "a gather in forward, a gather in backward and an all-reduce of the gradients.\n"
     )
+
+
+def findings(rows: list[Row]) -> list[str]:
+    """Compare layered accumulation with the other ways to accumulate, each counted as a large model."""
+    accumulating = [row for row in rows if row["large"] and row["accumulation"] > 1]
+    layered = [row for row in accumulating if methods.LAYERED in row["method"]]
+    return [
+        f"{own['method']} moves **{other['of_micro_batch'] / own['of_micro_batch']:.1f}** times fewer bytes per token "
+        f"than {other['method']}, with {own['accumulation']} micro-batches in a step."
+        for own in layered
+        for other in accumulating
+        if other not in layered
+    ]
 
 
 def counted_as(row: Row) -> str:
@@ -143,24 +187,29 @@ def counted_as(row: Row) -> str:
 def draw(results: dict[str, Any]) -> Any:
     """Draw a bar for each method as in a large model, divided by collective."""
     rows = [row for row in results["rows"] if row["large"]]
-    figure, axes = result_files.pyplot().subplots(figsize=(9, 1.6 + 0.45 * len(rows)), layout="constrained")
+    figure, axes = result_files.pyplot().subplots(figsize=(9, 1.6 + 0.4 * len(rows)), layout="constrained")
     places = list(range(len(rows), 0, -1))
     left = [0.0] * len(rows)
     for kind in KINDS:
-        widths = [row["moved"][kind] for row in rows]
+        widths = [row["moved"][kind] / row["accumulation"] for row in rows]
         hatches = ["//" if row["method"].startswith(PUBLISHED) else "" for row in rows]
         if max(widths) > 0.005:
             axes.barh(places, widths, 0.7, left=left, color=COLORS[kind], label=kind, hatch=hatches, edgecolor="white")
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for place, end in zip(places, left, strict=True):
         axes.annotate(f" {end:.2f} P", (end, place), va="center", fontsize=9, fontweight="bold")
-    axes.set_yticks(places, [row["method"] for row in rows])
+    axes.set_yticks(places, [named(row) for row in rows])
     axes.set_xlim(0, 1.12 * max(left))
-    axes.set_xlabel("bytes moved by a step, in units of all parameters' bytes P (a model too large to stay gathered)")
-    axes.set_title("Traffic between ranks in one training step", loc="left", fontweight="bold")
+    axes.set_xlabel("bytes per micro-batch, in units of all parameters' bytes P (a model too large to stay gathered)")
+    axes.set_title("Traffic between ranks for one micro-batch", loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
     return figure
+
+
+def named(row: Row) -> str:
+    """Return the label of a row in the picture."""
+    return row["method"] if row["accumulation"] == 1 else f"{row['method']}, {row['accumulation']} micro-batches"
 
 
 def main() -> None:
@@ -170,15 +219,20 @@ def main() -> None:
     parser.set_defaults(precision="bf16")
     parser.add_argument("--model", default="toy", help="a preset of lomo_ds.models, toy or tiny; toy by default")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=options.methods_help(METHODS))
+    parser.add_argument(
+        "--accumulating", nargs="*", default=ACCUMULATING, metavar="METHOD",
+        help=f"methods of further rows with several micro-batches in a step; {' '.join(ACCUMULATING)} by default",
+    )  # fmt: skip
+    parser.add_argument("--accumulation", type=int, default=8, help="micro-batches of these rows; 8 by default")
     parser.add_argument("--ranks", type=int, default=2, help="2 by default")
     parser.add_argument("--simulate_world", type=int, help="simulate rank 0 of this world size in one process instead")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     args = parser.parse_args()
     result_files.require("matplotlib")
     options.resolve(args, parser, 1 if args.simulate_world else args.ranks)
-    for method in args.methods:
-        if reason := methods.unavailability(method, ranks=2):
-            parser.error(f"{method} cannot run on several ranks: {reason}")
+    for method, accumulation in requested_rows(args):
+        if reason := methods.unavailability(method, 2, accumulation):
+            parser.error(f"{method} cannot be counted with {accumulation} micro-batches on several ranks: {reason}")
 
     def write(results: dict[str, Any]) -> None:
         result_files.write_results(args.output_dir, "traffic", results, describe(results), show=False)

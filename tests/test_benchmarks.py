@@ -189,13 +189,19 @@ def test_throughput(results_of: Callable[..., dict[str, Any]]) -> None:
 @needs_bench
 def test_traffic(results_of: Callable[..., dict[str, Any]]) -> None:
     results = results_of(
-        traffic, "--simulate_world=8", "--model=tiny", *SMALL, "--methods", "stash+clip", "deepspeed-sgd+clip"
-    )
+        traffic, "--simulate_world=8", "--model=tiny", *SMALL, "--methods", "stash+clip", "deepspeed-sgd+clip",
+        "--accumulation=4", "--accumulating", "immediate+layered", "stash", "deepspeed-sgd",
+    )  # fmt: skip
     large = {row["method"]: row for row in results["rows"] if row["large"]}
     for method in ("stash+clip", "deepspeed-sgd+clip"):
         assert large[method]["total"] == pytest.approx(3.0, abs=0.05)
         assert large[method]["moved"]["all-gather"] == pytest.approx(2.0, abs=0.05)
     assert large["published LOMO+clip"]["total"] == 8.0
+    assert large["immediate+layered"]["total"] == pytest.approx(3.0, abs=0.05)
+    for method in ("stash", "deepspeed-sgd"):
+        assert large[method]["of_micro_batch"] == pytest.approx(3.0, abs=0.05)
+    ratios_of_bytes = [float(finding.split("**")[1]) for finding in traffic.findings(results["rows"])]
+    assert ratios_of_bytes == pytest.approx([4.0, 4.0], abs=0.1)
 
 
 @needs_bench
@@ -411,8 +417,9 @@ def test_rows_without_figures_are_reported_and_drawn() -> None:
         memory.draw(results)
 
 
-def losses_of(name: str, clip: bool) -> list[float]:
-    method = methods.build(name + methods.CLIP * clip, Workload("tiny", sequence=16, batch=2))
+def losses_of(name: str, clip: bool, accumulation: int = 1) -> list[float]:
+    work = Workload("tiny", sequence=16, batch=2, accumulation=accumulation)
+    method = methods.build(name + methods.CLIP * clip, work)
     return [float(method.step()) for _ in range(4)]
 
 
@@ -427,25 +434,38 @@ def test_all_methods_take_the_same_steps(ranks: GroupOf, clip: bool) -> None:
         assert ranks(1).run(losses_of, name, clip)[0] == pytest.approx(reference, rel=1e-6), name
 
 
+def test_all_methods_accumulate_the_same_gradients(ranks: GroupOf) -> None:
+    reference = ranks(1).run(losses_of, "stash", True, 3)[0]
+    assert reference[-1] < reference[0]
+    for name in ("stash+layered", "two_pass+layered", "deepspeed-sgd"):
+        assert ranks(1).run(losses_of, name, True, 3)[0] == pytest.approx(reference, rel=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["immediate", "two_pass+clip", "plain"])
+def test_methods_that_cannot_accumulate_give_a_reason(name: str) -> None:
+    assert methods.unavailability(name, 1) is None
+    assert "it " in (methods.unavailability(name, 1, accumulation=2) or "")
+
+
 def test_memory_by_kind() -> None:
     """Compare with known figures, minus the tensors that other tests have left alive."""
-    nothing = methods.Method(torch.nn.Module(), {}, lambda batch: torch.zeros(()))
+    nothing = methods.Method(torch.nn.Module(), [], lambda micro_batches: torch.zeros(()))
     with TensorTracker(nothing, torch.device("cpu")) as leftover:
         pass
     weights, rows = 4 * 300 * 300, 4 * 20 * 300
     model = torch.nn.Sequential(torch.nn.Linear(300, 300, bias=False), torch.nn.Linear(300, 300, bias=False))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
-    batch = {"x": torch.ones(20, 300)}
+    micro_batches = [{"x": torch.ones(20, 300)}]
 
-    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        loss = model(batch["x"]).sum()
+    def step(micro_batches: list[methods.Batch]) -> torch.Tensor:
+        loss = model(micro_batches[0]["x"]).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
 
     method = methods.Method(
-        model, batch, step, lambda: [v for state in optimizer.state.values() for v in state.values()]
+        model, micro_batches, step, lambda: [v for state in optimizer.state.values() for v in state.values()]
     )
     method.step()
     with TensorTracker(method, torch.device("cpu")) as tensors:
@@ -497,7 +517,8 @@ def test_ratios_are_taken_within_rounds() -> None:
         ("imediate", "a method is one of"),
         ("immediate+clip", "updates weights before"),
         ("plain+clip", "no gradients"),
-        ("plain+int8", "does not support int8 weights"),
+        ("plain+int8", "does not support .int8"),
+        ("deepspeed-sgd+layered", "does not support .layered"),
         ("stash+int9", "a method is one of"),
     ],
 )

@@ -46,8 +46,8 @@ def build_and_warm_up(state: RankState, method: str, work: Workload) -> None:
 
 
 def change_batch(state: RankState, work: Workload) -> None:
-    """Make the method train on the batch of another workload from now on, on a rank."""
-    state["method"].batch = work.rows(state["method"].device)
+    """Make the method train on the micro-batches of another workload from now on, on a rank."""
+    state["method"].micro_batches = work.micro_batches(state["method"].device)
 
 
 def kernels_in_use(state: RankState, int8: bool) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The methods that benchmarks compare: ways to take a training step, each built once and stepped many times.
 
-The name of a method is one of ``METHODS`` and may have suffixes. ``+clip`` clips the global gradient norm to 1. Two
-suffixes are for methods of lomo_ds only: ``+int8`` stores weights in int8, ``+qgather`` gathers them in int8.
+The name of a method is one of ``METHODS`` and may have suffixes. ``+clip`` clips the global gradient norm to 1. Three
+suffixes are for methods of lomo_ds only: ``+int8`` stores weights in int8, ``+qgather`` gathers them in int8, and
+``+layered`` runs all micro-batches of a step inside each layer. Without it the stash adds up their gradients.
 """
 
 import dataclasses
@@ -18,9 +19,12 @@ from torch.nn import Module, Parameter
 
 from benchmarks.lib.workload import Workload, tile_logits
 
-CLIP, INT8, QUANTIZED_GATHER = "+clip", "+int8", "+qgather"
+CLIP, INT8, QUANTIZED_GATHER, LAYERED = "+clip", "+int8", "+qgather", "+layered"
+LOMO_DS_SUFFIXES = (INT8, QUANTIZED_GATHER, LAYERED)
 MAX_NORM = 1.0
 LR = 1e-3
+
+Batch = dict[str, Tensor]
 
 # lomo_ds's own methods: the optimizer's type and the update schedule
 LOMO_DS = {
@@ -59,7 +63,7 @@ class Method:
 
     Args:
         model: the model to train.
-        batch: the batch of every step.
+        micro_batches: the batches of every step, whose gradients are added up.
         step: takes one step and returns the loss, on the device, so that the host does not wait for it.
         optimizer_state: returns every tensor that the optimizer keeps between steps, master weights included.
         gradients: returns gradients and buffers for gradients, beside the parameters' ``.grad``.
@@ -68,13 +72,13 @@ class Method:
     def __init__(
         self,
         model: Module,
-        batch: dict[str, Tensor],
-        step: Callable[[dict[str, Tensor]], Tensor],
+        micro_batches: list[Batch],
+        step: Callable[[list[Batch]], Tensor],
         optimizer_state: Callable[[], Iterable[Any]] = tuple,
         gradients: Callable[[], Iterable[Any]] = tuple,
     ) -> None:
         self.model = model
-        self.batch = batch
+        self.micro_batches = micro_batches
         self._step = step
         self.optimizer_state = optimizer_state
         self.gradients = gradients
@@ -86,7 +90,7 @@ class Method:
 
     def step(self) -> Tensor:
         """Take one step."""
-        return self._step(self.batch)
+        return self._step(self.micro_batches)
 
     def parameters(self) -> Iterable[Any]:
         """Yield the current data of every parameter, gathered or not, and this rank's shard of it."""
@@ -116,27 +120,38 @@ def apply_suffixes(name: str, work: Workload) -> Workload:
         work = dataclasses.replace(work, lomo={**work.lomo, "weights": "int8"})
     if QUANTIZED_GATHER in name:
         work = dataclasses.replace(work, zero={**work.zero, "zero_quantized_weights": True})
+    if LAYERED in name or (work.accumulation > 1 and base_method(name) in LOMO_DS):
+        accumulation = "layered" if LAYERED in name else "stash"
+        work = dataclasses.replace(work, lomo={**work.lomo, "accumulation": accumulation})
     return work
 
 
-def unavailability(name: str, ranks: int) -> str | None:
+def unavailability(name: str, ranks: int, accumulation: int = 1) -> str | None:
     """Return why the method cannot run on this number of ranks on this machine; None if it can.
+
+    Args:
+        accumulation: micro-batches of a step.
 
     Raises:
         ValueError: there is no such method, or it does not support its suffixes.
     """
     base, *added = name.split("+")
-    if base not in METHODS or not {f"+{word}" for word in added} <= {CLIP, INT8, QUANTIZED_GATHER}:
+    suffixes = {f"+{word}" for word in added}
+    if base not in METHODS or not suffixes <= {CLIP, *LOMO_DS_SUFFIXES}:
         raise ValueError(
             f"a method is one of {', '.join(METHODS)}, with the suffix {CLIP} to clip, and for lomo_ds's own with "
-            f"{INT8} or {QUANTIZED_GATHER}, got {name}"
+            f"{', '.join(LOMO_DS_SUFFIXES)}, got {name}"
         )
-    if base not in LOMO_DS and (INT8 in name or QUANTIZED_GATHER in name):
-        raise ValueError(f"{base} does not support int8 weights, so there is no {name}")
+    if base not in LOMO_DS and (unsupported := suffixes - {CLIP}):
+        raise ValueError(f"{base} does not support {' or '.join(sorted(unsupported))}, so there is no {name}")
     if clips(name) and base in CANNOT_CLIP:
         raise ValueError(f"{base} {CANNOT_CLIP[base]}, so there is no {name}")
     if base in SINGLE_PROCESS and ranks > 1:
         return "it runs in one process only"
+    if base in SINGLE_PROCESS and accumulation > 1:
+        return "it does not accumulate gradients"
+    if base in LOMO_DS and base != "stash" and LAYERED not in suffixes and accumulation > 1:
+        return f"it keeps no gradients to add up, so only {name}{LAYERED} accumulates"
     if base in INSTALL and importlib.util.find_spec(INSTALL[base][0]) is None:
         return f"it is not installed: {INSTALL[base][1]}"
     return None
@@ -167,13 +182,14 @@ def _lomo_ds(name: str, work: Workload, max_norm: float | None) -> Method:
     def gradients() -> Iterable[Any]:
         schedule: Any = engine.schedule
         stash = getattr(schedule, "buffers", None) or getattr(schedule, "stashed", {})  # in host memory, on the device
-        return stash.values()
+        yield from stash.values()
+        yield from (engine.optimizer.hooks.sums or {}).values()
 
     def rule_state() -> Iterable[Any]:
         for state in engine.optimizer.schedule.updater.states.storage.values():
             yield from state.values()
 
-    return Method(engine.module, work.rows(engine.device), engine.train_batch, rule_state, gradients)
+    return Method(engine.module, work.micro_batches(engine.device), engine.train_batch, rule_state, gradients)
 
 
 def _deepspeed(name: str, work: Workload, max_norm: float | None) -> Method:
@@ -189,11 +205,9 @@ def _deepspeed(name: str, work: Workload, max_norm: float | None) -> Method:
     engine = deepspeed.initialize(model=model, optimizer=kind(model.parameters(), lr=LR), config=ds_config)[0]
     optimizer: Any = engine.optimizer
 
-    def step(batch: dict[str, Tensor]) -> Tensor:
-        loss = engine(**batch).loss
-        engine.backward(loss)
-        engine.step()
-        return loss.detach()
+    def step(micro_batches: list[Batch]) -> Tensor:
+        losses = [_backward_and_step(engine, batch) for batch in micro_batches]
+        return torch.stack(losses).mean()
 
     def optimizer_state() -> Iterable[Any]:
         yield from optimizer.fp32_partitioned_groups_flat
@@ -205,7 +219,15 @@ def _deepspeed(name: str, work: Workload, max_norm: float | None) -> Method:
         yield from (bucket.buffer for bucket in optimizer.ipg_buckets.values())
         yield from (group.grad for group in optimizer.fp32_partitioned_groups_flat)
 
-    return Method(engine.module, work.rows(engine.device), step, optimizer_state, gradients)
+    return Method(engine.module, work.micro_batches(engine.device), step, optimizer_state, gradients)
+
+
+def _backward_and_step(engine: Any, batch: Batch) -> Tensor:
+    """Run one micro-batch as DeepSpeed's users do, whose ``step`` updates weights after the last one only."""
+    loss: Tensor = engine(**batch).loss
+    engine.backward(loss)
+    engine.step()
+    return loss.detach()
 
 
 def _plain(work: Workload, max_norm: float | None) -> Method:
@@ -214,12 +236,13 @@ def _plain(work: Workload, max_norm: float | None) -> Method:
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
-    def step(batch: dict[str, Tensor]) -> Tensor:
+    def step(micro_batches: list[Batch]) -> Tensor:
+        (batch,) = micro_batches
         loss = model(**batch).loss
         loss.backward()
         return loss.detach()
 
-    return Method(model, work.rows(model.device), step)
+    return Method(model, work.micro_batches(model.device), step)
 
 
 def _drop_gradient(parameter: Parameter) -> None:
@@ -232,7 +255,8 @@ def _lomo_optim(work: Workload, max_norm: float | None) -> Method:
     model = work.whole_model()
     optimizer = Lomo(model, lr=LR, clip_grad_norm=max_norm)
 
-    def step(batch: dict[str, Tensor]) -> Tensor:
+    def step(micro_batches: list[Batch]) -> Tensor:
+        (batch,) = micro_batches
         loss = model(**batch).loss
         if max_norm is not None:  # the authors' trainer runs forward a second time too
             optimizer.grad_norm(loss)
@@ -241,7 +265,7 @@ def _lomo_optim(work: Workload, max_norm: float | None) -> Method:
         optimizer.fused_backward(loss, LR)
         return loss.detach()
 
-    return Method(model, work.rows(model.device), step)
+    return Method(model, work.micro_batches(model.device), step)
 
 
 def _torchtune(work: Workload, max_norm: float | None) -> Method:
@@ -250,12 +274,13 @@ def _torchtune(work: Workload, max_norm: float | None) -> Method:
     optimizers = {parameter: torch.optim.SGD([parameter], lr=LR) for parameter in model.parameters()}
     import_torchtune_memory().register_optim_in_bwd_hooks(model, optimizers)
 
-    def step(batch: dict[str, Tensor]) -> Tensor:
+    def step(micro_batches: list[Batch]) -> Tensor:
+        (batch,) = micro_batches
         loss = model(**batch).loss
         loss.backward()
         return loss.detach()
 
-    return Method(model, work.rows(model.device), step)
+    return Method(model, work.micro_batches(model.device), step)
 
 
 def import_torchtune_memory() -> ModuleType:

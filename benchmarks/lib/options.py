@@ -56,7 +56,7 @@ def resolve(args: argparse.Namespace, parser: argparse.ArgumentParser, max_ranks
     os.environ["DS_ACCELERATOR"] = args.device  # deepspeed reads it at import, also in this process
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     try:
-        for method in [*args.methods, *(getattr(args, "vs", None) or [])]:
+        for method in [*args.methods, *(getattr(args, "vs", None) or []), *getattr(args, "accumulating", [])]:
             methods.unavailability(method, 1)
     except ValueError as error:
         parser.error(str(error))
@@ -80,7 +80,8 @@ def methods_help(default: list[str]) -> str:
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in methods.DESCRIPTIONS.items())
     return (
         f"any of {meanings}. The suffix {methods.CLIP} clips the global norm; for lomo_ds's own, {methods.INT8} "
-        f"stores weights in int8 and {methods.QUANTIZED_GATHER} gathers them in int8. {' '.join(default)} by default"
+        f"stores weights in int8, {methods.QUANTIZED_GATHER} gathers them in int8, and {methods.LAYERED} runs all "
+        f"micro-batches of a step inside each layer. {' '.join(default)} by default"
     )
 
 

@@ -43,6 +43,7 @@ def plan_method(method: str, work: Workload, ranks: int, machine: Machine) -> Pl
         gpus=ranks,
         sequence=work.sequence,
         batch=work.batch,
+        accumulation_steps=work.accumulation,
         documents=work.documents > 1,
         precision=work.precision,  # type: ignore[arg-type]
         optimizer=optimizer.lower(),  # type: ignore[arg-type]

@@ -29,12 +29,12 @@ LARGE = {
 
 @dataclass(frozen=True)
 class Workload:
-    """One model, and the batch of one rank in a step.
+    """One model, and the micro-batches of one rank in a step.
 
     Attributes:
         model: one of ``SHAPES``, or a preset of lomo_ds.models.
         sequence: tokens of a row.
-        batch: rows for each rank.
+        batch: rows of a micro-batch of each rank.
         precision: one of ``DTYPES``.
         checkpointing: whether activations are recomputed in backward.
         tiled_logits: whether methods of lomo_ds compute the logits in tiles.
@@ -43,6 +43,7 @@ class Workload:
         zero: further fields of zero_optimization, for all methods with ZeRO-3.
         communication_data_type: precision that gradients are reduced in; None for their own.
         documents: documents of a row that must not see each other.
+        accumulation: micro-batches of each rank in a step.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Workload:
     zero: dict[str, Any] = field(default_factory=dict)
     communication_data_type: str | None = None
     documents: int = 1
+    accumulation: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,7 +67,7 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Number of tokens of a rank in a step."""
-        return self.sequence * self.batch
+        return self.sequence * self.batch * self.accumulation
 
     def config(self) -> Any:
         """Build the model's configuration for transformers."""
@@ -81,6 +83,7 @@ class Workload:
         """Build a DeepSpeed config without an optimizer."""
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.batch,
+            "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": max_norm or 0.0,
             "zero_optimization": {"stage": 3, **self.zero},
         }
@@ -113,9 +116,12 @@ class Workload:
             draw(name, parameter.dim(), parameter.data)
         return self._prepared(model)
 
-    def rows(self, device: torch.device) -> dict[str, Tensor]:
-        """Draw this rank's batch; every token is a label."""
+    def micro_batches(self, device: torch.device) -> list[dict[str, Tensor]]:
+        """Draw this rank's micro-batches; every token is a label."""
         generator = torch.Generator().manual_seed(1 + torch.distributed.get_rank())
+        return [self._rows(generator, device) for _ in range(self.accumulation)]
+
+    def _rows(self, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
         ids = torch.randint(self.config().vocab_size, (self.batch, self.sequence), generator=generator).to(device)
         rows = {"input_ids": ids, "labels": ids.clone()}
         if self.documents > 1:
