@@ -2,11 +2,14 @@
 
     python benchmarks/throughput.py                                       # small, on CPU ranks
     python benchmarks/throughput.py --rows 7b:1 --sequence 1024 --checkpointing    # the paper's, on a GPU
+    python benchmarks/throughput.py --rows 40m:2x8 --large --checkpointing --methods immediate+layered \
+        --vs stash deepspeed-sgd --name accumulation                      # ways to accumulate 8 micro-batches
 
-A row is a model and a number of ranks. Every method of a row has its own processes. All methods of a row are alive at
-once and take turns: one steps while the others wait. Rounds of turns go on for --seconds. The result is the median over
-the rounds. Ratios are taken within a round, so that a slow machine affects both sides; their median, lowest and highest
-values are reported. The first steps, which DeepSpeed traces, are not timed.
+A row is a model, a number of ranks and, after an x, the micro-batches of a step if there are several. Every method of a
+row has its own processes. All methods of a row are alive at once and take turns: one steps while the others wait.
+Rounds of turns go on for --seconds. The result is the median over the rounds. Ratios are taken within a round, so that
+a slow machine affects both sides; their median, lowest and highest values are reported. The first steps, which
+DeepSpeed traces, are not timed.
 
 The share of peak FLOP/s counts 6 operations for each weight that a token is multiplied with and 12 x layers x hidden
 size x sequence for attention, without recomputation. The device's peak is the maker's figure for half precision on
@@ -19,9 +22,11 @@ backward needs only torch; the rest of torchtune needs twenty more packages).
 """
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +38,7 @@ from benchmarks.lib import methods, options, result_files
 from benchmarks.lib.contest import Contest, Entrant, ratios, synchronize
 from benchmarks.lib.kernels import fallbacks
 from benchmarks.lib.workers import DOES_NOT_FIT, RankState, Workers
-from benchmarks.lib.workload import DTYPES, flops_per_token
+from benchmarks.lib.workload import DTYPES, LARGE, flops_per_token
 from lomo_ds.numerics.flat import ceil_div
 
 METHODS = ["immediate", "stash+clip"]
@@ -120,7 +125,8 @@ def compare(
     report: Callable[[str], None],
 ) -> Row:
     """Compare the methods of one row; ``flops`` is the peak of a rank in operations per second."""
-    reasons = {entrant.label: methods.unavailability(entrant.method, ranks) for entrant in entrants}
+    accumulation = entrants[0].work.accumulation
+    reasons = {entrant.label: methods.unavailability(entrant.method, ranks, accumulation) for entrant in entrants}
     available = [entrant for entrant in entrants if reasons[entrant.label] is None]
     deadline = time.monotonic() + timeout
     with Contest(available, ranks, device, report) as contest:
@@ -155,8 +161,9 @@ def compare_all(args: argparse.Namespace, write: Callable[[dict[str, Any]], None
         "groups": [],
     }
     bar = tqdm(args.rows, desc="comparing", unit=" rows")
-    for model, ranks in bar:
+    for model, ranks, accumulation in bar:
         work = options.build_workload(args, model, args.checkpointing)
+        work = replace(work, accumulation=accumulation, zero=LARGE if args.large else {})
         peers = args.vs if args.vs is not None else PEERS_ALONE if ranks == 1 else PEERS
         names = dict.fromkeys([*args.methods, *peers])
         entrants = [Entrant(name, name, work, leads=name in args.methods) for name in names]
@@ -177,23 +184,33 @@ def describe(results: dict[str, Any]) -> str:
     """Format the table and the ratios as Markdown."""
     unit, divisor = ("GiB", 2**30) if results["device"] == "cuda" else ("MiB", 2**20)
     lines = [
-        [row["label"], group["model"], str(group["ranks"]), *_figures(row, divisor)]
+        [row["label"], group["model"], str(group["ranks"]), str(accumulation_of(group)), *_figures(row, divisor)]
         for group in results["groups"]
         for row in group["rows"]
     ]
     work = results["groups"][0]["workload"]
-    recomputes = ", activations recomputed in backward" if work["checkpointing"] else ""
+    settings = ", activations recomputed in backward" if work["checkpointing"] else ""
+    if work["zero"]:
+        settings += ", and only the module in use is gathered, as with a model of more than a billion parameters"
     text = (
         "# Throughput of a training step\n\n"
-        f"Sequence {work['sequence']}, batch {work['batch']} per rank, {work['precision']}{recomputes}. The device's "
-        f"peak is {results['peak_flops'] / 1e12:.3g} TFLOP/s, {results['peak_flops_from']}.\n\n"
+        f"Sequence {work['sequence']}, batch {work['batch']} per rank and micro-batch, {work['precision']}{settings}. "
+        f"The device's peak is {results['peak_flops'] / 1e12:.3g} TFLOP/s, {results['peak_flops_from']}.\n\n"
         + result_files.table(
-            ["method", "model", "ranks", "tokens per rank and second", f"peak memory {unit}", "share of peak FLOP/s"],
+            [
+                "method",
+                "model",
+                "ranks",
+                "micro-batches",
+                "tokens per rank and second",
+                f"peak memory {unit}",
+                "share of peak FLOP/s",
+            ],
             lines,
         )
     )
     for group in results["groups"]:
-        text += f"\n## {group['model']} on {options.pluralize(group['ranks'], 'rank')}\n\n" + _ratio_table(group)
+        text += f"\n## {title_of(group)}\n\n" + _ratio_table(group)
         for name, reason in group["skipped"].items():
             text += f"\nLeft out: {name}: {reason}.\n"
         for row in group["rows"]:
@@ -249,7 +266,7 @@ def _panel(axes: Any, group: Row) -> None:
     rows = [row for row in group["rows"] if row["outcome"] == "measured"]
     places = list(range(len(rows), 0, -1))
     rates = [row["tokens_per_second"] for row in rows]
-    tokens = [row["workload"]["sequence"] * row["workload"]["batch"] for row in rows]
+    tokens = [row["workload"]["sequence"] * row["workload"]["batch"] * accumulation_of(group) for row in rows]
     lows = [rate - count / max(row["seconds"]) for row, rate, count in zip(rows, rates, tokens, strict=True)]
     highs = [count / min(row["seconds"]) - rate for row, rate, count in zip(rows, rates, tokens, strict=True)]
     axes.barh(places, rates, 0.7, color=[_color(row["method"]) for row in rows])
@@ -259,8 +276,20 @@ def _panel(axes: Any, group: Row) -> None:
         axes.annotate(f"  {rate:.4g}", (end, place), va="center", fontsize=8)
     axes.set_yticks(places, [row["label"] for row in rows], fontsize=9)
     axes.set_xlim(0, 1.18 * max(ends, default=1.0))
-    axes.set_title(f"{group['model']} on {options.pluralize(group['ranks'], 'rank')}", loc="left", fontsize=10)
+    axes.set_title(title_of(group), loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def title_of(group: Row) -> str:
+    """Return the title of a row of several methods."""
+    accumulation = accumulation_of(group)
+    suffix = f", {accumulation} micro-batches" if accumulation > 1 else ""
+    return f"{group['model']} on {options.pluralize(group['ranks'], 'rank')}{suffix}"
+
+
+def accumulation_of(group: Row) -> int:
+    """Return the number of micro-batches in a step."""
+    return int(group["workload"]["accumulation"])
 
 
 def _color(method: str) -> str:
@@ -268,20 +297,24 @@ def _color(method: str) -> str:
     return COLORS[OURS if base in methods.LOMO_DS else DEEPSPEED if base in methods.DEEPSPEED_ZERO3 else ALONE]
 
 
-def row_of(text: str) -> tuple[str, int]:
-    """Parse ``MODEL:RANKS`` from the command line."""
-    model, _, ranks = text.partition(":")
-    if not ranks.isdigit() or int(ranks) < 1:
-        raise argparse.ArgumentTypeError(f"a row is MODEL:RANKS, for example 40m:2, got {text!r}")
-    return model, int(ranks)
+def row_of(text: str) -> tuple[str, int, int]:
+    """Parse ``MODEL:RANKS`` or ``MODEL:RANKSxACCUMULATION`` from the command line."""
+    match = re.fullmatch(r"([^:]+):([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"a row is MODEL:RANKS or MODEL:RANKSxACCUMULATION, for example 40m:2 or 40m:2x8, got {text!r}"
+        )
+    model, ranks, accumulation = match.groups()
+    return model, int(ranks), int(accumulation or 1)
 
 
 def main() -> None:
     """Run the benchmark and write its results."""
     parser = result_files.build_parser(__doc__)
     parser.add_argument(
-        "--rows", nargs="+", type=row_of, default=[row_of(text) for text in ROWS], metavar="MODEL:RANKS",
-        help=f"presets of lomo_ds.models, toy or tiny, and numbers of ranks; {' '.join(ROWS)} by default",
+        "--rows", nargs="+", type=row_of, default=[row_of(text) for text in ROWS], metavar="MODEL:RANKS[xN]",
+        help="presets of lomo_ds.models, toy or tiny, numbers of ranks, and N micro-batches of a step; "
+        f"{' '.join(ROWS)} by default",
     )  # fmt: skip
     options.add_workload(parser, models=None, sequence=128, batch=2)
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
@@ -293,18 +326,22 @@ def main() -> None:
         "--vs", nargs="*", metavar="METHOD",
         help=f"methods to run beside them; {' '.join(PEERS_ALONE)} on one rank, {' '.join(PEERS)} on several",
     )  # fmt: skip
+    parser.add_argument(
+        "--large", action="store_true", help="gather only the module in use, as with more than a billion parameters"
+    )
+    parser.add_argument("--name", default="throughput", help="name of the result files; throughput by default")
     parser.add_argument("--seconds", type=float, default=6.0, help="duration of the rounds of a row; 6 by default")
     parser.add_argument("--timeout", type=float, default=600.0, help="time limit of a row in seconds; 600 by default")
     parser.add_argument("--peak_tflops", type=float, help="peak of the device, if its maker's figure is not known")
     args = parser.parse_args()
     result_files.require("matplotlib")
-    options.resolve(args, parser, max(ranks for _, ranks in args.rows))
+    options.resolve(args, parser, max(ranks for _, ranks, _ in args.rows))
 
     def write(results: dict[str, Any]) -> None:
-        result_files.write_results(args.output_dir, "throughput", results, describe(results), show=False)
+        result_files.write_results(args.output_dir, args.name, results, describe(results), show=False)
 
     results = compare_all(args, write)
-    result_files.write_results(args.output_dir, "throughput", results, describe(results), draw(results))
+    result_files.write_results(args.output_dir, args.name, results, describe(results), draw(results))
 
 
 if __name__ == "__main__":
