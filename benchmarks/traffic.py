@@ -200,10 +200,10 @@ def draw(results: dict[str, Any]) -> Any:
         axes.annotate(f" {end:.2f} P", (end, place), va="center", fontsize=9, fontweight="bold")
     axes.set_yticks(places, [named(row) for row in rows])
     axes.set_xlim(0, 1.12 * max(left))
-    axes.set_xlabel("bytes per micro-batch, in units of all parameters' bytes P (a model too large to stay gathered)")
-    axes.set_title("Traffic between ranks for one micro-batch", loc="left", fontweight="bold")
+    axes.set_xlabel("in units of all parameters' bytes P, for a model too large to stay gathered")
+    axes.set_title("Bytes between ranks for one micro-batch", loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, loc="lower right")
     return figure
 
 
