@@ -3,6 +3,7 @@
     python benchmarks/memory.py                                                 # small, on CPU ranks
     python benchmarks/memory.py --models 7b --sequence 512 --batch 8            # the paper's, on a GPU
     python benchmarks/memory.py --models 65b --sequence 1024 --simulate_world 8 --checkpointing on
+    python benchmarks/memory.py --checkpointing on --accumulation 8 --methods immediate+layered stash deepspeed-sgd
 
 Each row is measured in its own processes, over four steps after the engine is built. The peak is that of torch's
 allocator on a GPU (the JSON also has the reserved bytes), and that of all live tensors on the CPU. The last step tracks
@@ -95,7 +96,7 @@ def measure_all(args: argparse.Namespace, write: Callable[[dict[str, Any]], None
     for work, world in requested:
         for method in args.methods:
             bar.set_postfix_str(f"{method}, {work.model}, {options.pluralize(world, 'rank')}")
-            reason = methods.unavailability(method, world)
+            reason = methods.unavailability(method, world, work.accumulation)
             if reason is not None:
                 results["skipped"][f"{method} on {options.pluralize(world, 'rank')}"] = reason
             else:
@@ -113,7 +114,11 @@ def measure_all(args: argparse.Namespace, write: Callable[[dict[str, Any]], None
 def workloads(args: argparse.Namespace) -> list[Workload]:
     """Return the requested workloads: each model, with and without checkpointing."""
     checkpointing = {"on": [True], "off": [False], "both": [True, False]}[args.checkpointing]
-    works = [options.build_workload(args, model, on) for model in args.models for on in checkpointing]
+    works = [
+        replace(options.build_workload(args, model, on), accumulation=args.accumulation)
+        for model in args.models
+        for on in checkpointing
+    ]
     if args.as_is:
         return works
     return [replace(work, zero=LARGE) if parameter_count(work) < STAYS_GATHERED else work for work in works]
@@ -153,6 +158,8 @@ def named(row: Row) -> list[str]:
     ranks = f"rank 0 of {row['ranks']}" if row["simulated"] else options.pluralize(row["ranks"], "rank")
     tiled = ", tiled logits" if work["tiled_logits"] and row["method"].partition("+")[0] in methods.LOMO_DS else ""
     shape = f"{work['batch']} x {work['sequence']}"
+    if work["accumulation"] > 1:
+        shape = f"{work['accumulation']} micro-batches of {shape}"
     recomputes = "yes" if work["checkpointing"] else "no"
     return [f"{work['model']} {work['precision']}, {shape}, {ranks}: {row['method']}{tiled}", recomputes]
 
@@ -247,6 +254,7 @@ def main() -> None:
     parser.add_argument(
         "--checkpointing", choices=("on", "off", "both"), default="both", help="activations recomputed; both"
     )
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step; 1 by default")
     parser.add_argument(
         "--as_is",
         action="store_true",

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import golden, gpu, memory, offload, quality, throughput, traffic
+from benchmarks import golden, gpu, memory, offload, quality, sums, throughput, traffic
 from benchmarks.lib import gpu_report, kernels, measurements, methods
 from benchmarks.lib.contest import ratios
 from benchmarks.lib.footprint import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, TensorTracker
@@ -547,6 +547,22 @@ def test_quality(tmp_path: Path, demo: Path) -> None:
     assert (row["optimizer"], row["learning_rate"]) == ("adalomo", 0.01)
     assert row["loss"] < row["loss_before"]
     assert f"adalomo: **{row['loss']:.3f}** with learning rate 0.01" in (tmp_path / "quality.md").read_text()
+
+
+@needs_bench
+def test_sums(tmp_path: Path, demo: Path) -> None:
+    inputs = [f"--model_name_or_path={demo / 'model'}", f"--train_file={demo / 'train.txt'}"]
+    inputs += [f"--validation_file={demo / 'validation.txt'}", "--accumulation=3", "--seeds=1"]
+    sizes = ["--max_seq_length=16", "--max_steps=3", f"--output_dir={tmp_path}"]
+    command = [sys.executable, str(ROOT / "benchmarks/sums.py"), *inputs, *sizes]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HUNG)
+    assert run.returncode == 0, run.stderr
+    results = written(tmp_path, "sums")
+    losses = {run["sums"]: run["loss"] for run in results["runs"]}
+    assert losses.keys() == {"bf16", "fp32"}
+    assert losses["bf16"] != losses["fp32"], "the data type of the sums is ignored"
+    assert all(run["loss"] < run["loss_before"] for run in results["runs"])
+    assert sums.differences(results["runs"], 3) == {1: losses["bf16"] - losses["fp32"]}
 
 
 def test_the_best_learning_rate_has_the_lowest_mean_over_seeds() -> None:
