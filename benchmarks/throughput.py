@@ -13,15 +13,16 @@ DeepSpeed traces, are not timed.
 
 The share of peak FLOP/s counts 6 operations for each weight that a token is multiplied with and 12 x layers x hidden
 size x sequence for attention, without recomputation. The device's peak is the maker's figure for half precision on
-known GPUs, and otherwise the rate of a large matrix multiplication; CPU ranks share that of the machine. Memory is the
-allocator's peak on a GPU. On the CPU it is the peak of all live tensors, tracked in a step that is not timed; see
-benchmarks/memory.py.
+known GPUs, and otherwise the rate of a large matrix multiplication. A CPU rank has one thread, so its peak is that of
+one core, or a part of it if there are more ranks than cores. Memory is the allocator's peak on a GPU. On the CPU it is
+the peak of all live tensors, tracked in a step that is not timed; see benchmarks/memory.py.
 
 lomo-optim comes with the extra `bench`; for torchtune: pip install --no-deps torchtune==0.6.1 (its optimizer in
 backward needs only torch; the rest of torchtune needs twenty more packages).
 """
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -167,7 +168,7 @@ def compare_all(args: argparse.Namespace, write: Callable[[dict[str, Any]], None
         peers = args.vs if args.vs is not None else PEERS_ALONE if ranks == 1 else PEERS
         names = dict.fromkeys([*args.methods, *peers])
         entrants = [Entrant(name, name, work, leads=name in args.methods) for name in names]
-        share = flops if args.device == "cuda" else flops / ranks
+        share = flops if args.device == "cuda" else flops * min(1.0, len(os.sched_getaffinity(0)) / ranks)
         report = bar.set_postfix_str
         group = compare(entrants, ranks, args.device, share, args.seconds, args.timeout, report)
         results["groups"].append(group)
@@ -276,6 +277,7 @@ def _panel(axes: Any, group: Row) -> None:
         axes.annotate(f"  {rate:.4g}", (end, place), va="center", fontsize=8)
     axes.set_yticks(places, [row["label"] for row in rows], fontsize=9)
     axes.set_xlim(0, 1.18 * max(ends, default=1.0))
+    axes.set_ylim(0.4, len(rows) + 0.6)
     axes.set_title(title_of(group), loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
