@@ -60,6 +60,11 @@ bench: setup $(PEERS)
 	$(BIN)/python benchmarks/offload.py --device cpu --models tiny --sequence 64
 	$(MAKE) --no-print-directory --jobs 2 --output-sync $(BESIDE_EACH_OTHER)
 
+# Ways to accumulate 8 micro-batches, which take turns; on 2 cores most of its minutes are DeepSpeed's.
+.PHONY: bench-accumulation
+bench-accumulation: setup
+	$(BIN)/python benchmarks/throughput.py --device cpu --rows 40m:2x8 40m:4x8 --sequence 128 --batch 1 --large --checkpointing --methods immediate+layered --vs stash deepspeed-sgd --name accumulation --seconds 0 --timeout 1500
+
 bench-memory:
 	$(BIN)/python benchmarks/memory.py --device cpu --checkpointing on --methods deepspeed-adamw deepspeed-sgd immediate immediate+int8 stash+clip
 

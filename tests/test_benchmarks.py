@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -525,6 +526,14 @@ def test_ratios_are_taken_within_rounds() -> None:
 def test_invalid_methods_raise_an_error(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         methods.unavailability(name, 1)
+
+
+def test_the_micro_batches_of_a_row_follow_its_ranks() -> None:
+    assert throughput.row_of("40m:2") == ("40m", 2, 1)
+    assert throughput.row_of("40m:2x8") == ("40m", 2, 8)
+    for text in ("40m", "40m:0", "40m:2x0", "40m:2x"):
+        with pytest.raises(ArgumentTypeError, match="a row is MODEL:RANKS or MODEL:RANKSxACCUMULATION"):
+            throughput.row_of(text)
 
 
 def test_flops_per_token() -> None:
