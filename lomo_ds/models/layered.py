@@ -92,25 +92,27 @@ def layered(
         summed: returns a context in which backward runs through one layer, for one micro-batch after the other; at its
             end the sum of each parameter's gradients is complete.
     """
-    decoder = layers(model)
     with ExitStack() as stack:
         stack.enter_context(tiled_logits(model))
-        offload = _activation_offload(decoder)
-        for layer in [*decoder, *_final_norm(model)]:
-            stack.enter_context(_running_micro_batches(_LayeredModule(layer, micro_batches, summed, offload)))
+        offload = _activation_offload(layers(model))
+        for module in layered_modules(model):
+            stack.enter_context(_running_micro_batches(_LayeredModule(module, micro_batches, summed, offload)))
         yield
+
+
+def layered_modules(model: PreTrainedModel) -> list[Module]:
+    """Return the modules that run one micro-batch after the other, in their order.
+
+    Beside the layers it is the norm after them, whose activations are several times as large as a layer's input.
+    """
+    norm = getattr(model.base_model, "norm", None)
+    return [*layers(model), *([norm] if isinstance(norm, Module) else [])]
 
 
 def _activation_offload(decoder: list[Module]) -> ActivationOffload | None:
     """Return the offload that ``recompute_activations`` has installed, if any."""
     functions = (getattr(layer, "_gradient_checkpointing_func", None) for layer in decoder)
     return next((function for function in functions if isinstance(function, ActivationOffload)), None)
-
-
-def _final_norm(model: PreTrainedModel) -> list[Module]:
-    """Return the norm after the last layer, whose activations are several times as large as a layer's input."""
-    norm = getattr(model.base_model, "norm", None)
-    return [norm] if isinstance(norm, Module) else []
 
 
 class _LayeredModule:
@@ -143,7 +145,8 @@ class _LayeredModule:
         if not needs_backward:
             return call.forward(hidden_states, keep=lambda part: None)
         # without an input that requires a gradient, no backward would reach the parameters of the first layer
-        anchor = torch.zeros((), device=hidden_states.device, requires_grad=True)
+        is_anchored = hidden_states.requires_grad
+        anchor = None if is_anchored else torch.zeros((), device=hidden_states.device, requires_grad=True)
         output: Tensor = _InMicroBatches.apply(hidden_states, anchor, call)
         return output
 
@@ -193,7 +196,7 @@ class _InMicroBatches(torch.autograd.Function):
     """Runs a layer on each micro-batch, keeping only its input, and again in backward, in the opposite order."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, anchor: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, hidden_states: Tensor, anchor: Tensor | None, call: _Call) -> Tensor:
         ctx.call, ctx.random_states, ctx.offloaded = call, [], []
         offload = call.layer.offload
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import combinations, islice
 
 from lomo_ds.errors import ConfigError
@@ -131,12 +131,14 @@ def _cheap_changes(plan: Plan, model: PlannedModel) -> list[Change]:
         changes.insert(0, _flash_attention)
     if model.can_tile and not plan.tiled and not plan.settings.is_baseline:
         changes.append(_tiled_logits)
-    return [*changes, _gather_by_module, _disable_prefetch, _schedule, _offloaded_activations, _offload, _int8]
+    schedule, activations = partial(_schedule, plan.is_joined), partial(_offloaded_activations, plan.is_joined)
+    return [*changes, _gather_by_module, _disable_prefetch, schedule, activations, _offload, _int8]
 
 
 def _costly_changes(plan: Plan) -> list[Change]:
     """Return the changes that alter the training run or need other machines."""
-    return [_smaller_batch, _shorter, _more_gpus, *([_nvme] if plan.machine.nvme else [])]
+    smaller_step = [_fewer_micro_batches] if plan.is_joined else []
+    return [*smaller_step, _smaller_batch, _shorter, _more_gpus, *([_nvme] if plan.machine.nvme else [])]
 
 
 def _flash_attention(settings: Settings) -> Iterator[_Variant]:
@@ -167,23 +169,27 @@ def _disable_prefetch(settings: Settings) -> Iterator[_Variant]:
         )
 
 
-def _schedule(settings: Settings) -> Iterator[_Variant]:
+def _schedule(is_joined: bool, settings: Settings) -> Iterator[_Variant]:
     if settings.is_baseline:
         return
-    if settings.accumulation_steps == 1 and not settings.gradient_clipping and settings.precision != "fp16":
+    needs_stash = settings.accumulation_steps > 1 and not is_joined
+    if not needs_stash and not settings.gradient_clipping and settings.precision != "fp16":
         if settings.update_schedule not in ("immediate", "auto"):
             yield _Variant("update_schedule immediate", settings.but(update_schedule="immediate"))
         return
     if settings.stash_device != "cpu" and settings.update_schedule != "two_pass":
         stash = {"update_schedule": "stash", "stash_device": "cpu"}
         yield _Variant("update_schedule stash with stash_device cpu", settings.but(**stash))
-    if settings.accumulation_steps == 1 and settings.update_schedule != "two_pass":
+    if not needs_stash and settings.update_schedule != "two_pass":
         yield _Variant("update_schedule two_pass", settings.but(update_schedule="two_pass", stash_device="auto"))
 
 
-def _offloaded_activations(settings: Settings) -> Iterator[_Variant]:
-    if not settings.is_baseline and settings.gradient_checkpointing and not settings.activation_offload:
-        yield _Variant("--activation_offload", settings.but(activation_offload=True))
+def _offloaded_activations(is_joined: bool, settings: Settings) -> Iterator[_Variant]:
+    recomputes = settings.gradient_checkpointing or is_joined
+    if not settings.is_baseline and recomputes and not settings.activation_offload:
+        needed = "" if settings.gradient_checkpointing else "--gradient_checkpointing with "
+        offloaded = settings.but(gradient_checkpointing=True, activation_offload=True)
+        yield _Variant(f"{needed}--activation_offload", offloaded)
 
 
 def _offload(settings: Settings) -> Iterator[_Variant]:
@@ -194,6 +200,13 @@ def _offload(settings: Settings) -> Iterator[_Variant]:
 def _int8(settings: Settings) -> Iterator[_Variant]:
     if not settings.is_baseline and not settings.int8_weights and settings.offload_param != "nvme":
         yield _Variant("weights int8", settings.but(weights="int8"))
+
+
+def _fewer_micro_batches(settings: Settings) -> Iterator[_Variant]:
+    steps = settings.accumulation_steps
+    while steps > 1:
+        steps //= 2
+        yield _Variant(f"--gradient_accumulation_steps {steps}", settings.but(accumulation_steps=steps))
 
 
 def _smaller_batch(settings: Settings) -> Iterator[_Variant]:

@@ -46,12 +46,15 @@ def extrapolate_layers(short: StepTrace, full: StepTrace) -> StepTrace | None:
     forward_flops = events[forward.stop].flops - events[forward.start].flops
     backward_flops = events[backward.stop].flops - events[backward.start].flops
     checkpoint = short.checkpoints[repeated]
+    outside = {
+        shift.modules(index, 0, missing): size for index, size in short.checkpoints.items() if index not in short.layers
+    }
     bytes_per_layer = Counter(events[forward.stop].live.sizes)
     bytes_per_layer.subtract(events[forward.start].live.sizes)
     return dataclasses.replace(
         full,
         events=shifted,
-        checkpoints=dict.fromkeys(full_layers, checkpoint),
+        checkpoints=dict.fromkeys(full_layers, checkpoint) | outside,
         flops=short.flops + missing * (forward_flops + backward_flops),
         forward_flops=short.forward_flops + missing * forward_flops,
         bytes_per_layer=bytes_per_layer,

@@ -9,12 +9,14 @@ from transformers import PretrainedConfig
 from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import HOST_SHARE
 from lomo_ds.models import can_tile_logits, load_config, meta_model, without_flash_attention
+from lomo_ds.models.layered import reason_not_layered
 from lomo_ds.planner.machine import Machine
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.step_memory import StepMemory, estimate_memory
 from lomo_ds.planner.step_time import StepTime, estimate_time
 from lomo_ds.planner.trace import trace_step
 from lomo_ds.planner.trace_events import StepTrace
+from lomo_ds.update.accumulation import AccumulationChoice, choose_accumulation
 from lomo_ds.update.schedules import Choice, choose_schedule
 from lomo_ds.update.schedules.gradient_footprint import gradient_footprint
 from lomo_ds.zero3.gathering import choose_granularity, largest_gather_numel, offload_prefetch_limits
@@ -37,6 +39,7 @@ class PlannedModel:
         self.meta_model = meta_model(self.config, torch.bfloat16, trust_remote_code)
         self.numel = sum(parameter.numel() for parameter in self.meta_model.parameters())
         self.can_tile = can_tile_logits(self.meta_model)
+        self.reason_not_layered = reason_not_layered(self.meta_model)
         self.traces: dict[tuple[object, ...], tuple[StepTrace, StepTrace]] = {}
 
     @classmethod
@@ -49,7 +52,7 @@ class PlannedModel:
         return cls(load_config(name, trust_remote_code), name, trust_remote_code)
 
     def trace(self, settings: Settings, granularity: str) -> StepTrace:
-        """Trace a micro-batch of ``settings`` whose parameters are gathered by ``module`` or by ``layer``."""
+        """Return the trace of ``trace_step``, as seen when parameters are gathered by ``module`` or by ``layer``."""
         key = (
             settings.batch,
             settings.sequence,
@@ -59,11 +62,12 @@ class PlannedModel:
             settings.resident,
             settings.tiled_logits,
             not settings.is_baseline,
+            settings.joined,
         )
         if key not in self.traces:
             trace = trace_step(self.config, settings, self.trust_remote_code)
             self.traces[key] = trace, trace.by_layer()
-        return self.traces[key][granularity == "layer"]
+        return self.traces[key][granularity == "layer" or settings.joined > 1]
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Plan:
 
     Attributes:
         choice: the update schedule that the settings select, and the reason.
+        accumulation: how the gradients of several micro-batches are added up, and the reason.
         granularity: ``module`` or ``layer``, the unit of gathering; ``auto`` if nothing is gathered.
         numel: number of parameter elements of the model.
         tiled: whether logits are computed in tiles.
@@ -83,11 +88,22 @@ class Plan:
     settings: Settings
     machine: Machine
     choice: Choice
+    accumulation: AccumulationChoice
     granularity: str
     numel: int
     tiled: bool
     memory: StepMemory
     time: StepTime
+
+    @property
+    def is_joined(self) -> bool:
+        """Return whether several micro-batches pass through the model together."""
+        return self.accumulation.layered and self.settings.accumulation_steps > 1
+
+    @property
+    def recomputes(self) -> bool:
+        """Return whether layers keep only their inputs until backward."""
+        return self.settings.gradient_checkpointing or self.is_joined
 
     @property
     def gpu_bytes(self) -> int:
@@ -175,14 +191,18 @@ def plan_run(model: PlannedModel, settings: Settings, machine: Machine, by_name:
     free_gpu = max(0, machine.gpu_memory - machine.context - on_gpu)
     free_host = max(0, machine.host_memory // settings.gpus_per_host - on_host)
     granularity = _granularity(model, settings, free_gpu)
-    choice = _choice(settings, shards, free_gpu, free_host)
+    accumulation = _accumulation(model, settings, granularity)
+    resolved = settings.but(accumulation=accumulation.name)
+    choice = _choice(resolved, shards, free_gpu, free_host)
     if machine.device == "cpu":
         choice = dataclasses.replace(choice, stash_device="gpu")  # host memory is the only memory, as in build_schedule
-    footprint = gradient_footprint(choice, settings.clip_group_norm is not None, settings.stash_dtype)
-    trace = model.trace(settings, granularity)
-    memory = estimate_memory(trace, _with_prefetch_limits(model, settings, granularity), machine, footprint, by_name)
-    time = estimate_time(trace, settings, machine, footprint, memory)
-    return Plan(model.name, settings, machine, choice, granularity, model.numel, trace.tiled, memory, time)
+    footprint = gradient_footprint(choice, settings.clip_group_norm is not None, resolved.stash_dtype)
+    trace = model.trace(resolved, granularity)
+    memory = estimate_memory(trace, _with_prefetch_limits(model, resolved, granularity), machine, footprint, by_name)
+    time = estimate_time(trace, resolved, machine, footprint, memory)
+    return Plan(
+        model.name, settings, machine, choice, accumulation, granularity, model.numel, trace.tiled, memory, time
+    )
 
 
 def check_host_memory(plan: Plan, advice: str | None) -> None:
@@ -219,7 +239,18 @@ def _granularity(model: PlannedModel, settings: Settings, free: int) -> str:
         return "auto"
     if settings.is_baseline:
         return "module"
-    return choose_granularity(settings.gather_granularity, model.meta_model.to(settings.dtype), free)
+    accumulates = settings.accumulation == "layered" or settings.accumulation_steps > 1
+    layered = accumulates and settings.accumulation != "stash" and model.reason_not_layered is None
+    return choose_granularity(settings.gather_granularity, model.meta_model.to(settings.dtype), free, layered)
+
+
+def _accumulation(model: PlannedModel, settings: Settings, granularity: str) -> AccumulationChoice:
+    if settings.is_baseline:
+        return AccumulationChoice(False, "gradients of all parameters are kept")
+    against_layered = model.reason_not_layered
+    if against_layered is None and granularity == "module":
+        against_layered = "parameters are gathered by module, as a layer does not fit or was not asked for"
+    return choose_accumulation(settings.accumulation, against_layered)
 
 
 def _with_prefetch_limits(model: PlannedModel, settings: Settings, granularity: str) -> Settings:
@@ -245,10 +276,13 @@ def _choice(settings: Settings, shard_numel: int, free_gpu: int, free_host: int)
             settings,
             settings.gradient_clipping,
             settings.precision == "fp16",
-            settings.accumulation_steps,
+            settings.accumulation_steps // settings.joined,
             shard_numel * stash_dtype.itemsize,
             free_gpu,
             free_host,
         )
-    except ConfigError as error:  # the stash fits nowhere; the plan will show that
+    except ConfigError as error:
+        if settings.update_schedule in ("immediate", "two_pass"):
+            raise
+        # the stash fits nowhere, which the plan shows
         return Choice("stash", "cpu" if settings.stash_device == "cpu" else "gpu", str(error))

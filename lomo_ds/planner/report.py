@@ -20,9 +20,10 @@ def format_plan(plan: Plan, advice: Advice | None) -> str:
         f"{gib(machine.gpu_memory)} GiB; a step is {settings.tokens} tokens",
         f"optimizer: {settings.optimizer}",
         f"schedule: {plan.choice}",
+        *_accumulation(plan),
         f"gathered at once: {'nothing' if settings.resident else 'a ' + plan.granularity}; "
         f"logits {'in tiles' if plan.tiled else 'not tiled'}; "
-        f"activations {'recomputed' if settings.gradient_checkpointing else 'kept'}",
+        f"activations {'recomputed' if plan.recomputes else 'kept'}",
         "",
         f"GiB on each GPU at the peak ({plan.memory.when})",
         *_sizes(plan.memory.at_peak),
@@ -78,6 +79,7 @@ def plan_as_dict(plan: Plan, advice: Advice | None) -> dict[str, Any]:
         "settings": dataclasses.asdict(plan.settings),
         "machine": dataclasses.asdict(plan.machine),
         "schedule": dataclasses.asdict(plan.choice),
+        "accumulation": dataclasses.asdict(plan.accumulation),
         "gather_granularity": plan.granularity,
         "tiled_logits": plan.tiled,
         "gpu_bytes": {"total": plan.gpu_bytes, "by_kind": plan.memory.at_peak, "when": plan.memory.when},
@@ -93,6 +95,11 @@ def plan_as_dict(plan: Plan, advice: Advice | None) -> dict[str, Any]:
         if advice is None
         else {"changes": list(advice.changes), "plan": plan_as_dict(advice.plan, None)},
     }
+
+
+def _accumulation(plan: Plan) -> list[str]:
+    steps, choice = plan.settings.accumulation_steps, plan.accumulation
+    return [f"accumulation: {choice.name}, {steps} micro-batches ({choice.reason})"] if steps > 1 else []
 
 
 def _sizes(sizes: dict[str, int]) -> list[str]:

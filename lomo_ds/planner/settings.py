@@ -86,7 +86,7 @@ class Settings(LomoParameters):
     @property
     def stash_dtype(self) -> torch.dtype | None:
         """Data type of stashed gradient shards; None for the one they arrive in."""
-        if self.accumulation_steps > 1:
+        if self.accumulation_steps > self.joined:
             return torch.float32
         return DTYPES[self.communication_data_type] if self.communication_data_type else None
 
@@ -99,6 +99,11 @@ class Settings(LomoParameters):
     def tokens(self) -> int:
         """Tokens of all ranks in a step."""
         return self.gpus * self.batch * self.accumulation_steps * self.sequence
+
+    @property
+    def joined(self) -> int:
+        """Micro-batches that pass through the model together: those of a step if accumulation is layered, else one."""
+        return self.accumulation_steps if self.accumulation == "layered" else 1
 
     @property
     def masked(self) -> bool:

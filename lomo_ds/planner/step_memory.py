@@ -11,7 +11,7 @@ from lomo_ds.planner.machine import Machine
 from lomo_ds.planner.rule_memory import RuleMemory
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.trace_events import EventKind, LiveActivations, StepTrace, TraceEvent
-from lomo_ds.planner.trace_recorder import CHECKPOINT
+from lomo_ds.planner.trace_recorder import CHECKPOINT, SUMS
 from lomo_ds.update.schedules.gradient_footprint import GradientFootprint
 from lomo_ds.zero3 import LookaheadLimit
 from lomo_ds.zero3.gathering import AHEAD_NUMEL, default_overlap_comm
@@ -102,9 +102,9 @@ class _PeakTracker:
             self.gradients = DeepSpeedGradients(trace, settings, self._observe_gradients)
 
     def run(self) -> StepMemory:
-        """Simulate a step. Two micro-batches are enough: the second finds the stash of the first."""
+        """Simulate a step. Of several passes two are enough: the second finds the stash of the first."""
         self._count_host()
-        for _ in range(min(2, self.settings.accumulation_steps)):
+        for _ in range(min(2, self.settings.accumulation_steps // self.settings.joined)):
             before = self.gathered.moved
             for event in self.trace.events:
                 self._handle(event)
@@ -161,7 +161,7 @@ class _PeakTracker:
             sizes = [settings.shard_numel(numel) * itemsize for numel in reversed(self.trace.numels)]
             host[STASH] = pinned_bytes([self.footprint.bytes_of(size, itemsize) for size in sizes])
         if settings.activation_offload:
-            host[CHECKPOINTS] = pinned_bytes(list(self.trace.checkpoints.values()))
+            host[CHECKPOINTS] = self._pinned_checkpoint_bytes()
 
     def _nvme_buffer_bytes(self) -> int:
         """Return the bytes of DeepSpeed's default buffers between NVMe and GPU; torch pins powers of two."""
@@ -169,6 +169,11 @@ class _PeakTracker:
         largest = max(self.settings.shard_numel(numel) for numel in self.trace.numels)
         size = min(buffer_size, largest) * itemsize
         return buffer_count * (1 << (size - 1).bit_length())
+
+    def _pinned_checkpoint_bytes(self) -> int:
+        """Return the bytes that ``ActivationOffload`` pins: a buffer for each micro-batch that a module has seen."""
+        sizes = [size // self.settings.joined for size in self.trace.checkpoints.values()]
+        return pinned_bytes(sizes * self.settings.joined, expected=len(self.trace.layers) * max(sizes))
 
     def _pinned_shard_bytes(self) -> int:
         sizes = [self.settings.stored_bytes(self.settings.shard_numel(numel)) for numel in self.trace.numels]
@@ -182,7 +187,7 @@ class _PeakTracker:
             return
         if event.kind is EventKind.END:
             self.gradients.flush()
-        if event.index in self.trace.layers:
+        if event.index in self.trace.checkpoints and (self.settings.gradient_checkpointing or self.settings.joined > 1):
             self._update_checkpoints(event)
         self.gathered.peak = self.gathered.level
         self.gathered.handle(event.kind, event.index)
@@ -192,17 +197,20 @@ class _PeakTracker:
         """Add a layer's input when its forward begins, and remove it when its backward ends.
 
         With activation offload, the GPU still holds the newest inputs: in forward those that are being copied to host
-        memory, in backward the one in use and the next one.
+        memory, in backward the one in use and the next one, each of one micro-batch.
         """
-        if not self.settings.gradient_checkpointing:
-            return
         if event.kind is EventKind.FETCH_FORWARD:
             self.checkpoints.setdefault(event.index, self.trace.checkpoints[event.index])
         elif event.kind is EventKind.FREE_BACKWARD:
             self.checkpoints.pop(event.index, None)
         if self.settings.activation_offload:
             in_forward = event.kind in (EventKind.FETCH_FORWARD, EventKind.FREE_FORWARD)
-            self.offloaded = _bytes_offloaded(list(self.checkpoints.values()), IN_FLIGHT_BYTES if in_forward else 0)
+            sizes = list(self.checkpoints.values())
+            if in_forward:
+                self.offloaded = _bytes_offloaded(sizes, IN_FLIGHT_BYTES)
+            else:
+                micro_batches = [size // self.settings.joined for size in sizes for _ in range(self.settings.joined)]
+                self.offloaded = _bytes_offloaded(micro_batches, 0)
 
     def _observe_gradients(self) -> None:
         self._observe(self.event.level, self.event.logits_level, self.gathered.level, self.event.live)
@@ -214,12 +222,12 @@ class _PeakTracker:
         if total < self.peak:
             return
         self.peak = total
-        checkpoints = sum(self.checkpoints.values())
+        checkpoints, sums = sum(self.checkpoints.values()), live.sizes.get(SUMS, 0)
         sizes = self.base + Counter({GATHERED: gathered, LOGITS: logits, CHECKPOINTS: checkpoints - self.offloaded})
-        sizes[IN_FLIGHT] += gradients.level
+        sizes[IN_FLIGHT] += gradients.level + sums
         sizes[STASH] += gradients.stashed
         sizes[UPDATED_SHARDS] += gradients.shards
-        sizes[ACTIVATIONS] += activations - logits - checkpoints
+        sizes[ACTIVATIONS] += activations - logits - checkpoints - sums
         self.memory.at_peak = {kind: sizes[kind] for kind in KINDS}
         self.memory.when = self._when()
         if self.by_name:
@@ -229,7 +237,7 @@ class _PeakTracker:
         """Return ``at_peak`` split by tensor name; bytes without a tensor name are listed under an empty name."""
         activations = self.trace.sizes_of(live)
         activations[CHECKPOINT] -= self.offloaded
-        sizes = {(ACTIVATIONS, name): size for name, size in activations.items()}
+        sizes = {(IN_FLIGHT if name == SUMS else ACTIVATIONS, name): size for name, size in activations.items()}
         sizes |= {(GATHERED, name): size for name, size in self.gathered.sizes().items()}
         rest = dict(self.memory.at_peak)
         for kind in (CHECKPOINTS, LOGITS):
@@ -280,9 +288,13 @@ def _bytes_offloaded(sizes: list[int], limit: int) -> int:
     return sum(sizes) - on_gpu
 
 
-def pinned_bytes(sizes: list[int]) -> int:
-    """Return the bytes of the slabs that ``PinnedMemory`` pins for tensors of ``sizes`` bytes, in their order."""
-    slabs = Slabs(sum(sizes))
+def pinned_bytes(sizes: list[int], expected: int | None = None) -> int:
+    """Return the bytes of the slabs that ``PinnedMemory`` pins for tensors of ``sizes`` bytes, in their order.
+
+    Args:
+        expected: bytes that are expected at first; None if they are those of all tensors.
+    """
+    slabs = Slabs(sum(sizes) if expected is None else expected)
     for size in sizes:
         slabs.place(size)
     return sum(slabs.sizes)

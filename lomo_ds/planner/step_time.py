@@ -50,7 +50,7 @@ def estimate_time(
 ) -> StepTime:
     """Return the shortest time that a step of ``settings`` can take on ``machine``."""
     forward, backward, after = _phases(trace, settings, footprint, memory)
-    times = settings.accumulation_steps * footprint.passes
+    times = settings.accumulation_steps // settings.joined * footprint.passes
     phases = [(_seconds(forward, machine), times), (_seconds(backward, machine), times), (_seconds(after, machine), 1)]
     if not settings.is_baseline and not footprint.on_device and not footprint.on_host:
         # updates happen in the last backward and overlap with it
@@ -99,7 +99,7 @@ def _phases(
     if footprint.on_host:
         stash = footprint.bytes_of(settings.shard_numel(numel) * itemsize, itemsize)
         backward[GPU_TO_HOST] += stash
-        backward[HOST_TO_GPU] += stash * (settings.accumulation_steps > 1)
+        backward[HOST_TO_GPU] += stash * (settings.accumulation_steps > settings.joined)
         after[HOST_TO_GPU] += stash
     if settings.activation_offload:
         checkpoints = sum(trace.checkpoints.values())

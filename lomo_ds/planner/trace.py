@@ -18,7 +18,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lomo_ds import zero3
 from lomo_ds.errors import ModelError, one_line
 from lomo_ds.models import can_tile_logits, meta_model, tile_logits
+from lomo_ds.models.layered import layered_modules
 from lomo_ds.planner.extrapolate_layers import TRACED_LAYERS, extrapolate_layers
+from lomo_ds.planner.layered_trace import joined_micro_batches, repetitions
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.trace_events import EventKind, StepTrace
 from lomo_ds.planner.trace_recorder import TraceRecorder, record_modules, replaced_functions
@@ -28,7 +30,7 @@ from lomo_ds.zero3.gathering import layers
 def trace_step(
     config: PretrainedConfig, settings: Settings, trust_remote_code: bool = False, every_layer: bool = False
 ) -> StepTrace:
-    """Trace the forward and backward pass of one micro-batch of ``settings``.
+    """Trace a forward and backward pass of ``settings``, whose ``accumulation`` is not auto.
 
     Args:
         every_layer: run every layer, even if they are identical.
@@ -51,7 +53,7 @@ def _build_model(config: PretrainedConfig, settings: Settings, trust_remote_code
     tiled = settings.tiled_logits
     if tiled is None:
         tiled = not settings.is_baseline and can_tile_logits(model)
-    if tiled:
+    if tiled or settings.joined > 1:
         tile_logits(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -91,10 +93,12 @@ def _trace_without_events(model: PreTrainedModel) -> StepTrace:
 
 def _run(model: PreTrainedModel, vocabulary: int, settings: Settings) -> StepTrace:
     trace = _trace_without_events(model)
-    recorder = TraceRecorder(trace, vocabulary, settings.masked)
+    kept = {id(module) for module in layered_modules(model)} if settings.joined > 1 else set()
+    keepers = trace.layers | {index for index, module in enumerate(model.modules()) if id(module) in kept}
+    recorder = TraceRecorder(trace, vocabulary, settings.masked, keepers, repetitions(settings))
     record_modules(model, recorder)
     try:
-        with replaced_functions(_linear(settings), recorder), recorder:
+        with joined_micro_batches(model, settings, recorder), replaced_functions(_linear(settings), recorder), recorder:
             _step(model, settings, recorder)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(
@@ -113,7 +117,7 @@ def _linear(settings: Settings) -> Callable[..., Tensor]:
 
 
 def _step(model: PreTrainedModel, settings: Settings, recorder: TraceRecorder) -> None:
-    ids = torch.zeros(settings.batch, settings.sequence, dtype=torch.int64, device="meta")
+    ids = torch.zeros(settings.batch * settings.joined, settings.sequence, dtype=torch.int64, device="meta")
     inputs = {"input_ids": ids, "labels": torch.zeros_like(ids)}
     if settings.masked:
         inputs["position_ids"] = torch.zeros_like(ids)

@@ -61,14 +61,15 @@ class TraceEvent:
 
 @dataclass
 class StepTrace:
-    """The forward and backward pass of one micro-batch.
+    """The forward and backward pass of one micro-batch, or of all of a step that layered accumulation joins.
 
     Attributes:
         names: parameter names in the model's order; ``shapes``, their shapes.
         modules: indices of each module's own parameters, without those of its submodules; ``module_names``, the
             modules' names.
         layers: indices of the decoder layers in ``modules``.
-        checkpoints: bytes of each decoder layer's input, by the layer's index in ``modules``.
+        checkpoints: bytes of the input of each module that can keep its input only, by its index in ``modules``: of
+            decoder layers, and with layered accumulation of the final norm.
         events: the events in order.
         buffers: bytes of the model's buffers.
         layer_of_module: index of the decoder layer that contains a module, by the module's index.

@@ -4,7 +4,8 @@ import contextlib
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from lomo_ds.planner.trace_events import EventKind, LiveActivations, StepTrace, 
 from lomo_ds.zero3.gathering import layer_of
 
 CHECKPOINT = "inputs of the decoder layers"  # name of activation checkpoints
+ONCE = Fraction(1)
+SUMS = "gradients of a layer, added up"  # name of gradients that layered accumulation adds up
 
 
 class TraceRecorder(TorchDispatchMode):
@@ -28,14 +31,27 @@ class TraceRecorder(TorchDispatchMode):
         trace: where events are recorded.
         vocabulary: size of the last dimension of logits.
         masked: whether the model is to find several documents in a row, and to make a mask.
+        keepers: indices of the modules that can keep their input only.
+        repetitions: number of times that the operations in ``keepers`` count, see ``layered_trace``.
     """
 
-    def __init__(self, trace: StepTrace, vocabulary: int, masked: bool = False) -> None:
+    def __init__(
+        self,
+        trace: StepTrace,
+        vocabulary: int,
+        masked: bool = False,
+        keepers: Collection[int] = (),
+        repetitions: Fraction = ONCE,
+    ) -> None:
         super().__init__()
         self.trace = trace
         self.vocabulary = vocabulary
         self.masked = masked
-        self.flops = 0
+        self.keepers = keepers
+        self.repetitions = repetitions
+        self.counted = ONCE  # number of times that operations count now
+        self.counted_flops = Fraction(0)
+        self.sums: dict[int, Tensor] | None = None  # by parameter: gradients that are being added up, see ``summed``
         self.level = self.peak = self.logits = self.logits_at_peak = 0
         # by storage: its bytes (0 for parameters and buffers), and whether its last dimension is the vocabulary
         self.live: dict[int, tuple[int, bool, weakref.ref[Any] | None]] = {}
@@ -54,12 +70,44 @@ class TraceRecorder(TorchDispatchMode):
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 self._add(tensor, func)
-        self.flops += _flops(func, args)
+        self.count_flops(_flops(func, args))
         return result
 
-    def name_checkpoint(self, tensor: Tensor) -> None:
-        """Name a tensor as the input of a decoder layer."""
-        self.names[tensor.untyped_storage()._cdata] = CHECKPOINT
+    @property
+    def flops(self) -> int:
+        """Floating-point operations since the step began."""
+        return int(self.counted_flops)
+
+    def count_flops(self, flops: int) -> None:
+        """Count operations that run now."""
+        self.counted_flops += flops * self.counted
+
+    def name(self, tensor: Tensor, name: str) -> None:
+        """Name a tensor after what it is, rather than after the operation that made it."""
+        self.names[tensor.untyped_storage()._cdata] = name
+
+    @contextlib.contextmanager
+    def summed(self) -> Iterator[None]:
+        """Add up gradients like ``BackwardHooks.summed``; what runs in this context counts ``repetitions`` times."""
+        self.sums, self.counted = {}, self.repetitions
+        yield
+        sums, self.sums, self.counted = self.sums, None, ONCE
+        for index in list(sums):
+            del sums[index]
+            self.record(EventKind.GRADIENT, index)
+
+    def receive_gradient(self, index: int, parameter: Tensor) -> None:
+        """Take the gradient of a parameter from autograd."""
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if self.sums is None:
+            del gradient
+            self.record(EventKind.GRADIENT, index)
+        elif index in self.sums:
+            self.sums[index] += gradient
+        else:
+            self.name(gradient, SUMS)
+            self.sums[index] = gradient
 
     def record(self, kind: EventKind, index: int = -1) -> None:
         """Append an event that happens now."""
@@ -141,31 +189,30 @@ def record_modules(model: PreTrainedModel, recorder: TraceRecorder) -> None:
         _hook(module, index, recorder)
     for index, parameter in enumerate(model.parameters()):
         recorder.exclude(parameter)
-        parameter.register_post_accumulate_grad_hook(functools.partial(_record_gradient, recorder, index))
+        parameter.register_post_accumulate_grad_hook(functools.partial(recorder.receive_gradient, index))
     for buffer in model.buffers():
         recorder.exclude(buffer)
-
-
-def _record_gradient(recorder: TraceRecorder, index: int, parameter: Tensor) -> None:
-    parameter.grad = None
-    recorder.record(EventKind.GRADIENT, index)
 
 
 def _hook(module: Module, index: int, recorder: TraceRecorder) -> None:
     pending = [0]  # inputs of the last forward whose gradients have not been computed yet
 
     def begin(module: Module, arguments: Any, keywords: dict[str, Any]) -> Any:
-        if index in recorder.trace.layers and index not in recorder.trace.checkpoints:
+        if index in recorder.keepers and index not in recorder.trace.checkpoints:
             inputs = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.requires_grad]
             recorder.trace.checkpoints[index] = sum(tensor.nbytes for tensor in inputs)
             for tensor in inputs:
-                recorder.name_checkpoint(tensor)
+                recorder.name(tensor, CHECKPOINT)
         recorder.record(EventKind.FETCH_FORWARD, index)
         pending[0] = 0
+        if index in recorder.keepers:
+            recorder.counted = recorder.repetitions
         return tree_map_only(Tensor, lambda tensor: _Leave.apply(tensor, recorder, index, pending), arguments), keywords
 
     def end(module: Module, arguments: Any, output: Any) -> Any:
         recorder.record(EventKind.FREE_FORWARD, index)
+        if index in recorder.keepers:
+            recorder.counted = ONCE
         return tree_map_only(Tensor, lambda tensor: _Enter.apply(tensor, recorder, index), output)
 
     module.register_forward_pre_hook(begin, with_kwargs=True)
@@ -217,7 +264,7 @@ class _Attention(torch.autograd.Function):
         log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, output, log_sums)
         ctx.flop_count = recorder, flops
-        recorder.flops += flops
+        recorder.count_flops(flops)
         return output
 
     @staticmethod
@@ -225,7 +272,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
         recorder, flops = ctx.flop_count
-        recorder.flops += 5 * flops // 2
+        recorder.count_flops(5 * flops // 2)
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None, None
 
 
