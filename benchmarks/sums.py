@@ -40,8 +40,8 @@ Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the two runs of a pair have in common.
+class PairedJob:
+    """The settings that the two runs of a pair have in common.
 
     Attributes:
         model, train_file, validation_file: a Hugging Face folder and two texts.
@@ -101,7 +101,7 @@ class SummingHooks(BackwardHooks):
             self.sums[target] = gradient.to(self.sum_dtype)
 
 
-def train(state: RankState, job: Job, accumulation: int, seed: int, sums: str) -> Run:
+def train(state: RankState, job: PairedJob, accumulation: int, seed: int, sums: str) -> Run:
     """Train a model with one data type of the sums, on a rank, and return its held-out losses."""
     from transformers import AutoModelForCausalLM
 
@@ -229,7 +229,7 @@ def main() -> None:
     """Train every pair, and write the results after each run."""
     result_files.require("matplotlib")
     args = parse_arguments()
-    job = Job(
+    job = PairedJob(
         args.model_name_or_path,
         args.train_file,
         args.validation_file,
