@@ -1,6 +1,7 @@
 """The memory planner: predicts without a GPU whether a run fits, how fast it is, and which change makes it fit."""
 
 from lomo_ds.planner.advice import Advice, advise
+from lomo_ds.planner.bigger_step import BiggerStep, find_bigger_step
 from lomo_ds.planner.machine import Machine, detect_machine, parse_bytes, parse_rate
 from lomo_ds.planner.plan import Plan, PlannedModel, check_host_memory, plan_run
 from lomo_ds.planner.report import format_plan, plan_as_dict
@@ -9,6 +10,7 @@ from lomo_ds.planner.suggest import command_line, settings_of, suggested_ds_conf
 
 __all__ = [
     "Advice",
+    "BiggerStep",
     "Machine",
     "Plan",
     "PlannedModel",
@@ -17,6 +19,7 @@ __all__ = [
     "check_host_memory",
     "command_line",
     "detect_machine",
+    "find_bigger_step",
     "format_plan",
     "parse_bytes",
     "parse_rate",

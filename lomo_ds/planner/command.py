@@ -12,9 +12,10 @@ from lomo_ds.data import SIDE_BY_SIDE
 from lomo_ds.errors import ConfigError
 from lomo_ds.models import scale_rope, sequence_length, set_attention
 from lomo_ds.planner.advice import advise
+from lomo_ds.planner.bigger_step import find_bigger_step
 from lomo_ds.planner.machine import Machine, parse_bytes, parse_rate
 from lomo_ds.planner.plan import PlannedModel, plan_run
-from lomo_ds.planner.report import format_peak, format_plan, plan_as_dict
+from lomo_ds.planner.report import format_peak, format_plan, plan_as_dict, suggested_plan
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.suggest import settings_as, suggested_ds_config
 
@@ -75,9 +76,13 @@ def main(argv: list[str]) -> None:
         print(format_peak(result))
         return
     advice = advise(result, model)
-    print(json.dumps(plan_as_dict(result, advice), indent=1) if arguments.json else format_plan(result, advice))
+    bigger = find_bigger_step(advice.plan if advice else result, model)
+    as_json = arguments.json
+    print(
+        json.dumps(plan_as_dict(result, advice, bigger), indent=1) if as_json else format_plan(result, advice, bigger)
+    )
     if arguments.suggest is not None:
-        best = advice.plan if advice else result
+        best = suggested_plan(result, advice, bigger)
         _write(Path(arguments.suggest), suggested_ds_config(best, arguments.nvme_path))
 
 

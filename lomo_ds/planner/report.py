@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from lomo_ds.planner.advice import Advice
+from lomo_ds.planner.bigger_step import BiggerStep
 from lomo_ds.planner.plan import GIB, Plan, gib, rounded
 from lomo_ds.planner.suggest import command_line
 
@@ -11,8 +12,8 @@ MIN_SHOWN_BYTES = 2**20  # smaller tensors share one row of the table
 FILE = "FILE is the DeepSpeed config that --suggest FILE writes"
 
 
-def format_plan(plan: Plan, advice: Advice | None) -> str:
-    """Format a plan for a terminal."""
+def format_plan(plan: Plan, advice: Advice | None, bigger: BiggerStep | None = None) -> str:
+    """Format a plan for a terminal, with the advice on it, and the bigger step of the one that fits."""
     settings, machine, time = plan.settings, plan.machine, plan.time
     lines = [
         f"{plan.model}: {plan.numel / 1e9:.2f}B parameters in {settings.precision}"
@@ -46,13 +47,16 @@ def format_plan(plan: Plan, advice: Advice | None) -> str:
         f"bound by {time.bottleneck_name}; about {rounded(plan.tokens_per_second)} tokens/s in total",
         f"plan: {plan}",
     ]
-    if advice is not None:
-        lines += [f"{advice}", command_line(advice.plan), FILE]
-    elif not plan.fits:
+    if advice is None and not plan.fits:
         lines.append("no change that the planner knows makes it fit")
-    else:
-        lines += [command_line(plan), FILE]
-    return "\n".join(lines)
+        return "\n".join(lines)
+    lines += [f"{words}" for words in (advice, bigger) if words is not None]
+    return "\n".join([*lines, command_line(suggested_plan(plan, advice, bigger)), FILE])
+
+
+def suggested_plan(plan: Plan, advice: Advice | None, bigger: BiggerStep | None) -> Plan:
+    """Return the plan that a report ends with: the fastest of those that fit."""
+    return next((better.plan for better in (bigger, advice) if better is not None), plan)
 
 
 def format_peak(plan: Plan) -> str:
@@ -71,8 +75,8 @@ def format_peak(plan: Plan) -> str:
     )
 
 
-def plan_as_dict(plan: Plan, advice: Advice | None) -> dict[str, Any]:
-    """Return a plan as a dictionary for JSON; the advice contains a plan of its own."""
+def plan_as_dict(plan: Plan, advice: Advice | None, bigger: BiggerStep | None = None) -> dict[str, Any]:
+    """Return a plan as a dictionary for JSON; the advice and the bigger step contain plans of their own."""
     return {
         "model": plan.model,
         "parameters": plan.numel,
@@ -91,10 +95,13 @@ def plan_as_dict(plan: Plan, advice: Advice | None) -> dict[str, Any]:
         "tokens_per_second": plan.tokens_per_second,
         "fits": plan.fits,
         "verdict": str(plan),
-        "advice": None
-        if advice is None
-        else {"changes": list(advice.changes), "plan": plan_as_dict(advice.plan, None)},
+        "advice": _better_as_dict(advice),
+        "bigger_step": _better_as_dict(bigger),
     }
+
+
+def _better_as_dict(better: Advice | BiggerStep | None) -> dict[str, Any] | None:
+    return None if better is None else {"changes": list(better.changes), "plan": plan_as_dict(better.plan, None)}
 
 
 def _accumulation(plan: Plan) -> list[str]:

@@ -40,6 +40,17 @@ class StepTime:
     link_bytes: dict[str, int]
 
     @property
+    def waits_for_links(self) -> bool:
+        """Return whether more than a tenth of the step passes without arithmetic."""
+        return self.by_kind[COMPUTE] < 0.9 * self.total
+
+    @property
+    def slowest_link_name(self) -> str:
+        """The link or disk that is busy longest, in words."""
+        links = [kind for kind in self.by_kind if kind != COMPUTE]
+        return BOTTLENECK_NAMES[max(links, key=lambda kind: self.by_kind[kind])]
+
+    @property
     def bottleneck_name(self) -> str:
         """The bottleneck in words."""
         return BOTTLENECK_NAMES[self.bottleneck]
