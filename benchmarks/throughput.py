@@ -192,7 +192,7 @@ def describe(results: dict[str, Any]) -> str:
     work = results["groups"][0]["workload"]
     settings = ", activations recomputed in backward" if work["checkpointing"] else ""
     if work["zero"]:
-        settings += ", and only the module in use is gathered, as with a model of more than a billion parameters"
+        settings += ", and parameters are gathered only while in use, as with more than a billion of them"
     text = (
         "# Throughput of a training step\n\n"
         f"Sequence {work['sequence']}, batch {work['batch']} per rank and micro-batch, {work['precision']}{settings}. "
@@ -329,7 +329,7 @@ def main() -> None:
         help=f"methods to run beside them; {' '.join(PEERS_ALONE)} on one rank, {' '.join(PEERS)} on several",
     )  # fmt: skip
     parser.add_argument(
-        "--large", action="store_true", help="gather only the module in use, as with more than a billion parameters"
+        "--large", action="store_true", help="gather parameters only while in use, as with more than a billion of them"
     )
     parser.add_argument("--name", default="throughput", help="name of the result files; throughput by default")
     parser.add_argument("--seconds", type=float, default=6.0, help="duration of the rounds of a row; 6 by default")
