@@ -3,6 +3,7 @@
 # make fuzz                                                inputs at random for MINUTES=5, counted; SEED=n draws them again
 # make figures                                             how long files and functions are, how deep imports go
 # make bench | bench-gpu                                   what is claimed, measured on the CPU; in 7 minutes on one GPU
+# make bench-accumulation                                  ways to accumulate, on 2 and on 4 CPU ranks, in ten minutes
 
 PYTHON ?= python3
 TORCH  ?= $(shell sed -n 's/^TORCH = "\(.*\)".*/\1/p' setup.py)
@@ -60,7 +61,7 @@ bench: setup $(PEERS)
 	$(BIN)/python benchmarks/offload.py --device cpu --models tiny --sequence 64
 	$(MAKE) --no-print-directory --jobs 2 --output-sync $(BESIDE_EACH_OTHER)
 
-# Ways to accumulate 8 micro-batches, which take turns; on 2 cores most of its minutes are DeepSpeed's.
+# Ways to accumulate 8 micro-batches, which take turns.
 .PHONY: bench-accumulation
 bench-accumulation: setup
 	$(BIN)/python benchmarks/throughput.py --device cpu --rows 40m:2x8 40m:4x8 --sequence 128 --batch 1 --large --checkpointing --methods immediate+layered --vs stash deepspeed-sgd --name accumulation --seconds 0 --timeout 1500
