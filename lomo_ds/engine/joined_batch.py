@@ -33,6 +33,8 @@ def reason_not_joined(micro_batches: Sequence[Batch]) -> str | None:
     """Return the reason why micro-batches cannot be joined; None if they can."""
     if not all(_is_matrix(micro_batch.get("input_ids")) for micro_batch in micro_batches):
         return "they need input_ids of shape (rows, tokens)"
+    if any(micro_batch.get("use_cache") for micro_batch in micro_batches):
+        return "with use_cache they would see each other's keys and values"
     completed = _with_position_ids(micro_batches)
     names = set(completed[0])
     if any(set(micro_batch) != names for micro_batch in completed):

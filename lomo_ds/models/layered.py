@@ -172,6 +172,7 @@ class _Call:
 
     def run(self, part: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Run one micro-batch with its part of the arguments."""
+        assert self.inputs.get("cache") is self.inputs.get("past_key_values") is None, "micro-batches share no cache"
         arguments = [micro_batch.of_argument(value) for value in self.arguments]
         inputs = {
             name: value if name in _BOUNDARIES else micro_batch.of_argument(value)

@@ -121,12 +121,8 @@ def _forward(
     if labels is None or isinstance(logits_to_keep, Tensor) or logits_to_keep:
         return type(self).forward(self, **inputs, labels=labels, logits_to_keep=logits_to_keep)
     outputs = self.model(**inputs)
-    return CausalLMOutputWithPast(
-        loss=_loss(self.lm_head, outputs.last_hidden_state, labels, **kwargs),
-        past_key_values=outputs.past_key_values,
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-    )
+    others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+    return CausalLMOutputWithPast(loss=_loss(self.lm_head, outputs.last_hidden_state, labels, **kwargs), **others)
 
 
 def _loss(

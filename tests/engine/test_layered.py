@@ -3,13 +3,21 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import deepspeed.comm as dist
 import pytest
+import torch
+from torch import Tensor
 
+from lomo_ds.errors import ConfigError
+from tests.engines import largest_difference, make_engine, weights_of
 from tests.layered_models import layered_model, micro_batches, padded
 from tests.ranks import Ranks
+from tests.reference import PlainSGD, tiny_model
 from tests.update.rule_references import difference, example_rules, plain_training, rule_engine
+from tests.zero3.test_nvme import on_nvme
 
 STEPS = 4
 TOLERANCE = 1e-6
@@ -38,6 +46,7 @@ class Options:
     threshold: int = 0
     recomputed: bool = False
     offload: str = "none"
+    folder: str = ""  # of parameters on NVMe
 
 
 OPTIONS = [
@@ -46,6 +55,15 @@ OPTIONS = [
     Options(frozen=("up_proj", "layers.1."), recomputed=True),
     Options(frozen=("embed_tokens", "layers.0.self_attn"), threshold=100),
 ]
+
+
+def sections(options: Options) -> dict[str, Any]:
+    """Return sections of a ds_config."""
+    if options.offload == "nvme":
+        return on_nvme(options.folder, options.threshold)
+    offload = {"device": options.offload}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": options.threshold, "offload_param": offload}
+    return {"zero_optimization": zero}
 
 
 @example_rules()
@@ -69,11 +87,7 @@ def train_both(rule: str, schedule: str, clip: str, options: Options) -> float:
             "clip_grad_value": limits.get("value"),
             "clip_group_norm": limits.get("group_norm"),
         },
-        zero_optimization={
-            "stage": 3,
-            "stage3_param_persistence_threshold": options.threshold,
-            "offload_param": {"device": options.offload},
-        },
+        **sections(options),
     )
     assert engine.schedule.__class__.__name__.lower() == schedule.replace("_", "")
     steps = STEPS
@@ -98,14 +112,250 @@ def runs() -> Iterator[tuple[str, str, str, int, Options]]:
         [("immediate", "no clip"), ("two_pass", "global norm"), ("stash", "global norm"), ("immediate", "group norm")]
     ):
         yield "adalomo", schedule, clip, 1 + index, OPTIONS[index]
-        offload = ("cpu", "cpu", "cpu", "cpu")[index]
-        yield "lomo", schedule, clip, 1 + index % 2, replace(OPTIONS[-index], offload=offload)
+        for offload in ("cpu", "nvme"):
+            yield "lomo", schedule, clip, 1 + index % 2, replace(OPTIONS[-index], offload=offload)
 
 
 @pytest.mark.parametrize(("rule", "schedule", "clip", "world_size", "options"), list(runs()))
 def test_equals_plain_pytorch(
-    ranks: GroupOf, rule: str, schedule: str, clip: str, world_size: int, options: Options
+    ranks: GroupOf, tmp_path: Path, rule: str, schedule: str, clip: str, world_size: int, options: Options
 ) -> None:
+    options = replace(options, folder=str(tmp_path))
     largest = max(ranks(world_size).run(train_both, rule, schedule, clip, options))
     print(f"{rule}, {schedule}, {clip}, {world_size} ranks, {asdict(options)}: {largest:.1e}")
     assert largest < TOLERANCE
+
+
+def in_micro_batches(layer: torch.nn.Module) -> None:
+    """Let a layer of plain PyTorch run each row by itself, in order; nothing is recomputed."""
+    forward = layer.forward
+
+    def run(hidden_states: Tensor, attention_mask: Tensor, **inputs: Any) -> Tensor:
+        rows = zip(hidden_states.split(1), attention_mask.expand(len(hidden_states), -1, -1, -1).split(1), strict=True)
+        return torch.cat([forward(row, attention_mask=mask, **inputs) for row, mask in rows])
+
+    layer.forward = run
+
+
+def train_with_dropout(schedule: str) -> float:
+    """Train on micro-batches of one row, each with masks of its own; return the largest weight difference."""
+    model = layered_model(dropout=0.1, attn_implementation="eager")
+    plain = copy.deepcopy(model).double()
+    plain.config.use_cache = False
+    for layer in plain.model.layers:
+        in_micro_batches(layer)
+    reference = PlainSGD(plain, lr=0.3)
+    engine = make_engine(model, schedule, accumulation=3, params={"accumulation": "layered"})
+    for step in range(STEPS):
+        batches = micro_batches(step, 3, rows=1, lengths=(12,))
+        batches[1]["labels"] = batches[1]["input_ids"].clone()
+        torch.manual_seed(step)
+        loss, _ = reference.step(padded(batches))
+        after = torch.get_rng_state()
+        torch.manual_seed(step)
+        assert float(engine.train_batch(batches)) == pytest.approx(loss, abs=1e-5)
+        assert torch.equal(torch.get_rng_state(), after), "backward leaves the generator as forward does"
+    return largest_difference(weights_of(engine), plain)
+
+
+@pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
+def test_dropout_draws_its_masks_once_for_each_micro_batch(ranks: GroupOf, schedule: str) -> None:
+    assert max(ranks(1).run(train_with_dropout, schedule)) < TOLERANCE
+
+
+def train_int8_weights(schedule: str) -> list[float]:
+    """Compare each step with one of plain PyTorch from the same weights; return differences in units of a code."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model = layered_model()
+    plain = copy.deepcopy(model).double()
+    reference = PlainSGD(plain, lr=0.3)
+    params = {"accumulation": "layered", "weights": "int8", "rounding": "nearest"}
+    engine = make_engine(model, schedule, 0, 3, params=params)
+    differences = []
+    for step in range(STEPS):
+        batches = micro_batches(step, 3 * world_size)
+        plain.load_state_dict(weights_of(engine))
+        loss, norm = reference.step(padded(batches))
+        assert float(engine.train_batch(batches[3 * rank : 3 * rank + 3])) == pytest.approx(loss, abs=1e-5)
+        assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-5)
+        for name, weight in weights_of(engine).items():
+            expected = plain.get_parameter(name).detach()
+            code = float(expected.abs().max()) / 127 if weight.dim() == 2 else TOLERANCE
+            differences.append(float((weight - expected).abs().max()) / code)
+    return differences
+
+
+@pytest.mark.parametrize(("schedule", "world_size"), [("immediate", 1), ("immediate", 2), ("stash", 2)])
+def test_int8_weights(ranks: GroupOf, schedule: str, world_size: int) -> None:
+    for differences in ranks(world_size).run(train_int8_weights, schedule):
+        assert max(differences) <= 1.0
+
+
+def train_on_unequal_numbers() -> float:
+    """Train with one more micro-batch on each rank than on the rank before."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model = layered_model()
+    reference = PlainSGD(copy.deepcopy(model).double(), lr=0.3)
+    engine = make_engine(model, "immediate", 0, 2, params={"accumulation": "layered"})
+    for step in range(STEPS):
+        batches = micro_batches(step, sum(range(1, world_size + 1)))
+        loss, _ = reference.step(padded(batches))
+        first = sum(range(rank + 1))
+        assert float(engine.train_batch(batches[first : first + rank + 1])) == pytest.approx(loss, abs=1e-5)
+    return largest_difference(weights_of(engine), reference.model)
+
+
+def test_ranks_may_have_different_numbers_of_micro_batches(ranks: GroupOf) -> None:
+    assert max(ranks(3).run(train_on_unequal_numbers)) < TOLERANCE
+
+
+def train_with_masks() -> float:
+    """Train on micro-batches with an attention mask, whose rows are padded on the left."""
+    model = layered_model()
+    reference = PlainSGD(copy.deepcopy(model).double(), lr=0.3)
+    engine = make_engine(model, accumulation=3, params={"accumulation": "layered"})
+    for step in range(STEPS):
+        batches = micro_batches(step, 3, lengths=(12,))
+        for number, batch in enumerate(batches):
+            batch["attention_mask"] = (torch.arange(12) >= number).long().expand(2, -1)
+            batch["labels"][:, : number + 1] = -100
+        whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        loss, _ = reference.step(whole)
+        shortened = [{name: value.clone() for name, value in batch.items()} for batch in batches]
+        assert float(engine.train_batch(shortened)) == pytest.approx(loss, abs=1e-5)
+    return largest_difference(weights_of(engine), reference.model)
+
+
+def test_attention_masks(ranks: GroupOf) -> None:
+    assert max(ranks(1).run(train_with_masks)) < TOLERANCE
+
+
+def idiom_after_train_batch() -> tuple[float, list[str]]:
+    """Train with train_batch, then with engine.backward for each micro-batch; return the schedules too."""
+    model = layered_model()
+    reference = PlainSGD(copy.deepcopy(model).double(), lr=0.3)
+    engine = make_engine(model, accumulation=2)
+    schedules = [type(engine.schedule).__name__]
+    for step in range(STEPS):
+        batches = micro_batches(step, 2, lengths=(12,))
+        for batch in batches:
+            batch["labels"] = batch["input_ids"].clone()  # the idiom averages losses, not tokens
+        reference.step(padded(batches))
+        if step < 2:
+            engine.train_batch(batches)
+            continue
+        for batch in batches:
+            engine.backward(engine(**batch).loss)
+            engine.step()
+        schedules.append(type(engine.schedule).__name__)
+    assert engine.global_steps == STEPS
+    return largest_difference(weights_of(engine), reference.model), schedules
+
+
+def test_the_idiom_of_deepspeed_changes_to_a_stash(ranks: GroupOf) -> None:
+    for largest, schedules in ranks(2).run(idiom_after_train_batch):
+        assert largest < TOLERANCE
+        assert schedules == ["Immediate", "Stash", "Stash"]
+
+
+def refused_idiom() -> str:
+    engine = make_engine(layered_model(), accumulation=2, params={"accumulation": "layered"})
+    loss = engine(**micro_batches(0, 1)[0]).loss
+    with pytest.raises(ConfigError) as refusal:
+        engine.backward(loss)
+    return str(refusal.value)
+
+
+def test_the_idiom_is_refused_if_layered_accumulation_was_asked_for(ranks: GroupOf) -> None:
+    (message,) = ranks(1).run(refused_idiom)
+    assert "needs all micro-batches of a step at once" in message
+    assert "call engine.train_batch" in message
+
+
+def refused_batches(schedule: str, change: dict[str, Any], num_items: list[int] | None) -> float | str:
+    """Train one step on micro-batches that cannot be joined; return the largest weight difference, or the error."""
+    model = layered_model()
+    reference = PlainSGD(copy.deepcopy(model).double(), lr=0.3)
+    engine = make_engine(model, schedule, accumulation=2)
+    batches = micro_batches(0, 2, lengths=(12,))
+    for batch in batches:
+        batch["labels"] = batch["input_ids"].clone()
+    reference.step(padded(batches))
+    try:
+        engine.train_batch([batches[0], batches[1] | change], num_items)
+    except ConfigError as error:
+        return str(error)
+    return largest_difference(weights_of(engine), reference.model)
+
+
+ONES = torch.ones(2, 12, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "num_items", "reason"),
+    [
+        ({"attention_mask": ONES}, None, "they do not all have the same arguments"),
+        ({"use_cache": True}, None, "with use_cache they would see each other's keys and values"),
+        ({}, [1, 1], "num_items are not the numbers of their labels"),
+    ],
+)
+def test_micro_batches_that_cannot_be_joined_need_a_stash(
+    ranks: GroupOf, change: dict[str, Any], num_items: list[int] | None, reason: str
+) -> None:
+    (message,) = ranks(1).run(refused_batches, "immediate", change, num_items)
+    assert f"layered accumulation is not possible: {reason}; use update_schedule stash" in message
+    (largest,) = ranks(1).run(refused_batches, "stash", change, num_items)
+    assert largest < TOLERANCE
+
+
+def continue_after_an_exception() -> float:
+    """Let the recomputation of a layer fail once, then take the same step; return the largest weight difference."""
+    model = layered_model()
+    reference = PlainSGD(copy.deepcopy(model).double(), lr=0.3)
+    engine = make_engine(model, "stash", accumulation=3, params={"accumulation": "layered"})
+    for step in range(STEPS):
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        all_batches = micro_batches(step, 3 * world_size)
+        reference.step(padded(all_batches))
+        batches = all_batches[3 * rank : 3 * rank + 3]
+        calls: list[int] = []
+
+        def fail(module: torch.nn.Module, arguments: Any, calls: list[int] = calls) -> None:
+            calls.append(1)
+            if len(calls) == 5:  # the second micro-batch in backward, after three in forward
+                raise ZeroDivisionError
+
+        handle = engine.module.model.layers[0].self_attn.register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            engine.train_batch(batches)
+        handle.remove()
+        assert "forward" not in vars(engine.module.model.layers[0])
+        engine.train_batch(batches)
+    return largest_difference(weights_of(engine), reference.model)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_steps_after_an_exception(ranks: GroupOf, world_size: int) -> None:
+    assert max(ranks(world_size).run(continue_after_an_exception)) < TOLERANCE
+
+
+def refused_models(accumulation: str) -> list[str]:
+    messages = []
+    for model, granularity in ((tiny_model(), "auto"), (layered_model(), "module")):
+        params = {"accumulation": accumulation, "gather_granularity": granularity}
+        try:
+            engine = make_engine(model, accumulation=2, params=params)
+            messages.append(str(engine.optimizer.accumulation))
+        except ConfigError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_models_that_cannot_be_layered(ranks: GroupOf) -> None:
+    for own_loss, by_module in ranks(2).run(refused_models, "auto"):
+        assert own_loss.startswith("stash (OddForCausalLM does not compute its loss like LlamaForCausalLM")
+        assert by_module.startswith("stash (parameters are gathered by module")
+    for own_loss, by_module in ranks(2).run(refused_models, "layered"):
+        assert own_loss.startswith("accumulation layered is not possible: OddForCausalLM")
+        assert "use accumulation stash, or leave it out" in own_loss
+        assert "leave one of the two out" in by_module

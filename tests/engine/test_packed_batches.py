@@ -20,6 +20,7 @@ from tests.engine.test_baseline import make_baseline
 from tests.engines import make_engine
 from tests.flash_attention import replaced_flash_attention
 from tests.ranks import Ranks
+from tests.reference import part
 
 GroupOf = Callable[..., Ranks]
 VOCABULARY = 61
@@ -87,6 +88,7 @@ def step_differences(
     tiled: bool = False,
     recomputed: bool = False,
     folder: str | None = None,
+    layered: bool = False,
     wrap: Callable[[PreTrainedModel], Module] = lambda model: model,
     **more: Any,
 ) -> tuple[float, float]:
@@ -99,14 +101,19 @@ def step_differences(
         if recomputed:
             recompute_activations(model)
         texts = documents(rows, folder)
-        engine = make_engine(wrap(model))
+        engine = make_engine(wrap(model), accumulation=rows, params={"accumulation": "layered"} if layered else None)
         gradients: dict[str, Tensor] = {}
         for name, parameter in engine.module.named_parameters():
-            parameter.register_hook(partial(gradients.__setitem__, name))
-        loss = float(engine.train_batch(packed(texts) | more))
+            parameter.register_hook(partial(add_gradient, gradients, name))
+        whole = packed(texts) | more
+        loss = float(engine.train_batch([part(whole, row, rows) for row in range(rows)] if layered else whole))
         expected = separate_loss(reference, texts)
         expected.backward()
     return abs(loss - float(expected.detach())), gradient_error(gradients, reference)
+
+
+def add_gradient(gradients: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    gradients[name] = gradients[name] + gradient if name in gradients else gradient
 
 
 def gradient_error(gradients: dict[str, Tensor], reference: Module) -> float:
@@ -128,6 +135,13 @@ def test_loss_and_gradients_equal_those_of_the_documents(
     ranks: GroupOf, attention: str, rows: int, tiled: bool, recomputed: bool
 ) -> None:
     (differences,) = ranks(1).run(step_differences, attention, rows, tiled, recomputed)
+    assert max(differences) < EXACT
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+def test_loss_and_gradients_of_layered_accumulation(ranks: GroupOf, attention: str, rows: int) -> None:
+    (differences,) = ranks(1).run(step_differences, attention, rows, False, False, None, True)
     assert max(differences) < EXACT
 
 
