@@ -81,7 +81,7 @@ def reason_not_layered(model: Module) -> str | None:
 def layered(
     model: PreTrainedModel,
     micro_batches: Sequence[MicroBatch],
-    summed: Callable[[], AbstractContextManager[None]],
+    summed: Callable[[int], AbstractContextManager[None]],
 ) -> Iterator[None]:
     """Let a batch of all rows of a step pass through ``model`` by layered accumulation, forward and backward.
 
@@ -89,8 +89,8 @@ def layered(
 
     Args:
         micro_batches: where the rows of the step belong.
-        summed: returns a context in which backward runs through one layer, for one micro-batch after the other; at its
-            end the sum of each parameter's gradients is complete.
+        summed: returns a context for the given number of micro-batches, in which backward runs through one layer for
+            each of them; at its end the sum of each parameter's gradients is complete.
     """
     with ExitStack() as stack:
         stack.enter_context(tiled_logits(model))
@@ -128,7 +128,7 @@ class _LayeredModule:
         self,
         module: Module,
         micro_batches: Sequence[MicroBatch],
-        summed: Callable[[], AbstractContextManager[None]],
+        summed: Callable[[int], AbstractContextManager[None]],
         offload: ActivationOffload | None,
     ) -> None:
         self.module = module
@@ -217,7 +217,7 @@ class _InMicroBatches(torch.autograd.Function):
         layer, needs_gradient = call.layer, ctx.needs_input_grad[0]
         input_gradient = layer.empty_like(gradient) if needs_gradient else None
         later = RandomStates.capture()
-        with layer.summed():
+        with layer.summed(len(layer.micro_batches)):
             for micro_batch in reversed(layer.micro_batches):
                 part = _kept_input(ctx, micro_batch).detach().requires_grad_(needs_gradient)
                 ctx.random_states.pop().restore()  # so that dropout draws the same masks

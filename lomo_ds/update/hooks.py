@@ -15,6 +15,15 @@ from lomo_ds.update.reduction import Reduction
 from lomo_ds.update.schedules import Schedule
 from lomo_ds.update.target import Target
 
+# Sums of more gradients are in fp32. The relative error of a sum in bf16 is 0.4 % for 16 gradients, 0.8 % for 64 and
+# 1.9 % for 256; that of rounding once is 0.2 % (benchmarks/sums.py).
+MAX_HALF_PRECISION_SUMMANDS = 16
+
+
+def sum_dtype(dtype: torch.dtype, count: int) -> torch.dtype:
+    """Return the dtype in which ``count`` gradients of ``dtype`` are added up."""
+    return dtype if count <= MAX_HALF_PRECISION_SUMMANDS else torch.float32
+
 
 class BackwardHooks:
     """Reduces every gradient to this rank's shard, passes the shard to ``schedule``, and frees the gradient.
@@ -37,7 +46,8 @@ class BackwardHooks:
         self.schedule = schedule
         self.reduction = Reduction(targets, process_group, communication_dtype, schedule.receive)
         self.arrived: set[Target] = set()  # those whose gradient has arrived in this backward
-        self.sums: dict[Target, Tensor] | None = None  # gradients that are being added up, see ``summed``
+        self.sums: dict[Target, Tensor] | None = None  # of the gradients in ``summed``
+        self.summands = 1
         self.parameter_of = dict(zip(targets, parameters, strict=True))
         self.handles: list[RemovableHandle] = [
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, target))
@@ -45,13 +55,18 @@ class BackwardHooks:
         ]
 
     @contextmanager
-    def summed(self) -> Iterator[None]:
-        """Add up the gradients of each parameter that arrive in this context, and process their sums at its end."""
-        self.sums = {}
+    def summed(self, count: int) -> Iterator[None]:
+        """Add up the gradients of each parameter that arrive in this context, and process their sums at its end.
+
+        Args:
+            count: how many gradients of each parameter arrive; see ``sum_dtype``.
+        """
+        self.sums, self.summands = {}, count
         yield
         sums, self.sums = self.sums, None
         for target in list(sums):
-            self._process(target, self.parameter_of[target], sums.pop(target))
+            parameter = self.parameter_of[target]
+            self._process(target, parameter, sums.pop(target).to(self.reduction.dtype or parameter.dtype))
 
     def end_backward(self) -> None:
         """Reduce and process the remaining gradients; call this after each backward pass."""
@@ -84,7 +99,7 @@ class BackwardHooks:
         elif target in self.sums:
             self.sums[target] += gradient
         else:
-            self.sums[target] = gradient
+            self.sums[target] = gradient.to(sum_dtype(gradient.dtype, self.summands))
 
     def _process(self, target: Target, parameter: Parameter, gradient: Tensor) -> None:
         if target in self.arrived and not self.schedule.keeps_gradients:

@@ -130,7 +130,7 @@ def after_gloo(count: Callable[[], int], at_most: int = 0) -> int:
     return count()
 
 
-def gradients_alive(schedule: str, optimizer_type: str) -> tuple[int, list[int]]:
+def gradients_alive(schedule: str, optimizer_type: str, micro_batches: int = 1) -> tuple[int, list[int]]:
     """Return the peak bytes of full gradients alive at once in three steps, and the sizes of the parameters."""
     model = build_model(layers=12, width=2)
     assert max(parameter.numel() for parameter in model.parameters()) == MIN_BUCKET_NUMEL
@@ -141,7 +141,7 @@ def gradients_alive(schedule: str, optimizer_type: str) -> tuple[int, list[int]]
         nonlocal peak
         assert parameter.grad is not None
         alive.append((StorageWeakRef(parameter.grad.untyped_storage()), parameter.grad.nbytes))
-        peak = max(peak, after_gloo(bytes_alive, at_most=sum(sizes[-2:])))
+        peak = max(peak, after_gloo(bytes_alive, at_most=sum(sizes[-2:])) if micro_batches == 1 else bytes_alive())
 
     def bytes_alive() -> int:
         return sum(size for storage, size in alive if not storage.expired())
@@ -149,10 +149,11 @@ def gradients_alive(schedule: str, optimizer_type: str) -> tuple[int, list[int]]
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(watch)  # before the engine's own, which frees
     sizes = sorted(4 * parameter.numel() for parameter in model.parameters())
-    engine = make_engine(model, schedule, threshold=0, lr=0.01, optimizer_type=optimizer_type)
+    engine = make_engine(model, schedule, 0, micro_batches, lr=0.01, optimizer_type=optimizer_type)
     for _ in range(3):
-        engine.train_batch(batch())
-    assert len(alive) == 3 * len(sizes) * engine.schedule.passes
+        engine.train_batch([batch()] * micro_batches)
+    outside_layers = 3  # embedding, final norm and head
+    assert len(alive) >= 3 * engine.schedule.passes * (micro_batches * (len(sizes) - outside_layers) + outside_layers)
     return peak, sizes
 
 
@@ -164,6 +165,15 @@ def test_full_gradients_alive(ranks: GroupOf, schedule: str, optimizer_type: str
     for peak, sizes in ranks(2).run(gradients_alive, schedule, optimizer_type):
         print(f"{optimizer_type}, {schedule}: {peak} bytes of gradients alive; the largest parameter's are {sizes[-1]}")
         assert 0 < peak <= sum(sizes[-2:]) < sum(sizes) / 4
+
+
+@pytest.mark.parametrize("schedule", ["immediate", "stash"])
+def test_gradients_of_one_layer_are_alive_with_layered_accumulation(ranks: GroupOf, schedule: str) -> None:
+    """The sums of a layer's gradients, those of the micro-batch that is added, and what is still being reduced."""
+    layer = 4 * sum(parameter.numel() for parameter in build_model(layers=1, width=2).model.layers[0].parameters())
+    for peak, sizes in ranks(2).run(gradients_alive, schedule, "LOMO", 4):
+        print(f"{schedule}: {peak} bytes of gradients alive; a layer's are {layer}")
+        assert layer <= peak <= layer + sizes[-1] < sum(sizes) / 6
 
 
 class AliveStorages(TorchDispatchMode):
