@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from lomo_ds.models import recompute_activations
 from tests.checkpoint.test_engine_checkpoints import check_bit_exact_resume
 from tests.determinism import deterministic_algorithms
 from tests.engine.test_baseline import PlainOptimizer, make_baseline, trainable_model
 from tests.engines import largest_difference, make_engine, weights_of
 from tests.host_memory import same_from_host_memory
+from tests.layered_models import layered_model, micro_batches, padded
 from tests.ranks import Ranks
 from tests.reference import PlainSGD, part, tiny_model, whole_batch
 
@@ -56,6 +58,36 @@ def test_equals_plain_sgd(
     ranks: GroupOf, schedule: str, params: dict[str, Any], accumulation: int, zero: dict[str, Any]
 ) -> None:
     assert max(ranks(1, "cuda").run(train_on_gpu, schedule, params, zero, accumulation)) < 1e-5
+
+
+def train_layered_on_gpu(schedule: str, zero: dict[str, Any], activation_offload: bool) -> float:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = layered_model()
+    reference = PlainSGD(copy.deepcopy(model), lr=0.3, global_norm=0.1 if schedule != "immediate" else None)
+    recompute_activations(model, activation_offload)
+    engine = make_engine(
+        model,
+        schedule,
+        accumulation=4,
+        global_norm=reference.global_norm,
+        params={"accumulation": "layered"},
+        zero_optimization={"stage": 3, "stage3_param_persistence_threshold": 25} | zero,
+    )
+    for step in range(5):
+        batches = micro_batches(step, 4)
+        loss, norm = reference.step(padded(batches))
+        assert float(engine.train_batch(batches)) == pytest.approx(loss, abs=1e-4)
+        assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-3)
+    return largest_difference({name: weight.cpu() for name, weight in weights_of(engine).items()}, reference.model)
+
+
+@pytest.mark.parametrize("schedule", ["immediate", "two_pass", "stash"])
+@pytest.mark.parametrize("zero", [{}, {"offload_param": {"device": "cpu", "pin_memory": True}}], ids=["gpu", "offload"])
+@pytest.mark.parametrize("activation_offload", [False, True])
+def test_layered_accumulation_equals_plain_sgd(
+    ranks: GroupOf, schedule: str, zero: dict[str, Any], activation_offload: bool
+) -> None:
+    assert max(ranks(1, "cuda").run(train_layered_on_gpu, schedule, zero, activation_offload)) < 1e-5
 
 
 def compare_with_host_memory_on_gpu(schedule: str) -> None:

@@ -110,7 +110,7 @@ class TokenAveragingEngine(DeepSpeedEngine):
     def _skip_reason(self) -> str | None:
         """Why the last step was skipped."""
 
-    def _backward_all(self, step_batch: StepBatch) -> Tensor:
+    def backward_all(self, step_batch: StepBatch) -> Tensor:
         """Run forward and backward for each micro-batch, with its loss weighted by its share of the step's labels.
 
         It stops where ``step_batch.skip_reason`` says that the step must be skipped.
@@ -131,8 +131,8 @@ class TokenAveragingEngine(DeepSpeedEngine):
         return total
 
     @torch.no_grad()
-    def _forward_all(self, step_batch: StepBatch) -> Tensor:
-        """Run forward for each micro-batch; see ``_backward_all``."""
+    def forward_all(self, step_batch: StepBatch) -> Tensor:
+        """Run forward for each micro-batch; see ``backward_all``."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for position in range(len(step_batch)):
             loss = step_batch.forward(self, position)

@@ -75,7 +75,7 @@ class BaselineEngine(TokenAveragingEngine):
         return float(self.optimizer.loss_scale)
 
     def _take_step(self, step_batch: StepBatch) -> float:
-        local_loss = self._backward_all(step_batch).to(self.device)
+        local_loss = self.backward_all(step_batch).to(self.device)
         loss = float(all_reduce_sum(local_loss, self._data_parallel_group))
         if step_batch.skip_reason is not None:
             self._skip(step_batch.skip_reason, step_batch.counts_as_overflow)

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from lomo_ds.data.formats import IGNORE_INDEX
 from lomo_ds.engine.batches import Batch
+from lomo_ds.engine.items import count_items, parse_num_items
 from lomo_ds.models.layered import MicroBatch
 
 # What stands in the padding. No layer sees it, so a mask of ones stays one that needs no computation.
@@ -29,8 +30,15 @@ class JoinedBatch:
     micro_batches: list[MicroBatch]
 
 
-def reason_not_joined(micro_batches: Sequence[Batch]) -> str | None:
-    """Return the reason why micro-batches cannot be joined; None if they can."""
+def reason_not_joined(
+    micro_batches: Sequence[Batch], num_items: int | Sequence[int] | None, shifts: bool | None
+) -> str | None:
+    """Return the reason why micro-batches cannot be joined; None if they can.
+
+    Args:
+        num_items: see ``LomoEngine.train_batch``.
+        shifts: whether the model shifts labels, see ``items``.
+    """
     if not all(_is_matrix(micro_batch.get("input_ids")) for micro_batch in micro_batches):
         return "they need input_ids of shape (rows, tokens)"
     if any(micro_batch.get("use_cache") for micro_batch in micro_batches):
@@ -43,6 +51,9 @@ def reason_not_joined(micro_batches: Sequence[Batch]) -> str | None:
         values = [micro_batch[name] for micro_batch in completed]
         if not _are_equal(values) and not all(map(_has_value_for_each_token, values, completed)):
             return f"their {name} is not one value for each token"
+    counts = [count_items(micro_batch, shifts) for micro_batch in micro_batches]
+    if num_items is not None and parse_num_items(num_items, len(micro_batches)) != counts:
+        return "num_items are not the numbers of their labels"
     return None
 
 

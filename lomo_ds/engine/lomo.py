@@ -4,6 +4,7 @@
 complete optimizer step under any update schedule.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lomo_ds.checkpoint import Checkpoint, Saver, checkpoint_name, open_checkpoint, read_latest
-from lomo_ds.checkpoint.random_states import RandomStates
 from lomo_ds.config.lomo_config import OPTIMIZERS, read_lomo_config
 from lomo_ds.distributed.collectives import all_reduce_sum, gather_objects
 from lomo_ds.distributed.process_group import TIMEOUT
@@ -30,16 +30,18 @@ from lomo_ds.engine.engine_state import (
     restore_engine,
     restore_weights,
 )
-from lomo_ds.engine.items import count_items, parse_num_items
 from lomo_ds.engine.joined_batch import join, reason_not_joined
 from lomo_ds.engine.loss import as_scalar
 from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
+from lomo_ds.engine.passes import EnginePasses
 from lomo_ds.engine.step_batch import StepBatch
 from lomo_ds.errors import CheckpointError, ConfigError
 from lomo_ds.models.layered import layered
 from lomo_ds.update.accumulation import AccumulationChoice
 from lomo_ds.update.schedules import Schedule
 from lomo_ds.zero3.parameter_access import ParameterAccess
+
+logger = logging.getLogger(__name__)
 
 
 class LomoEngine(TokenAveragingEngine):
@@ -51,6 +53,7 @@ class LomoEngine(TokenAveragingEngine):
     optimizer: LomoOptimizer
     checkpoint_name: Callable[[int], str] = staticmethod(checkpoint_name)  # names a checkpoint after its step
     _in_train_batch = False
+    _logged_reason: str | None = None  # why micro-batches are accumulated in the stash
 
     @property
     def cur_scale(self) -> float:
@@ -65,33 +68,43 @@ class LomoEngine(TokenAveragingEngine):
     def _build_step_batch(self, batch: Batch | Sequence[Batch], num_items: int | Sequence[int] | None) -> StepBatch:
         """Return the batches of a step; with layered accumulation they are joined to one."""
         micro_batches = as_micro_batches(batch)
-        if max(len(micro_batches), self.gradient_accumulation_steps()) > 1:
-            reason = self._reason_not_layered(micro_batches, num_items)
-            if reason is None:
-                joined = join(micro_batches)
-                step_batch = super()._build_step_batch(joined.batch, None)
-                step_batch.joined = joined.micro_batches
-                return step_batch
-            if len(micro_batches) > 1 and not self.schedule.keeps_gradients:
-                raise ConfigError(
-                    f"train_batch got {len(micro_batches)} micro-batches, but this update schedule keeps no gradients "
-                    f"to add up, and layered accumulation is not possible: {reason}; use update_schedule stash, or one "
-                    "larger micro-batch"
-                )
-        return super()._build_step_batch(batch, num_items)
+        if max(len(micro_batches), self.gradient_accumulation_steps()) == 1:
+            return super()._build_step_batch(batch, num_items)
+        reason = self._reason_against_layers(micro_batches, num_items)
+        if reason is not None:
+            self._check_stash(len(micro_batches), reason)
+            return super()._build_step_batch(batch, num_items)
+        joined = join(micro_batches)
+        step_batch = super()._build_step_batch(joined.batch, None)
+        step_batch.joined = joined.micro_batches
+        return step_batch
 
-    def _reason_not_layered(self, micro_batches: Sequence[Batch], num_items: int | Sequence[int] | None) -> str | None:
-        """Return the reason why these micro-batches cannot be accumulated inside the layers; None if they can."""
+    def _reason_against_layers(
+        self, micro_batches: Sequence[Batch], num_items: int | Sequence[int] | None
+    ) -> str | None:
+        """Return the reason why these micro-batches cannot be accumulated inside the layers; None if they can.
+
+        All ranks agree on it in a collective, since otherwise they would wait for each other's gathers.
+        """
         accumulation = self.optimizer.accumulation
         if not accumulation.layered:
             return accumulation.reason
-        reason = reason_not_joined(micro_batches)
-        if reason is None and num_items is not None:
-            shifts = self._label_observer.shifts
-            counts = [count_items(micro_batch, shifts) for micro_batch in micro_batches]
-            if parse_num_items(num_items, len(micro_batches)) != counts:
-                return "num_items are not the numbers of their labels"
-        return reason
+        reason = reason_not_joined(micro_batches, num_items, self._label_observer.shifts)
+        is_against = torch.tensor(float(reason is not None), device=self.device)
+        some_are_against = all_reduce_sum(is_against, self._data_parallel_group).item() > 0
+        return reason or ("those of another rank cannot be joined" if some_are_against else None)
+
+    def _check_stash(self, micro_batches: int, reason: str) -> None:
+        """Raise if micro-batches need a stash and there is none; log once that they are accumulated there."""
+        if micro_batches > 1 and not self.schedule.keeps_gradients:
+            raise ConfigError(
+                f"train_batch got {micro_batches} micro-batches, but this update schedule keeps no gradients to add "
+                f"up, and layered accumulation is not possible: {reason}; use update_schedule stash, or one larger "
+                "micro-batch"
+            )
+        if self.optimizer.accumulation.layered and reason != self._logged_reason and self.global_rank == 0:
+            logger.warning("micro-batches are accumulated in the stash, not inside the layers: %s", reason)
+        self._logged_reason = reason
 
     def _validate_train_batch(self) -> None:
         self._validate_scheduler_metric(None)
@@ -105,7 +118,7 @@ class LomoEngine(TokenAveragingEngine):
         self._in_train_batch = True
         try:
             with self._accumulating(step_batch):
-                self.schedule.run(_Passes(self, step_batch))
+                self.schedule.run(EnginePasses(self, self.optimizer, step_batch))
             self._finish_step()
         finally:
             self._in_train_batch = False
@@ -341,45 +354,6 @@ class LomoEngine(TokenAveragingEngine):
         self.basic_optimizer = ParameterGroups(model_parameters, lomo.lr, lomo.weight_decay)
         self.optimizer = build_optimizer(self, self.basic_optimizer, lomo)
         self._parameter_access = ParameterAccess(self.module)
-
-
-class _Passes:
-    """Implements ``StepPasses`` for one step of an engine."""
-
-    def __init__(self, engine: LomoEngine, step_batch: StepBatch) -> None:
-        self.engine = engine
-        self.step_batch = step_batch
-        self.random_states: RandomStates | None = None
-
-    def backward(self, repeatable: bool = False) -> bool:
-        """Implement ``StepPasses.backward``."""
-        if repeatable:
-            self.random_states = RandomStates.capture()
-        return self._accept(self.engine._backward_all(self.step_batch))
-
-    def forward(self) -> Tensor | None:
-        """Implement ``StepPasses.forward``."""
-        loss = self.engine._forward_all(self.step_batch)
-        return all_reduce_sum(loss.clone(), self.engine._data_parallel_group) if self._accept(loss) else None
-
-    def reduce_norms(self) -> list[float] | None:
-        """Implement ``StepPasses.reduce_norms``."""
-        coefficients = self.engine.optimizer.reduce_norms_and_loss()
-        return coefficients if self.engine.optimizer.skip_reason is None else None
-
-    def repeat(self) -> None:
-        """Implement ``StepPasses.repeat``."""
-        assert self.random_states is not None
-        self.random_states.restore()  # so that dropout draws the same masks
-        self.engine._backward_all(self.step_batch)
-
-    def _accept(self, local_loss: Tensor) -> bool:
-        """Record the step's loss, of which this rank has a part; return False if the step must be skipped."""
-        if self.step_batch.skip_reason is not None:
-            self.engine.optimizer.skip_step(self.step_batch.skip_reason, self.step_batch.counts_as_overflow)
-            return False
-        self.engine.optimizer.set_loss(local_loss)
-        return True
 
 
 def _validate_full_loading(load_module_strict: bool, custom_load_fn: None) -> None:

@@ -173,12 +173,19 @@ def _check_steps_left(steps: TrainingSteps, arguments: TrainArguments) -> None:
 
 
 def _with_saved_choices(ds_config: dict[str, Any], checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """Replace ``auto`` by the values chosen in the checkpoint, since another schedule rounds differently."""
+    """Replace ``auto`` by the values chosen in the checkpoint, since another schedule rounds differently.
+
+    They depend on each other, so none of them holds if this run accumulates or gathers in another way.
+    """
     if checkpoint is None or checkpoint.record["world_size"] != dist.get_world_size():
         return ds_config
-    config = copy.deepcopy(ds_config)
+    config, chosen = copy.deepcopy(ds_config), checkpoint.record["schedule"]
     params = config["optimizer"].setdefault("params", {})
-    for name, value in checkpoint.record["schedule"].items():
+    if any(
+        params.get(name, "auto") not in ("auto", chosen.get(name)) for name in ("accumulation", "gather_granularity")
+    ):
+        return ds_config
+    for name, value in chosen.items():
         if params.get(name, "auto") == "auto":
             params[name] = value
     return config

@@ -75,7 +75,7 @@ def summing(log: list[str]) -> Iterator[None]:
 
 
 def test_forward_keeps_one_input_of_each_layer() -> None:
-    """Those of the layers and of the final norm; the head keeps its own. All micro-batches' inputs are one tensor."""
+    """The final norm and the head keep theirs too; the inputs of all micro-batches are one tensor."""
     model = layered_model(layers=5)
     with layered(model, PLACES, sums_of_pytorch), LiveHiddenStates(model) as live:
         loss = model(**batch(), use_cache=False).loss
