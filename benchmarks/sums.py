@@ -81,7 +81,7 @@ class SummingHooks(BackwardHooks):
     sum_dtype: torch.dtype
 
     @contextmanager
-    def summed(self) -> Iterator[None]:
+    def summed(self, count: int) -> Iterator[None]:
         """Add up the gradients of each parameter that arrive in this context, and process their sums at its end."""
         self.sums = {}
         yield

@@ -21,7 +21,7 @@ from lomo_ds.memory.budget import format_bytes, free_bytes
 from lomo_ds.memory.host_memory import storage_bytes
 from lomo_ds.models.layered import reason_not_layered
 from lomo_ds.numerics.rounding_noise import RoundingNoise
-from lomo_ds.update.accumulation import AccumulationChoice, choose_accumulation
+from lomo_ds.update.accumulation import AccumulationChoice, choose_accumulation, needs_layers
 from lomo_ds.update.clipping import Clipping, clipping_groups
 from lomo_ds.update.hooks import BackwardHooks
 from lomo_ds.update.rules import RULES, Rule
@@ -87,9 +87,7 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
 def _choose_accumulation(
     engine: DeepSpeedEngine, lomo: LomoConfig, gathering: Gathering, against_layered: str | None
 ) -> AccumulationChoice:
-    if against_layered is None and gathering.granularity == "module":
-        against_layered = "parameters are gathered by module, as a layer does not fit or was not asked for"
-    choice = choose_accumulation(lomo.accumulation, against_layered)
+    choice = choose_accumulation(lomo.accumulation, against_layered, gathering.granularity)
     if engine.gradient_accumulation_steps() > 1 and engine.global_rank == 0:
         logger.info("accumulation %s: %s", lomo.accumulation, choice)
     return choice
@@ -103,8 +101,7 @@ def _build_gathering(engine: DeepSpeedEngine, lomo: LomoConfig, against_layered:
     )
     if zero3.is_resident_config(engine.config) and zero3.is_resident(engine.module):
         return ResidentGathering(engine.module)
-    accumulates = lomo.accumulation == "layered" or engine.gradient_accumulation_steps() > 1
-    layered = accumulates and lomo.accumulation != "stash" and against_layered is None
+    layered = needs_layers(lomo.accumulation, engine.gradient_accumulation_steps(), against_layered)
     granularity = choose_granularity(lomo.gather_granularity, engine.module, min_free_bytes(engine)[0], layered)
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)

@@ -47,16 +47,24 @@ class ActivationOffload:
     its input in place, because that would break its recomputation (also without offload).
 
     Args:
-        layers: the number of layers; it determines how much host memory is pinned at once.
+        inputs: number of inputs that are kept at once, which determines how much host memory is pinned at once.
     """
 
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
+    def __init__(self, inputs: int) -> None:
+        self.inputs = inputs
+        self.buffers = 0  # of ``buffer_bytes``, pinned so far
         self.transfer: HostTransfer | None = None  # created for the device of the first tensor
         self.free: list[Tensor] = []
         self.buffer_bytes = 0
         self.released: deque[tuple[Tensor, Fetch | None]] = deque()  # filled by the thread that frees the graph
         self.newest: weakref.ref[_Packed] | None = None
+
+    def expect(self, inputs: int) -> None:
+        """Prepare for more inputs at once than before."""
+        if inputs > self.inputs:
+            self.inputs = inputs
+            if self.transfer is not None:
+                self.pinned = PinnedMemory(self.transfer.device, (inputs - self.buffers) * self.buffer_bytes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ActivationOffload":
         """Return this offload, which copies of a model share."""
@@ -112,8 +120,9 @@ class ActivationOffload:
     def _buffer(self, nbytes: int, device: torch.device) -> Tensor:
         if nbytes > self.buffer_bytes:
             self.free.clear()
-            self.buffer_bytes = nbytes
-            self.pinned = PinnedMemory(device, self.layers * nbytes)
+            self.buffer_bytes, self.buffers = nbytes, 0
+            self.pinned = PinnedMemory(device, self.inputs * nbytes)
         if not self.free:
+            self.buffers += 1
             self.free.append(self.pinned.empty_like(torch.empty(self.buffer_bytes, dtype=torch.uint8, device="meta")))
         return self.free.pop()

@@ -94,8 +94,11 @@ def layered(
     """
     with ExitStack() as stack:
         stack.enter_context(tiled_logits(model))
-        offload = _activation_offload(layers(model))
-        for module in layered_modules(model):
+        modules = layered_modules(model)
+        offload = _activation_offload(modules)
+        if offload is not None:
+            offload.expect(len(modules) * len(micro_batches))
+        for module in modules:
             stack.enter_context(_running_micro_batches(_LayeredModule(module, micro_batches, summed, offload)))
         yield
 
@@ -109,9 +112,9 @@ def layered_modules(model: PreTrainedModel) -> list[Module]:
     return [*layers(model), *([norm] if isinstance(norm, Module) else [])]
 
 
-def _activation_offload(decoder: list[Module]) -> ActivationOffload | None:
+def _activation_offload(modules: list[Module]) -> ActivationOffload | None:
     """Return the offload that ``recompute_activations`` has installed, if any."""
-    functions = (getattr(layer, "_gradient_checkpointing_func", None) for layer in decoder)
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in modules)
     return next((function for function in functions if isinstance(function, ActivationOffload)), None)
 
 

@@ -28,7 +28,7 @@ def joined_micro_batches(model: PreTrainedModel, settings: Settings, recorder: T
     if settings.joined == 1:
         yield
         return
-    with layered(model, _traced(settings), recorder.summed):
+    with layered(model, _traced(settings), lambda _: recorder.summed(settings.joined)):
         yield
 
 

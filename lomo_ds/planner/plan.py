@@ -16,7 +16,7 @@ from lomo_ds.planner.step_memory import StepMemory, estimate_memory
 from lomo_ds.planner.step_time import StepTime, estimate_time
 from lomo_ds.planner.trace import trace_step
 from lomo_ds.planner.trace_events import StepTrace
-from lomo_ds.update.accumulation import AccumulationChoice, choose_accumulation
+from lomo_ds.update.accumulation import AccumulationChoice, choose_accumulation, needs_layers
 from lomo_ds.update.schedules import Choice, choose_schedule
 from lomo_ds.update.schedules.gradient_footprint import gradient_footprint
 from lomo_ds.zero3.gathering import choose_granularity, largest_gather_numel, offload_prefetch_limits
@@ -239,18 +239,14 @@ def _granularity(model: PlannedModel, settings: Settings, free: int) -> str:
         return "auto"
     if settings.is_baseline:
         return "module"
-    accumulates = settings.accumulation == "layered" or settings.accumulation_steps > 1
-    layered = accumulates and settings.accumulation != "stash" and model.reason_not_layered is None
+    layered = needs_layers(settings.accumulation, settings.accumulation_steps, model.reason_not_layered)
     return choose_granularity(settings.gather_granularity, model.meta_model.to(settings.dtype), free, layered)
 
 
 def _accumulation(model: PlannedModel, settings: Settings, granularity: str) -> AccumulationChoice:
     if settings.is_baseline:
         return AccumulationChoice(False, "gradients of all parameters are kept")
-    against_layered = model.reason_not_layered
-    if against_layered is None and granularity == "module":
-        against_layered = "parameters are gathered by module, as a layer does not fit or was not asked for"
-    return choose_accumulation(settings.accumulation, against_layered)
+    return choose_accumulation(settings.accumulation, model.reason_not_layered, granularity)
 
 
 def _with_prefetch_limits(model: PlannedModel, settings: Settings, granularity: str) -> Settings:

@@ -173,7 +173,7 @@ class _PeakTracker:
     def _pinned_checkpoint_bytes(self) -> int:
         """Return the bytes that ``ActivationOffload`` pins: a buffer for each micro-batch that a module has seen."""
         sizes = [size // self.settings.joined for size in self.trace.checkpoints.values()]
-        return pinned_bytes(sizes * self.settings.joined, expected=len(self.trace.layers) * max(sizes))
+        return pinned_bytes(sizes * self.settings.joined)
 
     def _pinned_shard_bytes(self) -> int:
         sizes = [self.settings.stored_bytes(self.settings.shard_numel(numel)) for numel in self.trace.numels]
@@ -288,13 +288,9 @@ def _bytes_offloaded(sizes: list[int], limit: int) -> int:
     return sum(sizes) - on_gpu
 
 
-def pinned_bytes(sizes: list[int], expected: int | None = None) -> int:
-    """Return the bytes of the slabs that ``PinnedMemory`` pins for tensors of ``sizes`` bytes, in their order.
-
-    Args:
-        expected: bytes that are expected at first; None if they are those of all tensors.
-    """
-    slabs = Slabs(sum(sizes) if expected is None else expected)
+def pinned_bytes(sizes: list[int]) -> int:
+    """Return the bytes of the slabs that ``PinnedMemory`` pins for tensors of ``sizes`` bytes, in their order."""
+    slabs = Slabs(sum(sizes))
     for size in sizes:
         slabs.place(size)
     return sum(slabs.sizes)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from lomo_ds.planner.trace_events import EventKind, LiveActivations, StepTrace, TraceEvent
+from lomo_ds.update.hooks import sum_dtype
 from lomo_ds.zero3.gathering import layer_of
 
 CHECKPOINT = "inputs of the decoder layers"  # name of activation checkpoints
@@ -52,6 +53,7 @@ class TraceRecorder(TorchDispatchMode):
         self.counted = ONCE  # number of times that operations count now
         self.counted_flops = Fraction(0)
         self.sums: dict[int, Tensor] | None = None  # by parameter: gradients that are being added up, see ``summed``
+        self.summands = 1
         self.level = self.peak = self.logits = self.logits_at_peak = 0
         # by storage: its bytes (0 for parameters and buffers), and whether its last dimension is the vocabulary
         self.live: dict[int, tuple[int, bool, weakref.ref[Any] | None]] = {}
@@ -87,9 +89,9 @@ class TraceRecorder(TorchDispatchMode):
         self.names[tensor.untyped_storage()._cdata] = name
 
     @contextlib.contextmanager
-    def summed(self) -> Iterator[None]:
+    def summed(self, count: int) -> Iterator[None]:
         """Add up gradients like ``BackwardHooks.summed``; what runs in this context counts ``repetitions`` times."""
-        self.sums, self.counted = {}, self.repetitions
+        self.sums, self.summands, self.counted = {}, count, self.repetitions
         yield
         sums, self.sums, self.counted = self.sums, None, ONCE
         for index in list(sums):
@@ -106,8 +108,8 @@ class TraceRecorder(TorchDispatchMode):
         elif index in self.sums:
             self.sums[index] += gradient
         else:
-            self.name(gradient, SUMS)
-            self.sums[index] = gradient
+            self.sums[index] = gradient.to(sum_dtype(gradient.dtype, self.summands))
+            self.name(self.sums[index], SUMS)
 
     def record(self, kind: EventKind, index: int = -1) -> None:
         """Append an event that happens now."""

@@ -26,15 +26,24 @@ class AccumulationChoice:
         return f"{self.name} ({self.reason})"
 
 
-def choose_accumulation(requested: Accumulation, against_layered: str | None) -> AccumulationChoice:
+def needs_layers(requested: Accumulation, accumulation_steps: int, against_layered: str | None) -> bool:
+    """Return whether whole layers should be gathered for ``accumulation``, see ``choose_accumulation``."""
+    accumulates = requested == "layered" or accumulation_steps > 1
+    return accumulates and requested != "stash" and against_layered is None
+
+
+def choose_accumulation(requested: Accumulation, against_layered: str | None, granularity: str) -> AccumulationChoice:
     """Resolve ``accumulation``.
 
     Args:
         against_layered: why the model cannot accumulate inside its layers; None if it can.
+        granularity: unit of a gather, ``module`` or ``layer``; ``auto`` if nothing is gathered.
 
     Raises:
-        ConfigError: ``layered`` was requested, and the model cannot.
+        ConfigError: ``layered`` was requested, and it is not possible.
     """
+    if against_layered is None and granularity == "module":
+        against_layered = "parameters are gathered by module, as a layer does not fit or was not asked for"
     if requested == "stash":
         return AccumulationChoice(False, "as configured")
     if requested == "layered" and against_layered is not None:
