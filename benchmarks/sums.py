@@ -5,7 +5,8 @@
 Layered accumulation adds up the gradients of a layer over the micro-batches of a step. Both runs of a pair train the
 same bf16 weights on the same rows, with the same seed of stochastic rounding. In one of them every addition is rounded
 to bf16, in the other only the finished sum is. Pairs differ in the seed, which the order of rows also depends on, so
-the spread over seeds shows how much of a difference is chance. It runs on one CPU rank.
+the spread over seeds shows how much of a difference is chance. The errors of such sums are measured too, with the
+model's first weights: the norm of the difference to the sum in fp32, as a part of its norm. It runs on one CPU rank.
 """
 
 import argparse
@@ -35,6 +36,7 @@ SUMS = ("bf16", "fp32")  # data types of the sums
 COLORS = {"bf16": "#e08e45", "fp32": "#1b7f79"}
 EVALUATED = 1500  # rows of the validation file, at most
 EVALUATED_AT_ONCE = 100
+SUMMANDS = (4, 16, 64, 256)  # numbers of gradients whose sums' errors are measured
 
 Run = dict[str, Any]
 
@@ -123,6 +125,32 @@ def train(state: RankState, job: PairedJob, accumulation: int, seed: int, sums: 
     return {"accumulation": accumulation, "seed": seed, "sums": sums, "loss_before": before, "loss": loss}
 
 
+def sum_errors(state: RankState, job: PairedJob) -> dict[str, dict[str, float]]:
+    """Return the relative error of the sum of some bf16 gradients, on a rank, by their number.
+
+    Returns:
+        For each number the error with every addition rounded to bf16, and with only the fp32 sum rounded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    rows = rows_of(job.model, job.train_file, job.tokens)
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16).train()
+    rounded = torch.zeros(sum(parameter.numel() for parameter in model.parameters()), dtype=torch.bfloat16)
+    exact = rounded.float()
+    errors = {}
+    for number in range(1, max(SUMMANDS) + 1):
+        loss = model(input_ids=rows[number : number + 1], labels=rows[number : number + 1], use_cache=False).loss
+        gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+        rounded += gradient
+        exact += gradient
+        if number in SUMMANDS:
+            each, once = (
+                float((summed.float() - exact).norm() / exact.norm()) for summed in (rounded, exact.bfloat16())
+            )
+            errors[str(number)] = {"each": each, "once": once}
+    return errors
+
+
 def rows_of(model: str, file: str, tokens: int) -> Tensor:
     """Return the text of a file as rows of ``tokens`` tokens."""
     from transformers import AutoTokenizer
@@ -171,7 +199,7 @@ def describe(results: dict[str, Any]) -> str:
         "# Sums of micro-batch gradients in bf16 and in fp32\n\n"
         f"{job['steps']} steps of LOMO with learning rate {job['learning_rate']:g}, micro-batches of one row of "
         f"{job['tokens']} tokens, bf16 weights with stochastic rounding; {runs[0]['loss_before']:.3f} nats before.\n\n"
-        + "".join(f"- {finding}\n" for finding in findings(runs))
+        + "".join(f"- {finding}\n" for finding in [*findings(runs), *errors_in_words(results["errors"])])
         + "\n"
         + result_files.table(header, rows)
     )
@@ -190,6 +218,15 @@ def findings(runs: list[Run]) -> list[str]:
             f"**{statistics.mean(values):+.4f}**{error}, mean over {options.pluralize(len(values), 'seed')}."
         )
     return lines
+
+
+def errors_in_words(errors: dict[str, dict[str, float]]) -> list[str]:
+    """Describe the errors of sums."""
+    return [
+        f"a sum of {number} gradients has a relative error of {100 * of_sum['each']:.2f} % if each addition is rounded to "
+        f"bf16, and of {100 * of_sum['once']:.2f} % if the fp32 sum is rounded once."
+        for number, of_sum in errors.items()
+    ]
 
 
 def draw(results: dict[str, Any]) -> Any:
@@ -221,7 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4], help="1 2 3 4 by default")
     parser.add_argument("--max_seq_length", type=int, default=64, help="tokens of a row; 64 by default")
     parser.add_argument("--max_steps", type=int, default=200, help="steps of each run; 200 by default")
-    parser.add_argument("--learning_rate", type=float, default=0.3, help="0.3 by default")
+    parser.add_argument("--learning_rate", type=float, default=0.1, help="0.1 by default")
     return parser.parse_args()
 
 
@@ -237,9 +274,10 @@ def main() -> None:
         args.max_steps,
         args.learning_rate,
     )
-    results: dict[str, Any] = {"environment": result_files.environment(), "job": asdict(job), "runs": []}
+    results: dict[str, Any] = {"environment": result_files.environment(), "job": asdict(job), "errors": {}, "runs": []}
     planned = list(product(args.accumulation, args.seeds, SUMS))
     with Workers(1, "cpu") as workers:
+        (results["errors"],) = workers.call(sum_errors, job)
         for number, (accumulation, seed, sums) in enumerate(tqdm(planned, desc="training", unit=" runs")):
             results["runs"] += workers.call(train, job, accumulation, seed, sums)
             result_files.write_results(
