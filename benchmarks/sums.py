@@ -139,7 +139,8 @@ def sum_errors(state: RankState, job: PairedJob) -> dict[str, dict[str, float]]:
     exact = rounded.float()
     errors = {}
     for number in range(1, max(SUMMANDS) + 1):
-        loss = model(input_ids=rows[number : number + 1], labels=rows[number : number + 1], use_cache=False).loss
+        row = rows[number % len(rows)][None]
+        loss = model(input_ids=row, labels=row, use_cache=False).loss
         gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
         rounded += gradient
         exact += gradient
@@ -223,8 +224,8 @@ def findings(runs: list[Run]) -> list[str]:
 def errors_in_words(errors: dict[str, dict[str, float]]) -> list[str]:
     """Describe the errors of sums."""
     return [
-        f"a sum of {number} gradients has a relative error of {100 * of_sum['each']:.2f} % if each addition is rounded to "
-        f"bf16, and of {100 * of_sum['once']:.2f} % if the fp32 sum is rounded once."
+        f"a sum of {number} gradients has a relative error of {100 * of_sum['each']:.2f} % with every addition in "
+        f"bf16, and of {100 * of_sum['once']:.2f} % with additions in fp32 and one rounding to bf16."
         for number, of_sum in errors.items()
     ]
 
