@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Module
+from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lomo_ds.checkpoint.random_states import RandomStates
 from lomo_ds.errors import ModelError
 from lomo_ds.models.activation_offload import ActivationOffload
 from lomo_ds.models.attention import document_boundaries
@@ -52,8 +52,8 @@ class MicroBatch:
             return tuple(self.of_argument(item) for item in value)
         if not isinstance(value, Tensor):
             return value
-        if value.dim() == 4:  # a mask of (rows or 1, heads or 1, queries, keys)
-            return self._rows_of(value)[..., : self.length, : self.length]
+        if value.dim() == 4:  # a mask of (rows or 1, heads or 1, queries, keys); kernels need aligned rows
+            return self._rows_of(value)[..., : self.length, : self.length].contiguous()
         return self.of(value)
 
     def _rows_of(self, values: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ def layered(
     with ExitStack() as stack:
         stack.enter_context(tiled_logits(model))
         modules = layered_modules(model)
-        offload = _activation_offload(modules)
-        if offload is not None:
-            offload.expect(len(modules) * len(micro_batches))
+        step = _Step(micro_batches, summed, _activation_offload(modules))
+        if step.offload is not None:
+            step.offload.expect(len(modules) * len(micro_batches))
         for module in modules:
-            stack.enter_context(_running_micro_batches(_LayeredModule(module, micro_batches, summed, offload)))
+            stack.enter_context(_running_micro_batches(_LayeredModule(module, step)))
         yield
 
 
@@ -118,34 +118,62 @@ def _activation_offload(modules: list[Module]) -> ActivationOffload | None:
     return next((function for function in functions if isinstance(function, ActivationOffload)), None)
 
 
-class _LayeredModule:
-    """A layer that runs the micro-batches of a step one after the other.
+class _Step:
+    """What all modules of a step have in common.
 
     Args:
-        module: a module whose first argument is (rows, length, hidden size), and which returns the same shape.
         micro_batches, summed: see ``layered``.
-        offload: moves the inputs of the layer to host memory until backward needs them.
+        offload: moves the inputs of modules to host memory until backward needs them.
     """
 
     def __init__(
         self,
-        module: Module,
         micro_batches: Sequence[MicroBatch],
         summed: Callable[[int], AbstractContextManager[None]],
         offload: ActivationOffload | None,
     ) -> None:
-        self.module = module
-        self.run = module.forward
         self.micro_batches = micro_batches
         self.summed = summed
         self.offload = offload
         self.is_padded = len({micro_batch.length for micro_batch in micro_batches}) > 1
+        self.boundaries: dict[MicroBatch, dict[str, Any]] = {}
+
+    def empty_like(self, hidden_states: Tensor) -> Tensor:
+        """Return a tensor for the results of all micro-batches; padding is 0, so that it never contributes."""
+        return torch.zeros_like(hidden_states) if self.is_padded else torch.empty_like(hidden_states)
+
+    def inputs_of(self, micro_batch: MicroBatch, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a micro-batch's part of the named arguments of a module."""
+        own = {name: micro_batch.of_argument(value) for name, value in inputs.items() if name not in _BOUNDARIES}
+        if inputs.get("cu_seq_lens_q") is None:
+            return own
+        if micro_batch not in self.boundaries:  # once in a step, since it waits for the device
+            positions = own["position_ids"].expand(micro_batch.stop - micro_batch.start, -1)
+            self.boundaries[micro_batch] = document_boundaries(positions)
+        return own | self.boundaries[micro_batch]
+
+
+# arguments of flash attention, which hold for all rows of a step together
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class _LayeredModule:
+    """The forward of a module that runs the micro-batches of a step one after the other.
+
+    Args:
+        module: a module whose first argument is (rows, length, hidden size), and which returns the same shape.
+    """
+
+    def __init__(self, module: Module, step: _Step) -> None:
+        self.module = module
+        self.forward = module.forward
+        self.step = step
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **inputs: Any) -> Tensor:
         """Run the module on all rows of the step."""
-        needs_backward = torch.is_grad_enabled() and (hidden_states.requires_grad or _is_trained(self.module))
         call = _Call(self, arguments, inputs)
-        if not needs_backward:
+        is_trained = any(parameter.requires_grad for parameter in self.module.parameters())
+        if not torch.is_grad_enabled() or not (hidden_states.requires_grad or is_trained):
             return call.forward(hidden_states, keep=lambda part: None)
         # without an input that requires a gradient, no backward would reach the parameters of the first layer
         is_anchored = hidden_states.requires_grad
@@ -153,37 +181,27 @@ class _LayeredModule:
         output: Tensor = _InMicroBatches.apply(hidden_states, anchor, call)
         return output
 
-    def empty_like(self, hidden_states: Tensor) -> Tensor:
-        """Return a tensor for the results of all micro-batches; padding is 0, so that it never contributes."""
-        return torch.zeros_like(hidden_states) if self.is_padded else torch.empty_like(hidden_states)
-
 
 class _Call:
-    """One call of a ``_LayeredModule``."""
+    """One call of a ``_LayeredModule``, with the arguments beside the hidden states."""
 
     def __init__(self, layer: _LayeredModule, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        self.layer, self.arguments, self.inputs = layer, arguments, inputs
+        assert inputs.get("cache") is inputs.get("past_key_values") is None, "micro-batches share no cache"
+        self.layer, self.step, self.arguments, self.inputs = layer, layer.step, arguments, inputs
 
     def forward(self, hidden_states: Tensor, keep: Callable[[Tensor], None]) -> Tensor:
         """Run every micro-batch; ``keep`` is called with the input of each before it runs."""
-        output = self.layer.empty_like(hidden_states)
-        for micro_batch in self.layer.micro_batches:
+        output = self.step.empty_like(hidden_states)
+        for micro_batch in self.step.micro_batches:
             part = micro_batch.of(hidden_states)
             keep(part)
             micro_batch.of(output).copy_(self.run(part, micro_batch))
         return output
 
     def run(self, part: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """Run one micro-batch with its part of the arguments."""
-        assert self.inputs.get("cache") is self.inputs.get("past_key_values") is None, "micro-batches share no cache"
+        """Run one micro-batch."""
         arguments = [micro_batch.of_argument(value) for value in self.arguments]
-        inputs = {
-            name: value if name in _BOUNDARIES else micro_batch.of_argument(value)
-            for name, value in self.inputs.items()
-        }
-        if inputs.get("cu_seq_lens_q") is not None:
-            inputs |= document_boundaries(inputs["position_ids"].expand(part.shape[0], -1))
-        output = self.layer.run(part, *arguments, **inputs)
+        output = self.layer.forward(part, *arguments, **self.step.inputs_of(micro_batch, self.inputs))
         if not isinstance(output, Tensor) or output.shape != part.shape:
             raise ModelError(
                 f"layered accumulation needs layers that return hidden states like those they get, and "
@@ -192,20 +210,16 @@ class _Call:
         return output
 
 
-# arguments of flash attention for all rows of a step
-_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-
-
 class _InMicroBatches(torch.autograd.Function):
     """Runs a layer on each micro-batch, keeping only its input, and again in backward, in the opposite order."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, anchor: Tensor | None, call: _Call) -> Tensor:
         ctx.call, ctx.random_states, ctx.offloaded = call, [], []
-        offload = call.layer.offload
+        offload = call.step.offload
 
         def keep(part: Tensor) -> None:
-            ctx.random_states.append(RandomStates.capture())
+            ctx.random_states.append(_RandomStates(part))
             if offload is not None:
                 ctx.offloaded.append(offload.pack(part))
 
@@ -217,11 +231,11 @@ class _InMicroBatches(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         call: _Call = ctx.call
-        layer, needs_gradient = call.layer, ctx.needs_input_grad[0]
-        input_gradient = layer.empty_like(gradient) if needs_gradient else None
-        later = RandomStates.capture()
-        with layer.summed(len(layer.micro_batches)):
-            for micro_batch in reversed(layer.micro_batches):
+        step, needs_gradient = call.step, ctx.needs_input_grad[0]
+        input_gradient = step.empty_like(gradient) if needs_gradient else None
+        later = _RandomStates(gradient)
+        with step.summed(len(step.micro_batches)):
+            for micro_batch in reversed(step.micro_batches):
                 part = _kept_input(ctx, micro_batch).detach().requires_grad_(needs_gradient)
                 ctx.random_states.pop().restore()  # so that dropout draws the same masks
                 with torch.enable_grad():
@@ -236,14 +250,24 @@ class _InMicroBatches(torch.autograd.Function):
 
 def _kept_input(ctx: Any, micro_batch: MicroBatch) -> Tensor:
     """Return the input of the newest micro-batch whose backward is still to run."""
-    offload = ctx.call.layer.offload
+    offload = ctx.call.step.offload
     if offload is None:
         return micro_batch.of(ctx.saved_tensors[0])
     return offload.unpack(ctx.offloaded.pop())
 
 
-def _is_trained(module: Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+class _RandomStates:
+    """The states of torch's generators on the host and on the device of a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.host = torch.get_rng_state()
+        self.devices, self.of_devices = get_device_states(tensor)
+        self.device_type = tensor.device.type
+
+    def restore(self) -> None:
+        """Set the generators to these states."""
+        torch.set_rng_state(self.host)
+        set_device_states(self.devices, self.of_devices, device_type=self.device_type)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from tests.engine.test_baseline import make_baseline
 from tests.engines import make_engine
 from tests.flash_attention import replaced_flash_attention
 from tests.ranks import Ranks
-from tests.reference import part
 
 GroupOf = Callable[..., Ranks]
 VOCABULARY = 61
@@ -101,12 +100,14 @@ def step_differences(
         if recomputed:
             recompute_activations(model)
         texts = documents(rows, folder)
+        if layered and rows > 1:  # micro-batches of unequal lengths
+            texts[1][-1] = texts[1][-1][:6]
         engine = make_engine(wrap(model), accumulation=rows, params={"accumulation": "layered"} if layered else None)
         gradients: dict[str, Tensor] = {}
         for name, parameter in engine.module.named_parameters():
             parameter.register_hook(partial(add_gradient, gradients, name))
-        whole = packed(texts) | more
-        loss = float(engine.train_batch([part(whole, row, rows) for row in range(rows)] if layered else whole))
+        batch = [packed([row]) | more for row in texts] if layered else packed(texts) | more
+        loss = float(engine.train_batch(batch))
         expected = separate_loss(reference, texts)
         expected.backward()
     return abs(loss - float(expected.detach())), gradient_error(gradients, reference)
