@@ -13,7 +13,16 @@ from transformers import PretrainedConfig
 from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.distributed.process_group import ranks_on_host
 from lomo_ds.errors import DoesNotFitError, LomoError
-from lomo_ds.planner import Plan, PlannedModel, advise, check_host_memory, detect_machine, plan_run, settings_of
+from lomo_ds.planner import (
+    Plan,
+    PlannedModel,
+    advise,
+    check_host_memory,
+    detect_machine,
+    find_bigger_step,
+    plan_run,
+    settings_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +60,14 @@ class MemoryPreflight:
             model = self._model()
             plan = self._plan(model)
             advice = None if plan.fits_host else advise(plan, model)
+            bigger = None if plan.machine.device == "cpu" else find_bigger_step(plan, model)  # whose speed is unknown
         except Exception as error:
             logger.info("plan: not available (%s)", error)
             return
         check_host_memory(plan, str(advice) if advice else None)
         logger.info("plan: %s", plan)
+        if bigger is not None:
+            logger.info("plan: %s", bigger)
 
     @contextlib.contextmanager
     def explain_out_of_memory(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -508,6 +509,19 @@ def test_a_job_logs_its_plan(ranks: GroupOf, demo: Path, tmp_path: Path) -> None
     logged = ranks(2).run(run_and_read_log, demo_arguments(demo, tmp_path, max_steps=1))
     assert [len(lines) for lines in logged] == [1, 0]
     assert re.fullmatch(r"plan: \d+\.\d MiB of \d+\.\d GiB a rank", logged[0][0])
+
+
+def run_with_slow_link(argv: list[str]) -> list[str]:
+    """Run a job whose plan is made for two GPUs with a slow link, and return what is logged about it."""
+    machine = Machine(64 * GIB, 64 * GIB, gpu_link=1e6)
+    with mock.patch("lomo_ds.train.preflight.detect_machine", return_value=machine):
+        return run_and_read_log(argv)
+
+
+def test_a_job_that_waits_for_a_link_logs_the_step_that_does_not(ranks: GroupOf, demo: Path, tmp_path: Path) -> None:
+    logged = ranks(2).run(run_with_slow_link, demo_arguments(demo, tmp_path, max_steps=1))
+    assert [len(lines) for lines in logged] == [2, 0]
+    assert logged[0][1].startswith("plan: bound by the link between GPUs: --gradient_accumulation_steps ")
 
 
 def run_and_read_log(argv: list[str]) -> list[str]:
