@@ -40,6 +40,7 @@ from benchmarks.lib.workload import Workload
 TABLE_1 = Workload("7b", sequence=512, batch=8, precision="bf16", checkpointing=True)
 TABLE_2 = Workload("7b", sequence=1024, batch=1, precision="bf16", checkpointing=True)
 TILED_1, TILED_2 = replace(TABLE_1, tiled_logits=True), replace(TABLE_2, tiled_logits=True)
+LAYERED = replace(TILED_2, accumulation=8)
 STASH = {"stash_device": "gpu"}
 CARD = 24  # GiB of the GPU that rows of larger models imitate
 PEERS = ("plain", "lomo-optim", "torchtune")
@@ -87,6 +88,9 @@ def rows() -> list[RowSpec]:
         RowSpec("7c", "65B int8 on 4", 20, 40, PeakMemory("immediate+int8", large, world=4, at_most=24.0, card=CARD)),
         RowSpec(
             "7d", "65B on 8, prefetching", 20, 45, PeakMemory("immediate", large, world=8, papers=19.18, card=CARD)
+        ),
+        RowSpec(
+            "7e", "7B, 8 micro-batches of a row of 1024", 20, 40, PeakMemory("immediate+layered", LAYERED, card=CARD)
         ),
         RowSpec("8", "30B in host memory", 80, 130, _in_host_memory("30b", 1, 8), pins_memory=True),
     ]
