@@ -119,9 +119,7 @@ def unused_fields(ds_config: dict[str, Any]) -> list[str]:
 def _validate_gradient_dtypes(ds_config: dict[str, Any]) -> None:
     dtype = value_at(ds_config, "data_types.grad_accum_dtype")
     if dtype not in (None, "fp32", "float32", "float", "torch.float32"):
-        raise ConfigError(
-            f"data_types.grad_accum_dtype {dtype} is not supported, as gradients are added up in fp32; remove it"
-        )
+        raise ConfigError(f"data_types.grad_accum_dtype {dtype} is not supported; remove it, or set it to fp32")
     kept = value_at(ds_config, "data_types.keep_in_fp32_modules")
     if kept not in (None, "auto", []):
         raise ConfigError(

@@ -14,7 +14,7 @@ from torch.nn import Module, Parameter
 from lomo_ds import zero3
 from lomo_ds.config.lomo_config import LomoConfig, optimizer_name
 from lomo_ds.distributed.collectives import raise_on_all_ranks
-from lomo_ds.engine.build_schedule import build_schedule, communication_dtype, min_free_bytes
+from lomo_ds.engine.build_schedule import accumulation_dtype, build_schedule, communication_dtype, min_free_bytes
 from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import format_bytes, free_bytes
@@ -68,17 +68,24 @@ def build_optimizer(engine: DeepSpeedEngine, groups: ParameterGroups, lomo: Lomo
         engine.device,
     )
     accumulates = engine.gradient_accumulation_steps() > 1 and not accumulation.layered
-    choice, schedule = build_schedule(engine, updater, clipping, accumulates)
+    free = min_free_bytes(engine)
+    choice, schedule = build_schedule(engine, updater, clipping, free, accumulates)
     _log_host_memory(engine, shards)
     return LomoOptimizer(
         groups=groups,
         gathering=gathering,
         hooks=BackwardHooks(
-            list(trained.values()), targets, schedule, engine.seq_data_parallel_group, communication_dtype(engine)
+            list(trained.values()),
+            targets,
+            schedule,
+            engine.seq_data_parallel_group,
+            communication_dtype(engine),
+            accumulation_dtype(engine),
         ),
         schedule=schedule,
         choice=choice,
         accumulation=accumulation,
+        free_bytes=free,
         loss_scaler=_build_loss_scaler(engine),
         process_group=engine.seq_data_parallel_group,
     )

@@ -6,6 +6,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from lomo_ds.config.lomo_config import read_lomo_config
+from lomo_ds.config.sections import value_at
 from lomo_ds.distributed.collectives import all_reduce_min
 from lomo_ds.memory.budget import format_bytes, free_bytes
 from lomo_ds.update.clipping import Clipping
@@ -19,11 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_schedule(
-    engine: DeepSpeedEngine, updater: Updater, clipping: Clipping, accumulates: bool
+    engine: DeepSpeedEngine, updater: Updater, clipping: Clipping, free: list[int], accumulates: bool
 ) -> tuple[Choice, Schedule]:
     """Choose and build the update schedule.
 
     Args:
+        free: see ``min_free_bytes``.
         accumulates: whether it gets several gradients of each parameter in a step, which it must add up.
 
     Raises:
@@ -32,24 +34,23 @@ def build_schedule(
     lomo = read_lomo_config(engine.config)
     stash_dtype = torch.float32 if accumulates else communication_dtype(engine)
     stash_bytes = sum(t.numel for t in updater.targets) * (stash_dtype or engine.get_data_types()[0]).itemsize
-    free_device, free_host = min_free_bytes(engine)
     choice = choose_schedule(
         lomo,
         gradient_clipping=engine.gradient_clipping(),
         fp16=engine.fp16_enabled(),
         accumulation_steps=max(2, engine.gradient_accumulation_steps()) if accumulates else 1,
         stash_bytes=stash_bytes,
-        free_device_bytes=free_device,
-        free_host_bytes=free_host,
+        free_device_bytes=free[0],
+        free_host_bytes=free[1],
     )
     if engine.global_rank == 0:
         logger.info("update_schedule %s: %s; clipping: %s", lomo.update_schedule, choice, clipping)
         if choice.settings == {"update_schedule": "stash", "stash_device": "cpu"}:
-            free = format_bytes(free_bytes()[1])
+            remaining = format_bytes(free_bytes()[1])
             logger.info(
                 "pinned host memory per rank: %s of gradient shards; %s per rank remain free",
                 format_bytes(stash_bytes),
-                free,
+                remaining,
             )
     return choice, _schedule_of(choice, updater, clipping, stash_dtype)
 
@@ -63,6 +64,12 @@ def min_free_bytes(engine: DeepSpeedEngine) -> list[int]:
 def communication_dtype(engine: DeepSpeedEngine) -> torch.dtype | None:
     """Return ``communication_data_type`` of the ds_config; None keeps the gradients' own dtype."""
     return engine.communication_data_type if engine._config.communication_data_type else None
+
+
+def accumulation_dtype(engine: DeepSpeedEngine) -> torch.dtype | None:
+    """Return float32 if ``grad_accum_dtype`` of the ds_config says so, else ``communication_dtype``."""
+    is_set = value_at(engine.config, "data_types.grad_accum_dtype") is not None
+    return torch.float32 if is_set else communication_dtype(engine)
 
 
 def _schedule_of(choice: Choice, updater: Updater, clipping: Clipping, stash_dtype: torch.dtype | None) -> Schedule:

@@ -1,5 +1,6 @@
 """``lomo_ds.install``: programs that call ``deepspeed.initialize`` train with LomoEngine where their config says so."""
 
+import copy
 import inspect
 import logging
 from contextlib import AbstractContextManager
@@ -68,7 +69,7 @@ class _Initialize:
         if optimizer.lower() not in OPTIMIZERS:
             _log_original(optimizer, arguments.get("optimizer"))
             return self.original(*args, **kwargs)
-        engine, *others = initialize(*args, **kwargs)
+        engine, *others = initialize(**_accumulating_in_stash(arguments))
         engine.checkpoint_name = deepspeed_checkpoint_name
         return engine, *others
 
@@ -76,6 +77,21 @@ class _Initialize:
 def deepspeed_checkpoint_name(step: int) -> str:
     """Return DeepSpeed's name for a checkpoint, which programs for DeepSpeed look for."""
     return f"global_step{step}"
+
+
+def _accumulating_in_stash(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``initialize`` with accumulation in the stash, unless the config asks for another.
+
+    Programs for DeepSpeed call ``engine.backward`` for each micro-batch, which layered accumulation cannot do.
+    """
+    name = next((name for name in ("config", "config_params") if arguments.get(name) is not None), None)
+    if name is None:  # the config is in ``args``; the engine finds out when it gets the first micro-batch
+        return arguments
+    config = copy.deepcopy(load_config(None, arguments[name], None))
+    params = config["optimizer"].setdefault("params", {})
+    if params.get("accumulation", "auto") == "auto" and params.get("update_schedule", "auto") in ("auto", "stash"):
+        params["accumulation"] = "stash"
+    return arguments | {name: config}
 
 
 def _optimizer_type(arguments: dict[str, Any]) -> str:

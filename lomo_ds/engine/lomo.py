@@ -30,7 +30,7 @@ from lomo_ds.engine.engine_state import (
     restore_engine,
     restore_weights,
 )
-from lomo_ds.engine.joined_batch import join, reason_not_joined
+from lomo_ds.engine.joined_batch import agree_to_join, join, reason_not_joined
 from lomo_ds.engine.loss import as_scalar
 from lomo_ds.engine.optimizer import LomoOptimizer, ParameterGroups
 from lomo_ds.engine.passes import EnginePasses
@@ -53,7 +53,6 @@ class LomoEngine(TokenAveragingEngine):
     optimizer: LomoOptimizer
     checkpoint_name: Callable[[int], str] = staticmethod(checkpoint_name)  # names a checkpoint after its step
     _in_train_batch = False
-    _logged_reason: str | None = None  # why micro-batches are accumulated in the stash
 
     @property
     def cur_scale(self) -> float:
@@ -68,43 +67,21 @@ class LomoEngine(TokenAveragingEngine):
     def _build_step_batch(self, batch: Batch | Sequence[Batch], num_items: int | Sequence[int] | None) -> StepBatch:
         """Return the batches of a step; with layered accumulation they are joined to one."""
         micro_batches = as_micro_batches(batch)
-        if max(len(micro_batches), self.gradient_accumulation_steps()) == 1:
+        if not self.optimizer.accumulation.layered:
+            if len(micro_batches) > 1 and not self.schedule.keeps_gradients:
+                self._accumulate_in_stash(self.optimizer.accumulation.reason)
             return super()._build_step_batch(batch, num_items)
-        reason = self._reason_against_layers(micro_batches, num_items)
-        if reason is not None:
-            self._check_stash(len(micro_batches), reason)
-            return super()._build_step_batch(batch, num_items)
-        joined = join(micro_batches)
-        step_batch = super()._build_step_batch(joined.batch, None)
-        step_batch.joined = joined.micro_batches
-        return step_batch
-
-    def _reason_against_layers(
-        self, micro_batches: Sequence[Batch], num_items: int | Sequence[int] | None
-    ) -> str | None:
-        """Return the reason why these micro-batches cannot be accumulated inside the layers; None if they can.
-
-        All ranks agree on it in a collective, since otherwise they would wait for each other's gathers.
-        """
-        accumulation = self.optimizer.accumulation
-        if not accumulation.layered:
-            return accumulation.reason
         reason = reason_not_joined(micro_batches, num_items, self._label_observer.shifts)
-        is_against = torch.tensor(float(reason is not None), device=self.device)
-        some_are_against = all_reduce_sum(is_against, self._data_parallel_group).item() > 0
-        return reason or ("those of another rank cannot be joined" if some_are_against else None)
-
-    def _check_stash(self, micro_batches: int, reason: str) -> None:
-        """Raise if micro-batches need a stash and there is none; log once that they are accumulated there."""
-        if micro_batches > 1 and not self.schedule.keeps_gradients:
-            raise ConfigError(
-                f"train_batch got {micro_batches} micro-batches, but this update schedule keeps no gradients to add "
-                f"up, and layered accumulation is not possible: {reason}; use update_schedule stash, or one larger "
-                "micro-batch"
-            )
-        if self.optimizer.accumulation.layered and reason != self._logged_reason and self.global_rank == 0:
-            logger.warning("micro-batches are accumulated in the stash, not inside the layers: %s", reason)
-        self._logged_reason = reason
+        agreement = agree_to_join(reason, len(micro_batches), self._data_parallel_group, self.device)
+        if agreement.reason is None and max(agreement.most, self.gradient_accumulation_steps()) > 1:
+            joined = join(micro_batches)
+            step_batch = super()._build_step_batch(joined.batch, None)
+            step_batch.joined = joined.micro_batches
+            return step_batch
+        if agreement.reason is not None and agreement.most > 1:
+            self._accumulate_in_stash(agreement.reason)
+            agreement.require_equal_numbers()
+        return super()._build_step_batch(batch, num_items)
 
     def _validate_train_batch(self) -> None:
         self._validate_scheduler_metric(None)
@@ -308,7 +285,7 @@ class LomoEngine(TokenAveragingEngine):
         """
         ends_step = self.is_gradient_accumulation_boundary()
         if not ends_step and self.optimizer.accumulation.layered and not self.optimizer.backward_passes:
-            self._accumulate_in_stash()
+            self._accumulate_in_stash("engine.backward runs each micro-batch by itself, engine.train_batch all of them")
         if self.schedule.passes == 2:
             raise ConfigError(
                 "update_schedule two_pass must run every batch forward and backward twice, which engine.backward "
@@ -320,16 +297,23 @@ class LomoEngine(TokenAveragingEngine):
                 "call engine.step() after each backward, or use update_schedule stash"
             )
 
-    def _accumulate_in_stash(self) -> None:
-        """Give up layered accumulation, because the caller runs each micro-batch forward and backward by itself."""
+    def _accumulate_in_stash(self, reason: str) -> None:
+        """Give up layered accumulation from now on, and use a schedule that adds up several gradients.
+
+        Raises:
+            ConfigError: the settings ask for layered accumulation, or for a schedule that keeps no gradients.
+        """
         if read_lomo_config(self.config).accumulation == "layered":
-            raise ConfigError(
-                "accumulation layered needs all micro-batches of a step at once, but engine.backward got one of "
-                "several; call engine.train_batch with the list of them, or leave accumulation out"
-            )
-        self.optimizer.accumulation = AccumulationChoice(False, "engine.backward runs each micro-batch by itself")
+            raise ConfigError(f"accumulation layered is not possible: {reason}; leave accumulation out")
         updater, clipping = self.schedule.updater, self.schedule.clipping
-        self.optimizer.use_schedule(*build_schedule(self, updater, clipping, accumulates=True))
+        try:
+            choice, schedule = build_schedule(self, updater, clipping, self.optimizer.free_bytes, accumulates=True)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; layered accumulation is not possible: {reason}") from None
+        self.optimizer.accumulation = AccumulationChoice(False, reason)
+        self.optimizer.use_schedule(choice, schedule)
+        if self.global_rank == 0:
+            logger.info("accumulation: %s", self.optimizer.accumulation)
 
     def zero_optimization_partition_weights(self) -> bool:
         """Return whether weights are gathered for each use; False for ``ResidentGathering``, which needs no hooks."""

@@ -41,6 +41,7 @@ class LomoOptimizer(ZeROOptimizer):
         hooks: pass the gradients to ``schedule``.
         choice: the resolved schedule settings.
         accumulation: how ``train_batch`` accumulates micro-batches.
+        free_bytes: free bytes of device and host before the first step, see ``min_free_bytes``.
         process_group: the process group of the data-parallel ranks.
     """
 
@@ -52,6 +53,7 @@ class LomoOptimizer(ZeROOptimizer):
         schedule: Schedule,
         choice: Choice,
         accumulation: AccumulationChoice,
+        free_bytes: list[int],
         loss_scaler: LossScalerBase,
         process_group: ProcessGroup,
     ) -> None:
@@ -62,6 +64,7 @@ class LomoOptimizer(ZeROOptimizer):
         self.schedule = schedule
         self.choice = choice
         self.accumulation = accumulation
+        self.free_bytes = free_bytes
         self.loss_scaler = loss_scaler
         self.process_group = process_group
         # read by ZeROOptimizer.scale_if_loss and needs_scaler

@@ -56,15 +56,18 @@ class ActivationOffload:
         self.transfer: HostTransfer | None = None  # created for the device of the first tensor
         self.free: list[Tensor] = []
         self.buffer_bytes = 0
+        self.pinned: PinnedMemory | None = None  # for the buffers that come next
         self.released: deque[tuple[Tensor, Fetch | None]] = deque()  # filled by the thread that frees the graph
         self.newest: weakref.ref[_Packed] | None = None
 
-    def expect(self, inputs: int) -> None:
-        """Prepare for more inputs at once than before."""
-        if inputs > self.inputs:
-            self.inputs = inputs
-            if self.transfer is not None:
-                self.pinned = PinnedMemory(self.transfer.device, (inputs - self.buffers) * self.buffer_bytes)
+    def expect(self, inputs: int, nbytes: int) -> None:
+        """Prepare for so many inputs at once, the largest of which has ``nbytes``."""
+        if inputs > self.inputs or nbytes > self.buffer_bytes:
+            self.inputs = max(inputs, self.inputs)
+            self.pinned = None
+        if nbytes > self.buffer_bytes:
+            self.free.clear()
+            self.buffer_bytes, self.buffers = nbytes, 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ActivationOffload":
         """Return this offload, which copies of a model share."""
@@ -118,10 +121,9 @@ class ActivationOffload:
                 self.free.append(buffer)
 
     def _buffer(self, nbytes: int, device: torch.device) -> Tensor:
-        if nbytes > self.buffer_bytes:
-            self.free.clear()
-            self.buffer_bytes, self.buffers = nbytes, 0
-            self.pinned = PinnedMemory(device, self.inputs * nbytes)
+        self.expect(self.inputs, nbytes)
+        if self.pinned is None:
+            self.pinned = PinnedMemory(device, (self.inputs - self.buffers) * self.buffer_bytes)
         if not self.free:
             self.buffers += 1
             self.free.append(self.pinned.empty_like(torch.empty(self.buffer_bytes, dtype=torch.uint8, device="meta")))

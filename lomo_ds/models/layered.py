@@ -6,6 +6,7 @@ batch. Each layer runs one micro-batch after the other. It keeps its inputs only
 """
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Module
 from torch.utils.checkpoint import get_device_states, set_device_states
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lomo_ds.errors import ModelError
@@ -24,9 +25,10 @@ from lomo_ds.models.activation_offload import ActivationOffload
 from lomo_ds.models.attention import document_boundaries
 from lomo_ds.models.replaced_forward import replaced_forward
 from lomo_ds.models.tiled_logits import is_tiled, reason_not_tileable, tiled_logits
-from lomo_ds.zero3.gathering import layers
+from lomo_ds.zero3.gathering import layer_of, layers
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")  # whose masks can be divided by rows
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class MicroBatch:
         """Return its part of an argument of a layer: a mask, position_ids, or the cosines and sines of positions."""
         if isinstance(value, tuple):
             return tuple(self.of_argument(item) for item in value)
+        is_unknown = value.requires_grad or value.dim() not in (2, 3, 4) if isinstance(value, Tensor) else False
+        if is_unknown or isinstance(value, list | dict):
+            raise ModelError(
+                f"layered accumulation cannot divide an argument of a layer, a {type(value).__name__}, into the rows "
+                "of micro-batches; use accumulation stash"
+            )
         if not isinstance(value, Tensor):
             return value
         if value.dim() == 4:  # a mask of (rows or 1, heads or 1, queries, keys); kernels need aligned rows
@@ -69,12 +77,31 @@ def reason_not_layered(model: Module) -> str | None:
         return f"{type(model).__name__} does not compute its loss like LlamaForCausalLM: it is a model {reason}"
     if model.config._attn_implementation not in ATTENTION:
         return f"the masks of attention {model.config._attn_implementation} cannot be divided by rows"
+    if rope_type := LENGTH_DEPENDENT_ROPE & _rope_types(model.config):
+        return f"rotary embeddings of type {min(rope_type)} depend on the longest row of the batch"
     decoder = layers(model)
     for layer in decoder:
         first = next(iter(inspect.signature(layer.forward).parameters), None)
         if not isinstance(layer, GradientCheckpointingLayer) or first != "hidden_states":
             return f"its layer {type(layer).__name__} is no GradientCheckpointingLayer that takes hidden_states first"
-    return None if decoder else "it has no numbered layers"
+    if not decoder:
+        return "it has no numbered layers"
+    return "its layers share parameters" if _layers_share_parameters(model) else None
+
+
+def _rope_types(config: PretrainedConfig) -> set[str]:
+    """Return the types of rotary embeddings; some configurations have one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    sections = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {section["rope_type"] for section in sections if "rope_type" in section}
+
+
+def _layers_share_parameters(model: PreTrainedModel) -> bool:
+    """Return whether a parameter is in several layers, or in a layer and outside: its gradient comes in parts."""
+    owners = defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[parameter].add(layer_of(name))
+    return any(len(of_parameter) > 1 for of_parameter in owners.values())
 
 
 @contextmanager
@@ -97,7 +124,9 @@ def layered(
         modules = layered_modules(model)
         step = _Step(micro_batches, summed, _activation_offload(modules))
         if step.offload is not None:
-            step.offload.expect(len(modules) * len(micro_batches))
+            tokens = max((place.stop - place.start) * place.length for place in micro_batches)
+            input_bytes = tokens * model.config.hidden_size * model.dtype.itemsize
+            step.offload.expect(len(modules) * len(micro_batches), input_bytes)
         for module in modules:
             stack.enter_context(_running_micro_batches(_LayeredModule(module, step)))
         yield
@@ -202,7 +231,7 @@ class _Call:
         """Run one micro-batch."""
         arguments = [micro_batch.of_argument(value) for value in self.arguments]
         output = self.layer.forward(part, *arguments, **self.step.inputs_of(micro_batch, self.inputs))
-        if not isinstance(output, Tensor) or output.shape != part.shape:
+        if not isinstance(output, Tensor) or (output.shape, output.dtype) != (part.shape, part.dtype):
             raise ModelError(
                 f"layered accumulation needs layers that return hidden states like those they get, and "
                 f"{type(self.layer.module).__name__} does not; use accumulation stash"

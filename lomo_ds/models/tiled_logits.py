@@ -3,6 +3,7 @@
 ZeRO-3 gathers ``lm_head.weight`` only around the forward of ``lm_head``, so the loss is computed there.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -147,6 +148,8 @@ def _loss(
 
 def reason_not_tileable(model: PreTrainedModel) -> str | None:
     """Return the reason why the logits of ``model`` cannot be tiled, or None if they can."""
+    if _is_patched(type(model)):
+        return "whose forward was replaced"
     if "forward" in vars(model) or _bytecode(type(model).forward) != _bytecode(LlamaForCausalLM.forward):
         return "which has a forward of its own"
     if type(model.lm_head) is not Linear:
@@ -154,6 +157,12 @@ def reason_not_tileable(model: PreTrainedModel) -> str | None:
     if model.loss_function is not ForCausalLMLoss:
         return f"whose loss_function is {getattr(model.loss_function, '__name__', model.loss_function)}"
     return None
+
+
+def _is_patched(model_class: type[PreTrainedModel]) -> bool:
+    """Return whether a program has replaced the forward of a class, such as LLaMA's, by a function of another file."""
+    owner = next(base for base in model_class.__mro__ if "forward" in vars(base))
+    return inspect.unwrap(vars(owner)["forward"]).__module__ != owner.__module__
 
 
 def _bytecode(function: Callable[..., Any] | None) -> list[tuple[Any, ...]]:

@@ -131,6 +131,8 @@ def _cheap_changes(plan: Plan, model: PlannedModel) -> list[Change]:
         changes.insert(0, _flash_attention)
     if model.can_tile and not plan.tiled and not plan.settings.is_baseline:
         changes.append(_tiled_logits)
+    if plan.is_joined and plan.settings.accumulation == "layered":
+        changes.append(_stashed_gradients)
     schedule, activations = partial(_schedule, plan.is_joined), partial(_offloaded_activations, plan.is_joined)
     return [*changes, _gather_by_module, _disable_prefetch, schedule, activations, _offload, _int8]
 
@@ -153,6 +155,10 @@ def _checkpointing(settings: Settings) -> Iterator[_Variant]:
 
 def _tiled_logits(settings: Settings) -> Iterator[_Variant]:
     yield _Variant("--tiled_logits", settings.but(tiled_logits=True))
+
+
+def _stashed_gradients(settings: Settings) -> Iterator[_Variant]:
+    yield _Variant("accumulation stash", settings.but(accumulation="stash"))
 
 
 def _gather_by_module(settings: Settings) -> Iterator[_Variant]:

@@ -63,6 +63,7 @@ class PlannedModel:
             settings.tiled_logits,
             not settings.is_baseline,
             settings.joined,
+            settings.communication_data_type,
         )
         if key not in self.traces:
             trace = trace_step(self.config, settings, self.trust_remote_code)
@@ -174,13 +175,29 @@ class Plan:
 def plan_run(model: PlannedModel, settings: Settings, machine: Machine, by_name: bool = False) -> Plan:
     """Predict the memory and speed of a run of ``settings`` on ``machine``, with the engine's own choices.
 
+    If ``accumulation`` is auto, and only accumulation in the stash fits, the plan has that.
+
     Args:
         by_name: fill in ``memory.sizes``, which takes longer.
 
     Raises:
-        ConfigError: parameters are offloaded to a disk whose speed ``machine`` does not have.
+        ConfigError: parameters are offloaded to a disk whose speed ``machine`` does not have; or the update schedule
+            cannot accumulate gradients.
         ModelError: the model cannot be traced.
     """
+    plan = _plan(model, settings, machine, by_name)
+    if plan.fits or not plan.is_joined or settings.accumulation != "auto":
+        return plan
+    try:
+        stashed = _plan(model, settings.but(accumulation="stash"), machine, by_name)
+    except ConfigError:
+        return plan
+    choice = AccumulationChoice(False, f"layered accumulation would need {plan.shortfall}")
+    return dataclasses.replace(stashed, settings=settings, accumulation=choice) if stashed.fits else plan
+
+
+def _plan(model: PlannedModel, settings: Settings, machine: Machine, by_name: bool) -> Plan:
+    """Predict the memory and speed of a run, see ``plan_run``."""
     if settings.offload_param == "nvme" and not machine.nvme:
         raise ConfigError("offload_param nvme needs the speed of the disk; give --nvme, for example 3GB/s")
     shards = sum(settings.shard_numel(parameter.numel()) for parameter in model.meta_model.parameters())

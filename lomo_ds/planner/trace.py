@@ -19,6 +19,7 @@ from lomo_ds import zero3
 from lomo_ds.errors import ModelError, one_line
 from lomo_ds.models import can_tile_logits, meta_model, tile_logits
 from lomo_ds.models.layered import layered_modules
+from lomo_ds.numerics.precision import DTYPES
 from lomo_ds.planner.extrapolate_layers import TRACED_LAYERS, extrapolate_layers
 from lomo_ds.planner.layered_trace import joined_micro_batches, repetitions
 from lomo_ds.planner.settings import Settings
@@ -95,7 +96,8 @@ def _run(model: PreTrainedModel, vocabulary: int, settings: Settings) -> StepTra
     trace = _trace_without_events(model)
     kept = {id(module) for module in layered_modules(model)} if settings.joined > 1 else set()
     keepers = trace.layers | {index for index, module in enumerate(model.modules()) if id(module) in kept}
-    recorder = TraceRecorder(trace, vocabulary, settings.masked, keepers, repetitions(settings))
+    reduced = DTYPES[settings.communication_data_type] if settings.communication_data_type else None
+    recorder = TraceRecorder(trace, vocabulary, settings.masked, keepers, repetitions(settings), reduced)
     record_modules(model, recorder)
     try:
         with joined_micro_batches(model, settings, recorder), replaced_functions(_linear(settings), recorder), recorder:

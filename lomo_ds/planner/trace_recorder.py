@@ -34,6 +34,7 @@ class TraceRecorder(TorchDispatchMode):
         masked: whether the model is to find several documents in a row, and to make a mask.
         keepers: indices of the modules that can keep their input only.
         repetitions: number of times that the operations in ``keepers`` count, see ``layered_trace``.
+        reduced_dtype: the dtype that gradients are converted to for their reduction; None for none.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class TraceRecorder(TorchDispatchMode):
         masked: bool = False,
         keepers: Collection[int] = (),
         repetitions: Fraction = ONCE,
+        reduced_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.trace = trace
@@ -50,6 +52,7 @@ class TraceRecorder(TorchDispatchMode):
         self.masked = masked
         self.keepers = keepers
         self.repetitions = repetitions
+        self.reduced_dtype = reduced_dtype
         self.counted = ONCE  # number of times that operations count now
         self.counted_flops = Fraction(0)
         self.sums: dict[int, Tensor] | None = None  # by parameter: gradients that are being added up, see ``summed``
@@ -108,7 +111,7 @@ class TraceRecorder(TorchDispatchMode):
         elif index in self.sums:
             self.sums[index] += gradient
         else:
-            self.sums[index] = gradient.to(sum_dtype(gradient.dtype, self.summands))
+            self.sums[index] = gradient.to(sum_dtype(gradient.dtype, self.summands, self.reduced_dtype))
             self.name(self.sums[index], SUMS)
 
     def record(self, kind: EventKind, index: int = -1) -> None:

@@ -20,7 +20,7 @@ from lomo_ds.checkpoint import (
 from lomo_ds.config.arguments import TrainArguments
 from lomo_ds.config.ds_config import finalize_config
 from lomo_ds.data import TrainingSteps
-from lomo_ds.distributed.collectives import raise_on_all_ranks
+from lomo_ds.distributed.collectives import gather_objects, raise_on_all_ranks
 from lomo_ds.engine.ds_parse import parse_ds_config
 from lomo_ds.errors import CheckpointError
 from lomo_ds.models import meta_model, saved_tensors
@@ -73,7 +73,16 @@ def find_starting_point(inputs: Inputs) -> StartingPoint:
     if folder is not None:
         open_function = open_newest if is_run else open_checkpoint
         checkpoint = open_function(folder, tensors, check=lambda path, record: _check_same_run(inputs, path, record))
-    return raise_on_all_ranks(lambda: _start_at(checkpoint, inputs))
+    start = raise_on_all_ranks(lambda: _start_at(checkpoint, inputs))
+    _use_planned_accumulation(start)
+    return start
+
+
+def _use_planned_accumulation(start: StartingPoint) -> None:
+    """Accumulate in the stash if that is what the plan says, since layered accumulation would not fit."""
+    params = (start.ds_config.get("optimizer") or {}).get("params") or {}
+    if gather_objects(start.preflight.accumulation)[0] == "stash" and params.get("accumulation") == "auto":
+        params["accumulation"] = "stash"
 
 
 def _find_checkpoint_folder(inputs: Inputs) -> tuple[Path | None, bool, dict[str, list[Any]]]:
@@ -181,9 +190,9 @@ def _with_saved_choices(ds_config: dict[str, Any], checkpoint: Checkpoint | None
         return ds_config
     config, chosen = copy.deepcopy(ds_config), checkpoint.record["schedule"]
     params = config["optimizer"].setdefault("params", {})
-    if any(
-        params.get(name, "auto") not in ("auto", chosen.get(name)) for name in ("accumulation", "gather_granularity")
-    ):
+    asked = {name: params.get(name, "auto") for name in ("accumulation", "gather_granularity")}
+    before = {"accumulation": "stash"} | chosen  # older checkpoints do not name it
+    if any("auto" not in (value, before[name]) and value != before[name] for name, value in asked.items()):
         return ds_config
     for name, value in chosen.items():
         if params.get(name, "auto") == "auto":

@@ -20,9 +20,14 @@ from lomo_ds.update.target import Target
 MAX_HALF_PRECISION_SUMMANDS = 16
 
 
-def sum_dtype(dtype: torch.dtype, count: int) -> torch.dtype:
-    """Return the dtype in which ``count`` gradients of ``dtype`` are added up."""
-    return dtype if count <= MAX_HALF_PRECISION_SUMMANDS else torch.float32
+def sum_dtype(dtype: torch.dtype, count: int, at_least: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which ``count`` gradients of ``dtype`` are added up.
+
+    Args:
+        at_least: the dtype that is configured for sums, or for their reduction; None for none.
+    """
+    needed = dtype if count <= MAX_HALF_PRECISION_SUMMANDS else torch.float32
+    return needed if at_least is None else torch.promote_types(needed, at_least)
 
 
 class BackwardHooks:
@@ -33,6 +38,7 @@ class BackwardHooks:
         targets: what the schedule knows ``parameters`` by, in the same order.
         process_group: the ranks that the parameters are partitioned over.
         communication_dtype: the dtype gradients are reduced in; None keeps their own.
+        accumulation_dtype: see ``sum_dtype``.
     """
 
     def __init__(
@@ -42,8 +48,10 @@ class BackwardHooks:
         schedule: Schedule,
         process_group: ProcessGroup,
         communication_dtype: torch.dtype | None = None,
+        accumulation_dtype: torch.dtype | None = None,
     ) -> None:
         self.schedule = schedule
+        self.accumulation_dtype = accumulation_dtype
         self.reduction = Reduction(targets, process_group, communication_dtype, schedule.receive)
         self.arrived: set[Target] = set()  # those whose gradient has arrived in this backward
         self.sums: dict[Target, Tensor] | None = None  # of the gradients in ``summed``
@@ -99,7 +107,7 @@ class BackwardHooks:
         elif target in self.sums:
             self.sums[target] += gradient
         else:
-            self.sums[target] = gradient.to(sum_dtype(gradient.dtype, self.summands))
+            self.sums[target] = gradient.to(sum_dtype(gradient.dtype, self.summands, self.accumulation_dtype))
 
     def _process(self, target: Target, parameter: Parameter, gradient: Tensor) -> None:
         if target in self.arrived and not self.schedule.keeps_gradients:

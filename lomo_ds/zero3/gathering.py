@@ -22,7 +22,8 @@ from lomo_ds.zero3.transport import reset_unregistered_gathers
 
 # Share of free memory for gathered layers; the rest is for activations, gradients and a stash.
 LAYERS_SHARE = 0.25
-# The same where layered accumulation needs whole layers: one in use with its receive buffer, and its gradient.
+# The same where layered accumulation needs whole layers: one in use, its receive buffer, and the sums of its gradients,
+# which are twice as large in fp32.
 LAYERED_SHARE = 0.75
 # Elements that may be requested beyond the prefetch bucket before the device has reached earlier ones; see
 # ``LookaheadLimit``. For small matrices this hides the host's launch time; a large matrix keeps the device busy for

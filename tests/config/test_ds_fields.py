@@ -216,7 +216,7 @@ def test_each_name_that_deepspeed_reads_is_known() -> None:
         ({"expert_parallel": {"enabled": True}}, "expert_parallel.enabled is not supported"),
         ({"weight_quantization": {"quantized_initialization": {"num_bits": 4}}}, "weight_quantization is not"),
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not supported"),
-        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype bf16 is not supported, as gradients"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype bf16 is not supported; remove"),
         ({"data_types": {"keep_in_fp32_modules": ["norm"]}}, "keep_in_fp32_modules .* weights have one precision"),
         ({"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}}, "param_dtype must be bf16, .*got fp16"),
         ({"data_types": {"buffer_dtype": "fp7"}}, "'fp7' is not a valid DtypeEnum"),

@@ -268,29 +268,34 @@ def refused_idiom() -> str:
 
 def test_the_idiom_is_refused_if_layered_accumulation_was_asked_for(ranks: GroupOf) -> None:
     (message,) = ranks(1).run(refused_idiom)
-    assert "needs all micro-batches of a step at once" in message
-    assert "call engine.train_batch" in message
+    assert "accumulation layered is not possible: engine.backward runs each micro-batch by itself" in message
 
 
-def refused_batches(schedule: str, change: dict[str, Any], num_items: list[int] | None) -> float | str:
-    """Train one step on micro-batches that cannot be joined; return the largest weight difference, or the error."""
+def unusual_batches(schedule: str, change: dict[str, Any], num_items: list[int] | None) -> tuple[str, float | str]:
+    """Train two steps on micro-batches that cannot be joined on the last rank; return the schedule and the result."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     model = layered_model()
     reference = PlainSGD(copy.deepcopy(model).double(), lr=0.3)
     engine = make_engine(model, schedule, accumulation=2)
-    batches = micro_batches(0, 2, lengths=(12,))
-    for batch in batches:
-        batch["labels"] = batch["input_ids"].clone()
-    reference.step(padded(batches))
-    try:
-        engine.train_batch([batches[0], batches[1] | change], num_items)
-    except ConfigError as error:
-        return str(error)
-    return largest_difference(weights_of(engine), reference.model)
+    for step in range(2):
+        batches = micro_batches(step, 2 * world_size, lengths=(12,))
+        for batch in batches:
+            batch["labels"] = batch["input_ids"].clone()
+        reference.step(padded(batches))
+        local = batches[2 * rank : 2 * rank + 2]
+        if rank == world_size - 1:
+            local[1] |= change
+        try:
+            engine.train_batch(local, num_items)
+        except ConfigError as error:
+            return type(engine.schedule).__name__, str(error)
+    return type(engine.schedule).__name__, largest_difference(weights_of(engine), reference.model)
 
 
 ONES = torch.ones(2, 12, dtype=torch.int64)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(
     ("change", "num_items", "reason"),
     [
@@ -300,12 +305,55 @@ ONES = torch.ones(2, 12, dtype=torch.int64)
     ],
 )
 def test_micro_batches_that_cannot_be_joined_need_a_stash(
-    ranks: GroupOf, change: dict[str, Any], num_items: list[int] | None, reason: str
+    ranks: GroupOf, world_size: int, change: dict[str, Any], num_items: list[int] | None, reason: str
 ) -> None:
-    (message,) = ranks(1).run(refused_batches, "immediate", change, num_items)
-    assert f"layered accumulation is not possible: {reason}; use update_schedule stash" in message
-    (largest,) = ranks(1).run(refused_batches, "stash", change, num_items)
-    assert largest < TOLERANCE
+    """``auto`` takes one; ``immediate`` says on every rank why it cannot."""
+    for schedule in ("auto", "stash"):
+        for used, largest in ranks(world_size).run(unusual_batches, schedule, change, num_items):
+            assert used == "Stash"
+            assert largest < TOLERANCE
+    *others, (_, message) = ranks(world_size).run(unusual_batches, "immediate", change, num_items)
+    assert "update_schedule immediate keeps no gradients" in message
+    assert f"layered accumulation is not possible: {reason}" in message
+    for _, message in others:
+        assert "layered accumulation is not possible: " in message
+
+
+def arguments_that_are_none() -> str:
+    engine = make_engine(layered_model(), accumulation=2)
+    one, other = micro_batches(0, 2)
+    engine.train_batch([one | {"attention_mask": None}, other])
+    return type(engine.schedule).__name__
+
+
+def test_arguments_that_are_none_do_not_count(ranks: GroupOf) -> None:
+    assert ranks(1).run(arguments_that_are_none) == ["Immediate"]
+
+
+def unequal_numbers(accumulation: int, schedule: str, can_be_joined: bool) -> float | str:
+    """Train with one micro-batch on rank 0 and two on rank 1."""
+    rank = dist.get_rank()
+    model = layered_model()
+    reference = PlainSGD(copy.deepcopy(model).double(), lr=0.3)
+    engine = make_engine(model, schedule, accumulation=accumulation)
+    batches = micro_batches(0, 3)
+    reference.step(padded(batches))
+    local = batches[:1] if rank == 0 else batches[1:]
+    try:
+        engine.train_batch(local if can_be_joined else [batch | {"use_cache": True} for batch in local])
+    except ConfigError as error:
+        return str(error)
+    return largest_difference(weights_of(engine), reference.model)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_unequal_numbers_of_micro_batches(ranks: GroupOf, accumulation: int) -> None:
+    assert max(ranks(2).run(unequal_numbers, accumulation, "auto", True)) < TOLERANCE
+    for message in ranks(2).run(unequal_numbers, accumulation, "auto", False):
+        assert "every rank needs the same number of micro-batches" in message
+        assert "got 1 on some rank and 2 on another" in message
+    for message in ranks(2).run(unequal_numbers, accumulation, "immediate", False):
+        assert "update_schedule immediate keeps no gradients" in message
 
 
 def continue_after_an_exception() -> float:
@@ -339,9 +387,17 @@ def test_steps_after_an_exception(ranks: GroupOf, world_size: int) -> None:
     assert max(ranks(world_size).run(continue_after_an_exception)) < TOLERANCE
 
 
+def model_with_shared_parameters() -> torch.nn.Module:
+    model = layered_model()
+    one, other = model.model.layers
+    one.self_attn.q_proj.weight = other.self_attn.q_proj.weight
+    return model
+
+
 def refused_models(accumulation: str) -> list[str]:
     messages = []
-    for model, granularity in ((tiny_model(), "auto"), (layered_model(), "module")):
+    models = ((tiny_model(), "auto"), (layered_model(), "module"), (model_with_shared_parameters(), "auto"))
+    for model, granularity in models:
         params = {"accumulation": accumulation, "gather_granularity": granularity}
         try:
             engine = make_engine(model, accumulation=2, params=params)
@@ -352,10 +408,12 @@ def refused_models(accumulation: str) -> list[str]:
 
 
 def test_models_that_cannot_be_layered(ranks: GroupOf) -> None:
-    for own_loss, by_module in ranks(2).run(refused_models, "auto"):
+    for own_loss, by_module, shared in ranks(2).run(refused_models, "auto"):
+        assert shared == "stash (its layers share parameters)"
         assert own_loss.startswith("stash (OddForCausalLM does not compute its loss like LlamaForCausalLM")
         assert by_module.startswith("stash (parameters are gathered by module")
-    for own_loss, by_module in ranks(2).run(refused_models, "layered"):
+    for own_loss, by_module, shared in ranks(2).run(refused_models, "layered"):
+        assert shared.startswith("accumulation layered is not possible: its layers share parameters")
         assert own_loss.startswith("accumulation layered is not possible: OddForCausalLM")
         assert "use accumulation stash, or leave it out" in own_loss
         assert "leave one of the two out" in by_module

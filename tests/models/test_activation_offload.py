@@ -97,6 +97,7 @@ def test_buffers_are_reused() -> None:
         taken.append(len(offload.free) + len(offload.released))
     assert LAYERS <= taken[0] <= 2 * LAYERS
     assert taken == [taken[0]] * 3
+    assert offload.pinned is not None
     assert offload.pinned.slabs.taken == [64 * taken[0]]
 
 
@@ -115,3 +116,16 @@ def test_other_tensors_are_not_offloaded() -> None:
     scale = torch.ones(3, requires_grad=True)
     offload(lambda numbers: scale * numbers, torch.arange(3)).sum().backward()
     assert offload.transfer is None
+
+
+def test_inputs_of_unequal_sizes_are_pinned_once() -> None:
+    """If they are expected, buffers have the largest size from the first one on."""
+    given = weights()
+    offload = ActivationOffload(LAYERS)
+    offload.expect(2 * LAYERS, 4 * 5 * 4)
+    losses = [forward(given, rows, offload) for rows in (3, 5)]
+    for loss in losses:
+        gradients_of(given, loss)
+    assert offload.pinned is not None
+    assert offload.buffers == 2 * LAYERS
+    assert sum(offload.pinned.slabs.taken) == 2 * LAYERS * 128, "each is aligned to 64 bytes"

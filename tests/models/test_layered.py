@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from lomo_ds.errors import ModelError
 from lomo_ds.memory.host_memory import HostTransfer
 from lomo_ds.models import activation_offload, can_tile_logits, recompute_activations, tile_logits
 from lomo_ds.models.layered import MicroBatch, layered, reason_not_layered
@@ -151,6 +152,31 @@ def test_every_family_is_exact_or_falls_back(name: str) -> None:
 def test_other_models_say_why() -> None:
     assert "is not a model of transformers" in str(reason_not_layered(torch.nn.Linear(2, 2)))
     assert "does not compute its loss like LlamaForCausalLM" in str(reason_not_layered(tiny_model()))
+    for rope_type in ("dynamic", "longrope"):
+        model = layered_model()
+        model.config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0}
+        assert f"of type {rope_type} depend on the longest row" in str(reason_not_layered(model))
     model = layered_model()
     model.config._attn_implementation = "flex_attention"
     assert "flex_attention cannot be divided by rows" in str(reason_not_layered(model))
+
+
+def test_a_forward_that_a_program_has_replaced_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlamaForCausalLM.forward
+
+    def other_loss(self: LlamaForCausalLM, *arguments: Any, **inputs: Any) -> Any:
+        output = forward(self, *arguments, **inputs)
+        output.loss = 3 * output.loss
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", other_loss)
+    model = layered_model()
+    assert "whose forward was replaced" in str(reason_not_layered(model))
+    assert not can_tile_logits(model)
+
+
+def test_arguments_that_cannot_be_divided_are_refused() -> None:
+    place = MicroBatch(0, 2, LENGTH)
+    for argument in (torch.ones(LENGTH), torch.ones(4, LENGTH, requires_grad=True), {"mask": torch.ones(4, LENGTH)}):
+        with pytest.raises(ModelError, match=r"cannot divide an argument of a layer.*use accumulation stash"):
+            place.of_argument(argument)

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from benchmarks.lib.planned import planned_peak
 from benchmarks.lib.workload import LARGE, SHAPES, TINY, Workload
 from lomo_ds.errors import ConfigError
-from lomo_ds.planner import Machine, PlannedModel, Settings, format_plan, layered_trace, plan_as_dict, plan_run
+from lomo_ds.planner import Machine, PlannedModel, Settings, advise, format_plan, layered_trace, plan_as_dict, plan_run
 from lomo_ds.planner.step_memory import CHECKPOINTS, IN_FLIGHT, STASH
 from lomo_ds.planner.trace import trace_step
 from lomo_ds.planner.trace_recorder import SUMS
@@ -153,3 +153,19 @@ def test_links_carry_a_steps_bytes_once_for_any_number_of_micro_batches(model: P
         assert many.by_kind["compute"] == pytest.approx(16 * two.by_kind["compute"], rel=0.01)
     stashed = plan_run(model, RUN.but(accumulation="stash"), Machine()).time
     assert stashed.link_bytes["between GPUs"] > 7 * many.link_bytes["between GPUs"]
+
+
+def test_auto_accumulates_in_the_stash_where_only_that_fits(model: PlannedModel) -> None:
+    run = RUN.but(sequence=1024, accumulation_steps=64)
+    layered = plan_run(model, run.but(accumulation="layered"), Machine())
+    stashed = plan_run(model, run.but(accumulation="stash"), Machine())
+    assert stashed.gpu_bytes < layered.gpu_bytes
+    small = Machine(gpu_memory=(stashed.gpu_bytes + layered.gpu_bytes) // 2)
+    plan = plan_run(model, run, small)
+    assert plan.fits
+    assert plan.gpu_bytes == stashed.gpu_bytes
+    assert str(plan.accumulation).startswith("stash (layered accumulation would need ")
+    assert plan_run(model, run, Machine()).accumulation.layered
+    advice = advise(plan_run(model, run.but(accumulation="layered"), small), model)
+    assert advice is not None
+    assert advice.plan.fits

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import deepspeed.comm as dist
 import pytest
 import torch
 from hypothesis import given, settings
@@ -522,6 +523,35 @@ def test_a_job_that_waits_for_a_link_logs_the_step_that_does_not(ranks: GroupOf,
     logged = ranks(2).run(run_with_slow_link, demo_arguments(demo, tmp_path, max_steps=1))
     assert [len(lines) for lines in logged] == [2, 0]
     assert logged[0][1].startswith("plan: bound by the link between GPUs: --gradient_accumulation_steps ")
+
+
+def run_as_planned(argv: list[str], accumulation: str | None) -> str:
+    """Run a job in which rank 0 plans to accumulate so; return how the engine of this rank accumulates."""
+    from lomo_ds.engine.lomo import LomoEngine
+    from lomo_ds.train.preflight import MemoryPreflight
+
+    def plan(self: MemoryPreflight) -> None:
+        self.accumulation = accumulation if dist.get_rank() == 0 else None
+
+    chosen: list[str] = []
+    take_step = LomoEngine._take_step
+
+    def watch(self: LomoEngine, step_batch: Any) -> float:
+        chosen.append(self.optimizer.accumulation.name)
+        return take_step(self, step_batch)
+
+    with mock.patch.object(MemoryPreflight, "log", plan), mock.patch.object(LomoEngine, "_take_step", watch):
+        status, _, errors = run_main(argv)
+    assert status == 0, errors
+    return chosen[0]
+
+
+@pytest.mark.parametrize(("planned", "used"), [("stash", "stash"), ("layered", "layered"), (None, "layered")], ids=str)
+def test_a_job_accumulates_as_planned(
+    ranks: GroupOf, demo: Path, tmp_path: Path, planned: str | None, used: str
+) -> None:
+    argv = demo_arguments(demo, tmp_path, max_steps=1, gradient_accumulation_steps=2)
+    assert ranks(2).run(run_as_planned, argv, planned) == [used, used]
 
 
 def run_and_read_log(argv: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Immediate schedule: updates each shard as soon as its gradient arrives, so at most two gradients are alive."""
+"""Immediate schedule: updates each shard as soon as its gradient arrives, and keeps no gradients."""
 
 from collections import Counter, defaultdict
 
