@@ -53,7 +53,7 @@ class TokenAveragingEngine(DeepSpeedEngine):
             batch: the keyword arguments of the model's forward, or a list of such dicts, one per micro-batch of this
                 rank. The number of labelled tokens (labels other than -100) may differ between ranks and
                 micro-batches. The number of micro-batches must be the same on every rank, unless they are accumulated
-                inside the layers.
+                inside the layers and ``gradient_accumulation_steps`` is more than 1.
             num_items: the number of items that the loss of each micro-batch is averaged over; None counts them, see
                 ``items``.
 

@@ -35,7 +35,7 @@ class JoinedBatch:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks know about the micro-batches of a step.
+    """Knowledge that all ranks share about the micro-batches of a step.
 
     Attributes:
         reason: why they are not joined; None if all ranks join theirs.

@@ -67,19 +67,22 @@ class LomoEngine(TokenAveragingEngine):
     def _build_step_batch(self, batch: Batch | Sequence[Batch], num_items: int | Sequence[int] | None) -> StepBatch:
         """Return the batches of a step; with layered accumulation they are joined to one."""
         micro_batches = as_micro_batches(batch)
+        if max(len(micro_batches), self.gradient_accumulation_steps()) == 1:  # on all ranks
+            return super()._build_step_batch(batch, num_items)
+        subject = f"train_batch got {len(micro_batches)} micro-batches"
         if not self.optimizer.accumulation.layered:
             if len(micro_batches) > 1 and not self.schedule.keeps_gradients:
-                self._accumulate_in_stash(self.optimizer.accumulation.reason)
+                self._accumulate_in_stash(subject, self.optimizer.accumulation.reason)
             return super()._build_step_batch(batch, num_items)
         reason = reason_not_joined(micro_batches, num_items, self._label_observer.shifts)
         agreement = agree_to_join(reason, len(micro_batches), self._data_parallel_group, self.device)
-        if agreement.reason is None and max(agreement.most, self.gradient_accumulation_steps()) > 1:
+        if agreement.reason is None:
             joined = join(micro_batches)
             step_batch = super()._build_step_batch(joined.batch, None)
             step_batch.joined = joined.micro_batches
             return step_batch
-        if agreement.reason is not None and agreement.most > 1:
-            self._accumulate_in_stash(agreement.reason)
+        if agreement.most > 1:
+            self._accumulate_in_stash(subject, agreement.reason)
             agreement.require_equal_numbers()
         return super()._build_step_batch(batch, num_items)
 
@@ -285,7 +288,9 @@ class LomoEngine(TokenAveragingEngine):
         """
         ends_step = self.is_gradient_accumulation_boundary()
         if not ends_step and self.optimizer.accumulation.layered and not self.optimizer.backward_passes:
-            self._accumulate_in_stash("engine.backward runs each micro-batch by itself, engine.train_batch all of them")
+            self._accumulate_in_stash(
+                "engine.backward got one of several micro-batches", "train_batch takes all at once"
+            )
         if self.schedule.passes == 2:
             raise ConfigError(
                 "update_schedule two_pass must run every batch forward and backward twice, which engine.backward "
@@ -297,19 +302,24 @@ class LomoEngine(TokenAveragingEngine):
                 "call engine.step() after each backward, or use update_schedule stash"
             )
 
-    def _accumulate_in_stash(self, reason: str) -> None:
+    def _accumulate_in_stash(self, subject: str, reason: str) -> None:
         """Give up layered accumulation from now on, and use a schedule that adds up several gradients.
+
+        Args:
+            subject: what needs accumulation, for the error message.
+            reason: why it cannot be layered.
 
         Raises:
             ConfigError: the settings ask for layered accumulation, or for a schedule that keeps no gradients.
         """
         if read_lomo_config(self.config).accumulation == "layered":
-            raise ConfigError(f"accumulation layered is not possible: {reason}; leave accumulation out")
+            raise ConfigError(f"{subject}, but accumulation layered is not possible: {reason}; leave accumulation out")
         updater, clipping = self.schedule.updater, self.schedule.clipping
         try:
             choice, schedule = build_schedule(self, updater, clipping, self.optimizer.free_bytes, accumulates=True)
         except ConfigError as error:
-            raise ConfigError(f"{error}; layered accumulation is not possible: {reason}") from None
+            rule = f"{subject}, but {error}; layered accumulation is not possible"
+            raise ConfigError(f"{rule}: {reason}") from None
         self.optimizer.accumulation = AccumulationChoice(False, reason)
         self.optimizer.use_schedule(choice, schedule)
         if self.global_rank == 0:

@@ -48,12 +48,18 @@ class MicroBatch:
         """Return a view of its part of ``values``: (rows of the step or 1, length of the step, ...)."""
         return self._rows_of(values)[:, : self.length]
 
-    def of_argument(self, value: Any) -> Any:
-        """Return its part of an argument of a layer: a mask, position_ids, or the cosines and sines of positions."""
+    def of_argument(self, value: Any, rows: int) -> Any:
+        """Return its part of an argument of a layer: a mask, position_ids, or the cosines and sines of positions.
+
+        Args:
+            rows: rows of the step.
+
+        Raises:
+            ModelError: the argument is of an unknown kind.
+        """
         if isinstance(value, tuple):
-            return tuple(self.of_argument(item) for item in value)
-        is_unknown = value.requires_grad or value.dim() not in (2, 3, 4) if isinstance(value, Tensor) else False
-        if is_unknown or isinstance(value, list | dict):
+            return tuple(self.of_argument(item, rows) for item in value)
+        if isinstance(value, list | dict) or (isinstance(value, Tensor) and not _is_divisible(value, rows)):
             raise ModelError(
                 f"layered accumulation cannot divide an argument of a layer, a {type(value).__name__}, into the rows "
                 "of micro-batches; use accumulation stash"
@@ -66,6 +72,10 @@ class MicroBatch:
 
     def _rows_of(self, values: Tensor) -> Tensor:
         return values if values.shape[0] == 1 else values[self.start : self.stop]
+
+
+def _is_divisible(value: Tensor, rows: int) -> bool:
+    return value.dim() in (2, 3, 4) and value.shape[0] in (1, rows) and not value.requires_grad
 
 
 def reason_not_layered(model: Module) -> str | None:
@@ -148,7 +158,7 @@ def _activation_offload(modules: list[Module]) -> ActivationOffload | None:
 
 
 class _Step:
-    """What all modules of a step have in common.
+    """Settings and caches that all modules of a step share.
 
     Args:
         micro_batches, summed: see ``layered``.
@@ -171,9 +181,9 @@ class _Step:
         """Return a tensor for the results of all micro-batches; padding is 0, so that it never contributes."""
         return torch.zeros_like(hidden_states) if self.is_padded else torch.empty_like(hidden_states)
 
-    def inputs_of(self, micro_batch: MicroBatch, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return a micro-batch's part of the named arguments of a module."""
-        own = {name: micro_batch.of_argument(value) for name, value in inputs.items() if name not in _BOUNDARIES}
+    def inputs_of(self, micro_batch: MicroBatch, inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+        """Return a micro-batch's part of the named arguments of a module, see ``MicroBatch.of_argument``."""
+        own = {name: micro_batch.of_argument(value, rows) for name, value in inputs.items() if name not in _BOUNDARIES}
         if inputs.get("cu_seq_lens_q") is None:
             return own
         if micro_batch not in self.boundaries:  # once in a step, since it waits for the device
@@ -200,7 +210,7 @@ class _LayeredModule:
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **inputs: Any) -> Tensor:
         """Run the module on all rows of the step."""
-        call = _Call(self, arguments, inputs)
+        call = _Call(self, hidden_states.shape[0], arguments, inputs)
         is_trained = any(parameter.requires_grad for parameter in self.module.parameters())
         if not torch.is_grad_enabled() or not (hidden_states.requires_grad or is_trained):
             return call.forward(hidden_states, keep=lambda part: None)
@@ -212,11 +222,12 @@ class _LayeredModule:
 
 
 class _Call:
-    """One call of a ``_LayeredModule``, with the arguments beside the hidden states."""
+    """One call of a ``_LayeredModule`` for so many rows, with the arguments beside the hidden states."""
 
-    def __init__(self, layer: _LayeredModule, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    def __init__(self, layer: _LayeredModule, rows: int, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         assert inputs.get("cache") is inputs.get("past_key_values") is None, "micro-batches share no cache"
-        self.layer, self.step, self.arguments, self.inputs = layer, layer.step, arguments, inputs
+        self.layer, self.step, self.rows = layer, layer.step, rows
+        self.arguments, self.inputs = arguments, inputs
 
     def forward(self, hidden_states: Tensor, keep: Callable[[Tensor], None]) -> Tensor:
         """Run every micro-batch; ``keep`` is called with the input of each before it runs."""
@@ -229,8 +240,9 @@ class _Call:
 
     def run(self, part: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Run one micro-batch."""
-        arguments = [micro_batch.of_argument(value) for value in self.arguments]
-        output = self.layer.forward(part, *arguments, **self.step.inputs_of(micro_batch, self.inputs))
+        arguments = [micro_batch.of_argument(value, self.rows) for value in self.arguments]
+        inputs = self.step.inputs_of(micro_batch, self.inputs, self.rows)
+        output = self.layer.forward(part, *arguments, **inputs)
         if not isinstance(output, Tensor) or (output.shape, output.dtype) != (part.shape, part.dtype):
             raise ModelError(
                 f"layered accumulation needs layers that return hidden states like those they get, and "

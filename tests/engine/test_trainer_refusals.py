@@ -41,7 +41,7 @@ def refusal_of_trainer(folder: str, output_dir: str, params: dict[str, Any], arg
         (
             {"update_schedule": "immediate"},
             {"max_grad_norm": 0.0},
-            "update_schedule immediate keeps no gradients, which gradient_accumulation_steps 2 needs",
+            "update_schedule immediate keeps no gradients, which several micro-batches need",
         ),
         (
             {"update_schedule": "immediate"},

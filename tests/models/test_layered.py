@@ -177,6 +177,8 @@ def test_a_forward_that_a_program_has_replaced_stays(monkeypatch: pytest.MonkeyP
 
 def test_arguments_that_cannot_be_divided_are_refused() -> None:
     place = MicroBatch(0, 2, LENGTH)
-    for argument in (torch.ones(LENGTH), torch.ones(4, LENGTH, requires_grad=True), {"mask": torch.ones(4, LENGTH)}):
+    known = torch.ones(ROWS, LENGTH)
+    for argument in (known[0], known[:3], known.clone().requires_grad_(), {"mask": known}, [known]):
         with pytest.raises(ModelError, match=r"cannot divide an argument of a layer.*use accumulation stash"):
-            place.of_argument(argument)
+            place.of_argument(argument, ROWS)
+    assert place.of_argument((known, known[:1], "eager"), ROWS)[0].shape == (2, LENGTH)

@@ -55,8 +55,8 @@ def choose_schedule(
     if lomo.update_schedule in ("immediate", "two_pass"):
         if accumulation_steps > 1:
             raise ConfigError(
-                f"update_schedule {lomo.update_schedule} keeps no gradients, which gradient_accumulation_steps "
-                f"{accumulation_steps} needs without layered accumulation; use update_schedule stash"
+                f"update_schedule {lomo.update_schedule} keeps no gradients, which several micro-batches need without "
+                "layered accumulation; use update_schedule stash"
             )
         return Choice(lomo.update_schedule, "gpu", "as configured")
     if lomo.update_schedule == "auto" and against_immediate is None:
