@@ -100,15 +100,16 @@ def step_differences(
         if recomputed:
             recompute_activations(model)
         texts = documents(rows, folder)
-        if layered and rows > 1:  # micro-batches of unequal lengths
-            texts[1][-1] = texts[1][-1][:6]
-        engine = make_engine(wrap(model), accumulation=rows, params={"accumulation": "layered"} if layered else None)
+        shorter = [[texts[0][1], texts[0][0]]]  # for a second micro-batch
+        engine = make_engine(
+            wrap(model), accumulation=1 + layered, params={"accumulation": "layered"} if layered else None
+        )
         gradients: dict[str, Tensor] = {}
         for name, parameter in engine.module.named_parameters():
             parameter.register_hook(partial(add_gradient, gradients, name))
-        batch = [packed([row]) | more for row in texts] if layered else packed(texts) | more
-        loss = float(engine.train_batch(batch))
-        expected = separate_loss(reference, texts)
+        batch = packed(texts) | more
+        loss = float(engine.train_batch([batch, packed(shorter)] if layered else batch))
+        expected = separate_loss(reference, texts + shorter if layered else texts)
         expected.backward()
     return abs(loss - float(expected.detach())), gradient_error(gradients, reference)
 
