@@ -66,8 +66,8 @@ class TokenAveragingEngine(DeepSpeedEngine):
                 loss; or the weights of the micro-batch losses are unknown.
             PeerError: the model returns no loss on another rank.
         """
-        step_batch = self._build_step_batch(batch, num_items)
         self._validate_train_batch()
+        step_batch = self._build_step_batch(batch, num_items)
         try:
             loss = self._take_step(step_batch)
         except BaseException:

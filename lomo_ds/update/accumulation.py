@@ -45,7 +45,7 @@ def choose_accumulation(requested: Accumulation, against_layered: str | None, gr
     if against_layered is None and granularity == "module":
         against_layered = "parameters are gathered by module, as a layer does not fit or was not asked for"
     if requested == "stash":
-        return AccumulationChoice(False, "as configured")
+        return AccumulationChoice(False, "stash is configured")
     if requested == "layered" and against_layered is not None:
         raise ConfigError(
             f"accumulation layered is not possible: {against_layered}; use accumulation stash, or leave it out"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lomo_ds.errors import ConfigError
+from lomo_ds.models import tile_logits
 from tests.engines import largest_difference, make_engine, weights_of
 from tests.layered_models import layered_model, micro_batches, padded
 from tests.ranks import Ranks
@@ -45,13 +46,14 @@ class Options:
     frozen: tuple[str, ...] = ()
     threshold: int = 0
     recomputed: bool = False
+    tiled: bool = False
     offload: str = "none"
     folder: str = ""  # of parameters on NVMe
 
 
 OPTIONS = [
     Options(),
-    Options(tied=True, threshold=100_000),
+    Options(tied=True, threshold=100_000, tiled=True),
     Options(frozen=("up_proj", "layers.1."), recomputed=True),
     Options(frozen=("embed_tokens", "layers.0.self_attn"), threshold=100),
 ]
@@ -72,6 +74,8 @@ def train_both(rule: str, schedule: str, clip: str, options: Options) -> float:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model = layered_model(options.tied, options.frozen)
     reference = plain_training(rule, copy.deepcopy(model).double(), **CLIPS[clip])
+    if options.tiled:
+        tile_logits(model, tile_bytes=1200)
     if options.recomputed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     limits = CLIPS[clip]
@@ -256,6 +260,28 @@ def test_the_idiom_of_deepspeed_changes_to_a_stash(ranks: GroupOf) -> None:
     for largest, schedules in ranks(2).run(idiom_after_train_batch):
         assert largest < TOLERANCE
         assert schedules == ["Immediate", "Stash", "Stash"]
+
+
+def train_batch_inside_a_step() -> float:
+    """Call train_batch, with micro-batches that need a stash, between engine.backward and the end of its step."""
+    model = layered_model()
+    reference = PlainSGD(copy.deepcopy(model).double(), lr=0.3)
+    engine = make_engine(model, "stash", accumulation=2)
+    batches = micro_batches(0, 2, lengths=(12,))
+    for batch in batches:
+        batch["labels"] = batch["input_ids"].clone()
+    reference.step(padded(batches))
+    engine.backward(engine(**batches[0]).loss)
+    engine.step()
+    with pytest.raises(ConfigError, match="must not run inside an unfinished step"):
+        engine.train_batch([batches[0], batches[1] | {"use_cache": True}])
+    engine.backward(engine(**batches[1]).loss)
+    engine.step()
+    return largest_difference(weights_of(engine), reference.model)
+
+
+def test_a_refused_train_batch_leaves_an_unfinished_step_as_it_is(ranks: GroupOf) -> None:
+    assert max(ranks(1).run(train_batch_inside_a_step)) < TOLERANCE
 
 
 def refused_idiom() -> str:
