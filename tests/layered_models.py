@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from tests.reference import VOCABULARY
+from tests.reference import VOCABULARY, tiny_config
 
 LENGTHS = (12, 7, 12, 10)  # tokens of each row of a micro-batch
 
@@ -14,21 +14,10 @@ LENGTHS = (12, 7, 12, 10)  # tokens of each row of a micro-batch
 def layered_model(
     tied: bool = False, frozen: tuple[str, ...] = (), dropout: float = 0.0, layers: int = 2, **options: Any
 ) -> LlamaForCausalLM:
-    """Return a LLaMA with sizes that do not divide evenly; parameters whose name contains one of ``frozen`` are not
-    trained."""
+    """Return a tiny LLaMA; parameters whose name contains one of ``frozen`` are not trained."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=20,
-        intermediate_size=33,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-        attention_dropout=dropout,
-        initializer_range=0.2,
-    )
+    config = tiny_config(tied, dropout)
+    config.num_hidden_layers = layers
     model = LlamaForCausalLM._from_config(config, **options).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))

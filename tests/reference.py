@@ -30,9 +30,9 @@ class OddForCausalLM(LlamaForCausalLM):
         return CausalLMOutput(loss=self.loss_function(logits, labels, VOCABULARY), logits=logits)
 
 
-def tiny_model(tied: bool = False, dropout: float = 0.0, seed: int = 0) -> OddForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def tiny_config(tied: bool = False, dropout: float = 0.0) -> LlamaConfig:
+    """Return sizes that do not divide evenly."""
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=20,
         intermediate_size=33,
@@ -44,7 +44,11 @@ def tiny_model(tied: bool = False, dropout: float = 0.0, seed: int = 0) -> OddFo
         attention_dropout=dropout,
         initializer_range=0.2,
     )
-    return OddForCausalLM(config).train()
+
+
+def tiny_model(tied: bool = False, dropout: float = 0.0, seed: int = 0) -> OddForCausalLM:
+    torch.manual_seed(seed)
+    return OddForCausalLM(tiny_config(tied, dropout)).train()
 
 
 def whole_batch(step: int, rows: int, length: int = 12) -> dict[str, Tensor]:
