@@ -7,7 +7,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from lomo_ds.config.lomo_config import read_lomo_config
 from lomo_ds.config.sections import value_at
-from lomo_ds.distributed.collectives import all_reduce_min
+from lomo_ds.distributed.collectives import gather_objects
 from lomo_ds.memory.budget import format_bytes, free_bytes
 from lomo_ds.update.clipping import Clipping
 from lomo_ds.update.schedules import Choice, Schedule, choose_schedule
@@ -57,8 +57,7 @@ def build_schedule(
 
 def min_free_bytes(engine: DeepSpeedEngine) -> list[int]:
     """Return the free bytes of the device and of a rank's share of host memory, each the minimum over all ranks."""
-    local = torch.tensor(free_bytes(), device=engine.device)
-    return all_reduce_min(local, engine.seq_data_parallel_group).tolist()
+    return [min(values) for values in zip(*gather_objects(free_bytes(), engine.seq_data_parallel_group), strict=True)]
 
 
 def communication_dtype(engine: DeepSpeedEngine) -> torch.dtype | None:

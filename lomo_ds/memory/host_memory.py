@@ -164,12 +164,9 @@ class HostTransfer:
 
     def _pending_offload(self, host_tensor: Tensor) -> torch.Event | None:
         """Return the event of the last pending offload into the memory of ``host_tensor``; None if there is none."""
-        start, stop = _address_range(host_tensor)
-        for offload in reversed(self.offloads):
-            first, last = _address_range(offload.host_tensor)
-            if first < stop and start < last:
-                return offload.copied
-        return None
+        overlapping = (offload for offload in reversed(self.offloads) if _overlap(offload.host_tensor, host_tensor))
+        offload = next(overlapping, None)
+        return None if offload is None else offload.copied
 
     def _release_oldest(self) -> None:
         offload = self.offloads.popleft()
@@ -178,12 +175,15 @@ class HostTransfer:
         self.offload_bytes -= offload.tensor.nbytes
 
 
-def _address_range(tensor: Tensor) -> tuple[int, int]:
-    """Return the addresses of the first byte of a contiguous tensor and of the byte after its last."""
-    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Return whether two contiguous tensors have memory in common."""
+    if one.untyped_storage()._cdata != other.untyped_storage()._cdata:
+        return False
+    starts = [tensor.storage_offset() * tensor.itemsize for tensor in (one, other)]
+    return max(starts) < min(starts[0] + one.nbytes, starts[1] + other.nbytes)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of all storages that ``tensors`` keep alive, each counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

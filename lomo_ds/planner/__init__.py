@@ -2,11 +2,11 @@
 
 from lomo_ds.planner.advice import Advice, advise
 from lomo_ds.planner.bigger_step import BiggerStep, find_bigger_step
-from lomo_ds.planner.machine import Machine, detect_machine, parse_bytes, parse_rate
 from lomo_ds.planner.plan import Plan, PlannedModel, check_host_memory, plan_run
 from lomo_ds.planner.report import format_plan, plan_as_dict
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.suggest import command_line, settings_of, suggested_ds_config
+from lomo_ds.simulate.machine import Machine, detect_machine, parse_bytes, parse_rate
 
 __all__ = [
     "Advice",

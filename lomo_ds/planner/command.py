@@ -13,11 +13,11 @@ from lomo_ds.errors import ConfigError
 from lomo_ds.models import scale_rope, sequence_length, set_attention
 from lomo_ds.planner.advice import advise
 from lomo_ds.planner.bigger_step import find_bigger_step
-from lomo_ds.planner.machine import Machine, parse_bytes, parse_rate
 from lomo_ds.planner.plan import PlannedModel, plan_run
 from lomo_ds.planner.report import format_peak, format_plan, plan_as_dict, suggested_plan
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.suggest import settings_as, suggested_ds_config
+from lomo_ds.simulate.machine import Machine, parse_bytes, parse_rate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ from lomo_ds.errors import ConfigError
 from lomo_ds.memory.budget import HOST_SHARE
 from lomo_ds.models import can_tile_logits, load_config, meta_model, without_flash_attention
 from lomo_ds.models.layered import reason_not_layered
-from lomo_ds.planner.machine import Machine
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.step_memory import StepMemory, estimate_memory
 from lomo_ds.planner.step_time import StepTime, estimate_time
 from lomo_ds.planner.trace import trace_step
 from lomo_ds.planner.trace_events import StepTrace
+from lomo_ds.simulate.machine import Machine
 from lomo_ds.update.accumulation import AccumulationChoice, choose_accumulation, needs_layers
 from lomo_ds.update.schedules import Choice, choose_schedule
 from lomo_ds.update.schedules.gradient_footprint import gradient_footprint

@@ -7,11 +7,11 @@ from lomo_ds import zero3
 from lomo_ds.memory.host_memory import IN_FLIGHT_BYTES, Slabs
 from lomo_ds.planner.gathered_params import GatheredParams, NoGathering, SimulatedCoordinator
 from lomo_ds.planner.live_gradients import DeepSpeedGradients, LiveGradients, LomoGradients
-from lomo_ds.planner.machine import Machine
 from lomo_ds.planner.rule_memory import RuleMemory
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.trace_events import EventKind, LiveActivations, StepTrace, TraceEvent
 from lomo_ds.planner.trace_recorder import CHECKPOINT, SUMS
+from lomo_ds.simulate.machine import Machine
 from lomo_ds.update.schedules.gradient_footprint import GradientFootprint
 from lomo_ds.zero3 import LookaheadLimit
 from lomo_ds.zero3.gathering import AHEAD_NUMEL, default_overlap_comm

@@ -7,10 +7,10 @@ phase takes as long as the slowest of them. Phases follow one another.
 from collections import Counter
 from dataclasses import dataclass
 
-from lomo_ds.planner.machine import Machine
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.step_memory import StepMemory
 from lomo_ds.planner.trace_events import StepTrace
+from lomo_ds.simulate.machine import Machine
 from lomo_ds.update.schedules.gradient_footprint import GradientFootprint
 
 COMPUTE, HOST_TO_GPU, GPU_TO_HOST, PEERS, NVME = "compute", "link up", "link down", "between GPUs", "nvme"

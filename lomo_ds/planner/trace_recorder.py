@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from lomo_ds.planner.trace_events import EventKind, LiveActivations, StepTrace, TraceEvent
+from lomo_ds.simulate.costs import flops_of
+from lomo_ds.simulate.fused_attention import fused_attention
 from lomo_ds.update.hooks import sum_dtype
 from lomo_ds.zero3.gathering import layer_of
 
@@ -75,7 +76,7 @@ class TraceRecorder(TorchDispatchMode):
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 self._add(tensor, func)
-        self.count_flops(_flops(func, args))
+        self.count_flops(flops_of(func._overloadpacket, args))
         return result
 
     @property
@@ -176,18 +177,6 @@ def _is_inside(name: str, module: str) -> bool:
     return not module or name.startswith(module + ".")
 
 
-def _flops(func: Any, args: Any) -> int:
-    """Return the floating-point operations of a matrix product; 0 for other operations."""
-    packet = getattr(func, "overloadpacket", None)
-    if packet is torch.ops.aten.mm:
-        return 2 * args[0].numel() * args[1].shape[1]
-    if packet is torch.ops.aten.bmm:
-        return 2 * args[0].numel() * args[1].shape[2]
-    if packet is torch.ops.aten.addmm:
-        return 2 * args[1].numel() * args[2].shape[1]
-    return 0
-
-
 def record_modules(model: PreTrainedModel, recorder: TraceRecorder) -> None:
     """Record the start and end of each module, as DeepSpeed's hooks see them, and each gradient."""
     for index, module in enumerate(model.modules()):
@@ -257,57 +246,13 @@ class _Leave(torch.autograd.Function):
         return gradient, None, None, None
 
 
-class _Attention(torch.autograd.Function):
-    """Memory of a fused attention kernel: its output and one number per query, but never queries x keys."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, flops: int, recorder: Any
-    ) -> Any:
-        batch, heads, rows, _ = query.shape
-        output = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)  # the kernels' memory layout
-        log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, mask, output, log_sums)
-        ctx.flop_count = recorder, flops
-        recorder.count_flops(flops)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        query, key, value, *_ = ctx.saved_tensors
-        recorder, flops = ctx.flop_count
-        recorder.count_flops(5 * flops // 2)
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None, None
-
-
-def _attention(recorder: TraceRecorder) -> Any:
-    def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Any:
-        flops = (
-            2 * query.numel() * key.shape[-2] + 2 * query.numel() // query.shape[-1] * key.shape[-2] * value.shape[-1]
-        )
-        if attn_mask is not None and attn_mask.dtype == torch.bool:  # the kernels add a mask to the scores
-            attn_mask = query.new_empty(attn_mask.shape)
-        return _Attention.apply(query, key, value, attn_mask, flops // 2 if is_causal else flops, recorder)
-
-    return attend
-
-
 @contextlib.contextmanager
 def replaced_functions(linear: Any, recorder: TraceRecorder) -> Iterator[None]:
     """Replace torch's linear function by ``linear``, and its attention by a fused one that the meta device lacks."""
     functional: Any = torch.nn.functional
+    attention = fused_attention(lambda name, flops, tensors: recorder.count_flops(flops))
     originals = functional.linear, functional.scaled_dot_product_attention
-    functional.linear, functional.scaled_dot_product_attention = linear, _attention(recorder)
+    functional.linear, functional.scaled_dot_product_attention = linear, attention
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ def partition(
     for name, parameter in model.named_parameters():
         # DeepSpeed cannot partition meta tensors
         torch.utils.swap_tensors(
-            parameter, Parameter(torch.empty_like(parameter, dtype=dtype, device=device), parameter.requires_grad)
+            parameter, Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), parameter.requires_grad)
         )
         converter._convert_to_deepspeed_param(parameter)
         partitioned: Partitioned = parameter

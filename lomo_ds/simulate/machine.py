@@ -19,6 +19,9 @@ HOPPER_WORKSPACE_BYTES = 32 * 2**20
 FLOPS_PER_CYCLE = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}
 CONSUMER_FLOPS_PER_CYCLE = 512
 NVME = 3e9  # bytes per second of a PCIe 3.0 drive; assumed, because a drive does not report its speed
+KERNEL_SECONDS = 3e-6  # of the shortest kernel
+COPY_SECONDS = 10e-6  # from the start of a copy between host and GPU to its first byte
+COLLECTIVE_SECONDS = 30e-6  # the same of a collective
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -33,6 +36,8 @@ class Machine:
         nvme: bytes per second that a host reads or writes; 0 for no disk.
         flops: floating-point operations per second of a GPU, as its maker states them for bf16 with fp32 sums.
         utilisation: fraction of ``flops`` that matrix products reach.
+        memory_bandwidth: bytes per second of GPU memory.
+        launch_seconds: time the host takes to run Python and launch one kernel.
         workspace: bytes of the cuBLAS workspaces of a GPU.
         device: ``gpu``; ``cpu`` for ranks that compute on the host, as in tests.
     """
@@ -44,6 +49,8 @@ class Machine:
     nvme: float = 0.0
     flops: float = 71e12  # an RTX 3090
     utilisation: float = 0.5
+    memory_bandwidth: float = 936e9
+    launch_seconds: float = 40e-6
     workspace: int = WORKSPACES * WORKSPACE_BYTES
     device: Literal["gpu", "cpu"] = "gpu"
 
@@ -53,6 +60,11 @@ class Machine:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}")
         if self.utilisation > 1:
             raise ConfigError(f"utilisation is a fraction of the GPU's flops, at most 1, got {self.utilisation}")
+
+    def kernel_seconds(self, flops: int, memory: int) -> float:
+        """Return the seconds of a kernel with so many floating-point operations and so many bytes of GPU memory."""
+        arithmetic = flops / (self.flops * self.utilisation)
+        return max(arithmetic, memory / self.memory_bandwidth, KERNEL_SECONDS)
 
     @property
     def context(self) -> int:
