@@ -5,9 +5,7 @@ events, copies and collectives are recorded as the engine and DeepSpeed ask for 
 """
 
 import logging
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +25,7 @@ from lomo_ds.numerics.precision import DTYPES, Precision
 from lomo_ds.simulate.costs import touched_bytes
 from lomo_ds.simulate.fused_attention import fused_attention
 from lomo_ds.simulate.kernel_stand_ins import install_kernels
+from lomo_ds.simulate.own_process import Report, call_in_own_process
 from lomo_ds.simulate.program import Program, Work
 from lomo_ds.simulate.recorder import Recorder
 from lomo_ds.simulate.simulated_gpu import DEVICE, install_device
@@ -67,14 +66,23 @@ class SimulatedJob:
     trust_remote_code: bool = False
 
 
-def record_step(job: SimulatedJob) -> Program:
-    """Record a step of ``job``, in a process of its own, since the simulation replaces parts of torch."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_record, job).result()
+def record_step(job: SimulatedJob, report: Report = lambda stage: None) -> Program:
+    """Record a step of ``job``, in a process of its own, since the simulation replaces parts of torch.
+
+    Args:
+        report: is told several times a second, in words, what is being done.
+
+    Raises:
+        LomoError: the engine refuses the job.
+        ModelError: the step cannot be simulated.
+    """
+    program: Program = call_in_own_process(_record, job, report)
+    return program
 
 
-def _record(job: SimulatedJob) -> Program:
+def _record(job: SimulatedJob, report: Report) -> Program:
     logging.disable(logging.WARNING)
+    report("build the model")
     streams = install_device(job.gpu_memory)
     start_simulated_group(streams, job.world_size, job.ranks_on_host)
     install_kernels(streams)
@@ -83,7 +91,7 @@ def _record(job: SimulatedJob) -> Program:
     import_utils.is_fake_tensor = lambda tensor: False
     model = meta_model(job.model, DTYPES[job.precision], job.trust_remote_code)
     with _recording(streams):
-        return _run_steps(job, model, streams)
+        return _run_steps(job, model, streams, report)
 
 
 @contextmanager
@@ -99,7 +107,7 @@ def _attention(streams: Streams) -> Any:
     return fused_attention(add)
 
 
-def _run_steps(job: SimulatedJob, model: PreTrainedModel, streams: Streams) -> Program:
+def _run_steps(job: SimulatedJob, model: PreTrainedModel, streams: Streams, report: Report) -> Program:
     _move_to_device(model)
     ds_config = complete_ds_config(job.ds_config, job.world_size)
     zero3.split(model, ds_config, DTYPES[job.precision], AMPLE_BYTES)
@@ -115,8 +123,10 @@ def _run_steps(job: SimulatedJob, model: PreTrainedModel, streams: Streams) -> P
     if job.documents:
         inputs["position_ids"] = (torch.arange(job.sequence) % (job.sequence // 2)).expand(rows, -1).to(DEVICE)
     micro_batches = [inputs] * steps
-    for _ in range(WARMUP_STEPS):
+    for step in range(WARMUP_STEPS):
+        report(f"warm up, step {step + 1} of {WARMUP_STEPS}")
         engine.train_batch(micro_batches[:1])
+    report("record a step")
     streams.begin_program()
     engine.train_batch(micro_batches)
     return streams.program
