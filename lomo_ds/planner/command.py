@@ -17,6 +17,7 @@ from lomo_ds.planner.plan import PlannedModel, plan_run
 from lomo_ds.planner.report import format_peak, format_plan, plan_as_dict, suggested_plan
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.suggest import settings_as, suggested_ds_config
+from lomo_ds.planner.timeline_files import TimelineFiles
 from lomo_ds.simulate.machine import Machine, parse_bytes, parse_rate
 
 
@@ -41,6 +42,10 @@ class PlanArguments(TrainArguments):
     utilisation: float = parameter(0.5, "Share of the peak that a step reaches.", above=0, at_most=1)
     suggest: str | None = parameter(None, "File to write the DeepSpeed config to, of the plan or of the one that fits.")
     nvme_path: str | None = parameter(None, "Folder that --suggest writes into a config with parameters on NVMe.")
+    timeline: str | None = parameter(
+        None,
+        "PNG file to draw a simulated step to, of the plan or of the one that fits; a Chrome trace goes beside it.",
+    )
     moments: bool = parameter(False, "Print the tensors that make up the peak, the largest first, and no plan.")
     json: bool = parameter(False, "Print JSON.")
 
@@ -68,6 +73,7 @@ def main(argv: list[str]) -> None:
         print(help_text(PlanArguments, "plan.py"))
         return
     arguments, explicit = parse(PlanArguments, argv)
+    files = None if arguments.timeline is None else _timeline_files(arguments)
     machine = arguments.machine
     model = PlannedModel.load(arguments.model_name_or_path, arguments.trust_remote_code)
     settings = plan_settings(arguments, explicit, model, Settings)
@@ -77,12 +83,15 @@ def main(argv: list[str]) -> None:
         return
     advice = advise(result, model)
     bigger = find_bigger_step(advice.plan if advice else result, model)
-    as_json = arguments.json
-    print(
-        json.dumps(plan_as_dict(result, advice, bigger), indent=1) if as_json else format_plan(result, advice, bigger)
-    )
+    best = suggested_plan(result, advice, bigger)
+    if not arguments.json:
+        print(format_plan(result, advice, bigger), flush=True)
+    step = None if files is None else files.write(best, model, is_suggestion=best is not result)
+    if arguments.json:
+        print(json.dumps(plan_as_dict(result, advice, bigger) | {"timeline": step and step.as_dict()}, indent=1))
+    elif step is not None:
+        print(f"\n{step}\n{files}")
     if arguments.suggest is not None:
-        best = suggested_plan(result, advice, bigger)
         _write(Path(arguments.suggest), suggested_ds_config(best, arguments.nvme_path))
 
 
@@ -116,6 +125,15 @@ def plan_settings(
         tiled_logits=arguments.tiled_logits,
         activation_offload=arguments.activation_offload,
     )
+
+
+def _timeline_files(arguments: PlanArguments) -> TimelineFiles:
+    files = TimelineFiles(Path(str(arguments.timeline)))
+    if arguments.moments:
+        raise ConfigError("--moments prints no plan, so it has no timeline; leave out --moments or --timeline")
+    if arguments.suggest is not None and Path(arguments.suggest).resolve() == files.trace.resolve():
+        raise ConfigError(f"--suggest and --timeline would both write {files.trace}; give one of them another name")
+    return files
 
 
 def _write(file: Path, ds_config: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ def format_plan(plan: Plan, advice: Advice | None, bigger: BiggerStep | None = N
     settings, machine, time = plan.settings, plan.machine, plan.time
     lines = [
         f"{plan.model}: {plan.numel / 1e9:.2f}B parameters in {settings.precision}"
-        f"{', stored in int8' if settings.int8_weights else ''}, on {_gpus(settings.gpus)} of "
+        f"{', stored in int8' if settings.int8_weights else ''}, on {gpus_in_words(settings.gpus)} of "
         f"{gib(machine.gpu_memory)} GiB; a step is {settings.tokens} tokens",
         f"optimizer: {settings.optimizer}",
         f"schedule: {plan.choice}",
@@ -117,5 +117,6 @@ def _rows(values: dict[str, str]) -> list[str]:
     return [f"  {name:<20}{value:>10}" for name, value in values.items()]
 
 
-def _gpus(count: int) -> str:
+def gpus_in_words(count: int) -> str:
+    """Return a number of GPUs with its noun."""
     return "1 GPU" if count == 1 else f"{count} GPUs"

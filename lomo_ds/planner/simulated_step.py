@@ -7,18 +7,23 @@ from lomo_ds.errors import ConfigError
 from lomo_ds.planner.plan import Plan, PlannedModel
 from lomo_ds.planner.suggest import suggested_ds_config
 from lomo_ds.simulate import Program, SimulatedJob, Timeline, record_step, run_program
+from lomo_ds.simulate.own_process import Report
 
 
-def simulate_plan(plan: Plan, model: PlannedModel) -> Timeline:
+def simulate_plan(plan: Plan, model: PlannedModel, report: Report = lambda stage: None) -> Timeline:
     """Return the timeline of a step of ``plan``, which takes some seconds to record.
 
+    Args:
+        report: see ``record_step``.
+
     Raises:
-        ConfigError: the plan is for one of DeepSpeed's own optimizers.
+        ConfigError: the plan is for one of DeepSpeed's own optimizers, or the engine refuses it.
+        ModelError: the step cannot be simulated.
     """
-    return run_program(record_plan(plan, model), plan.machine)
+    return run_program(record_plan(plan, model, report), plan.machine)
 
 
-def record_plan(plan: Plan, model: PlannedModel) -> Program:
+def record_plan(plan: Plan, model: PlannedModel, report: Report = lambda stage: None) -> Program:
     """Record a step of ``plan``; see ``simulate_plan``."""
     settings = plan.settings
     if settings.is_baseline:
@@ -37,7 +42,8 @@ def record_plan(plan: Plan, model: PlannedModel) -> Program:
             activation_offload=settings.activation_offload,
             tiled_logits=plan.tiled,
             trust_remote_code=model.trust_remote_code,
-        )
+        ),
+        report,
     )
 
 

@@ -7,7 +7,7 @@ says when each operation runs on a given machine; ``find_stalls`` says what wait
 from lomo_ds.simulate.machine import Machine
 from lomo_ds.simulate.program import Operation, Program, Wait, Work
 from lomo_ds.simulate.record_step import SimulatedJob, record_step
-from lomo_ds.simulate.stalls import Stall, StallSum, find_stalls, longest_stalls
+from lomo_ds.simulate.stalls import Stall, StallSum, find_stalls, longest_stalls, seconds_by_cause
 from lomo_ds.simulate.timeline import Lane, Span, Timeline, run_program
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "longest_stalls",
     "record_step",
     "run_program",
+    "seconds_by_cause",
 ]

@@ -51,6 +51,7 @@ class Operation:
         work: what it asks of the machine; None if it only waits.
         waits: for operations of other streams, before this one begins.
         source: file and line of the code that asked for it.
+        in_backward: whether autograd has asked for it, directly or through a hook.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Operation:
     work: Work | None
     waits: tuple[Wait, ...]
     source: str
+    in_backward: bool = False
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Stalls: the times at which a lane has nothing to do, and why."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lomo_ds.simulate.timeline import Lane, Span, Timeline
@@ -17,6 +17,7 @@ class Stall:
         start, end: in seconds.
         reason: what it waits for, in words.
         source: file and line of the code that makes it wait.
+        cause: the lane that it waits for; None if nothing is left to do.
     """
 
     lane: Lane
@@ -24,6 +25,7 @@ class Stall:
     end: float
     reason: str
     source: str
+    cause: Lane | None
 
     @property
     def seconds(self) -> float:
@@ -41,6 +43,16 @@ class StallSum:
     seconds: float
     count: int
 
+    def __str__(self) -> str:
+        """Describe the stalls in one line."""
+        times = "once" if self.count == 1 else f"{self.count} times"
+        return f"{self.seconds:.3g} s, {times}: {self.reason}, {self.source}"
+
+
+def cause_name(cause: Lane | None) -> str:
+    """Return the name of what a stall waits for."""
+    return "the end of the step" if cause is None else cause.value
+
 
 def find_stalls(timeline: Timeline, lane: Lane) -> list[Stall]:
     """Return the stalls of a lane, except of one that is never used; those of the host are its waits."""
@@ -54,31 +66,39 @@ def find_stalls(timeline: Timeline, lane: Lane) -> list[Stall]:
             stalls.append(Stall(lane, idle_since, span.start, *_cause(timeline, span, idle_since)))
         idle_since = span.end
     if spans and timeline.seconds - idle_since > SHORTEST:
-        stalls.append(Stall(lane, idle_since, timeline.seconds, "has nothing left to do", _last_source(timeline)))
+        stalls.append(Stall(lane, idle_since, timeline.seconds, "has nothing left to do", _last_source(timeline), None))
     return stalls
 
 
 def longest_stalls(timeline: Timeline, lane: Lane, count: int = 3) -> list[StallSum]:
     """Return the lines of code that cost a lane most time, the worst first."""
-    seconds_by_cause: dict[tuple[str, str], list[float]] = defaultdict(list)
+    seconds_by_line: dict[tuple[str, str], list[float]] = defaultdict(list)
     for stall in find_stalls(timeline, lane):
-        seconds_by_cause[stall.reason, stall.source].append(stall.seconds)
-    sums = [StallSum(lane, *cause, sum(seconds), len(seconds)) for cause, seconds in seconds_by_cause.items()]
+        seconds_by_line[stall.reason, stall.source].append(stall.seconds)
+    sums = [StallSum(lane, *line, sum(seconds), len(seconds)) for line, seconds in seconds_by_line.items()]
     return sorted(sums, key=lambda stall: -stall.seconds)[:count]
 
 
-def _cause(timeline: Timeline, span: Span, idle_since: float) -> tuple[str, str]:
-    """Return why an operation did not begin as soon as its lane was free, and the line that causes it."""
+def seconds_by_cause(stalls: Iterable[Stall]) -> dict[str, float]:
+    """Return how long stalls last together, by the name of what they wait for, the worst first."""
+    seconds: dict[str, float] = defaultdict(float)
+    for stall in stalls:
+        seconds[cause_name(stall.cause)] += stall.seconds
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def _cause(timeline: Timeline, span: Span, idle_since: float) -> tuple[str, str, Lane]:
+    """Return why an operation did not begin as soon as its lane was free, the line and the lane that cause it."""
     operations = timeline.program.operations
     operation = operations[span.operation]
     if span.start > span.ready and span.ready <= idle_since:
         other = next((lane for lane in span.lanes if lane is not Lane.WIRE), Lane.WIRE)
-        return f"{operation.name} needs the {other.value} too", operation.source
+        return f"{operation.name} needs the {other.value} too", operation.source, other
     if span.awaited is None or span.issued >= span.ready:
-        return _host_cause(timeline, span, idle_since)
+        return *_host_cause(timeline, span, idle_since), Lane.HOST
     awaited = operations[span.awaited]
     source = next((wait.source for wait in operation.waits if wait.operation == span.awaited), operation.source)
-    return f"{operation.name} waits for {awaited.name}", source
+    return f"{operation.name} waits for {awaited.name}", source, timeline.spans[span.awaited].lanes[0]
 
 
 def _host_cause(timeline: Timeline, span: Span, idle_since: float) -> tuple[str, str]:
@@ -107,8 +127,11 @@ def _host_waits_before(timeline: Timeline, span: Span, since: float) -> Iterator
 
 def _host_stall(timeline: Timeline, span: Span) -> Stall:
     operation = timeline.program.operations[span.operation]
-    awaited = "" if span.awaited is None else f" for {timeline.program.operations[span.awaited].name}"
-    return Stall(Lane.HOST, span.start, span.end, f"{operation.name}{awaited}", operation.source)
+    awaited, cause = "", None
+    if span.awaited is not None:
+        awaited = f" for {timeline.program.operations[span.awaited].name}"
+        cause = timeline.spans[span.awaited].lanes[0]
+    return Stall(Lane.HOST, span.start, span.end, f"{operation.name}{awaited}", operation.source, cause)
 
 
 def _last_source(timeline: Timeline) -> str:

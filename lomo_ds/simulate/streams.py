@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from lomo_ds.simulate.program import HOST, Operation, Program, Wait, Work
 
 # Packages whose lines name an operation; those of the simulation itself never do
@@ -59,7 +61,8 @@ class Streams:
             waits: the source of each wait, by the operation that is waited for.
         """
         waiting = tuple(Wait(number, source) for number, source in waits.items())
-        self.program.operations.append(Operation(name, stream, work, waiting, source_line()))
+        in_backward = torch._C._current_graph_task_id() >= 0
+        self.program.operations.append(Operation(name, stream, work, waiting, source_line(), in_backward))
         return len(self.program.operations) - 1
 
     def make_host_wait(self, name: str, operations: set[int]) -> None:

@@ -68,6 +68,17 @@ class Timeline:
         """Return the spans of a lane, in the order of their start; of the host, only those in which it waits."""
         return sorted((span for span in self.spans if lane in span.lanes), key=lambda span: span.start)
 
+    @property
+    def used_lanes(self) -> list[Lane]:
+        """The lanes that do anything in the step, and the host."""
+        used = {lane for span in self.spans for lane in span.lanes} | {Lane.HOST}
+        return [lane for lane in Lane if lane in used]
+
+    @property
+    def busiest_lane(self) -> Lane:
+        """The lane that works longest, apart from the host."""
+        return max((lane for lane in Lane if lane is not Lane.HOST), key=self.busy)
+
     def busy(self, lane: Lane) -> float:
         """Return the seconds in which a lane works. The host works whenever it does not wait."""
         occupied = sum(span.end - span.start for span in self.spans_of(lane))
