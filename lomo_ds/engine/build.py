@@ -35,7 +35,8 @@ from lomo_ds.zero3.gathering import (
     choose_granularity,
     default_overlap_comm,
     largest_gather_numel,
-    offload_prefetch_limits,
+    prefetch_limits,
+    prefetches_next_gather,
 )
 from lomo_ds.zero3.stores import DeviceStore, HostStore, NvmeStore, Store
 from lomo_ds.zero3.wire import PlainWireFormat, QuantizedWireFormat
@@ -112,12 +113,12 @@ def _build_gathering(engine: DeepSpeedEngine, lomo: LomoConfig, against_layered:
     granularity = choose_granularity(lomo.gather_granularity, engine.module, min_free_bytes(engine)[0], layered)
     if engine.global_rank == 0:
         logger.info("gather_granularity %s: %s", lomo.gather_granularity, granularity)
-    undo, uses_wire_format, limits = _configure_gathering(engine, granularity)
+    undo, stored_as_used, limits = _configure_gathering(engine, granularity)
     return OnDemandGathering(
         engine.module,
         granularity,
         undo,
-        uses_wire_format,
+        stored_as_used,
         **limits,
         timers=engine.timers if engine.wall_clock_breakdown() else NoopTimer(),
         ds_config=engine.config,
@@ -135,34 +136,25 @@ def _configure_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Cal
     """Configure how shards are gathered.
 
     Returns:
-        A function that undoes the changes to the model, whether gathers use a ``WireFormat``, and DeepSpeed's limits
-        for prefetched and live parameters.
+        A function that undoes the changes to the model, whether shards are on the device in the dtype of the
+        parameters, and DeepSpeed's limits for prefetched and live parameters.
     """
     prefetch_numel, live_numel = engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters()
     offload = zero3.offload_device(engine.config)
-    if offload == "cpu":
+    if prefetches_next_gather(offload, granularity):
         largest = largest_gather_numel(engine.module, granularity)
-        prefetch_numel, live_numel = offload_prefetch_limits(prefetch_numel, live_numel, largest)
+        prefetch_numel, live_numel = prefetch_limits(prefetch_numel, live_numel, largest)
         prefetch_numel = _configured_or(engine, "prefetch_bucket_size", prefetch_numel)
         live_numel = _configured_or(engine, "max_live_parameters", live_numel)
     overlap = _configured_or(engine, "overlap_comm", default_overlap_comm(offload))
     ahead_numel = prefetch_numel + AHEAD_NUMEL if overlap else None
     exact = PlainWireFormat(engine.device, copies=offload == "cpu")
     quantized = _gathers_in_int8(engine)
-    uses_wire_format = quantized or offload != "none" or zero3.uses_int8_weights(engine.config)
-    if uses_wire_format:
-        wire = QuantizedWireFormat(engine.device, exact.copies) if quantized else exact
-        undo = zero3.install_gathering(engine.module, wire, exact, ahead_numel)
-    elif ahead_numel is not None:
-        undo = zero3.limit_gathering(engine.module, ahead_numel)
-    else:
-        undo = _undo_nothing
+    wire = QuantizedWireFormat(engine.device, exact.copies) if quantized else exact
+    undo = zero3.install_gathering(engine.module, wire, exact, ahead_numel)
+    stored_as_used = not (quantized or offload != "none" or zero3.uses_int8_weights(engine.config))
     limits = {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel, "overlap_comm": overlap}
-    return undo, uses_wire_format, limits
-
-
-def _undo_nothing() -> None:
-    """Do nothing: DeepSpeed's own gathering was not changed."""
+    return undo, stored_as_used, limits
 
 
 def _gathers_in_int8(engine: DeepSpeedEngine) -> bool:

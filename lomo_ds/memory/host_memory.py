@@ -95,10 +95,14 @@ class HostTransfer:
     device tensor is released: in ``flush``, or to bound the bytes in flight. Until then device tensors are kept alive,
     so that their memory is not reused while a copy reads or writes it. Each direction keeps at most
     ``IN_FLIGHT_BYTES`` alive, or one larger tensor.
+
+    Args:
+        max_offload_bytes: another limit for offloads.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, max_offload_bytes: int | None = None) -> None:
         self.device = device
+        self.max_offload_bytes = IN_FLIGHT_BYTES if max_offload_bytes is None else max_offload_bytes
         self.streams = torch.get_device_module(device)
         self.offload_stream = self.streams.Stream(device)
         self.fetch_stream = self.streams.Stream(device)
@@ -115,7 +119,7 @@ class HostTransfer:
             host_tensor.copy_(tensor, non_blocking=True)
             self.offloads.append(_Offload(tensor, host_tensor, self.offload_stream.record_event()))
         self.offload_bytes += tensor.nbytes
-        while len(self.offloads) > 1 and self.offload_bytes > IN_FLIGHT_BYTES:
+        while len(self.offloads) > 1 and self.offload_bytes > self.max_offload_bytes:
             self._release_oldest()
 
     def fetch(self, host_tensors: Iterable[Tensor]) -> Iterator[Tensor]:

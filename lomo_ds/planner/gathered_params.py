@@ -12,7 +12,7 @@ from typing import Protocol
 
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.trace_events import EventKind, StepTrace
-from lomo_ds.zero3 import LookaheadLimit, aligned_layout
+from lomo_ds.zero3 import LookaheadLimit, aligned_layout, gather_batches
 
 RELEASED = "released, not yet freed"  # name of parameters that the host released before the GPU has used them
 
@@ -86,9 +86,7 @@ class SimulatedCoordinator:
     def __init__(self, trace: StepTrace, settings: Settings, ahead: LookaheadLimit | None) -> None:
         self.settings, self.ahead = settings, ahead
         self.released: deque[tuple[int, int]] = deque()  # not yet freed: number of the next request, and bytes
-        self.uses_transport = not settings.is_baseline and (
-            settings.offload_param != "none" or settings.int8_weights or settings.quantized_gathers
-        )
+        self.uses_transport = not settings.is_baseline
         self.names, self.numels = trace.names, trace.numels
         self.modules = trace.modules
         begins = (EventKind.FETCH_FORWARD, EventKind.FETCH_BACKWARD)
@@ -192,11 +190,19 @@ class SimulatedCoordinator:
         numel = sum(self.numels[p] for p in missing)
         if self.ahead is not None and (number := self.ahead.request(numel)) is not None:
             self._free_released(number)
-        buffer = _GatherBuffer(missing, self._received_bytes(missing))
-        self.in_flight.update(dict.fromkeys(missing, buffer))
+        for batch in self._batches(missing):
+            buffer = _GatherBuffer(batch, self._received_bytes(batch))
+            self.in_flight.update(dict.fromkeys(batch, buffer))
+            self._add(buffer.size)
         self.live_numel += numel
         self.moved += numel
-        self._add(buffer.size)
+
+    def _batches(self, params: list[int]) -> list[list[int]]:
+        """Divide a request into collectives, like ``zero3.transport``; a single rank receives all at once."""
+        if not self.uses_transport or self.settings.gpus == 1:
+            return [params]
+        sent = [self.settings.sent_bytes(self.settings.shard_numel(self.numels[p])) for p in params]
+        return [[params[position] for position in batch] for batch in gather_batches(sent)]
 
     def _wait_for(self, p: int) -> None:
         buffer = self.in_flight.pop(p, None)

@@ -14,6 +14,7 @@ from lomo_ds.planner.trace_events import EventKind, StepTrace
 from lomo_ds.update.buckets import Buckets
 from lomo_ds.update.clipping import clipping_groups
 from lomo_ds.update.schedules.gradient_footprint import GradientFootprint
+from lomo_ds.zero3.stores.host_store import MAX_OFFLOAD_BYTES
 
 
 class LiveGradients(Protocol):
@@ -186,7 +187,7 @@ class LomoGradients:
             self._change(-size)
             if self.updates_gathered or self.fetches_shards:
                 self.offloading += members
-                self._limit_offloading(IN_FLIGHT_BYTES)
+                self._limit_offloading(MAX_OFFLOAD_BYTES)
 
     def _hold_gathered(self, index: int) -> None:
         """Keep the shard of a gathered parameter, like ``HostStore.offer_gathered_weight``.

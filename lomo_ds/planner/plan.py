@@ -19,7 +19,7 @@ from lomo_ds.simulate.machine import Machine
 from lomo_ds.update.accumulation import AccumulationChoice, choose_accumulation, needs_layers
 from lomo_ds.update.schedules import Choice, choose_schedule
 from lomo_ds.update.schedules.gradient_footprint import gradient_footprint
-from lomo_ds.zero3.gathering import choose_granularity, largest_gather_numel, offload_prefetch_limits
+from lomo_ds.zero3.gathering import choose_granularity, largest_gather_numel, prefetch_limits, prefetches_next_gather
 
 GIB = 2**30
 
@@ -267,11 +267,11 @@ def _accumulation(model: PlannedModel, settings: Settings, granularity: str) -> 
 
 
 def _with_prefetch_limits(model: PlannedModel, settings: Settings, granularity: str) -> Settings:
-    """Set the prefetch limits that the engine sets for offloaded parameters, unless the user has changed them."""
-    if settings.offload_param != "cpu" or settings.is_baseline:
+    """Set the prefetch limits that the engine sets, unless the user has changed them."""
+    if settings.is_baseline or not prefetches_next_gather(settings.offload_param, granularity):
         return settings
     largest = largest_gather_numel(model.meta_model, granularity)
-    prefetch, live = offload_prefetch_limits(settings.prefetch_bucket_size, settings.max_live_parameters, largest)
+    prefetch, live = prefetch_limits(settings.prefetch_bucket_size, settings.max_live_parameters, largest)
     fields = Settings.__dataclass_fields__
     if settings.prefetch_bucket_size == fields["prefetch_bucket_size"].default:
         settings = settings.but(prefetch_bucket_size=prefetch)

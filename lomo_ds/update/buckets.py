@@ -49,11 +49,13 @@ class Buckets(Generic[Gradient]):
             self._launch()
         latest_and_bucket = self.latest_numel + self.bucket_numel
         alive_numel = min(self.alive_numel, max(MAX_ALIVE_NUMEL, latest_and_bucket))
-        self.limit_in_flight(alive_numel - self.waiting_numel - numel)
         self.waiting.append(gradient)
         self.waiting_numel += numel
-        if self.waiting_numel >= self.bucket_numel:
+        if self.waiting_numel < self.bucket_numel:
+            self.limit_in_flight(alive_numel - self.waiting_numel)
+        else:  # launched before earlier ones are waited for, so that a link has work meanwhile
             self._launch()
+            self.limit_in_flight(max(alive_numel, self.latest_numel))
 
     def flush(self) -> None:
         """Launch the last bucket, and wait for all launches."""

@@ -25,8 +25,8 @@ from lomo_ds.zero3.split import (
 from lomo_ds.zero3.transport import (
     WireFormat,
     aligned_layout,
+    gather_batches,
     install_gathering,
-    limit_gathering,
     reset_unregistered_gathers,
 )
 
@@ -42,12 +42,12 @@ __all__ = [
     "default_buffers",
     "dequantize_parameter",
     "full_shape",
+    "gather_batches",
     "gathered",
     "install_gathering",
     "install_memory_efficient_linear",
     "is_resident",
     "is_resident_config",
-    "limit_gathering",
     "linear",
     "offload_device",
     "partition",

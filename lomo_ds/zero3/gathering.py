@@ -21,9 +21,9 @@ from lomo_ds.zero3.split import restore_full_params
 from lomo_ds.zero3.transport import reset_unregistered_gathers
 
 # Share of free memory for gathered layers; the rest is for activations, gradients and a stash.
-LAYERS_SHARE = 0.25
-# The same where layered accumulation needs whole layers: one in use, its receive buffer, and the sums of its gradients,
-# which are twice as large in fp32.
+LAYERS_SHARE = 0.5
+# The same where layered accumulation needs whole layers: one in use, the next in flight, and the sums of the gradients
+# of one, which are twice as large in fp32.
 LAYERED_SHARE = 0.75
 # Elements that may be requested beyond the prefetch bucket before the device has reached earlier ones; see
 # ``LookaheadLimit``. For small matrices this hides the host's launch time; a large matrix keeps the device busy for
@@ -103,13 +103,15 @@ class OnDemandGathering:
     Args:
         granularity: ``module`` or ``layer``.
         undo: restores the gather methods of the parameters, which this project has replaced.
-        wired: whether a ``WireFormat`` encodes the shards.
+        stored_as_used: whether shards are on the device in the dtype of the parameters.
         offload: settings of ``DeepSpeedZeRoOffload``.
     """
 
     resident = False
 
-    def __init__(self, model: Module, granularity: str, undo: Callable[[], None], wired: bool, **offload: Any) -> None:
+    def __init__(
+        self, model: Module, granularity: str, undo: Callable[[], None], stored_as_used: bool, **offload: Any
+    ) -> None:
         self.undo = [undo, install_memory_efficient_linear(model)]
         self.granularity = granularity
         self.leaves = layers(model) if granularity == "layer" else []
@@ -119,7 +121,7 @@ class OnDemandGathering:
         # otherwise the host would wait, within each layer, until at most two parameters are in flight
         setattr(self.offload.get_param_coordinator(), MAX_FETCH_EVENTS, sys.maxsize)
         self.persistent = self.offload.persistent_parameters
-        self.copies = PersistentCopies(self.persistent) if self.persistent and not wired else None
+        self.copies = PersistentCopies(self.persistent) if self.persistent and stored_as_used else None
 
     def begin_backward(self) -> None:
         """Do nothing: DeepSpeed gathers for each module."""
@@ -181,10 +183,21 @@ def largest_gather_numel(model: Module, granularity: str) -> int:
     return max([*of_layers, *(_numel(module.parameters(recurse=False)) for module in model.modules())])
 
 
-def offload_prefetch_limits(prefetch_numel: int, live_numel: int, largest: int) -> tuple[int, int]:
-    """Return ``prefetch_bucket_size`` and ``max_live_parameters``, enlarged for parameters in host memory.
+def prefetches_next_gather(offload: str, granularity: str) -> bool:
+    """Return whether the next gather of any size is in flight while the current parameters are in use.
 
-    The link to the host stays busy if the next parameters are in flight while the current ones are in use.
+    Otherwise DeepSpeed's limits hold, which keep a part of a layer in flight: memory is short.
+
+    Args:
+        offload: the device of ``offload_param``, or ``none``.
+    """
+    return offload == "cpu" or (offload == "none" and granularity == "layer")
+
+
+def prefetch_limits(prefetch_numel: int, live_numel: int, largest: int) -> tuple[int, int]:
+    """Return ``prefetch_bucket_size`` and ``max_live_parameters``, enlarged to prefetch the largest gather whole.
+
+    The links stay busy if the next parameters are in flight while the current ones are in use.
 
     Args:
         largest: see ``largest_gather_numel``.
@@ -228,8 +241,8 @@ def choose_granularity(requested: str, model: Module, free_device_bytes: int, la
                 "but this one has none; use module"
             )
         return requested
-    # one layer in use and the next in flight; each also needs a receive buffer of its size
-    fits = bool(sizes) and 2 * 2 * max(sizes) <= LAYERS_SHARE * free_device_bytes
+    # one layer in use and the next in flight, each received where it is used
+    fits = bool(sizes) and 2 * max(sizes) <= LAYERS_SHARE * free_device_bytes
     fits_layered = layered and 3 * max(sizes, default=0) <= LAYERED_SHARE * free_device_bytes
     return "layer" if fits or fits_layered else "module"
 

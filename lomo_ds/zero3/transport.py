@@ -1,14 +1,15 @@
-"""Replacement for DeepSpeed's gathering, for shards that are not on the device in the dtype of the parameter.
+"""Replacement for DeepSpeed's gathering of parameters.
 
 DeepSpeed's hooks still decide which parameters are gathered, when, and in which stream. DeepSpeed's own gathering
-blocks the host on each copy from host memory and quantizes with its own kernels. Here a ``WireFormat`` encodes each
-shard, and all parameters of one request travel in one all-gather.
+blocks the host on each copy from host memory, quantizes with its own kernels, and copies each parameter out of a
+receive buffer. Here a ``WireFormat`` encodes each shard. A large shard is received where its parameter will be; the
+small ones of a request share one all-gather.
 """
 
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ from lomo_ds.zero3.lookahead import LookaheadLimit
 from lomo_ds.zero3.shard import Partitioned, Shard, slot_of
 
 ALIGNMENT = 16  # bytes, of each shard in a shared buffer: the widest load of a GPU
+# A shard with at least so many bytes is gathered on its own, since moving it takes much longer than starting to
+ALONE_BYTES = 2**20
 REPLACED = ("all_gather_coalesced", "all_gather", "partition")  # methods that DeepSpeed adds to a parameter
 
 
@@ -86,22 +89,6 @@ def install_gathering(
         parameter.all_gather_coalesced = gather
         parameter.all_gather = partial(gather_now, parameter)
         parameter.partition = partial(_partition, parameter, parameter.partition)
-    return undo
-
-
-def limit_gathering(model: Module, ahead_numel: int) -> Callable[[], None]:
-    """Apply the lookahead limit of ``install_gathering`` to DeepSpeed's own gathering; return a function to undo it."""
-    backlog = _Backlog(ahead_numel)
-
-    def gather(own: Callable[..., Any], parameters: Iterable[Partitioned], **options: bool) -> Any:
-        requested = list(parameters)
-        backlog.add(sum(parameter.ds_numel for parameter in requested))
-        return own(requested, **options)
-
-    partitioned: list[Partitioned] = list(model.parameters())
-    undo = _restoring(partitioned)
-    for parameter in partitioned:
-        parameter.all_gather_coalesced = partial(gather, parameter.all_gather_coalesced)
     return undo
 
 
@@ -183,6 +170,17 @@ def _stored(parameter: Partitioned) -> Tensor:
     return parameter.ds_tensor.data if slot is None else slot.read(slot.numel, slot.space.device)
 
 
+def gather_batches(sizes: Sequence[int]) -> list[list[int]]:
+    """Divide a request into collectives: return the positions of the shards that travel together.
+
+    Args:
+        sizes: bytes of each encoded shard.
+    """
+    alone = [[position] for position, size in enumerate(sizes) if size >= ALONE_BYTES]
+    together = [position for position, size in enumerate(sizes) if size < ALONE_BYTES]
+    return [*alone, *([together] if together else [])]
+
+
 def _all_gather(parameters: Sequence[Partitioned], wire: WireFormat) -> tuple[list[Tensor], Any]:
     """Start one all-gather of the shards of several parameters.
 
@@ -221,23 +219,28 @@ def aligned_layout(sizes: Sequence[int]) -> tuple[list[slice], int]:
 
 
 class _GatherHandle:
-    """Handle of one gather of several parameters; DeepSpeed waits for it once per parameter, from several threads.
+    """Handle of one request for several parameters; DeepSpeed waits for it once per parameter, from several threads.
 
     Each parameter becomes a separate tensor, since each is freed separately: a view of the buffer would keep the whole
     buffer alive. Only a parameter that was gathered alone, and not in eight bits, remains a view of it.
+
+    Attributes:
+        pending: collectives in flight, each with its handle (None for a single rank), and its parameters with their
+            encoded shards.
     """
 
     def __init__(self, parameters: Sequence[Partitioned], wire: WireFormat) -> None:
         assert all(parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE for parameter in parameters)
         self.wire = wire
         self.lock = threading.Lock()
-        self.work: Any = None
-        packed: list[Tensor] = []
+        self.pending: deque[tuple[Any, deque[tuple[Partitioned, Tensor]]]] = deque()
         if parameters and dist.get_world_size(parameters[0].ds_process_group) == 1:
             packed = [wire.pack(_stored(parameter)).view(1, -1) for parameter in parameters]
+            self.pending.append((None, deque(zip(parameters, packed, strict=True))))
         elif parameters:
-            packed, self.work = _all_gather(parameters, wire)
-        self.pending = deque(zip(parameters, packed, strict=True))
+            for batch in self._batches(parameters):
+                packed, work = _all_gather(batch, wire)
+                self.pending.append((work, deque(zip(batch, packed, strict=True))))
         for parameter in parameters:
             parameter.ds_status = ZeroParamStatus.INFLIGHT
 
@@ -245,16 +248,24 @@ class _GatherHandle:
         """Make every parameter of the gather available to the current stream."""
         with self.lock:
             try:
-                if self.work is not None:
-                    self.work.wait()
-                    self.work = None
                 while self.pending:
-                    self._unpack(*self.pending[0])
+                    work, arrived = self.pending[0]
+                    if work is not None:
+                        work.wait()
+                    while arrived:
+                        self._unpack(*arrived[0])
+                        arrived.popleft()
                     self.pending.popleft()
             except BaseException:
-                while self.pending:  # so that they can be gathered again
-                    self.pending.popleft()[0].ds_status = ZeroParamStatus.NOT_AVAILABLE
+                for parameter, _ in (entry for _, batch in self.pending for entry in batch):
+                    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # so that they can be gathered again
+                self.pending.clear()
                 raise
+
+    def _batches(self, parameters: Sequence[Partitioned]) -> list[list[Partitioned]]:
+        packed_as = [self.wire.packed_as(*_stored_as(parameter)) for parameter in parameters]
+        batches = gather_batches([numel * dtype.itemsize for numel, dtype in packed_as])
+        return [[parameters[position] for position in batch] for batch in batches]
 
     def _unpack(self, parameter: Partitioned, packed: Tensor) -> None:
         """Decode the values of a parameter."""

@@ -12,7 +12,7 @@ from lomo_ds.memory.host_memory import HostTransfer
 from lomo_ds.update.clipping import Clipping
 from lomo_ds.update.schedules.immediate import Immediate
 from lomo_ds.zero3 import Shard
-from lomo_ds.zero3.stores import HostStore
+from lomo_ds.zero3.stores import HostStore, host_store
 from tests.fake_streams import FakeDevice, FakeModule
 from tests.targets import flat_targets
 from tests.updates import updater_of
@@ -32,6 +32,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> FakeModule:
     module = FakeModule()
     monkeypatch.setattr(torch, "get_device_module", lambda device=None: module)
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 400)
+    monkeypatch.setattr(host_store, "MAX_OFFLOAD_BYTES", 400)
     return module
 
 

@@ -10,6 +10,10 @@ from lomo_ds.memory.prefetch import Prefetcher
 from lomo_ds.numerics.int8 import Values
 from lomo_ds.zero3.shard import Shard
 
+# Limit on updated shards that wait for the link. Backward computes the gradients of a layer's matrices faster than the
+# link moves them, and then, while it recomputes the next layer, none.
+MAX_OFFLOAD_BYTES = 512 * 2**20
+
 
 class HostStore:
     """Store that lends this rank's part of an offered gathered copy, or else a device copy of the shard.
@@ -27,7 +31,7 @@ class HostStore:
         self.shards = {shard.name: shard for shard in shards}
         self.numbers = {shard.name: number for number, shard in enumerate(shards)}  # of eight-bit weights' noise
         self.gathered_is_lossy = gathered_is_lossy
-        self.transfer = HostTransfer(device)
+        self.transfer = HostTransfer(device, MAX_OFFLOAD_BYTES)
         self.prefetcher: Prefetcher[str] = Prefetcher(self.transfer, self._host_tensor)
         self.gathered: dict[str, Tensor] = {}
         self.lent: dict[str, Tensor] = {}
