@@ -11,7 +11,7 @@ from lomo_ds.simulate.stalls import Stall, StallSum, cause_name, find_stalls, lo
 from lomo_ds.simulate.timeline import Lane, Timeline
 
 BINS = 1600  # of the time axis; shorter spans are drawn as their share of a bin
-MIN_SHARE = 0.001  # of a step; a lane that is busy for less has no row
+MIN_SHARE = 0.001  # of a step; what takes less is not drawn
 ROW = 0.8  # height of a lane; the rest separates it from the next
 FORWARD = "#9dc3e6"
 BUSY_COLOURS = {
@@ -52,7 +52,7 @@ def draw_timeline(timeline: Timeline, title: str) -> Any:
     for row, lane in enumerate(lanes):
         layers = _busy_layers(timeline, lane)
         if lane in (Lane.COMPUTE, busiest):
-            layers += _stall_layers(find_stalls(timeline, lane))
+            layers += _stall_layers(find_stalls(timeline, lane), MIN_SHARE * timeline.seconds)
         _draw_lane(axes, -row - ROW, edges, layers)
     _label(axes, timeline)
     axes.set_xlabel("\n".join(["seconds", "", *_notes(timeline, worst)]), loc="left", family="monospace", fontsize=9)
@@ -93,11 +93,13 @@ def _gaps(intervals: list[Interval], end: float) -> list[Interval]:
     return list(zip(times[::2], times[1::2], strict=True))
 
 
-def _stall_layers(stalls: list[Stall]) -> list[Layer]:
+def _stall_layers(stalls: list[Stall], shortest: float) -> list[Layer]:
+    """Return a layer for each cause that costs at least ``shortest`` seconds."""
     layers = []
     for cause, colour in STALL_COLOURS.items():
-        intervals = [(stall.start, stall.end) for stall in stalls if stall.cause is cause]
-        layers.append((f"waits for {cause_name(cause)}", colour, intervals))
+        own = [stall for stall in stalls if stall.cause is cause]
+        if sum(stall.seconds for stall in own) >= shortest:
+            layers.append((f"waits for {cause_name(cause)}", colour, [(stall.start, stall.end) for stall in own]))
     return layers
 
 
@@ -125,7 +127,7 @@ def _label(axes: Any, timeline: Timeline) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     axes.legend(
-        unique.values(), unique, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=8, frameon=False, fontsize=9
+        unique.values(), unique, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=6, frameon=False, fontsize=9
     )
 
 
