@@ -164,11 +164,11 @@ class _PeakTracker:
             host[CHECKPOINTS] = self._pinned_checkpoint_bytes()
 
     def _nvme_buffer_bytes(self) -> int:
-        """Return the bytes of DeepSpeed's default buffers between NVMe and GPU; torch pins powers of two."""
-        (buffer_count, buffer_size), itemsize = zero3.default_buffers(), self.settings.dtype.itemsize
+        """Return the bytes of the default buffers between NVMe and GPU; torch pins powers of two."""
+        count, piece_bytes = zero3.default_pieces(self.settings.dtype.itemsize)
         largest = max(self.settings.shard_numel(numel) for numel in self.trace.numels)
-        size = min(buffer_size, largest) * itemsize
-        return buffer_count * (1 << (size - 1).bit_length())
+        size = min(piece_bytes, largest * self.settings.dtype.itemsize)
+        return count * (1 << (size - 1).bit_length())
 
     def _pinned_checkpoint_bytes(self) -> int:
         """Return the bytes that ``ActivationOffload`` pins: a buffer for each micro-batch that a module has seen."""

@@ -17,7 +17,7 @@ class Work:
         memory: bytes that a kernel reads and writes in GPU memory.
         up, down: bytes copied from host to GPU, and from GPU to host.
         sent: bytes that this rank sends to its peers, and as many that it receives.
-        disk: bytes that this rank reads from a drive, or writes to it.
+        disk: bytes that all ranks of a host read from its drive, or write to it, together.
     """
 
     flops: int = 0

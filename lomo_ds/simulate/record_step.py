@@ -28,6 +28,7 @@ from lomo_ds.simulate.kernel_stand_ins import install_kernels
 from lomo_ds.simulate.own_process import Report, call_in_own_process
 from lomo_ds.simulate.program import Program, Work
 from lomo_ds.simulate.recorder import Recorder
+from lomo_ds.simulate.simulated_drive import install_drive
 from lomo_ds.simulate.simulated_gpu import DEVICE, install_device
 from lomo_ds.simulate.simulated_group import start_simulated_group
 from lomo_ds.simulate.small_values import TensorsFromHost
@@ -86,6 +87,7 @@ def _record(job: SimulatedJob, report: Report) -> Program:
     streams = install_device(job.gpu_memory)
     start_simulated_group(streams, job.world_size, job.ranks_on_host)
     install_kernels(streams)
+    install_drive(streams, job.ranks_on_host)
     torch.nn.functional.scaled_dot_product_attention = _attention(streams)
     # transformers keeps masks that it need not keep where it takes a tensor for one of a compiler
     import_utils.is_fake_tensor = lambda tensor: False

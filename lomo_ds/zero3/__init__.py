@@ -9,7 +9,7 @@ changes the model and makes earlier gathered copies stale, so ``Gathering.refres
 from lomo_ds.zero3.linear import deepspeed_linear, install_memory_efficient_linear, linear
 from lomo_ds.zero3.lookahead import LookaheadLimit
 from lomo_ds.zero3.nvme import SwapSlot
-from lomo_ds.zero3.nvme_settings import default_buffers, validate_nvme
+from lomo_ds.zero3.nvme_settings import default_pieces, validate_nvme
 from lomo_ds.zero3.persistent import PersistentCopies
 from lomo_ds.zero3.shard import SCALES, Shard, dequantize_parameter, full_shape, quantized_names, shards, stored_tensors
 from lomo_ds.zero3.split import (
@@ -39,7 +39,7 @@ __all__ = [
     "WireFormat",
     "aligned_layout",
     "deepspeed_linear",
-    "default_buffers",
+    "default_pieces",
     "dequantize_parameter",
     "full_shape",
     "gather_batches",

@@ -20,7 +20,7 @@ def swap_space(
 
 
 def move_to_nvme(parameter: Partitioned, space: SwapSpace) -> None:
-    """Move a partition to the swap file and free its memory, unless it is too small or there already."""
+    """Move a partition to the swap file and free its memory, unless it is there already; pin one that is too small."""
     if slot_of(parameter) is not None:
         return
     _reclaim_from_deepspeed(parameter)
@@ -31,6 +31,8 @@ def move_to_nvme(parameter: Partitioned, space: SwapSpace) -> None:
         slot.write(partition.data)
         partition.swap_slot = slot
         partition.data = partition.new_empty(0)
+    elif space.device.type != "cpu" and not partition.is_pinned():
+        partition.data = space.pin(partition.data)
 
 
 def move_to_memory(parameters: Iterable[Partitioned]) -> None:

@@ -13,6 +13,8 @@ from lomo_ds.errors import ConfigError
 from lomo_ds.numerics.flat import ceil_div
 
 PAGE_BYTES = 4096  # alignment that O_DIRECT may require of offsets, lengths and memory
+# Bytes of the pieces that larger buffers are divided into: some milliseconds of a drive. A power of two, as torch pins.
+LARGEST_PIECE = 2**25
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class NvmeSettings:
         path: folder of the file.
         block_size: bytes of one I/O request; smaller shards stay in host memory.
         requests_at_once: maximum number of concurrent I/O requests.
-        buffer_bytes: maximum size of each buffer.
+        buffer_bytes: maximum size of each buffer; larger ones than ``LARGEST_PIECE`` are divided into pieces.
         buffer_count: maximum number of buffers.
     """
 
@@ -35,18 +37,29 @@ class NvmeSettings:
 
     @property
     def piece_bytes(self) -> int:
-        """Bytes that one buffer transfers: its size in whole pages."""
-        return self.buffer_bytes // PAGE_BYTES * PAGE_BYTES
+        """Most bytes that are transferred at once."""
+        return _pieces(self.buffer_count, self.buffer_bytes)[1]
+
+    @property
+    def piece_count(self) -> int:
+        """Number of pieces in all buffers."""
+        return _pieces(self.buffer_count, self.buffer_bytes)[0]
 
     def aligned(self, nbytes: int) -> int:
         """Return ``nbytes`` rounded up to whole pages, which O_DIRECT transfers."""
         return ceil_div(nbytes, PAGE_BYTES) * PAGE_BYTES
 
 
-def default_buffers() -> tuple[int, int]:
-    """Return DeepSpeed's default number of buffers between NVMe and GPU, and their size in elements."""
+def _pieces(buffer_count: int, buffer_bytes: int) -> tuple[int, int]:
+    """Return number and bytes of the pieces, of whole pages, that the memory of all buffers is divided into."""
+    piece_bytes = min(buffer_bytes // PAGE_BYTES * PAGE_BYTES, LARGEST_PIECE)
+    return buffer_count * buffer_bytes // max(piece_bytes, 1), piece_bytes
+
+
+def default_pieces(itemsize: int) -> tuple[int, int]:
+    """Return number and bytes of the pieces of DeepSpeed's default buffers between NVMe and GPU."""
     defaults = DeepSpeedZeroOffloadParamConfig()
-    return defaults.buffer_count, defaults.buffer_size
+    return _pieces(defaults.buffer_count, defaults.buffer_size * itemsize)
 
 
 def nvme_settings(ds_config: dict[str, Any], itemsize: int) -> NvmeSettings:

@@ -358,7 +358,7 @@ def test_few_buffers_are_all_the_host_memory_and_no_file_is_left(ranks: GroupOf,
 
 
 def test_what_is_gathered_next_is_read_ahead_and_never_stale(tmp_path: Path) -> None:
-    settings = nvme_settings(on_nvme(str(tmp_path), buffer_count=4) | {"aio": AIO}, itemsize=4)
+    settings = nvme_settings(on_nvme(str(tmp_path), buffer_count=2, buffer_size=2048) | {"aio": AIO}, itemsize=4)
     space = SwapSpace(settings, torch.device("cpu"))
     first, second, third = (space.allocate_slot(2000, torch.float32) for _ in range(3))
     values = {place: torch.full((2000,), float(number)) for number, place in enumerate((first, second, third))}
@@ -369,13 +369,13 @@ def test_what_is_gathered_next_is_read_ahead_and_never_stale(tmp_path: Path) -> 
         for group in [*forward, *backward]:
             space.expect(group)
             assert all(torch.equal(place.read(2000), values[place]) for place in group)
-    assert list(space.ahead) == [first], "the next forward"
+    assert list(space.ahead) == [(first, 0)], "the next forward"
     first.write(values[first] + 1)
     assert torch.equal(first.read(2000), values[first] + 1)
     for group, expected in (([first], second), ([second], third), ([third], second), ([second], first)):
         space.expect(group)
         group[0].read(2000)
-        assert list(space.ahead) == [expected], "forward and backward are told apart"
+        assert list(space.ahead) == [(expected, 0)], "forward and backward are told apart"
 
 
 def test_a_request_that_the_kernel_does_in_parts_is_done_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,7 +425,7 @@ def test_parallel_requests_are_bounded(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_space_is_freed_without_waiting_for_its_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The garbage collector may run in a thread that holds locks, such as one that starts."""
     space = SwapSpace(nvme_settings(on_nvme(str(tmp_path)) | {"aio": AIO}, itemsize=4), torch.device("cpu"))
-    descriptor, requests = space.file.descriptor, weakref.ref(space.requests)
+    descriptor, requests = space.file.opened.descriptor, weakref.ref(space.file.requests)
     under_way, proceed, write, written = threading.Event(), threading.Event(), os.pwritev, []
 
     def wait_and_write(*arguments: Any) -> int:

@@ -25,8 +25,11 @@ class NvmeStore(HostStore):
         self.device = device
 
     def announce(self, names: Sequence[str]) -> None:
-        """Implement ``Store.announce`` for the shards in host memory."""
+        """Implement ``Store.announce``."""
         super().announce([name for name in names if name not in self.slots])
+        slots = [self.slots[name] for name in names if name in self.slots and name not in self.gathered]
+        if slots:
+            slots[0].space.expect(slots)
 
     def lend(self, name: str) -> Values:
         """Implement ``Store.lend``."""
