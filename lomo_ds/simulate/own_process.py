@@ -5,7 +5,8 @@ import os
 import signal
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -34,7 +35,8 @@ def call_in_own_process(function: Callable[[Any, Report], Any], argument: Any, r
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(function, argument, sender), daemon=True)
-    process.start()
+    with _without_accelerator():
+        process.start()
     sender.close()  # so that the receiver notices when the process ends
     try:
         return _receive(receiver, report)
@@ -47,6 +49,20 @@ def call_in_own_process(function: Callable[[Any, Report], Any], argument: Any, r
     finally:
         process.kill()
         process.join()
+
+
+@contextmanager
+def _without_accelerator() -> Iterator[None]:
+    """Let a process that starts now ask for no GPU, and not print that it finds none."""
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DS_ACCELERATOR"]
+        else:
+            os.environ["DS_ACCELERATOR"] = before
 
 
 def _receive(receiver: Connection, report: Report) -> Any:

@@ -1,6 +1,9 @@
 """``launch/plan.py --timeline``: what it prints and writes, and what it refuses before it simulates anything."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,6 +14,8 @@ from lomo_ds.errors import ConfigError
 from lomo_ds.planner import Machine, PlannedModel, Settings, plan_run
 from lomo_ds.planner.command import main
 from lomo_ds.planner.timeline_report import SimulatedPlan
+from tests.launching import ROOT
+from tests.limits import HUNG
 from tests.simulate.handmade import copies_and_kernels
 
 JOB = ["--model_name_or_path=40m", "--max_seq_length=128", "--per_device_train_batch_size=1", "--max_grad_norm=0"]
@@ -42,11 +47,15 @@ def test_rates_of_a_report_are_those_of_the_timeline(simulated: SimulatedPlan) -
     assert report["planned_seconds"] == simulated.plan.time.total
 
 
-def test_the_timeline_of_a_job_is_printed_and_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_timeline_of_a_job_is_printed_and_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "step.png"
-    main([*JOB, "--json", f"--timeline={picture}"])
-    report = json.loads(capfd.readouterr().out)["timeline"]
+    command = [sys.executable, str(ROOT / "launch/plan.py"), *JOB, "--json", f"--timeline={picture}"]
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HUNG, cwd=ROOT, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.splitlines() == ["simulating a step of 40m, which takes from seconds to minutes"]
+    report = json.loads(run.stdout)["timeline"]
     assert report["is_suggestion"] is False
     assert report["lanes"]["compute"]["busy_share"] == pytest.approx(
         report["lanes"]["compute"]["busy_seconds"] / report["seconds"]
