@@ -12,8 +12,6 @@ model's first weights: the norm of the difference to the sum in fp32, as a part 
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -22,7 +20,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -30,7 +27,6 @@ from benchmarks.lib import options, result_files
 from benchmarks.lib.workers import RankState, Workers
 from benchmarks.lib.workload import DTYPES
 from lomo_ds.update.hooks import BackwardHooks
-from lomo_ds.update.target import Target
 
 SUMS = ("bf16", "fp32")  # data types of the sums
 COLORS = {"bf16": "#e08e45", "fp32": "#1b7f79"}
@@ -82,25 +78,8 @@ class SummingHooks(BackwardHooks):
 
     sum_dtype: torch.dtype
 
-    @contextmanager
-    def summed(self, count: int) -> Iterator[None]:
-        """Add up the gradients of each parameter that arrive in this context, and process their sums at its end."""
-        self.sums = {}
-        yield
-        sums, self.sums = self.sums, None
-        for target in list(sums):
-            parameter = self.parameter_of[target]
-            self._process(target, parameter, sums.pop(target).to(parameter.dtype))
-
-    def _on_gradient(self, target: Target, parameter: Parameter) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        if self.sums is None:  # outside the layers, where all micro-batches have one gradient
-            self._process(target, parameter, gradient)
-        elif target in self.sums:
-            self.sums[target].add_(gradient)
-        else:
-            self.sums[target] = gradient.to(self.sum_dtype)
+    def _sum_dtype(self, dtype: torch.dtype, count: int) -> torch.dtype:
+        return self.sum_dtype
 
 
 def train(state: RankState, job: PairedJob, accumulation: int, seed: int, sums: str) -> Run:

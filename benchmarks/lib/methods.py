@@ -183,7 +183,8 @@ def _lomo_ds(name: str, work: Workload, max_norm: float | None) -> Method:
         schedule: Any = engine.schedule
         stash = getattr(schedule, "buffers", None) or getattr(schedule, "stashed", {})  # in host memory, on the device
         yield from stash.values()
-        yield from (engine.optimizer.hooks.sums or {}).values()
+        layer = engine.optimizer.hooks.layer
+        yield from layer.sums.values() if layer is not None else ()
 
     def rule_state() -> Iterable[Any]:
         for state in engine.optimizer.schedule.updater.states.storage.values():

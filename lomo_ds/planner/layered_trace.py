@@ -28,7 +28,7 @@ def joined_micro_batches(model: PreTrainedModel, settings: Settings, recorder: T
     if settings.joined == 1:
         yield
         return
-    with layered(model, _traced(settings), lambda _: recorder.summed(settings.joined)):
+    with layered(model, _traced(settings), lambda traced: recorder.summed(settings.joined, traced)):
         yield
 
 

@@ -1,6 +1,6 @@
 """Simulates which gradients are alive at each event, from autograd to the end of the step, on numbers alone."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,7 +14,8 @@ from lomo_ds.planner.trace_events import EventKind, StepTrace
 from lomo_ds.update.buckets import Buckets
 from lomo_ds.update.clipping import clipping_groups
 from lomo_ds.update.schedules.gradient_footprint import GradientFootprint
-from lomo_ds.zero3.stores.host_store import MAX_OFFLOAD_BYTES
+from lomo_ds.zero3.gathering import layer_of
+from lomo_ds.zero3.stores.host_store import max_offload_bytes
 
 
 class LiveGradients(Protocol):
@@ -72,7 +73,13 @@ class LomoGradients:
         self.shards = 0
         self.copied_by_gloo = int(on_cpu)  # gloo reduces a copy of a bucket and scatters the copy
         self.settings, self.footprint, self.rule, self.observe = settings, footprint, rule, observe
-        self.numels = trace.numels
+        self.names, self.numels = trace.names, trace.numels
+        stored = {name: self._stored_bytes(p) for p, name in enumerate(trace.names)}
+        self.max_offload_bytes = max_offload_bytes(stored)
+        self.layer_numel: Counter[str | None] = Counter()  # what may be in flight, see ``BackwardHooks.summed``
+        if settings.joined > 1:
+            for name, numel in zip(self.names, self.numels, strict=True):
+                self.layer_numel[layer_of(name)] += numel if layer_of(name) else 0
         self.itemsize = settings.dtype.itemsize  # of a whole gradient
         self.reduced_itemsize = settings.gradient_dtype.itemsize
         self.buckets: Buckets[int] = Buckets(max(self.numels), settings.gpus, self._launch, self._land)
@@ -93,7 +100,7 @@ class LomoGradients:
         if self.updates_gathered:
             self._hold_gathered(index)
         self._change(numel * self.itemsize)
-        self.buckets.add(index, numel)
+        self.buckets.add(index, numel, self.layer_numel[layer_of(self.names[index])])
 
     def flush(self) -> None:
         """Reduce every bucket that is left and wait for all copies, like ``Reduction.flush``."""
@@ -187,7 +194,7 @@ class LomoGradients:
             self._change(-size)
             if self.updates_gathered or self.fetches_shards:
                 self.offloading += members
-                self._limit_offloading(MAX_OFFLOAD_BYTES)
+                self._limit_offloading(self.max_offload_bytes)
 
     def _hold_gathered(self, index: int) -> None:
         """Keep the shard of a gathered parameter, like ``HostStore.offer_gathered_weight``.

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from fractions import Fraction
 from typing import Any
@@ -58,6 +58,7 @@ class TraceRecorder(TorchDispatchMode):
         self.counted_flops = Fraction(0)
         self.sums: dict[int, Tensor] | None = None  # by parameter: gradients that are being added up, see ``summed``
         self.summands = 1
+        self.missing: defaultdict[int, int] = defaultdict(int)  # gradients that ``sums`` wait for, by parameter
         self.level = self.peak = self.logits = self.logits_at_peak = 0
         # by storage: its bytes (0 for parameters and buffers), and whether its last dimension is the vocabulary
         self.live: dict[int, tuple[int, bool, weakref.ref[Any] | None]] = {}
@@ -93,9 +94,14 @@ class TraceRecorder(TorchDispatchMode):
         self.names[tensor.untyped_storage()._cdata] = name
 
     @contextlib.contextmanager
-    def summed(self, count: int) -> Iterator[None]:
-        """Add up gradients like ``BackwardHooks.summed``; what runs in this context counts ``repetitions`` times."""
+    def summed(self, count: int, traced: int) -> Iterator[None]:
+        """Add up gradients like ``BackwardHooks.summed``; what runs in this context counts ``repetitions`` times.
+
+        Args:
+            traced: how many of the ``count`` micro-batches run.
+        """
         self.sums, self.summands, self.counted = {}, count, self.repetitions
+        self.missing = defaultdict(lambda: traced)
         yield
         sums, self.sums, self.counted = self.sums, None, ONCE
         for index in list(sums):
@@ -109,11 +115,17 @@ class TraceRecorder(TorchDispatchMode):
         if self.sums is None:
             del gradient
             self.record(EventKind.GRADIENT, index)
-        elif index in self.sums:
+            return
+        if index in self.sums:
             self.sums[index] += gradient
         else:
             self.sums[index] = gradient.to(sum_dtype(gradient.dtype, self.summands, self.reduced_dtype))
             self.name(self.sums[index], SUMS)
+        del gradient
+        self.missing[index] -= 1
+        if not self.missing[index]:
+            del self.sums[index]
+            self.record(EventKind.GRADIENT, index)
 
     def record(self, kind: EventKind, index: int = -1) -> None:
         """Append an event that happens now."""

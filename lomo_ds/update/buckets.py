@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 # A bucket is launched when it has half as many elements as the largest parameter, or this many.
 MAX_BUCKET_NUMEL = 2**23
 # Limit on waiting and in-flight elements; the latest launch and one bucket may exceed it, to overlap with backward.
-MAX_ALIVE_NUMEL = 2**25
+MAX_ALIVE_NUMEL = 2**26
 # Lower bound of that limit, for small models; also the bucket size at world size 1, where nothing is communicated.
 MIN_BUCKET_NUMEL = 2**18
 
@@ -43,12 +43,16 @@ class Buckets(Generic[Gradient]):
             self.bucket_numel = min(self.alive_numel // 2, MAX_BUCKET_NUMEL)
         self.clear()
 
-    def add(self, gradient: Gradient, numel: int) -> None:
-        """Add the next gradient, which has ``numel`` elements."""
+    def add(self, gradient: Gradient, numel: int, in_flight_numel: int = 0) -> None:
+        """Add the next gradient, which has ``numel`` elements.
+
+        Args:
+            in_flight_numel: elements that may wait or be in flight in any case, this gradient included.
+        """
         if self.waiting and numel >= self.bucket_numel:
             self._launch()
         latest_and_bucket = self.latest_numel + self.bucket_numel
-        alive_numel = min(self.alive_numel, max(MAX_ALIVE_NUMEL, latest_and_bucket))
+        alive_numel = max(min(self.alive_numel, max(MAX_ALIVE_NUMEL, latest_and_bucket)), in_flight_numel)
         self.waiting.append(gradient)
         self.waiting_numel += numel
         if self.waiting_numel < self.bucket_numel:

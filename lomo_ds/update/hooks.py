@@ -1,5 +1,6 @@
 """Gradient hooks: take each parameter's gradient from autograd, pass it to the reduction and free it."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +31,35 @@ def sum_dtype(dtype: torch.dtype, count: int, at_least: torch.dtype | None) -> t
     return needed if at_least is None else torch.promote_types(needed, at_least)
 
 
+class _LayerSums:
+    """The sums of the gradients of a layer's parameters over the micro-batches of a step.
+
+    Attributes:
+        sums: those that have not been processed, in the order in which their first gradients arrived.
+        numel: elements of all of them together, processed or not.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.sums: dict[Target, Tensor] = {}
+        self.arrivals: Counter[Target] = Counter()
+        self.numel = 0
+
+    def add(self, target: Target, gradient: Tensor, dtype: torch.dtype) -> None:
+        """Add a gradient to the sum of its parameter, which is of ``dtype``."""
+        if target in self.sums:
+            self.sums[target] += gradient
+        else:
+            self.sums[target] = gradient.to(dtype)
+            self.numel += gradient.numel()
+        self.arrivals[target] += 1
+
+    def complete(self) -> Iterator[Target]:
+        """Yield the parameters whose sums are complete, up to the first one whose sum is not."""
+        while self.sums and self.arrivals[first := next(iter(self.sums))] == self.count:
+            yield first  # which the caller removes
+
+
 class BackwardHooks:
     """Reduces every gradient to this rank's shard, passes the shard to ``schedule``, and frees the gradient.
 
@@ -54,8 +84,7 @@ class BackwardHooks:
         self.accumulation_dtype = accumulation_dtype
         self.reduction = Reduction(targets, process_group, communication_dtype, schedule.receive)
         self.arrived: set[Target] = set()  # those whose gradient has arrived in this backward
-        self.sums: dict[Target, Tensor] | None = None  # of the gradients in ``summed``
-        self.summands = 1
+        self.layer: _LayerSums | None = None  # inside ``summed``
         self.parameter_of = dict(zip(targets, parameters, strict=True))
         self.handles: list[RemovableHandle] = [
             parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, target))
@@ -64,17 +93,19 @@ class BackwardHooks:
 
     @contextmanager
     def summed(self, count: int) -> Iterator[None]:
-        """Add up the gradients of each parameter that arrive in this context, and process their sums at its end.
+        """Add up the gradients of each parameter that arrive in this context, and process each sum when it is complete.
+
+        Sums are processed in the order in which their first gradients arrive, which is the same on all ranks. All of
+        them may be reduced at the same time, while backward goes on: they are all alive anyway.
 
         Args:
-            count: how many gradients of each parameter arrive; see ``sum_dtype``.
+            count: how many gradients of each parameter arrive, at most.
         """
-        self.sums, self.summands = {}, count
+        self.layer = _LayerSums(count)
         yield
-        sums, self.sums = self.sums, None
-        for target in list(sums):
-            parameter = self.parameter_of[target]
-            self._process(target, parameter, sums.pop(target).to(self.reduction.dtype or parameter.dtype))
+        layer, self.layer = self.layer, None
+        for target in list(layer.sums):
+            self._process_sum(layer, target)
 
     def end_backward(self) -> None:
         """Reduce and process the remaining gradients; call this after each backward pass."""
@@ -91,7 +122,7 @@ class BackwardHooks:
     def reset(self) -> None:
         """Discard the gradients of a backward pass that an exception has interrupted."""
         self.arrived.clear()
-        self.sums = None
+        self.layer = None
         self.reduction.reset()
 
     def remove(self) -> None:
@@ -102,19 +133,28 @@ class BackwardHooks:
     def _on_gradient(self, target: Target, parameter: Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        if self.sums is None:
+        if self.layer is None:
             self._process(target, parameter, gradient)
-        elif target in self.sums:
-            self.sums[target] += gradient
-        else:
-            self.sums[target] = gradient.to(sum_dtype(gradient.dtype, self.summands, self.accumulation_dtype))
+            return
+        self.layer.add(target, gradient, self._sum_dtype(gradient.dtype, self.layer.count))
+        del gradient
+        for complete in self.layer.complete():
+            self._process_sum(self.layer, complete)
 
-    def _process(self, target: Target, parameter: Parameter, gradient: Tensor) -> None:
+    def _sum_dtype(self, dtype: torch.dtype, count: int) -> torch.dtype:
+        return sum_dtype(dtype, count, self.accumulation_dtype)
+
+    def _process_sum(self, layer: "_LayerSums", target: Target) -> None:
+        parameter = self.parameter_of[target]
+        dtype = self.reduction.dtype or parameter.dtype
+        self._process(target, parameter, layer.sums.pop(target).to(dtype), layer.numel)
+
+    def _process(self, target: Target, parameter: Parameter, gradient: Tensor, in_flight_numel: int = 0) -> None:
         if target in self.arrived and not self.schedule.keeps_gradients:
             self._raise_second_gradient(target)
         self.arrived.add(target)
         self.schedule.offer_gathered_weight(target, parameter.data)
-        self.reduction.add(target, self.schedule.updater.project(target, gradient))
+        self.reduction.add(target, self.schedule.updater.project(target, gradient), in_flight_numel)
 
     def _raise_second_gradient(self, target: Target) -> None:
         """Raise an error: a schedule that does not accumulate would update the parameter twice."""

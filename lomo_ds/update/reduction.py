@@ -58,12 +58,15 @@ class Reduction:
         )
         self.reset()
 
-    def add(self, target: Target, gradient: Tensor) -> None:
+    def add(self, target: Target, gradient: Tensor, in_flight_numel: int = 0) -> None:
         """Add the full gradient of a target, in any memory layout, or a projection of it with fewer columns.
 
         Order, shapes and dtypes must be equal on all ranks.
+
+        Args:
+            in_flight_numel: see ``Buckets.add``.
         """
-        self.buckets.add((target, gradient), gradient.numel())
+        self.buckets.add((target, gradient), gradient.numel(), in_flight_numel)
 
     def flush(self) -> None:
         """Launch the last bucket, and pass on all remaining shards."""

@@ -114,7 +114,7 @@ class OnDemandGathering:
     ) -> None:
         self.undo = [undo, install_memory_efficient_linear(model)]
         self.granularity = granularity
-        self.leaves = layers(model) if granularity == "layer" else []
+        self.leaves = _gathered_whole(model) if granularity == "layer" else []
         for layer in self.leaves:
             set_z3_leaf_module(layer, True)
         self.offload = DeepSpeedZeRoOffload(model, **offload)
@@ -175,6 +175,18 @@ def layers(model: Module) -> list[Module]:
     names = dict.fromkeys(layer_of(name) for name, _ in model.named_parameters())
     modules = [model.get_submodule(name) for name in names if name is not None]
     return [] if any(isinstance(module, ModuleList | ModuleDict) for module in modules) else modules
+
+
+def _gathered_whole(model: Module) -> list[Module]:
+    """Return the layers, and the modules without submodules outside of them.
+
+    The latter are gathered whole anyway. But before DeepSpeed frees a module that is not among its leaf modules, it
+    does not count the parameters of those that are, and would keep an embedding through all layers.
+    """
+    decoder = layers(model)
+    inside = {module for layer in decoder for module in layer.modules()}
+    others = (module for module in model.modules() if module not in inside and not list(module.children()))
+    return [*decoder, *(module for module in others if list(module.parameters()))]
 
 
 def largest_gather_numel(model: Module, granularity: str) -> int:

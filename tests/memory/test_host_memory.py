@@ -32,7 +32,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> FakeModule:
     module = FakeModule()
     monkeypatch.setattr(torch, "get_device_module", lambda device=None: module)
     monkeypatch.setattr(host_memory, "IN_FLIGHT_BYTES", 400)
-    monkeypatch.setattr(host_store, "MAX_OFFLOAD_BYTES", 400)
+    monkeypatch.setattr(host_store, "IN_FLIGHT_BYTES", 400)
     return module
 
 

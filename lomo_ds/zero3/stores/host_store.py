@@ -1,18 +1,32 @@
 """Store of shards in host memory: updated in the copy that backward has gathered on the device, then copied back."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lomo_ds.memory.host_memory import HostTransfer
+from lomo_ds.memory.host_memory import IN_FLIGHT_BYTES, HostTransfer
 from lomo_ds.memory.prefetch import Prefetcher
 from lomo_ds.numerics.int8 import Values
+from lomo_ds.zero3.gathering import layer_of
 from lomo_ds.zero3.shard import Shard
 
-# Limit on updated shards that wait for the link. Backward computes the gradients of a layer's matrices faster than the
-# link moves them, and then, while it recomputes the next layer, none.
-MAX_OFFLOAD_BYTES = 512 * 2**20
+
+def max_offload_bytes(sizes: Mapping[str, int]) -> int:
+    """Return the limit on updated shards that wait for the link: those of the largest decoder layer.
+
+    Backward computes the gradients of a layer faster than the link moves them, all at once where micro-batches are
+    accumulated inside the layers, and then, while it recomputes the next layer, none.
+
+    Args:
+        sizes: bytes of each shard, by the name of its parameter.
+    """
+    layers: Counter[str | None] = Counter()
+    for name, size in sizes.items():
+        layers[layer_of(name)] += size
+    del layers[None]
+    return max([IN_FLIGHT_BYTES, *layers.values()])
 
 
 class HostStore:
@@ -31,7 +45,7 @@ class HostStore:
         self.shards = {shard.name: shard for shard in shards}
         self.numbers = {shard.name: number for number, shard in enumerate(shards)}  # of eight-bit weights' noise
         self.gathered_is_lossy = gathered_is_lossy
-        self.transfer = HostTransfer(device, MAX_OFFLOAD_BYTES)
+        self.transfer = HostTransfer(device, max_offload_bytes({shard.name: shard.storage.nbytes for shard in shards}))
         self.prefetcher: Prefetcher[str] = Prefetcher(self.transfer, self._host_tensor)
         self.gathered: dict[str, Tensor] = {}
         self.lent: dict[str, Tensor] = {}
