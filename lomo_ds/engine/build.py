@@ -120,6 +120,7 @@ def _build_gathering(engine: DeepSpeedEngine, lomo: LomoConfig, against_layered:
         undo,
         stored_as_used,
         **limits,
+        overlap_comm=False,  # see ``install_gathering``, which has a stream of its own
         timers=engine.timers if engine.wall_clock_breakdown() else NoopTimer(),
         ds_config=engine.config,
         max_reuse_distance=engine.zero_max_reuse_distance(),
@@ -153,7 +154,7 @@ def _configure_gathering(engine: DeepSpeedEngine, granularity: str) -> tuple[Cal
     wire = QuantizedWireFormat(engine.device, exact.copies) if quantized else exact
     undo = zero3.install_gathering(engine.module, wire, exact, ahead_numel)
     stored_as_used = not (quantized or offload != "none" or zero3.uses_int8_weights(engine.config))
-    limits = {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel, "overlap_comm": overlap}
+    limits = {"prefetch_bucket_size": prefetch_numel, "max_live_parameters": live_numel}
     return undo, stored_as_used, limits
 
 

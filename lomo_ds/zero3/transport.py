@@ -1,15 +1,17 @@
 """Replacement for DeepSpeed's gathering of parameters.
 
-DeepSpeed's hooks still decide which parameters are gathered, when, and in which stream. DeepSpeed's own gathering
-blocks the host on each copy from host memory, quantizes with its own kernels, and copies each parameter out of a
-receive buffer. Here a ``WireFormat`` encodes each shard. A large shard is received where its parameter will be; the
-small ones of a request share one all-gather.
+DeepSpeed's hooks still decide which parameters are gathered, and when. DeepSpeed's own gathering blocks the host on
+each copy from host memory, quantizes with its own kernels, copies each parameter out of a receive buffer, and lets a
+module wait for everything that has been requested so far, prefetched layers included. Here a ``WireFormat`` encodes
+each shard. A large shard is received where its parameter will be; the small ones of a request share one all-gather. A
+module waits for its own parameters.
 """
 
 import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -67,12 +69,16 @@ def install_gathering(
             if gathers run in the compute stream.
     """
     backlog = _Backlog(ahead_numel)
+    accelerator = get_accelerator()
+    has_own_stream = ahead_numel is not None and not accelerator.is_synchronized_device()
+    stream = accelerator.Stream() if has_own_stream else None
 
     def gather(parameters: Sequence[Partitioned], safe_mode: bool = False, quantize: bool = False) -> "_GatherHandle":
         backlog.add(sum(parameter.ds_numel for parameter in parameters))
         in_order = sorted(parameters, key=lambda p: p.ds_id)
         _expect_reads(in_order)
-        return _GatherHandle(in_order, wire)
+        with nullcontext() if stream is None else accelerator.stream(stream):
+            return _GatherHandle(in_order, wire, stream)
 
     def gather_now(parameter: Partitioned, param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> None:
         assert not async_op
@@ -224,12 +230,15 @@ class _GatherHandle:
     Each parameter becomes a separate tensor, since each is freed separately: a view of the buffer would keep the whole
     buffer alive. Only a parameter that was gathered alone, and not in eight bits, remains a view of it.
 
+    Args:
+        stream: the current stream, if it is not the one that computes.
+
     Attributes:
         pending: collectives in flight, each with its handle (None for a single rank), and its parameters with their
             encoded shards.
     """
 
-    def __init__(self, parameters: Sequence[Partitioned], wire: WireFormat) -> None:
+    def __init__(self, parameters: Sequence[Partitioned], wire: WireFormat, stream: Any = None) -> None:
         assert all(parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE for parameter in parameters)
         self.wire = wire
         self.lock = threading.Lock()
@@ -241,6 +250,7 @@ class _GatherHandle:
             for batch in self._batches(parameters):
                 packed, work = _all_gather(batch, wire)
                 self.pending.append((work, deque(zip(batch, packed, strict=True))))
+        self.copied = None if stream is None else stream.record_event()
         for parameter in parameters:
             parameter.ds_status = ZeroParamStatus.INFLIGHT
 
@@ -248,6 +258,8 @@ class _GatherHandle:
         """Make every parameter of the gather available to the current stream."""
         with self.lock:
             try:
+                if self.pending and self.copied is not None:
+                    get_accelerator().current_stream().wait_event(self.copied)
                 while self.pending:
                     work, arrived = self.pending[0]
                     if work is not None:
@@ -270,5 +282,7 @@ class _GatherHandle:
     def _unpack(self, parameter: Partitioned, packed: Tensor) -> None:
         """Decode the values of a parameter."""
         flat = self.wire.unpack(packed, parameter.ds_tensor.ds_numel, parameter.dtype)
+        if self.copied is not None:  # memory of another stream, which must not use it again before this one has
+            packed.record_stream(get_accelerator().current_stream())
         parameter.data = flat[: parameter.ds_numel].view(parameter.ds_shape)
         parameter.ds_status = ZeroParamStatus.AVAILABLE
