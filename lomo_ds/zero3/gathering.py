@@ -203,7 +203,7 @@ def prefetches_next_gather(offload: str, granularity: str) -> bool:
     Args:
         offload: the device of ``offload_param``, or ``none``.
     """
-    return offload == "cpu" or (offload == "none" and granularity == "layer")
+    return offload == "cpu" or (offload in ("none", "nvme") and granularity == "layer")
 
 
 def prefetch_limits(prefetch_numel: int, live_numel: int, largest: int) -> tuple[int, int]:

@@ -32,11 +32,15 @@ class SwapSpace:
 
     Args:
         device: the compute device.
+
+    Attributes:
+        max_leaving_bytes: limit on device memory held by shards that are being copied to buffers.
     """
 
     def __init__(self, settings: NvmeSettings, device: torch.device) -> None:
         self.settings = settings
         self.device = device
+        self.max_leaving_bytes = IN_FLIGHT_BYTES
         self.file = SwapFile(settings, device)
         self.streams = torch.get_device_module(device)
         self.copy_stream = self.streams.Stream(device)
@@ -176,10 +180,10 @@ class SwapSpace:
         buffer.finish()
 
     def _keep(self, values: Tensor) -> None:
-        """Keep a tensor alive while it is copied to buffers; at most ``IN_FLIGHT_BYTES``, or one larger tensor."""
+        """Keep a tensor alive while it is copied to buffers; at most ``max_leaving_bytes``, or one larger tensor."""
         if values.device.type != "cpu":
             self.leaving.append((values, self.copy_stream.record_event()))
-            self._release(IN_FLIGHT_BYTES)
+            self._release(self.max_leaving_bytes)
 
     def _release(self, limit: int) -> None:
         """Let the compute stream wait for the oldest copies, whose memory it then uses again."""

@@ -23,6 +23,8 @@ class NvmeStore(HostStore):
         super().__init__(shards, device, gathered_is_lossy)
         self.slots = {shard.name: shard.slot for shard in shards if shard.slot is not None}
         self.device = device
+        for slot in self.slots.values():
+            slot.space.max_leaving_bytes = self.transfer.max_offload_bytes
 
     def announce(self, names: Sequence[str]) -> None:
         """Implement ``Store.announce``."""
