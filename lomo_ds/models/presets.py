@@ -1,4 +1,4 @@
-"""Model presets by name, without weights: the LLaMA sizes of the LOMO paper, and small sizes for experiments."""
+"""Model presets by name, without weights: the LLaMA sizes of the LOMO paper, smaller and larger ones."""
 
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ _SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "13b": (5120, 13824, 40, 40, 40),
     "30b": (6656, 17920, 60, 52, 52),
     "65b": (8192, 22016, 80, 64, 64),
+    "70b": (8192, 28672, 80, 64, 8),  # LLaMA 2 (arXiv 2307.09288)
+    "175b": (12288, 32768, 96, 96, 96),  # the width and depth of GPT-3 (arXiv 2005.14165)
 }
 PRESETS = tuple(_SHAPES)
 
