@@ -39,7 +39,9 @@ class PlanArguments(TrainArguments):
     gpu_link: str | None = parameter(None, "Rate between GPUs, where it is not that of --pcie.")
     nvme: str | None = parameter(None, "Rate of a machine's disk, such as 3GB/s; without it the plan uses no disk.")
     tflops: float = parameter(71.0, "Peak TFLOP/s of a GPU in bf16; 71 is an RTX 3090's.", above=0)
-    utilisation: float = parameter(0.5, "Share of the peak that a step reaches.", above=0, at_most=1)
+    utilisation: float = parameter(0.6, "Share of the peak that matrix products reach.", above=0, at_most=1)
+    memory_bandwidth: str = parameter("936GB/s", "Rate of GPU memory; 936GB/s is an RTX 3090's.")
+    launch_microseconds: float = parameter(40.0, "Time in which the host launches one kernel.", above=0)
     suggest: str | None = parameter(None, "File to write the DeepSpeed config to, of the plan or of the one that fits.")
     nvme_path: str | None = parameter(None, "Folder that --suggest writes into a config with parameters on NVMe.")
     timeline: str | None = parameter(
@@ -60,6 +62,8 @@ class PlanArguments(TrainArguments):
             nvme=parse_rate(self.nvme, "nvme") if self.nvme else 0.0,
             flops=self.tflops * 1e12,
             utilisation=self.utilisation,
+            memory_bandwidth=parse_rate(self.memory_bandwidth, "memory_bandwidth"),
+            launch_seconds=self.launch_microseconds * 1e-6,
         )
 
 

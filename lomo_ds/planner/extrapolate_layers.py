@@ -43,8 +43,6 @@ def extrapolate_layers(short: StepTrace, full: StepTrace) -> StepTrace | None:
         shifted += [shift(event, copy, layer_bytes) for event in events[backward]]
     shifted += [shift(event, 0, layer_bytes) for event in events[backward.start :]]
 
-    forward_flops = events[forward.stop].flops - events[forward.start].flops
-    backward_flops = events[backward.stop].flops - events[backward.start].flops
     checkpoint = short.checkpoints[repeated]
     outside = {
         shift.modules(index, 0, missing): size for index, size in short.checkpoints.items() if index not in short.layers
@@ -55,8 +53,6 @@ def extrapolate_layers(short: StepTrace, full: StepTrace) -> StepTrace | None:
         full,
         events=shifted,
         checkpoints=dict.fromkeys(full_layers, checkpoint) | outside,
-        flops=short.flops + missing * (forward_flops + backward_flops),
-        forward_flops=short.forward_flops + missing * forward_flops,
         bytes_per_layer=bytes_per_layer,
     )
 

@@ -4,9 +4,10 @@ It follows ``PartitionedParameterCoordinator`` of deepspeed 0.19 from the third 
 known: fetch what a module needs, prefetch what comes next, free what is not used again soon.
 """
 
+import math
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -22,13 +23,13 @@ class GatheredParams(Protocol):
 
     Attributes:
         level: bytes now; ``peak``, the most bytes since the caller last set ``peak``.
-        moved: number of parameter elements gathered so far.
+        gathers: requests since the caller last replaced the list, each with the parameters of its collectives.
         refreshed: bytes while the persistent parameters are gathered again at the end of a step.
     """
 
     level: int
     peak: int
-    moved: int
+    gathers: list[list[list[int]]]
     refreshed: int
 
     def handle(self, kind: EventKind, index: int) -> None:
@@ -48,7 +49,10 @@ class GatheredParams(Protocol):
 class NoGathering:
     """``GatheredParams`` of a single rank, whose shards are the full parameters."""
 
-    level = peak = moved = refreshed = 0
+    level = peak = refreshed = 0
+
+    def __init__(self) -> None:
+        self.gathers: list[list[list[int]]] = []
 
     def handle(self, kind: EventKind, index: int) -> None:
         """Do nothing."""
@@ -74,6 +78,31 @@ class _GatherBuffer:
         self.arrived = False
 
 
+class _Uses:
+    """The steps of a pass that use each parameter; a step is the start of one module.
+
+    Args:
+        order: the modules of the pass.
+        parameters: returns the parameters that a module uses.
+        numels: elements of each parameter.
+    """
+
+    def __init__(self, order: Sequence[int], parameters: Callable[[int], list[int]], numels: Sequence[int]) -> None:
+        used = {module: parameters(module) for module in order}
+        self.steps: dict[int, list[int]] = {}
+        for step, module in enumerate(order):
+            for p in used[module]:
+                self.steps.setdefault(p, []).append(step)
+        totals = {module: sum(numels[p] for p in of_module) for module, of_module in used.items()}
+        self.traversed = [0, *accumulate(totals[module] for module in order)]  # elements used before each step
+
+    def distance(self, p: int, step: int) -> float:
+        """Return the number of elements that are used from ``step`` on before ``p`` is."""
+        steps = self.steps.get(p, [])
+        later = bisect_left(steps, step)
+        return self.traversed[steps[later]] - self.traversed[step] if later < len(steps) else math.inf
+
+
 class SimulatedCoordinator:
     """``GatheredParams`` as DeepSpeed's hooks gather and release them on one rank.
 
@@ -91,12 +120,10 @@ class SimulatedCoordinator:
         self.modules = trace.modules
         begins = (EventKind.FETCH_FORWARD, EventKind.FETCH_BACKWARD)
         self.order = [event.index for event in trace.events if event.kind in begins]
-        self.uses: dict[int, list[int]] = {}  # steps that use a parameter; a step is the start of one module
-        for step, module in enumerate(self.order):
-            for p in self.modules[module]:
-                self.uses.setdefault(p, []).append(step)
-        numels = [sum(self.numels[p] for p in self.modules[module]) for module in self.order]
-        self.traversed = [0, *accumulate(numels)]  # number of elements used by all steps before each step
+        self.leaves = trace.leaves
+        # what DeepSpeed finds in later modules as it releases a leaf, whose submodules it looks into, or another module
+        self.uses_of_trees = _Uses(self.order, trace.parameters_inside, self.numels)
+        self.uses = _Uses(self.order, lambda m: [] if m in trace.leaves else trace.modules[m], self.numels)
         self.persistent = {p for p, numel in enumerate(self.numels) if numel <= settings.persistence_threshold}
         self.available: dict[int, int] = {}  # bytes of gathered parameters
         self.in_flight: dict[int, _GatherBuffer] = {}  # by parameter
@@ -104,7 +131,8 @@ class SimulatedCoordinator:
         self.in_backward: dict[int, None] = {}
         self.held: set[int] = set()
         self.held_only: dict[int, int] = {}  # bytes of released parameters that live only because they are held
-        self.moved = self.level = self.peak = 0
+        self.level = self.peak = 0
+        self.gathers: list[list[list[int]]] = []
         self._begin()
         for p in sorted(self.persistent):  # gathered together at the end of the previous step, never released
             self.available[p] = self._gathered_bytes(p)
@@ -190,12 +218,13 @@ class SimulatedCoordinator:
         numel = sum(self.numels[p] for p in missing)
         if self.ahead is not None and (number := self.ahead.request(numel)) is not None:
             self._free_released(number)
-        for batch in self._batches(missing):
+        batches = self._batches(missing)
+        for batch in batches:
             buffer = _GatherBuffer(batch, self._received_bytes(batch))
             self.in_flight.update(dict.fromkeys(batch, buffer))
             self._add(buffer.size)
         self.live_numel += numel
-        self.moved += numel
+        self.gathers.append(batches)
 
     def _batches(self, params: list[int]) -> list[list[int]]:
         """Divide a request into collectives, like ``zero3.transport``; a single rank receives all at once."""
@@ -237,18 +266,12 @@ class SimulatedCoordinator:
             self._add(-buffer.size)
 
     def _free(self, module: int) -> None:
+        uses = self.uses_of_trees if module in self.leaves else self.uses
         for p in self.modules[module]:
             self.active.get(p, set()).discard(module)
-            if not (p in self.persistent or self.fetched_for.get(p, -1) > self.step or self._is_used_soon(p)):
+            is_used_soon = uses.distance(p, self.step) < self.settings.max_reuse_distance
+            if not (p in self.persistent or self.fetched_for.get(p, -1) > self.step or is_used_soon):
                 self._release(p)
-
-    def _is_used_soon(self, p: int) -> bool:
-        """Return whether fewer than ``max_reuse_distance`` elements are used before ``p`` is used again."""
-        uses = self.uses[p]
-        later = bisect_left(uses, self.step)
-        if later == len(uses):
-            return False
-        return self.traversed[uses[later]] - self.traversed[self.step] < self.settings.max_reuse_distance
 
     def _release(self, p: int) -> None:
         if p in self.available and not self.active.get(p) and p not in self.in_flight:

@@ -215,8 +215,9 @@ def _plan(model: PlannedModel, settings: Settings, machine: Machine, by_name: bo
         choice = dataclasses.replace(choice, stash_device="gpu")  # host memory is the only memory, as in build_schedule
     footprint = gradient_footprint(choice, settings.clip_group_norm is not None, resolved.stash_dtype)
     trace = model.trace(resolved, granularity)
-    memory = estimate_memory(trace, _with_prefetch_limits(model, resolved, granularity), machine, footprint, by_name)
-    time = estimate_time(trace, resolved, machine, footprint, memory)
+    limited = _with_prefetch_limits(model, resolved, granularity)
+    memory = estimate_memory(trace, limited, machine, footprint, by_name)
+    time = estimate_time(trace, limited, machine, footprint, memory)
     return Plan(
         model.name, settings, machine, choice, accumulation, granularity, model.numel, trace.tiled, memory, time
     )

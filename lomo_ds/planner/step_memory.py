@@ -47,8 +47,7 @@ class StepMemory:
         sizes: the bytes of ``at_peak`` by kind and tensor name; empty unless requested.
         host: pinned host bytes by kind.
         nvme: bytes on NVMe by kind.
-        gathered_forward: number of parameter elements that a forward pass gathers; ``gathered_backward``, those of a
-            backward pass.
+        gathers: requests at each event, by its position in the trace; see ``GatheredParams``.
     """
 
     at_peak: dict[str, int] = field(default_factory=dict)
@@ -56,8 +55,7 @@ class StepMemory:
     sizes: dict[tuple[str, str], int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
     nvme: dict[str, int] = field(default_factory=dict)
-    gathered_forward: int = 0
-    gathered_backward: int = 0
+    gathers: dict[int, list[list[list[int]]]] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -105,12 +103,10 @@ class _PeakTracker:
         """Simulate a step. Of several passes two are enough: the second finds the stash of the first."""
         self._count_host()
         for _ in range(min(2, self.settings.accumulation_steps // self.settings.joined)):
-            before = self.gathered.moved
-            for event in self.trace.events:
+            for position, event in enumerate(self.trace.events):
+                self.gathered.gathers = []
                 self._handle(event)
-                if event.kind is EventKind.LOSS:
-                    self.memory.gathered_forward = self.gathered.moved - before
-            self.memory.gathered_backward = self.gathered.moved - before - self.memory.gathered_forward
+                self.memory.gathers[position] = self.gathered.gathers
         self.gradients.finish()
         if self.settings.is_baseline:
             self._optimizer_step()

@@ -21,7 +21,7 @@ from lomo_ds.models import can_tile_logits, meta_model, tile_logits
 from lomo_ds.models.layered import layered_modules
 from lomo_ds.numerics.precision import DTYPES
 from lomo_ds.planner.extrapolate_layers import TRACED_LAYERS, extrapolate_layers
-from lomo_ds.planner.layered_trace import joined_micro_batches, repetitions
+from lomo_ds.planner.layered_trace import joined_micro_batches
 from lomo_ds.planner.settings import Settings
 from lomo_ds.planner.trace_events import EventKind, StepTrace
 from lomo_ds.planner.trace_recorder import TraceRecorder, record_modules, replaced_functions
@@ -97,7 +97,7 @@ def _run(model: PreTrainedModel, vocabulary: int, settings: Settings) -> StepTra
     kept = {id(module) for module in layered_modules(model)} if settings.joined > 1 else set()
     keepers = trace.layers | {index for index, module in enumerate(model.modules()) if id(module) in kept}
     reduced = DTYPES[settings.communication_data_type] if settings.communication_data_type else None
-    recorder = TraceRecorder(trace, vocabulary, settings.masked, keepers, repetitions(settings), reduced)
+    recorder = TraceRecorder(trace, vocabulary, settings.masked, keepers, reduced)
     record_modules(model, recorder)
     try:
         with joined_micro_batches(model, settings, recorder), replaced_functions(_linear(settings), recorder), recorder:
@@ -107,7 +107,6 @@ def _run(model: PreTrainedModel, vocabulary: int, settings: Settings) -> StepTra
             f"{type(model).__name__} cannot be planned for, because it does not run without data: {one_line(error)}; "
             "train a few steps and look at the peak instead"
         ) from error
-    trace.flops = recorder.flops
     return trace
 
 
@@ -124,7 +123,6 @@ def _step(model: PreTrainedModel, settings: Settings, recorder: TraceRecorder) -
     if settings.masked:
         inputs["position_ids"] = torch.zeros_like(ids)
     loss = model(**inputs, use_cache=False).loss
-    recorder.trace.forward_flops = recorder.flops
     recorder.record(EventKind.LOSS)
     (loss * 1.0).backward()
     recorder.record(EventKind.END)

@@ -5,7 +5,6 @@ import functools
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -16,13 +15,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from lomo_ds.planner.trace_events import EventKind, LiveActivations, StepTrace, TraceEvent
-from lomo_ds.simulate.costs import flops_of
+from lomo_ds.simulate.costs import kernel_of, touched_bytes
 from lomo_ds.simulate.fused_attention import fused_attention
+from lomo_ds.simulate.program import Work
 from lomo_ds.update.hooks import sum_dtype
 from lomo_ds.zero3.gathering import layer_of
 
 CHECKPOINT = "inputs of the decoder layers"  # name of activation checkpoints
-ONCE = Fraction(1)
 SUMS = "gradients of a layer, added up"  # name of gradients that layered accumulation adds up
 
 
@@ -34,7 +33,6 @@ class TraceRecorder(TorchDispatchMode):
         vocabulary: size of the last dimension of logits.
         masked: whether the model is to find several documents in a row, and to make a mask.
         keepers: indices of the modules that can keep their input only.
-        repetitions: number of times that the operations in ``keepers`` count, see ``layered_trace``.
         reduced_dtype: the dtype that gradients are converted to for their reduction; None for none.
     """
 
@@ -44,7 +42,6 @@ class TraceRecorder(TorchDispatchMode):
         vocabulary: int,
         masked: bool = False,
         keepers: Collection[int] = (),
-        repetitions: Fraction = ONCE,
         reduced_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -52,10 +49,9 @@ class TraceRecorder(TorchDispatchMode):
         self.vocabulary = vocabulary
         self.masked = masked
         self.keepers = keepers
-        self.repetitions = repetitions
         self.reduced_dtype = reduced_dtype
-        self.counted = ONCE  # number of times that operations count now
-        self.counted_flops = Fraction(0)
+        self.counted = 1  # number of times that kernels count now
+        self.kernels: Counter[Work] = Counter()  # how often each has run since the last event
         self.sums: dict[int, Tensor] | None = None  # by parameter: gradients that are being added up, see ``summed``
         self.summands = 1
         self.missing: defaultdict[int, int] = defaultdict(int)  # gradients that ``sums`` wait for, by parameter
@@ -77,17 +73,14 @@ class TraceRecorder(TorchDispatchMode):
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 self._add(tensor, func)
-        self.count_flops(flops_of(func._overloadpacket, args))
+        work = kernel_of(func, args, kwargs or {}, result, "meta")
+        if work is not None:
+            self.count(work)
         return result
 
-    @property
-    def flops(self) -> int:
-        """Floating-point operations since the step began."""
-        return int(self.counted_flops)
-
-    def count_flops(self, flops: int) -> None:
-        """Count operations that run now."""
-        self.counted_flops += flops * self.counted
+    def count(self, work: Work) -> None:
+        """Count a kernel that runs now."""
+        self.kernels[work] += self.counted
 
     def name(self, tensor: Tensor, name: str) -> None:
         """Name a tensor after what it is, rather than after the operation that made it."""
@@ -95,15 +88,15 @@ class TraceRecorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def summed(self, count: int, traced: int) -> Iterator[None]:
-        """Add up gradients like ``BackwardHooks.summed``; what runs in this context counts ``repetitions`` times.
+        """Add up gradients like ``BackwardHooks.summed``.
 
         Args:
             traced: how many of the ``count`` micro-batches run.
         """
-        self.sums, self.summands, self.counted = {}, count, self.repetitions
+        self.sums, self.summands = {}, count
         self.missing = defaultdict(lambda: traced)
         yield
-        sums, self.sums, self.counted = self.sums, None, ONCE
+        sums, self.sums, self.counted = self.sums, None, 1
         for index in list(sums):
             del sums[index]
             self.record(EventKind.GRADIENT, index)
@@ -132,9 +125,12 @@ class TraceRecorder(TorchDispatchMode):
         live = self._live_now()
         at_peak = self.live_at_peak or live
         self.trace.events.append(
-            TraceEvent(kind, index, self.peak, self.level, self.logits_at_peak, self.logits, self.flops, at_peak, live)
+            TraceEvent(
+                kind, index, self.peak, self.level, self.logits_at_peak, self.logits, self.kernels, at_peak, live
+            )
         )
         self.peak, self.logits_at_peak, self.live_at_peak = self.level, self.logits, None
+        self.kernels = Counter()
         if index >= 0 and kind is not EventKind.GRADIENT:
             self._enter_or_leave(kind, self.trace.module_names[index])
 
@@ -211,14 +207,12 @@ def _hook(module: Module, index: int, recorder: TraceRecorder) -> None:
                 recorder.name(tensor, CHECKPOINT)
         recorder.record(EventKind.FETCH_FORWARD, index)
         pending[0] = 0
-        if index in recorder.keepers:
-            recorder.counted = recorder.repetitions
         return tree_map_only(Tensor, lambda tensor: _Leave.apply(tensor, recorder, index, pending), arguments), keywords
 
     def end(module: Module, arguments: Any, output: Any) -> Any:
         recorder.record(EventKind.FREE_FORWARD, index)
         if index in recorder.keepers:
-            recorder.counted = ONCE
+            recorder.counted = 1
         return tree_map_only(Tensor, lambda tensor: _Enter.apply(tensor, recorder, index), output)
 
     module.register_forward_pre_hook(begin, with_kwargs=True)
@@ -262,7 +256,9 @@ class _Leave(torch.autograd.Function):
 def replaced_functions(linear: Any, recorder: TraceRecorder) -> Iterator[None]:
     """Replace torch's linear function by ``linear``, and its attention by a fused one that the meta device lacks."""
     functional: Any = torch.nn.functional
-    attention = fused_attention(lambda name, flops, tensors: recorder.count_flops(flops))
+    attention = fused_attention(
+        lambda name, flops, tensors: recorder.count(Work(flops=flops, memory=sum(map(touched_bytes, tensors))))
+    )
     originals = functional.linear, functional.scaled_dot_product_attention
     functional.linear, functional.scaled_dot_product_attention = linear, attention
     try:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lomo_ds.simulate.program import Work
 
@@ -57,6 +58,20 @@ def touched_bytes(tensor: Tensor) -> int:
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
-def work_of(packet: Any, args: Any, tensors: Sequence[Tensor]) -> Work:
-    """Return the work of a kernel; see ``memory_bytes`` for ``tensors``."""
+def kernel_of(func: Any, args: Any, kwargs: dict[str, Any], result: Any, device: str) -> Work | None:
+    """Return the work of the kernel that an operation launches on a device; None if it launches none there."""
+    packet = func._overloadpacket
+    if is_free(func):
+        return None
+    inputs = (args, {name: value for name, value in kwargs.items() if name != "out"})
+    tensors = [leaf for leaf in tree_leaves((inputs, result)) if isinstance(leaf, Tensor)]
+    if not any(tensor.device.type == device for tensor in tensors):
+        return None
+    if packet in COPIES:
+        return copy_work(args[1] if packet is aten.copy_ else args[0], result)
     return Work(flops=flops_of(packet, args), memory=memory_bytes(packet, tensors))
+
+
+def copy_work(source: Tensor, result: Tensor) -> Work:
+    """Return the work of a copy within a device."""
+    return Work(memory=touched_bytes(source) + touched_bytes(result))

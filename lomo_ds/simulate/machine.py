@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -19,6 +19,10 @@ HOPPER_WORKSPACE_BYTES = 32 * 2**20
 FLOPS_PER_CYCLE = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}
 CONSUMER_FLOPS_PER_CYCLE = 512
 NVME = 3e9  # bytes per second of a PCIe 3.0 drive; assumed, because a drive does not report its speed
+# Share of the peak that matrix products reach. Measured on an H100, beside kernels that are bound by memory: with 0.6
+# to 0.63 the timeline takes as long as steps of 7B, 13B and 30B did (docs/planner.md)
+UTILISATION = 0.6
+MEMORY_BANDWIDTH = 936e9  # of an RTX 3090
 KERNEL_SECONDS = 3e-6  # of the shortest kernel
 COPY_SECONDS = 10e-6  # from the start of a copy between host and GPU to its first byte
 COLLECTIVE_SECONDS = 30e-6  # the same of a collective
@@ -35,7 +39,7 @@ class Machine:
         gpu_link: bytes per second from a GPU to its peers; 0 if they communicate over ``pcie``.
         nvme: bytes per second that a host reads or writes; 0 for no disk.
         flops: floating-point operations per second of a GPU, as its maker states them for bf16 with fp32 sums.
-        utilisation: fraction of ``flops`` that matrix products reach.
+        utilisation: fraction of ``flops`` that matrix products reach by themselves.
         memory_bandwidth: bytes per second of GPU memory.
         launch_seconds: time the host takes to run Python and launch one kernel.
         workspace: bytes of the cuBLAS workspaces of a GPU.
@@ -48,14 +52,14 @@ class Machine:
     gpu_link: float = 0.0
     nvme: float = 0.0
     flops: float = 71e12  # an RTX 3090
-    utilisation: float = 0.5
-    memory_bandwidth: float = 936e9
+    utilisation: float = UTILISATION
+    memory_bandwidth: float = MEMORY_BANDWIDTH
     launch_seconds: float = 40e-6
     workspace: int = WORKSPACES * WORKSPACE_BYTES
     device: Literal["gpu", "cpu"] = "gpu"
 
     def __post_init__(self) -> None:
-        for name in ("gpu_memory", "host_memory", "pcie", "flops", "utilisation"):
+        for name in ("gpu_memory", "host_memory", "pcie", "flops", "utilisation", "memory_bandwidth", "launch_seconds"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}")
         if self.utilisation > 1:
@@ -86,7 +90,20 @@ def detect_machine(ranks_on_host: int) -> Machine:
     cycles = 1000.0 * getattr(gpu, "clock_rate", 1_700_000)  # stated in kHz
     flops = per_cycle * gpu.multi_processor_count * cycles
     workspace = WORKSPACES * (HOPPER_WORKSPACE_BYTES if gpu.major == 9 else WORKSPACE_BYTES)
-    return Machine(gpu.total_memory, host_memory, nvme=NVME, flops=flops, workspace=workspace)
+    return Machine(
+        gpu.total_memory,
+        host_memory,
+        nvme=NVME,
+        flops=flops,
+        memory_bandwidth=_memory_bandwidth(gpu),
+        workspace=workspace,
+    )
+
+
+def _memory_bandwidth(gpu: Any) -> float:
+    """Return the bytes per second of a GPU's memory, which older versions of torch do not state."""
+    kilohertz, bits = getattr(gpu, "memory_clock_rate", 0), getattr(gpu, "memory_bus_width", 0)
+    return 2 * 1000.0 * kilohertz * bits / 8 or MEMORY_BANDWIDTH  # two transfers a cycle
 
 
 def parse_bytes(text: str, name: str = "memory") -> int:

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from lomo_ds.simulate.costs import COPIES, is_free, touched_bytes, work_of
+from lomo_ds.simulate.costs import COPIES, copy_work, kernel_of
 from lomo_ds.simulate.program import Work
 from lomo_ds.simulate.simulated_gpu import DEVICE
 from lomo_ds.simulate.small_values import compute_values, read_value
@@ -45,17 +44,17 @@ class Recorder(TorchDispatchMode):
         if packet in COPIES:
             source = args[1] if packet is aten.copy_ else args[0]
             self._copy(source, result, bool(kwargs.get("non_blocking") or args[2:3] == (True,)))
-        elif not is_free(func):
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-            if any(tensor.device.type == DEVICE for tensor in tensors):
-                self.streams.current.add(packet.__name__, work_of(packet, args, tensors))
+        else:
+            work = kernel_of(func, args, kwargs, result, DEVICE)
+            if work is not None:
+                self.streams.current.add(packet.__name__, work)
         return result
 
     def _copy(self, source: Tensor, result: Tensor, non_blocking: bool) -> None:
         stream = self.streams.current
         to_gpu, from_gpu = result.device.type == DEVICE, source.device.type == DEVICE
         if to_gpu and from_gpu:
-            stream.add("copy", Work(memory=touched_bytes(source) + touched_bytes(result)))
+            stream.add("copy", copy_work(source, result))
         elif to_gpu or from_gpu:
             stream.add("copy up", Work(up=source.nbytes)) if to_gpu else stream.add(
                 "copy down", Work(down=result.nbytes)

@@ -1,6 +1,5 @@
 """Values of small tensors, which decide what the engine does next; those of large tensors do not exist."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +11,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 MAX_NUMEL = 2**17  # of integers, such as positions and labels
 MAX_FLOATS = 2**10
+aten = torch.ops.aten
+# Their results have no values of their own; whatever was in memory could be infinite
+UNINITIALIZED = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 
 
 def values_of(tensor: Tensor) -> Tensor | None:
@@ -32,11 +34,11 @@ def _is_small(tensor: Tensor) -> bool:
     return tensor.numel() <= (MAX_FLOATS if tensor.is_floating_point() else MAX_NUMEL)
 
 
-def compute_values(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
+def compute_values(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
     """Compute the values of the small results of an operation, if all its inputs are small."""
     results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if not any(map(_is_small, results)) or not all(map(_is_small, inputs)):
+    if func._overloadpacket in UNINITIALIZED or not any(map(_is_small, results)) or not all(map(_is_small, inputs)):
         return
     with _disable_current_modes(), torch.no_grad():
         args, kwargs = tree_map_only(Tensor, values_of, (args, kwargs))

@@ -1,6 +1,5 @@
 """The planner: predictions match measurements, advised settings fit, and suggested configs run."""
 
-import dataclasses
 import gc
 import json
 import re
@@ -167,8 +166,6 @@ def test_extrapolated_trace_equals_the_trace_of_all_layers(checkpointing: bool, 
     run = Settings(gpus=gpus, sequence=32, batch=2, precision="fp32", gradient_checkpointing=checkpointing)
     config = LlamaConfig(**SHAPES[TINY])
     short, full = trace_step(config, run), trace_step(config, run, every_layer=True)
-    for trace in (short, full):  # flops are extrapolated only in total
-        trace.events = [dataclasses.replace(event, flops=0) for event in trace.events]
     assert short == full
     for event, expected in zip(short.events, full.events, strict=True):
         assert +short.sizes_of(event.live_at_peak) == full.sizes_of(expected.live_at_peak)
@@ -248,7 +245,10 @@ def test_one_gpu_with_a_fast_link_outruns_the_papers_eight_on_65b(llama_65b: Pla
     assert plan.fits
     assert plan.tokens_per_second > 8 * 4.93
     whole = 2 * llama_65b.numel
-    assert plan.time.link_bytes["link up"] == pytest.approx(2 * whole, rel=0.01), "gathered twice"
+    sizes = {name: 2 * parameter.numel() for name, parameter in llama_65b.meta_model.named_parameters()}
+    # backward finds the head and the last layer still gathered
+    once = sum(size for name, size in sizes.items() if name.startswith(("lm_head", "model.layers.79.")))
+    assert plan.time.link_bytes["link up"] == pytest.approx(2 * whole - once, rel=0.001), "gathered twice"
     assert plan.time.link_bytes["link down"] == pytest.approx(whole, rel=0.01), "written once"
 
 
@@ -408,7 +408,7 @@ OFFLOADED = "--deepspeed=zero3_bf16_offload_cpu"
 def test_text_output(capsys: pytest.CaptureFixture[str]) -> None:
     main(COMMAND)
     output = capsys.readouterr().out
-    for words in ("parameter shard", "gathered", "stash", "seconds of a step", "tokens/s", "bound by", "50 % of 71"):
+    for words in ("parameter shard", "gathered", "stash", "seconds of a step", "tokens/s", "bound by", "60 % of 71"):
         assert words in output
     assert "\nplan: " in output
 

@@ -26,7 +26,7 @@ def total(program: Program, kind: str) -> int:
 
 def test_one_gpu_multiplies_what_the_planner_counts_and_copies_nothing() -> None:
     plan, program = record(RUN)
-    assert total(program, "flops") == pytest.approx(plan.time.by_kind["compute"] * MACHINE.flops * MACHINE.utilisation)
+    assert total(program, "flops") == MODEL.trace(RUN, plan.granularity).flops
     assert total(program, "sent") == total(program, "disk") == 0
     assert total(program, "up") + total(program, "down") < 2**16
 
