@@ -1,6 +1,7 @@
 """The plan of a training run: its memory, its time per step, and whether it fits the machine."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -175,7 +176,7 @@ class Plan:
 def plan_run(model: PlannedModel, settings: Settings, machine: Machine, by_name: bool = False) -> Plan:
     """Predict the memory and speed of a run of ``settings`` on ``machine``, with the engine's own choices.
 
-    If ``accumulation`` is auto, and only accumulation in the stash fits, the plan has that.
+    If ``accumulation`` or ``gather_granularity`` is auto, and only a leaner choice fits, the plan has that.
 
     Args:
         by_name: fill in ``memory.sizes``, which takes longer.
@@ -186,14 +187,25 @@ def plan_run(model: PlannedModel, settings: Settings, machine: Machine, by_name:
         ModelError: the model cannot be traced.
     """
     plan = _plan(model, settings, machine, by_name)
-    if plan.fits or not plan.is_joined or settings.accumulation != "auto":
-        return plan
-    try:
-        stashed = _plan(model, settings.but(accumulation="stash"), machine, by_name)
-    except ConfigError:
-        return plan
-    choice = AccumulationChoice(False, f"layered accumulation would need {plan.shortfall}")
-    return dataclasses.replace(stashed, settings=settings, accumulation=choice) if stashed.fits else plan
+    for changes in [] if plan.fits else _leaner_choices(plan):
+        try:
+            leaner = _plan(model, settings.but(**changes), machine, by_name)
+        except ConfigError:
+            continue
+        if leaner.fits:
+            accumulation = leaner.accumulation
+            if plan.is_joined and not accumulation.layered:
+                accumulation = AccumulationChoice(False, f"layered accumulation would need {plan.shortfall}")
+            return dataclasses.replace(leaner, settings=settings, accumulation=accumulation)
+    return plan
+
+
+def _leaner_choices(plan: Plan) -> Iterator[dict[str, str]]:
+    """Yield what can be chosen in place of ``auto`` where that needs too much memory."""
+    if plan.is_joined and plan.settings.accumulation == "auto":
+        yield {"accumulation": "stash"}
+    if plan.granularity == "layer" and plan.settings.gather_granularity == "auto":
+        yield {"gather_granularity": "module"}
 
 
 def _plan(model: PlannedModel, settings: Settings, machine: Machine, by_name: bool) -> Plan:

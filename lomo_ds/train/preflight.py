@@ -47,7 +47,7 @@ class MemoryPreflight:
         self.ds_config = ds_config
         self.arguments = arguments
         self.documents = documents
-        self.accumulation: str | None = None  # of the plan, on rank 0; None without a plan
+        self.chosen: dict[str, str] = {}  # by the plan in place of ``auto``, on rank 0; empty without a plan
 
     def log(self) -> None:
         """Log the plan on rank 0; a job trains without one if the planner fails.
@@ -67,7 +67,7 @@ class MemoryPreflight:
             return
         check_host_memory(plan, str(advice) if advice else None)
         logger.info("plan: %s", plan)
-        self.accumulation = plan.accumulation.name
+        self.chosen = {"accumulation": plan.accumulation.name, "gather_granularity": plan.granularity}
         if plan.settings.accumulation_steps > 1:
             logger.info("plan: accumulation %s", plan.accumulation)
         if bigger is not None:

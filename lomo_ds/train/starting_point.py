@@ -37,6 +37,9 @@ from lomo_ds.train.resume import (
     requested_checkpoint,
 )
 
+# The choices that need least memory
+LEANER = {"accumulation": "stash", "gather_granularity": "module"}
+
 
 @dataclass(frozen=True)
 class StartingPoint:
@@ -74,15 +77,17 @@ def find_starting_point(inputs: Inputs) -> StartingPoint:
         open_function = open_newest if is_run else open_checkpoint
         checkpoint = open_function(folder, tensors, check=lambda path, record: _check_same_run(inputs, path, record))
     start = raise_on_all_ranks(lambda: _start_at(checkpoint, inputs))
-    _use_planned_accumulation(start)
+    _use_leaner_choices(start)
     return start
 
 
-def _use_planned_accumulation(start: StartingPoint) -> None:
-    """Accumulate in the stash if that is what the plan says, since layered accumulation would not fit."""
+def _use_leaner_choices(start: StartingPoint) -> None:
+    """Accumulate in the stash, or gather by module, if the plan says so, since the alternative would not fit."""
     params = (start.ds_config.get("optimizer") or {}).get("params") or {}
-    if gather_objects(start.preflight.accumulation)[0] == "stash" and params.get("accumulation") == "auto":
-        params["accumulation"] = "stash"
+    chosen = gather_objects(start.preflight.chosen)[0]
+    for name, leaner in LEANER.items():
+        if chosen.get(name) == leaner and params.get(name) == "auto":
+            params[name] = leaner
 
 
 def _find_checkpoint_folder(inputs: Inputs) -> tuple[Path | None, bool, dict[str, list[Any]]]:

@@ -169,3 +169,15 @@ def test_auto_accumulates_in_the_stash_where_only_that_fits(model: PlannedModel)
     advice = advise(plan_run(model, run.but(accumulation="layered"), small), model)
     assert advice is not None
     assert advice.plan.fits
+
+
+def test_auto_gathers_by_module_where_only_that_fits(model: PlannedModel) -> None:
+    by_layer, by_module = (
+        plan_run(model, RUN.but(accumulation_steps=1, gather_granularity=granularity), Machine())
+        for granularity in ("layer", "module")
+    )
+    assert by_module.gpu_bytes < by_layer.gpu_bytes
+    small = Machine(gpu_memory=(by_module.gpu_bytes + by_layer.gpu_bytes) // 2)
+    plan = plan_run(model, RUN.but(accumulation_steps=1), small)
+    assert (plan.granularity, plan.fits) == ("module", True)
+    assert plan_run(model, RUN.but(accumulation_steps=1), Machine()).granularity == "layer"

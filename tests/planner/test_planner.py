@@ -525,19 +525,19 @@ def test_a_job_that_waits_for_a_link_logs_the_step_that_does_not(ranks: GroupOf,
     assert logged[0][1].startswith("plan: bound by the link between GPUs: --gradient_accumulation_steps ")
 
 
-def run_as_planned(argv: list[str], accumulation: str | None) -> str:
-    """Run a job in which rank 0 plans to accumulate so; return how the engine of this rank accumulates."""
+def run_as_planned(argv: list[str], planned: dict[str, str]) -> dict[str, str]:
+    """Run a job in which rank 0 plans these choices; return those of the engine of this rank."""
     from lomo_ds.engine.lomo import LomoEngine
     from lomo_ds.train.preflight import MemoryPreflight
 
     def plan(self: MemoryPreflight) -> None:
-        self.accumulation = accumulation if dist.get_rank() == 0 else None
+        self.chosen = planned if dist.get_rank() == 0 else {}
 
-    chosen: list[str] = []
+    chosen: list[dict[str, str]] = []
     take_step = LomoEngine._take_step
 
     def watch(self: LomoEngine, step_batch: Any) -> float:
-        chosen.append(self.optimizer.accumulation.name)
+        chosen.append(self.optimizer.chosen_settings)
         return take_step(self, step_batch)
 
     with mock.patch.object(MemoryPreflight, "log", plan), mock.patch.object(LomoEngine, "_take_step", watch):
@@ -546,12 +546,17 @@ def run_as_planned(argv: list[str], accumulation: str | None) -> str:
     return chosen[0]
 
 
-@pytest.mark.parametrize(("planned", "used"), [("stash", "stash"), ("layered", "layered"), (None, "layered")], ids=str)
-def test_a_job_accumulates_as_planned(
-    ranks: GroupOf, demo: Path, tmp_path: Path, planned: str | None, used: str
+LEANER = {"accumulation": "stash", "gather_granularity": "module"}
+FASTER = {"accumulation": "layered", "gather_granularity": "layer"}
+
+
+@pytest.mark.parametrize(("planned", "used"), [(LEANER, LEANER), (FASTER, FASTER), ({}, FASTER)], ids=str)
+def test_a_job_accumulates_and_gathers_as_planned(
+    ranks: GroupOf, demo: Path, tmp_path: Path, planned: dict[str, str], used: dict[str, str]
 ) -> None:
     argv = demo_arguments(demo, tmp_path, max_steps=1, gradient_accumulation_steps=2)
-    assert ranks(2).run(run_as_planned, argv, planned) == [used, used]
+    for chosen in ranks(2).run(run_as_planned, argv, planned):
+        assert {name: chosen[name] for name in used} == used
 
 
 def run_and_read_log(argv: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What must overlap in a step: timelines of real steps, on machines whose arithmetic or whose links are slow."""
+"""Tests of what overlaps in a step: timelines of real steps on machines whose arithmetic or whose links are slow."""
 
 from functools import cache
 
@@ -85,7 +85,7 @@ def test_backward_waits_for_earlier_updates_on_their_way_home_never_for_the_late
 
 
 def test_a_module_waits_for_its_own_parameters_not_for_those_of_the_next_layer() -> None:
-    """Of the copies that have been requested when a layer begins, that of the next layer goes on."""
+    """The copy of the next layer has been requested, and goes on, when a layer begins."""
     operations = record(HOST_MEMORY).operations
     fetched = [number for number, operation in enumerate(operations) if operation.work and operation.work.up > 2**20]
     waits = [
