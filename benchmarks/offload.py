@@ -279,9 +279,9 @@ def describe_plans(rows: list[Row]) -> str:
         for row in rows
     ]
     return (
-        f"\nPlans for one GPU of 24 GB, with a link of {PLANNED_LINK / GB:.0f} GB/s, 256 GB of host memory and half of "
-        "71 TFLOP/s; `immediate` without clipping, activations recomputed from checkpoints in host memory:\n\n"
-        + result_files.table(header, lines)
+        f"\nPlans for one GPU of 24 GB, with a link of {PLANNED_LINK / GB:.0f} GB/s, 256 GB of host memory and 0.6 of "
+        "71 TFLOP/s for matrix products; `immediate` without clipping, activations recomputed from checkpoints in host "
+        "memory:\n\n" + result_files.table(header, lines)
     )
 
 

@@ -9,9 +9,9 @@ HEADER = ["", "measurement", "s per step", "planned", "tokens/s", "peak GiB", "p
           "share", "remarks"]  # fmt: skip
 LEGEND = (
     "Peaks are those of torch's allocator. Planned figures are predictions of lomo_ds.planner. Predicted seconds "
-    "assume half of the arithmetic that the GPU's maker states, and the measured link. There are no predictions for "
-    "methods other than those of lomo_ds and DeepSpeed, or for an update alone. The collectives of a simulated rank "
-    "communicate nothing, so its times are not reported.\n"
+    "assume that matrix products reach 0.6 of the peak that the GPU's maker states, and the measured link. There are "
+    "no predictions for methods other than those of lomo_ds and DeepSpeed, or for an update alone. The collectives of "
+    "a simulated rank communicate nothing, so its times are not reported.\n"
 )
 
 

@@ -318,7 +318,8 @@ def current_machine(device: str, **fields: Any) -> Any:
         return ample_machine(device)
     gpu, machine = known_gpu(torch.cuda.get_device_name()), detect_machine(1)
     flops = PEAK_TFLOPS[gpu] * 1e12 if gpu is not None else machine.flops
-    return ample_machine(device, flops=flops, workspace=machine.workspace, **fields)
+    detected = {"flops": flops, "workspace": machine.workspace, "memory_bandwidth": machine.memory_bandwidth}
+    return ample_machine(device, **detected, **fields)
 
 
 def planned_figures(method: str, work: Workload, world: int, machine: Any) -> Part:

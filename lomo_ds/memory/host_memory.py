@@ -13,7 +13,7 @@ from torch import Tensor
 from lomo_ds.numerics.flat import ceil_div
 
 # torch pins powers of two: a single tensor could take twice its size; tensors that share a slab waste little
-LARGEST_SLAB = 2**31
+LARGEST_SLAB = 2**34
 SMALLEST_SLAB = 2**20
 ALIGNMENT = 64
 IN_FLIGHT_BYTES = 128 * 2**20  # limit on device memory held by pending copies, in each direction

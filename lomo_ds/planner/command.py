@@ -26,7 +26,7 @@ class PlanArguments(TrainArguments):
     """Will a model fit, what will bound its step, and what is the smallest change that makes it fit; without a GPU.
 
     Takes the arguments of launch/train.py. Memory is as it is sold: GB and GiB are the same. Seconds are those of a
-    machine that is always busy, an upper bound on speed.
+    simulated step; they are as good as the stated speeds of the machine.
     """
 
     train_file: list[str] | None = parameter(None, "Not read by a plan.")  # type: ignore[assignment]

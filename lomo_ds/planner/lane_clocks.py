@@ -1,11 +1,15 @@
 """A clock for each lane of a machine, which moves forward as operations are planned."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 
 from lomo_ds.simulate.machine import Machine
 from lomo_ds.simulate.program import Work
 from lomo_ds.simulate.timeline import Lane, lanes_and_seconds
+from lomo_ds.zero3 import default_pieces
+
+BUFFER_BYTES = math.prod(default_pieces(itemsize=2))  # between a drive and the GPU
 
 
 class LaneClocks:
@@ -44,7 +48,9 @@ class LaneClocks:
         self._launch(1)
         end = max(ready, self.time[Lane.HOST], *(self.time[lane] for lane in lanes)) + seconds
         for lane in lanes:
-            self.time[lane] = end
+            # a write that waits for its copy to a buffer lets reads pass, as far as there are buffers
+            waits = min(BUFFER_BYTES, 2 * work.disk) / self.machine.nvme if lane is Lane.DISK else 0.0
+            self.time[lane] = max(self.time[lane] + seconds, end - waits)
             self.busy[lane] += seconds
         for name in ("up", "down", "sent", "disk"):
             self.moved[name] += getattr(work, name)

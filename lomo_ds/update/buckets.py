@@ -19,7 +19,7 @@ class Buckets(Generic[Gradient]):
     Waiting and in-flight gradients together have at most as many elements as the largest parameter, or
     ``MIN_BUCKET_NUMEL`` if that is more. Including the gradient that comes next, never more than two parameters'
     gradients are alive, plus one bucket while it is packed. Among matrices with ``MAX_ALIVE_NUMEL`` elements or more,
-    only the latest is in flight.
+    only the latest is in flight. The caller may allow more.
 
     Args:
         largest_numel: elements of the largest parameter.
@@ -53,13 +53,15 @@ class Buckets(Generic[Gradient]):
             self._launch()
         latest_and_bucket = self.latest_numel + self.bucket_numel
         alive_numel = max(min(self.alive_numel, max(MAX_ALIVE_NUMEL, latest_and_bucket)), in_flight_numel)
+        is_large = numel >= max(self.bucket_numel, MIN_BUCKET_NUMEL)
+        if not is_large:
+            self.limit_in_flight(alive_numel - self.waiting_numel - numel)
         self.waiting.append(gradient)
         self.waiting_numel += numel
-        if self.waiting_numel < self.bucket_numel:
-            self.limit_in_flight(alive_numel - self.waiting_numel)
-        else:  # launched before earlier ones are waited for, so that a link has work meanwhile
+        if self.waiting_numel >= self.bucket_numel:
             self._launch()
-            self.limit_in_flight(max(alive_numel, self.latest_numel))
+        if is_large:  # launched before earlier ones are waited for, so that the link between GPUs has work meanwhile
+            self.limit_in_flight(max(alive_numel, numel))
 
     def flush(self) -> None:
         """Launch the last bucket, and wait for all launches."""

@@ -50,7 +50,7 @@ def test_one_large_matrix_is_in_flight_until_the_next_arrives() -> None:
 
 def test_several_small_matrices_share_a_launch() -> None:
     size = MAX_BUCKET_NUMEL // 2
-    in_flight, launched = after_each([HEAD // 4, *30 * [size]])
+    in_flight, launched = after_each([HEAD // 2, *60 * [size]])
     assert max(in_flight[5:]) == MAX_ALIVE_NUMEL
     assert set(launched[1:]) == {2 * size}
 
@@ -62,3 +62,22 @@ def test_alive_elements_never_exceed_the_largest_parameter(largest: int) -> None
     for size in sizes:
         collectives.buckets.add(size, size)
         assert sum(collectives.in_flight) + collectives.buckets.waiting_numel <= max(largest, MIN_BUCKET_NUMEL)
+
+
+def test_a_large_gradient_is_launched_before_earlier_ones_are_waited_for() -> None:
+    """So that the link between GPUs has work while the device waits."""
+    calls: list[str] = []
+    large = 4 * MIN_BUCKET_NUMEL
+    buckets: Buckets[str] = Buckets(
+        large, 2, lambda bucket: calls.append(f"launch {bucket[0]}"), lambda numel: calls.append(f"limit to {numel}")
+    )
+    buckets.add("one", large)
+    buckets.add("two", large)
+    assert calls == ["launch one", f"limit to {large}", "launch two", f"limit to {large}"]
+
+
+def test_the_gradients_of_a_layer_may_all_be_in_flight() -> None:
+    limits: list[int] = []
+    buckets: Buckets[str] = Buckets(4 * MIN_BUCKET_NUMEL, 2, lambda bucket: None, limits.append)
+    buckets.add("one", MIN_BUCKET_NUMEL, in_flight_numel=9 * MIN_BUCKET_NUMEL)
+    assert limits == [8 * MIN_BUCKET_NUMEL]
