@@ -47,7 +47,7 @@ def wired_engine(params: dict[str, Any], **zero: Any) -> Any:
     return make_engine(tiny_model(), "immediate", params=params, zero_optimization=zero)
 
 
-def layer_is_gathered(params: dict[str, Any], zero: dict[str, Any]) -> None:
+def layer_is_gathered(params: dict[str, Any], zero: dict[str, Any], collectives_of_a_layer: int = 1) -> None:
     """All parameters of a decoder layer: matrices of other dtypes than the norms between them."""
     engine = wired_engine(params, **zero)
     names = [name for name, _ in engine.module.named_parameters() if name.startswith("model.layers.1.")]
@@ -60,7 +60,7 @@ def layer_is_gathered(params: dict[str, Any], zero: dict[str, Any]) -> None:
         handle = parameters[0].all_gather_coalesced(parameters)
         for _ in parameters:  # as DeepSpeed does
             handle.wait()
-    assert len(collectives) == (dist.get_world_size() > 1)
+    assert len(collectives) == (collectives_of_a_layer if dist.get_world_size() > 1 else 0)
     assert len(decodes) == (MATRICES_OF_A_LAYER if params or "zero_quantized_weights" in zero else 0)
     for name, parameter in zip(names, parameters, strict=True):
         if "zero_quantized_weights" in zero:
@@ -86,6 +86,23 @@ def test_a_layer_takes_one_collective_and_one_dequantization_for_each_matrix(
     ranks: GroupOf, world_size: int, params: dict[str, Any], zero: dict[str, Any]
 ) -> None:
     ranks(world_size).run(layer_is_gathered, params, zero)
+
+
+def large_matrices_are_gathered(params: dict[str, Any], zero: dict[str, Any]) -> None:
+    with mock.patch.object(transport, "ALONE_BYTES", 64):  # more than a norm has, less than a matrix
+        layer_is_gathered(params, zero, MATRICES_OF_A_LAYER + 1)
+
+
+@pytest.mark.parametrize("params", [{}, {"weights": "int8"}], ids=["floats", "int8"])
+@pytest.mark.parametrize("zero", [{}, {"offload_param": {"device": "cpu"}}], ids=["device", "host"])
+def test_a_large_matrix_is_gathered_on_its_own(ranks: GroupOf, params: dict[str, Any], zero: dict[str, Any]) -> None:
+    ranks(2).run(large_matrices_are_gathered, params, zero)
+
+
+def test_a_request_is_divided_into_large_shards_and_the_rest() -> None:
+    small, large = 1000, transport.ALONE_BYTES
+    assert transport.gather_batches([small, large, small, large]) == [[1], [3], [0, 2]]
+    assert transport.gather_batches([small]) == [[0]]
 
 
 def test_a_layer_that_is_quantized_for_the_gather_takes_one_collective(ranks: GroupOf) -> None:
