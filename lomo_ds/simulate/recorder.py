@@ -56,10 +56,12 @@ class Recorder(TorchDispatchMode):
         if to_gpu and from_gpu:
             stream.add("copy", copy_work(source, result))
         elif to_gpu or from_gpu:
-            stream.add("copy up", Work(up=source.nbytes)) if to_gpu else stream.add(
-                "copy down", Work(down=result.nbytes)
-            )
-            host_tensor = source if to_gpu else result
+            if to_gpu:
+                host_tensor = source
+                stream.add("copy up", Work(up=source.nbytes))
+            else:
+                host_tensor = result
+                stream.add("copy down", Work(down=result.nbytes))
             if not (non_blocking and host_tensor.untyped_storage()._cdata in self.pinned):
                 stream.synchronize()
 
